@@ -1,0 +1,36 @@
+# Two commands do everything: `make quickstart` and `make test`. Each sets up .venv by itself, once.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Tests run one process per core with one thread each, which is faster here than threads that wait for each other.
+PYTEST_PROCESSES ?= auto
+
+.PHONY: quickstart test test-slow setup format clean
+
+quickstart: .venv/.installed
+	$(BIN)/manyicl quickstart
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) -m "not slow and not gpu"
+
+# Checks that take minutes each.
+test-slow: .venv/.installed
+	$(BIN)/pytest -m slow
+
+setup: .venv/.installed
+
+# torch comes first and pinned, so that nothing else pulls in another build of it.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info

@@ -1,0 +1,34 @@
+"""Fine-tune one language model once, on many tasks; from then on add a task by giving examples."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manyicl.engine.engine import Engine
+    from manyicl.tasks.files import load_task, load_tasks
+
+try:
+    __version__ = version("manyicl")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["Engine", "__version__", "load_task", "load_tasks"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine, and torch with it, only when it is first asked for (PEP 562)."""
+    if name == "Engine":
+        from manyicl.engine.engine import Engine
+
+        return Engine
+    if name in ("load_task", "load_tasks"):
+        from manyicl.tasks import files
+
+        return getattr(files, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

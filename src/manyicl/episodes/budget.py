@@ -1,0 +1,111 @@
+"""How many whole shots fit in a context, in training and in front of a query."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.episode import Episode
+from manyicl.episodes.sampling import DrawnEpisode
+from manyicl.tasks.task import Example, Task
+
+
+@dataclass(frozen=True, slots=True)
+class FittingShots:
+    """The beginning of a drawn episode that fits.
+
+    Attributes:
+        episode: Whole shots only.
+        num_left_out: Shots that were asked for and did not fit; 0 when the episode was to fill the context.
+        num_too_long: Shots passed over because not even an empty context would hold them.
+        ran_out_of_room: True if the next shot was too long for what was left.
+    """
+
+    episode: Episode
+    num_left_out: int
+    num_too_long: int
+    ran_out_of_room: bool
+
+
+def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_context_tokens: int) -> FittingShots:
+    """Take shots of a drawn episode while they fit in ``room`` tokens.
+
+    Nothing is truncated: a shot that is longer than the whole context is passed over and counted; the first
+    other shot that does not fit ends the episode, so that short examples are not preferred within it.
+    """
+    opening = encoder.num_opening_tokens(drawn.instruction)
+    num_tokens = opening
+    examples: list[Example] = []
+    num_too_long = 0
+    ran_out_of_room = False
+    for shot in drawn.shots:
+        if drawn.num_shots is not None and len(examples) == drawn.num_shots:
+            break
+        opens_sequence = encoder.opens_sequence(drawn.instruction, len(examples))
+        num_shot_tokens = encoder.num_shot_tokens(shot, opens_sequence)
+        if opening + num_shot_tokens > max_context_tokens:
+            num_too_long += 1
+        elif num_tokens + num_shot_tokens > room:
+            ran_out_of_room = True
+            break
+        else:
+            examples.append(shot)
+            num_tokens += num_shot_tokens
+    asked = drawn.num_shots if drawn.num_shots is not None else len(examples)
+    num_left_out = asked - len(examples) if ran_out_of_room else 0
+    episode = Episode(drawn.task_name, drawn.instruction, tuple(examples))
+    return FittingShots(episode, num_left_out, num_too_long, ran_out_of_room)
+
+
+def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int) -> int:
+    """Count the tokens to keep free behind the demonstrations: the longest test query and its answer."""
+    longest_query = max((len(encoder.query_ids(example.query.text)) for example in task.test), default=0)
+    if task.labels:
+        return longest_query + max(len(encoder.answer_ids(label)) for label in task.labels)
+    choices = {choice for example in task.test for choice in example.query.choices or ()}
+    if choices:
+        return longest_query + max(len(encoder.answer_ids(choice)) for choice in choices)
+    return longest_query + max_answer_tokens
+
+
+def fit_demonstrations(
+    task: Task, demonstrations: Sequence[Example], encoder: Encoder, max_context_tokens: int, reserve: int
+) -> tuple[tuple[Example, ...], int]:
+    """Choose the demonstrations that fit, balanced by label, in their given order.
+
+    Demonstrations are considered in rounds: the first of each answer in a closed label set, then the second
+    of each, and so on; within free answers simply in order. One that does not fit is left out and the next is
+    tried, so that a long example does not keep out the short ones behind it.
+
+    Args:
+        task: Gives the instruction and says whether answers form a closed set.
+        demonstrations: Wanted, in order.
+        encoder: Counts tokens as the engine will see them.
+        max_context_tokens: Of the model.
+        reserve: Tokens to keep free for the longest query and its answer.
+
+    Returns:
+        The demonstrations that fit, in their given order, and how many were left out.
+    """
+    room = max_context_tokens - reserve - encoder.num_opening_tokens(task.instruction())
+    costs = [
+        encoder.num_shot_tokens(example, encoder.opens_sequence(task.instruction(), shot))
+        for shot, example in enumerate(demonstrations)
+    ]
+    if sum(costs) <= room:
+        return tuple(demonstrations), 0
+    rounds: defaultdict[str, int] = defaultdict(int)
+    turns: list[tuple[int, int]] = []
+    for position, example in enumerate(demonstrations):
+        group = example.answer if task.labels else ""
+        turns.append((rounds[group] if task.labels else position, position))
+        rounds[group] += 1
+    chosen = []
+    for _, position in sorted(turns):
+        # The first shot of a sequence may be encoded with a leading marker, at most one token longer.
+        if costs[position] + 1 <= room:
+            chosen.append(position)
+            room -= costs[position]
+    return tuple(demonstrations[position] for position in sorted(chosen)), len(demonstrations) - len(chosen)

@@ -1,0 +1,31 @@
+"""Ordered examples of one task: what one training sequence, or one prefix and its query, is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manyicl.tasks.task import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """Ordered examples of one task. The first answer is shot 0: it is given with no demonstration before it."""
+
+    task_name: str
+    instruction: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedEpisode:
+    """An episode as tokens, with the positions of its answers known by construction.
+
+    Attributes:
+        task_name: The task it came from.
+        token_ids: All tokens of the episode, (T,).
+        answer_spans: Half-open token ranges, one per example, each covering an answer and its terminator.
+    """
+
+    task_name: str
+    token_ids: tuple[int, ...]
+    answer_spans: tuple[tuple[int, int], ...]

@@ -1,0 +1,166 @@
+"""Task, seed, index -> which examples an episode shows, in what order, under which label names."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from manyicl.errors import UserError, did_you_mean
+from manyicl.tasks.demonstrations import Sampling, demonstration_order
+from manyicl.tasks.task import Example, Task
+
+
+class EpisodeSettings(BaseModel):
+    """How the examples of a training episode are drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shots: Literal["fill"] | int | tuple[int, int] = Field(
+        "fill",
+        description="Examples per episode: a number, a range [least, most] drawn from evenly, or `fill` for as "
+        "many as the context holds. The first answer of an episode is always shot 0.",
+    )
+    sampling: Sampling = Field("random", description="Order of examples: random, or balanced by answer.")
+    rename_labels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of episodes of closed-label tasks in which each label is replaced by another word.",
+    )
+
+    @field_validator("shots")
+    @classmethod
+    def _positive(cls, shots: Literal["fill"] | int | tuple[int, int]) -> Literal["fill"] | int | tuple[int, int]:
+        if isinstance(shots, int) and shots < 1:
+            raise ValueError(f"an episode needs at least 1 example, found {shots}")
+        if isinstance(shots, tuple) and not 1 <= shots[0] <= shots[1]:
+            raise ValueError(f"a range of shots is [least, most] with 1 <= least <= most, found {list(shots)}")
+        return shots
+
+
+class Mixture(BaseModel):
+    """How often each training task is drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["uniform", "weights", "size"] = Field(
+        "uniform", description="Every task alike, by `weights`, or by number of training rows."
+    )
+    weights: Mapping[str, float] = Field(
+        default_factory=dict,
+        description="Task name or family -> weight per task, for `weights`; others weigh 1.",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="For `size`: rows to the power 1/temperature; a high value nears uniform."
+    )
+
+    def task_weights(self, tasks: Sequence[Task]) -> list[float]:
+        """Return one weight per task.
+
+        Raises:
+            UserError: If a weight names no task or family, is negative, or all are zero.
+        """
+        if self.kind == "size":
+            return [len(task.train) ** (1 / self.temperature) for task in tasks]
+        if self.kind == "uniform":
+            return [1.0] * len(tasks)
+        known = {task.name for task in tasks} | {task.family for task in tasks}
+        for name, weight in self.weights.items():
+            if name not in known:
+                raise UserError(f"The mixture weighs {name!r}, which is no training task.{did_you_mean(name, known)}")
+            if weight < 0:
+                raise UserError(f"The mixture weighs {name!r} with {weight}; a weight is at least 0.")
+        weights = [self.weights.get(task.name, self.weights.get(task.family, 1.0)) for task in tasks]
+        if not any(weights):
+            raise UserError("The mixture gives every training task the weight 0; at least one must be drawn.")
+        return weights
+
+
+@dataclass(frozen=True)
+class DrawnEpisode:
+    """An episode before it is known how much of it fits.
+
+    Attributes:
+        task_name: The task it was drawn from.
+        instruction: Rendered, under the episode's own label names.
+        num_shots: Examples asked for; None to fill the context.
+        shots: The examples in order, drawn lazily, without repetition.
+    """
+
+    task_name: str
+    instruction: str
+    num_shots: int | None
+    shots: Iterator[Example]
+
+
+def row_rng(seed: int, index: int) -> random.Random:
+    """Return the generator of one row: seed and index alone decide, so no state needs saving."""
+    return random.Random(f"row {seed} {index}")
+
+
+def draw_episode(
+    task: Task, settings: EpisodeSettings, rng: random.Random, replacement_words: Sequence[str] = ()
+) -> DrawnEpisode:
+    """Draw the examples of one episode from the task's training side."""
+    num_shots = None if settings.shots == "fill" else _draw_num_shots(settings.shots, rng)
+    order: Iterator[int]
+    if settings.sampling == "balanced":
+        order = iter(demonstration_order(task.train, rng.getrandbits(32), "balanced"))
+    else:
+        order = shuffled_lazily(len(task.train), rng)
+    shots = (task.train[position] for position in order)
+    instruction = task.instruction()
+    if task.labels and settings.rename_labels and rng.random() < settings.rename_labels:
+        new_names = draw_label_names(task.labels, replacement_words, rng)
+        shots = (rename_answer(shot, new_names) for shot in shots)
+        instruction = task.instruction(tuple(new_names[label] for label in task.labels))
+    return DrawnEpisode(task.name, instruction, num_shots, shots)
+
+
+def _draw_num_shots(shots: int | tuple[int, int], rng: random.Random) -> int:
+    return shots if isinstance(shots, int) else rng.randint(*shots)
+
+
+def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:
+    """Yield 0..length-1 in random order, at a cost per number drawn (Fisher-Yates over a sparse list)."""
+    moved: dict[int, int] = {}
+    for last in range(length - 1, -1, -1):
+        chosen = rng.randint(0, last)
+        yield moved.get(chosen, chosen)
+        moved[chosen] = moved.pop(last, last)
+
+
+def label_replacement_words(tasks: Sequence[Task], num_queries_per_task: int = 200) -> list[str]:
+    """Collect the words that may stand in for labels: plain words of the training queries, sorted."""
+    words: set[str] = set()
+    for task in tasks:
+        for example in task.train[:num_queries_per_task]:
+            words.update(re.findall(r"(?<!\S)[^\W\d_]{2,14}(?!\S)", example.query.text))
+    return sorted(words)
+
+
+def draw_label_names(labels: Sequence[str], replacement_words: Sequence[str], rng: random.Random) -> dict[str, str]:
+    """Give each label another word, none of them a label of the task.
+
+    Raises:
+        UserError: If there are fewer words than labels.
+    """
+    taken = set(labels)
+    candidates = [word for word in replacement_words if word not in taken]
+    if len(candidates) < len(labels):
+        raise UserError(
+            f"rename_labels needs {len(labels)} words to stand in for labels; the training queries hold "
+            f"{len(candidates)}. Set rename_labels to 0."
+        )
+    return dict(zip(labels, rng.sample(candidates, len(labels)), strict=True))
+
+
+def rename_answer(example: Example, new_names: Mapping[str, str]) -> Example:
+    """Return the example with its label under its new name."""
+    answer = new_names[example.answer]
+    return replace(example, answer=answer, references=(answer,))

@@ -1,0 +1,218 @@
+"""Base model, adapter, tokenizer and saved format, from a folder, the Hub or the package itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from manyicl.errors import UserError
+from manyicl.model.attention import ATTENTION
+from manyicl.model.isolation import require_isolation
+from manyicl.model.manifest import Manifest
+
+HUB_PREFIX = "hf:"
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_MODELS = {"nano": Path(__file__).parent / "nano_base"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network ready for packed rows, with all that it was saved with.
+
+    Attributes:
+        model: The causal language model, an adapter over it if there is one.
+        tokenizer: Its tokenizer.
+        manifest: manyicl.json, if the folder holds one.
+        fingerprint: Hash of the weights; tells results of different models apart.
+        reference: How the person named it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest | None
+    fingerprint: str
+    reference: str
+
+
+def resolve_reference(reference: str) -> str:
+    """Turn a model reference into what transformers loads: a folder that exists, or a Hub id.
+
+    Raises:
+        UserError: If a local folder does not exist or holds no model; a mistyped folder is never looked for on
+            the Hub.
+    """
+    if reference.startswith(HUB_PREFIX):
+        return reference.removeprefix(HUB_PREFIX)
+    if reference.startswith(BUILTIN_PREFIX):
+        name = reference.removeprefix(BUILTIN_PREFIX)
+        if name not in BUILTIN_MODELS:
+            raise UserError(
+                f"No model {reference!r} comes with manyicl; there is {BUILTIN_PREFIX}{next(iter(BUILTIN_MODELS))}."
+            )
+        return str(BUILTIN_MODELS[name])
+    folder = Path(reference)
+    if not folder.is_dir():
+        raise UserError(
+            f"The model folder {reference!r} does not exist. Give a local folder, {BUILTIN_PREFIX}nano, or "
+            f"{HUB_PREFIX}owner/name for a model of the Hub."
+        )
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{reference!r} holds neither config.json nor adapter_config.json; expected a model folder.")
+    return str(folder)
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a model was saved with.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = resolve_reference(reference)
+    with _as_user_error(reference, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(
+    reference: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    check_isolation: bool = True,
+) -> LoadedModel:
+    """Load a model for packed rows and for continuing a prefix.
+
+    Args:
+        reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None for float32 on a CPU and the saved one on a GPU.
+        device: Where to put it; None for a GPU if there is one.
+        check_isolation: Compare packed with separate episodes; costs two short passes.
+
+    Returns:
+        The model in evaluation mode, with its tokenizer, manifest and fingerprint.
+
+    Raises:
+        UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
+    """
+    path = resolve_reference(reference)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = _torch_dtype(dtype, device)
+    adapter_config = Path(path) / "adapter_config.json"
+    if adapter_config.is_file():
+        model = _load_adapter(reference, Path(path), torch_dtype)
+    else:
+        with _as_user_error(reference, "model"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch_dtype, attn_implementation=ATTENTION, use_safetensors=True
+            )
+    model = _placed(model, device)
+    if check_isolation:
+        require_isolation(model)
+    manifest = Manifest.read(Path(path)) if Path(path).is_dir() else None
+    return LoadedModel(model, load_tokenizer(reference), manifest, fingerprint(model), reference)
+
+
+def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load an adapter over the base that its manifest or configuration names, and compare that base's weights."""
+    from peft import PeftModel
+
+    manifest = Manifest.read(folder)
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base_reference = (manifest.base if manifest else None) or named
+    if not base_reference:
+        raise UserError(f"The adapter {reference!r} names no base model; it cannot be loaded without one.")
+    if manifest is None and not Path(base_reference).is_dir():
+        base_reference = HUB_PREFIX + base_reference
+    base = load_model(base_reference, dtype=None, device="cpu", check_isolation=False)
+    if manifest and manifest.base_fingerprint and manifest.base_fingerprint != base.fingerprint:
+        raise UserError(
+            f"The adapter {reference!r} was trained over a base with fingerprint {manifest.base_fingerprint[:12]}; "
+            f"{base_reference!r} now has {base.fingerprint[:12]}. Restore the base it was trained on."
+        )
+    model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder)))
+    if isinstance(torch_dtype, torch.dtype):
+        torch.nn.Module.to(model, dtype=torch_dtype)
+    return model
+
+
+def model_config(reference: str) -> PreTrainedConfig:
+    """Load the configuration alone, without weights.
+
+    Raises:
+        UserError: If it cannot be found.
+    """
+    path = resolve_reference(reference)
+    with _as_user_error(reference, "configuration"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        return config
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions the architecture allows; None if it does not say."""
+    config = model.config.get_text_config()
+    value = getattr(config, "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash names, shapes and values of all weights, in the precision they are held in as float32.
+
+    Large tensors are sampled evenly (4,096 values each), so that a 7B model costs under a second; any training
+    step changes far more values than that.
+    """
+    digest = hashlib.sha256()
+    state: Mapping[str, Tensor] = model.state_dict()
+    for name in sorted(state):
+        values = state[name].detach().flatten()
+        step = max(1, values.numel() // 4096)
+        sample = values[::step].to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model
+
+
+def _torch_dtype(dtype: str | None, device: str) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32 if device == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}.")
+    return DTYPES[dtype]
+
+
+class _as_user_error:  # noqa: N801
+    """Turn what transformers raises for a model that cannot be had into one sentence."""
+
+    def __init__(self, reference: str, what: str) -> None:
+        self.reference = reference
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError):
+            offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"The {self.what} {self.reference!r} cannot be loaded: {first_line}{offline}") from error

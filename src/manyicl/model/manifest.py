@@ -1,0 +1,79 @@
+"""manyicl.json: what a model folder remembers of its fine-tuning, so that the engine asks as training taught."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyicl.episodes.encoding import PlainFormat
+from manyicl.errors import UserError
+from manyicl.tasks.task import Task
+
+FILE_NAME = "manyicl.json"
+
+
+class TrainedTask(BaseModel):
+    """A task that a model was fine-tuned on, named so that "unseen" can be checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    family: str
+    source: str
+    data_hash: str
+
+    @classmethod
+    def of(cls, task: Task) -> TrainedTask:
+        """Take a task's identity."""
+        return cls(name=task.name, family=task.family, source=task.source, data_hash=task.data_hash)
+
+
+class Manifest(BaseModel):
+    """The content of manyicl.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    text_format: PlainFormat = Field(PlainFormat(), description="How examples become text.")
+    max_context_tokens: int = Field(description="Longest row in training; the engine flags what exceeds it.")
+    max_trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training.")
+    tasks: tuple[TrainedTask, ...] = Field((), description="What the model was fine-tuned on.")
+    objective: str | None = Field(None, description="Which answers were supervised.")
+    base: str | None = Field(None, description="The model that training began from, as named in the recipe.")
+    base_fingerprint: str | None = Field(None, description="Hash of the weights that training began from.")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="The resolved recipe.")
+    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+
+    def write(self, folder: Path) -> None:
+        """Write manyicl.json into a model folder."""
+        (folder / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Read manyicl.json from a model folder; None where there is none.
+
+        Raises:
+            UserError: If the file is not what this version writes.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError) as error:
+            problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            where = ".".join(str(part) for part in problem["loc"])
+            raise UserError(
+                f"{path} is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}. "
+                "Use the version that wrote the model, or fine-tune again."
+            ) from error
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("manyicl", "torch", "transformers", "peft", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

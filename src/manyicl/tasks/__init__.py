@@ -1,0 +1,6 @@
+"""What is asked: tasks as plain data, read from folders."""
+
+from manyicl.tasks.files import load_task, load_tasks
+from manyicl.tasks.task import Example, Query, Task
+
+__all__ = ["Example", "Query", "Task", "load_task", "load_tasks"]

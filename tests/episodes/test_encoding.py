@@ -1,0 +1,120 @@
+"""Pieces join to the sequence, for every kind of tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
+from transformers import PreTrainedTokenizerFast
+
+from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.episode import Episode
+from manyicl.errors import UserError
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte-level BPE": byte_level_bpe,
+    "SentencePiece BPE": sentencepiece_bpe,
+    "SentencePiece BPE by normalizer": lambda: sentencepiece_bpe(prepend_normalizer=True),
+    "Unigram": unigram,
+    "words": word_level,
+}
+EPISODE = Episode(
+    "toy",
+    "",
+    tuple(
+        make_example(query, answer)
+        for query, answer in [
+            ("the film was good", "fine"),
+            ("a bad play", "bad and long"),
+            ("the red box", "1"),
+            ("a long play", "bad"),
+            ("the music was fine", "fine and fine"),
+        ]
+    ),
+)
+
+
+@pytest.fixture(params=TOKENIZERS, name="encoder")
+def _encoder(request: pytest.FixtureRequest) -> Encoder:
+    return Encoder(TOKENIZERS[request.param]())
+
+
+def test_every_answer_span_decodes_to_the_answer_and_its_terminator(encoder: Encoder) -> None:
+    encoded = encoder.encode_episode(EPISODE)
+    assert len(encoded.answer_spans) == len(EPISODE.examples)
+    for (start, stop), example in zip(encoded.answer_spans, EPISODE.examples, strict=True):
+        assert encoder.decode(encoded.token_ids[start:stop]) == example.answer + "\n\n"
+
+
+@pytest.mark.parametrize("instruction", ["", "the film and the play"])
+def test_pieces_equal_the_encoding_of_the_joined_text(encoder: Encoder, instruction: str) -> None:
+    episode = Episode("toy", instruction, EPISODE.examples)
+    encoded = encoder.encode_episode(episode).token_ids
+    assert encoded == encoder.joined_ids(episode)
+    assert encoded == tuple(encoder.tokenizer(encoder.joined_text(episode))["input_ids"])
+
+
+@pytest.mark.parametrize("num_shots", [0, 1, 3])
+@pytest.mark.parametrize("instruction", ["", "the film and the play"])
+def test_training_tokens_equal_engine_tokens(encoder: Encoder, instruction: str, num_shots: int) -> None:
+    """What the engine puts together from prefix, query and answer is what an episode holds."""
+    examples = EPISODE.examples[: num_shots + 1]
+    trained = encoder.encode_episode(Episode("toy", instruction, examples)).token_ids
+    asked = (
+        *encoder.encode_prefix(instruction, examples[:num_shots]),
+        *encoder.query_ids(examples[-1].query.text, encoder.opens_sequence(instruction, num_shots)),
+        *encoder.answer_ids(examples[-1].answer),
+    )
+    assert asked == trained
+
+
+def test_a_shot_costs_as_many_tokens_as_it_adds(encoder: Encoder) -> None:
+    for instruction in ("", "the film"):
+        counted = encoder.num_opening_tokens(instruction) + sum(
+            encoder.num_shot_tokens(example, encoder.opens_sequence(instruction, shot))
+            for shot, example in enumerate(EPISODE.examples)
+        )
+        assert counted == len(encoder.encode_episode(Episode("toy", instruction, EPISODE.examples)).token_ids)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語 и русский 🎉", " leading and trailing ", "line\nbreak", "a  b"])
+def test_byte_level_answers_survive_unchanged(text: str) -> None:
+    encoder = Encoder(byte_level_bpe())
+    assert encoder.decode(encoder.answer_ids(text)) == text + "\n\n"
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語 🎉", " leading", "line\nbreak"])
+def test_sentencepiece_answers_survive_unchanged(text: str) -> None:
+    encoder = Encoder(sentencepiece_bpe())
+    assert encoder.decode(encoder.answer_ids(text)) == text + "\n\n"
+
+
+def test_an_answer_with_the_terminator_inside_is_refused() -> None:
+    with pytest.raises(UserError, match="contains the terminator"):
+        PlainFormat().answer_piece("first\n\nsecond")
+
+
+def test_an_empty_answer_is_refused() -> None:
+    with pytest.raises(UserError, match="empty"):
+        PlainFormat().answer_piece("")
+
+
+def test_an_answer_that_ends_in_a_line_break_is_refused_because_it_would_end_early() -> None:
+    with pytest.raises(UserError, match="terminator"):
+        PlainFormat().answer_piece("line\n")
+
+
+def test_a_tokenizer_that_loses_line_breaks_is_refused() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="does not keep"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+
+
+def test_truncation_saved_with_a_tokenizer_cuts_nothing() -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    assert len(Encoder(tokenizer).query_ids("the film was good and the music was fine")) > 3

@@ -1,0 +1,99 @@
+"""A row is a function of seed and index, holds whole shots, and leaves little of its context unused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.builders import byte_level_bpe, make_example, make_task
+
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.row import RowSource
+from manyicl.episodes.sampling import EpisodeSettings
+from manyicl.errors import UserError
+from manyicl.tasks.task import Task
+
+
+@pytest.fixture(name="encoder", scope="module")
+def _encoder() -> Encoder:
+    return Encoder(byte_level_bpe())
+
+
+def mixed_tasks() -> list[Task]:
+    """Short labels, longer answers and long documents together."""
+    rng = random.Random(0)
+    words = ["the", "film", "was", "good", "and", "a", "bad", "play", "long", "one", "red", "box", "door", "fine"]
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(least, most)))
+
+    return [
+        make_task("short"),
+        make_task("answers", [make_example(text(5, 20), text(3, 9)) for _ in range(50)], [], labels=None),
+        make_task("documents", [make_example(text(40, 80), text(5, 12)) for _ in range(50)], [], labels=None),
+    ]
+
+
+def source(encoder: Encoder, tasks: list[Task], **changes: object) -> RowSource:
+    settings: dict[str, object] = {"max_context_tokens": 1024, "num_rows": 30, "seed": 0}
+    return RowSource(tasks, encoder, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shots", ["fill", 8, (1, 32)])
+def test_rows_fill_their_context_but_for_five_percent(encoder: Encoder, shots: object) -> None:
+    rows = source(encoder, mixed_tasks(), episodes=EpisodeSettings.model_validate({"shots": shots}))
+    unused = [rows[i].unused_share for i in range(len(rows))]
+    assert min(unused) >= 0
+    assert sum(unused) / len(unused) < 0.05
+
+
+def test_seed_and_index_alone_fix_a_row(encoder: Encoder) -> None:
+    rows, again = source(encoder, mixed_tasks()), source(encoder, mixed_tasks())
+    backwards = {i: again[i] for i in reversed(range(10))}
+    assert all(rows[i] == backwards[i] for i in range(10))
+    assert rows[0] != rows[1]
+    assert rows[0] != source(encoder, mixed_tasks(), seed=1)[0]
+
+
+def test_a_row_does_not_depend_on_how_many_there_are(encoder: Encoder) -> None:
+    assert source(encoder, mixed_tasks(), num_rows=3)[2] == source(encoder, mixed_tasks(), num_rows=300)[2]
+
+
+def test_episodes_hold_whole_shots_that_end_with_the_terminator(encoder: Encoder) -> None:
+    row = source(encoder, mixed_tasks())[0]
+    for episode in row.episodes:
+        assert episode.answer_spans[-1][1] == len(episode.token_ids)
+        assert encoder.decode(episode.token_ids[-1:]).endswith("\n")
+
+
+def test_fixed_shots_are_kept_and_what_did_not_fit_is_counted(encoder: Encoder) -> None:
+    rows = source(encoder, [make_task()], episodes=EpisodeSettings(shots=7), max_context_tokens=300)
+    row = rows[0]
+    counts = [len(episode.answer_spans) for episode in row.episodes]
+    assert counts[0] == 7
+    assert all(count <= 7 for count in counts)
+    assert row.num_shots_left_out == sum(7 - count for count in counts)
+
+
+def test_an_example_longer_than_the_context_is_passed_over_and_counted(encoder: Encoder) -> None:
+    long = make_example("the film " * 200, "good")
+    task = make_task(train=[long, *make_task().train[:3]])
+    row = source(encoder, [task], max_context_tokens=100)[0]
+    assert row.num_shots_too_long >= 1
+    assert row.num_tokens <= 100
+
+
+def test_a_task_of_which_nothing_fits_is_refused_with_both_numbers(encoder: Encoder) -> None:
+    task = make_task(train=[make_example("the film " * 200, "good")])
+    with pytest.raises(UserError, match=r"'toy' needs .* tokens .*; max_context_tokens is 100"):
+        source(encoder, [task], max_context_tokens=100)
+
+
+def test_a_source_without_tasks_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(UserError, match="No training task"):
+        source(encoder, [])
+
+
+def test_indices_outside_the_source_are_refused(encoder: Encoder) -> None:
+    with pytest.raises(IndexError):
+        source(encoder, mixed_tasks())[30]

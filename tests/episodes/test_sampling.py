@@ -1,0 +1,83 @@
+"""Seed and index alone fix an episode; names, orders and weights follow the settings."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.builders import make_task
+
+from manyicl.episodes.sampling import (
+    EpisodeSettings,
+    Mixture,
+    draw_episode,
+    label_replacement_words,
+    row_rng,
+    shuffled_lazily,
+)
+from manyicl.errors import UserError
+
+
+@given(length=st.integers(0, 200), seed=st.integers())
+def test_a_lazy_shuffle_is_a_permutation(length: int, seed: int) -> None:
+    assert sorted(shuffled_lazily(length, random.Random(seed))) == list(range(length))
+
+
+def test_a_lazy_shuffle_puts_every_number_first_equally_often() -> None:
+    rng = random.Random(0)
+    firsts = [next(shuffled_lazily(5, rng)) for _ in range(5000)]
+    assert all(900 < firsts.count(number) < 1100 for number in range(5))
+
+
+def test_no_example_stands_twice_in_an_episode() -> None:
+    task = make_task()
+    shots = list(draw_episode(task, EpisodeSettings(), row_rng(0, 0)).shots)
+    assert len(shots) == len({shot.query.text for shot in shots}) == len(task.train)
+
+
+def test_renamed_labels_are_other_words_used_consistently() -> None:
+    task = make_task(instruction="one of {{ labels | join(', ') }}")
+    words = label_replacement_words([task])
+    drawn = draw_episode(task, EpisodeSettings(rename_labels=1.0), row_rng(0, 3), words)
+    old_answers = {example.query.text: example.answer for example in task.train}
+    names = {(old_answers[shot.query.text], shot.answer) for shot in drawn.shots}
+    assert len(names) == 2
+    assert not {new for _, new in names} & {"good", "bad"}
+    assert all(new in drawn.instruction for _, new in names)
+
+
+def test_labels_are_renamed_in_the_asked_share_of_episodes() -> None:
+    task = make_task()
+    words = label_replacement_words([task])
+    settings = EpisodeSettings(rename_labels=0.3)
+    first_answers = [next(draw_episode(task, settings, row_rng(0, i), words).shots).answer for i in range(1000)]
+    assert 240 < sum(answer not in ("good", "bad") for answer in first_answers) < 360
+
+
+def test_balanced_episodes_alternate_the_labels() -> None:
+    drawn = draw_episode(make_task(), EpisodeSettings(sampling="balanced"), row_rng(0, 0))
+    answers = [shot.answer for shot in islice(drawn.shots, 10)]
+    assert answers.count("good") == 5
+
+
+def test_a_range_of_shots_is_drawn_evenly() -> None:
+    counts = [draw_episode(make_task(), EpisodeSettings(shots=(2, 4)), row_rng(0, i)).num_shots for i in range(600)]
+    assert {2, 3, 4} == set(counts)
+    assert all(150 < counts.count(number) < 250 for number in (2, 3, 4))
+
+
+def test_mixtures_weigh_by_size_and_by_name_or_family() -> None:
+    small, large = make_task("small", train=make_task().train[:10]), make_task("large")
+    assert Mixture().task_weights([small, large]) == [1, 1]
+    assert Mixture(kind="size").task_weights([small, large]) == [10, 40]
+    assert Mixture(kind="size", temperature=2.0).task_weights([small, large]) == pytest.approx([10**0.5, 40**0.5])
+    weighted = Mixture(kind="weights", weights={"classification": 2.0, "small": 3.0})
+    assert weighted.task_weights([small, large]) == [3, 2]
+
+
+def test_a_weight_for_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean 'large'"):
+        Mixture(kind="weights", weights={"larg": 2.0}).task_weights([make_task("large")])

@@ -1,0 +1,90 @@
+"""Packed = alone, in values and gradients; and the same as transformers' own attention on one segment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.builders import ARCHITECTURES, tiny_model
+
+from manyicl.errors import UserError
+from manyicl.model.attention import packed_arguments, visible_keys
+from manyicl.model.isolation import packing_error, require_isolation
+
+LENGTHS = (3, 47, 31)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_segment_scores_as_with_the_eager_attention_of_transformers(architecture: str) -> None:
+    ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
+    ours = tiny_model(architecture)(input_ids=ids, use_cache=False).logits
+    theirs = tiny_model(architecture, attention="eager")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_segments_equal_each_alone_in_values_and_gradients(architecture: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    segments = [torch.randint(97, (1, length), generator=generator) for length in LENGTHS]
+    model = tiny_model(architecture)
+
+    packed = model(input_ids=torch.cat(segments, 1), use_cache=False, **packed_arguments(LENGTHS)).logits
+    packed.float().log_softmax(-1)[..., 5].sum().backward()
+    packed_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = [model(input_ids=ids, use_cache=False).logits for ids in segments]
+    sum(part.float().log_softmax(-1)[..., 5].sum() for part in alone).backward()  # type: ignore[union-attr]
+
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-5, atol=3e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1e-6
+            torch.testing.assert_close(packed_gradients[name], parameter.grad, rtol=1e-4, atol=3e-6 * scale + 1e-6)
+
+
+def test_gradient_checkpointing_keeps_segments_apart() -> None:
+    model = tiny_model().train()
+    ids = torch.randint(97, (1, sum(LENGTHS)))
+    plain = model(input_ids=ids, use_cache=False, **packed_arguments(LENGTHS)).logits
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    checkpointed = model(input_ids=ids, use_cache=False, **packed_arguments(LENGTHS)).logits
+    torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
+    checkpointed.sum().backward()
+
+
+def test_a_window_counts_the_token_itself() -> None:
+    assert visible_keys(2, 5, window=2).tolist() == [
+        [False, False, True, True, False],
+        [False, False, False, True, True],
+    ]
+    assert visible_keys(2, 4, window=None).tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2"])
+def test_models_that_isolate_pass_the_comparison(architecture: str) -> None:
+    model = tiny_model(architecture)
+    assert packing_error(model) < 1e-4
+    require_isolation(model)
+
+
+def test_a_model_that_mixes_segments_is_refused_with_the_reason() -> None:
+    model = tiny_model("bloom", n_layer=2, n_head=4)
+    with pytest.raises(UserError, match="mixes the episodes"):
+        require_isolation(model)
+
+
+def test_a_model_with_another_attention_is_refused() -> None:
+    """Transformers' own attention does not see the segment ends, only restarting positions."""
+    model = tiny_model("mamba", attention="eager", state_size=4)
+    with pytest.raises(UserError, match=r"mixes the episodes|cannot be called"):
+        require_isolation(model)
+
+
+def test_a_mask_is_refused_rather_than_ignored() -> None:
+    model = tiny_model()
+    layer = model.get_submodule("model.layers.0.self_attn")
+    from manyicl.model.attention import isolated_attention
+
+    states = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(UserError, match="attention_mask"):
+        isolated_attention(layer, states, states, states, torch.ones(1, 1, 3, 3))
