@@ -175,9 +175,9 @@ def tiny_model(
 
 
 def tiny_loaded(
-    architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0, **changes: object
+    architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0
 ) -> LoadedModel:
     """A tiny model with a tokenizer and a manifest, as if loaded from a folder."""
     tokenizer = tokenizer or byte_level_bpe()
-    model = tiny_model(architecture, len(tokenizer), seed, **changes)
+    model = tiny_model(architecture, len(tokenizer), seed)
     return LoadedModel(model, tokenizer, Manifest(max_context_tokens=256), fingerprint(model), f"tiny-{architecture}")

@@ -42,7 +42,7 @@ class Template:
             self._compiled = _ENVIRONMENT.from_string(source)
             self.columns: tuple[str, ...] = _columns_named_in(_ENVIRONMENT.parse(source))
         except TemplateSyntaxError as error:
-            raise UserError(f"Template {source!r} does not parse: {error.message}.") from error
+            raise UserError(f"Template {source!r} does not parse: {(error.message or '').rstrip('.')}.") from error
         self.source = source
         self._class_names = {column: names for column, names in (class_names or {}).items() if column in self.columns}
 

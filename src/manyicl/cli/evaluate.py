@@ -1,0 +1,112 @@
+"""`manyicl evaluate`: model, tasks, shots -> one record per result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyicl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from manyicl.engine.engine import Engine
+    from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves
+    from manyicl.tasks.task import Task
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
+    tasks: Annotated[
+        list[str], typer.Option("--tasks", "-t", help="Task folder, task.yaml or pattern; may be repeated.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")],
+    shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Test rows asked of each task.")] = 200,
+    data_root: Annotated[Path | None, typer.Option(help="Where relative data paths of tasks begin.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Changes speed and memory, not results.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the query order and of the first draw.")] = 0,
+    name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
+) -> None:
+    """Measure how a model's score grows with the number of examples in its context.
+
+    Every task, shot count and seed becomes one record in the output folder; a second run skips what is there. The
+    same test rows are asked at every shot count, seed and model, so that models can be compared pair by pair.
+
+    Examples:
+
+        manyicl evaluate --model runs/one-model --tasks tasks/banking77 --output results
+
+        manyicl evaluate --model hf:HuggingFaceTB/SmolLM2-135M --tasks 'tasks/*' --shots 0,4,16 --output results
+
+        manyicl report results
+    """
+    shot_counts = parse_shots(shots)
+
+    from rich.console import Console
+
+    from manyicl.engine.engine import Engine
+    from manyicl.evaluation.report import print_table
+    from manyicl.evaluation.shot_curve import EvaluationSettings
+    from manyicl.tasks.files import load_tasks
+
+    console = Console()
+    settings = EvaluationSettings(
+        shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed, batch_size=batch_size
+    )
+    loaded = load_tasks(tasks, data_root)
+    engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_context_tokens=max_context_tokens)
+    curves = measure_with_progress(engine, loaded, output, settings, name, console)
+    print_table(curves.results, console)
+    found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
+    console.print(
+        f"{len(curves.results)} results in {output}{found}. Next: manyicl report {output}", markup=False, soft_wrap=True
+    )
+
+
+def measure_with_progress(
+    engine: Engine,
+    tasks: list[Task],
+    output: Path,
+    settings: EvaluationSettings,
+    name: str | None,
+    console: Console,
+) -> ShotCurves:
+    """Measure shot curves and show how far they are."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from manyicl.evaluation.result import Result
+    from manyicl.evaluation.shot_curve import measure_shot_curves
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("evaluating", total=len(tasks) * len(settings.points()))
+
+        def advance(result: Result, found: bool) -> None:
+            score = f"{result.task}, {result.num_shots_asked} shots: {result.score:.3f}"
+            progress.update(bar, advance=1, description=score if not found else f"{result.task}, found")
+
+        return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
+
+
+def parse_shots(text: str) -> tuple[int, ...]:
+    """Read ``0,1,4`` as ascending shot counts.
+
+    Raises:
+        UserError: If a part is not a whole number of at least 0.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = next((part for part in parts if not part.isdecimal()), None)
+    if wrong is not None or not parts:
+        raise UserError(
+            f"--shots expects whole numbers from 0 separated by commas, such as 0,1,4,16; found {wrong or text!r}."
+        )
+    return tuple(sorted({int(part) for part in parts}))

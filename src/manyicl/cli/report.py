@@ -1,0 +1,44 @@
+"""`manyicl report`: records -> table on the terminal and one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report_command(
+    results: Annotated[Path, typer.Argument(help="Folder of results; folders inside it are read too.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write. [default: RESULTS/report.html]")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write the curves as .svg, .png or .pdf.")] = None,
+    title: Annotated[str, typer.Option(help="Head of the page.")] = "Shot curves",
+    per_task: Annotated[bool, typer.Option("--per-task", help="Print a table for every task too.")] = False,
+) -> None:
+    """Draw tables and shot curves from the records that `manyicl evaluate` wrote.
+
+    No model is loaded. The page is one file that opens without a network.
+
+    Examples:
+
+        manyicl report results
+
+        manyicl report results --output shot-curves.html --plot shot-curves.png
+
+        manyicl report results --per-task
+    """
+    from rich.console import Console
+
+    from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+    from manyicl.evaluation.result import ResultStore
+
+    console = Console()
+    records = ResultStore(results).load()
+    print_table(records, console, per_task=per_task)
+    if plot is not None:
+        plot_shot_curves(records, plot)
+        console.print(f"Curves: {plot}", markup=False, soft_wrap=True)
+    page = write_report(results, output or results / "report.html", title=title)
+    console.print(f"Report: {page}", markup=False, soft_wrap=True)

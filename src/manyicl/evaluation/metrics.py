@@ -1,0 +1,219 @@
+"""Prediction, references -> score. Every score lies in [0, 1] and more is better."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+from manyicl.errors import UserError, did_you_mean
+from manyicl.evaluation.numbers import last_number, only_number, same_number
+from manyicl.evaluation.words import WordTokenizer
+from manyicl.tasks.task import Task
+
+References = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A named way to score predictions.
+
+    Attributes:
+        name: As in a task's ``metric``.
+        of_example: Scores one prediction against its accepted answers; None if only a whole set has a score.
+        of_corpus: Scores a whole set; None where that is the mean over examples.
+        higher_is_better: True for all of them; stated so that nobody has to guess.
+        description: One line for tables and help.
+    """
+
+    name: str
+    of_example: Callable[[str, References], float] | None
+    description: str
+    of_corpus: Callable[[Sequence[str], Sequence[References]], float] | None = None
+    higher_is_better: bool = True
+
+    def score(self, predictions: Sequence[str], references: Sequence[References]) -> float:
+        """Score a set of predictions.
+
+        Raises:
+            ValueError: If the set is empty or the two sides differ in length.
+        """
+        if len(predictions) != len(references) or not predictions:
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+        if self.of_corpus is not None:
+            return self.of_corpus(predictions, references)
+        return fmean(self.of_each(predictions, references))
+
+    def of_each(self, predictions: Sequence[str], references: Sequence[References]) -> tuple[float, ...]:
+        """Score each prediction; (Q,).
+
+        Raises:
+            ValueError: If this metric has no score of one example.
+        """
+        if self.of_example is None:
+            raise ValueError(f"{self.name} has no score of one example")
+        return tuple(map(self.of_example, predictions, references))
+
+
+def accuracy(prediction: str, references: References) -> float:
+    """Score 1 if the answer is an accepted one, white space at its ends aside.
+
+    >>> accuracy("world", ("world",))
+    1.0
+    """
+    return float(prediction.strip() in {reference.strip() for reference in references})
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Mean F1 over all labels that occur among answers or predictions (scikit-learn's default).
+
+    Where several answers are accepted, a prediction that is one of them counts as that label, any other
+    against the first.
+    """
+    from sklearn.metrics import f1_score
+
+    pairs = [
+        (prediction if prediction in accepted else accepted[0], prediction)
+        for prediction, accepted in zip(predictions, references, strict=True)
+    ]
+    truth, answered = zip(*pairs, strict=True)
+    return float(f1_score(truth, answered, average="macro", zero_division=0.0))
+
+
+def squad_normalised(text: str) -> str:
+    """Lower-case, without ASCII punctuation, English articles and extra white space.
+
+    Source: Rajpurkar et al. 2016, the official SQuAD script. Departure: a text of which nothing is left, such
+    as the option "A", is only lower-cased, else "A" and "the" would be the same answer.
+    """
+    lowered = text.lower()
+    bare = "".join(character for character in lowered if character not in string.punctuation)
+    kept = " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return kept or " ".join(lowered.split())
+
+
+def exact_match(prediction: str, references: References) -> float:
+    """Score 1 if prediction and an accepted answer are equal in SQuAD's normalisation.
+
+    It drops points and minus signs: for numbers ask ``numeric_match``.
+
+    >>> exact_match("The Eiffel Tower.", ("eiffel tower",))
+    1.0
+    """
+    return float(squad_normalised(prediction) in map(squad_normalised, references))
+
+
+def token_f1(prediction: str, references: References) -> float:
+    """F1 over words in SQuAD's normalisation, the best over accepted answers.
+
+    >>> token_f1("the big red dog", ("red dog",))
+    0.8
+    """
+    return max(_token_f1(squad_normalised(prediction), squad_normalised(one)) for one in references)
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    shown, wanted = prediction.split(), reference.split()
+    if not shown or not wanted:
+        return float(shown == wanted)
+    shared = sum((Counter(shown) & Counter(wanted)).values())
+    return 2 * shared / (len(shown) + len(wanted))
+
+
+@lru_cache
+def _rouge_scorer(kind: str) -> Any:
+    """Build rouge-score's scorer once per kind; importing it costs about a second."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([kind], tokenizer=WordTokenizer())
+
+
+def _rouge(kind: str) -> Callable[[str, References], float]:
+    def rouge(prediction: str, references: References) -> float:
+        return float(_rouge_scorer(kind).score_multi(list(references), prediction)[kind].fmeasure)
+
+    return rouge
+
+
+def numeric_match(prediction: str, references: References) -> float:
+    """Score 1 if the last number of the prediction is the number an accepted answer means.
+
+    An answer that means no single number ("none of these", "2^11 - 1") is compared as text, case and spaces
+    aside. See ``manyicl.evaluation.numbers`` for how numbers are read.
+
+    >>> numeric_match("So she pays $1,000.00", ("1000",))
+    1.0
+    >>> numeric_match("3/4", ("0.75",))
+    1.0
+    """
+    value = last_number(prediction)
+    for reference in references:
+        wanted = only_number(reference)
+        if wanted is None:
+            if _without_spaces(prediction) == _without_spaces(reference):
+                return 1.0
+        elif value is not None and same_number(value, wanted):
+            return 1.0
+    return 0.0
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", accuracy, "share of answers that are right"),
+        Metric("macro_f1", None, "mean F1 over labels", macro_f1),
+        Metric("exact_match", exact_match, "share of answers equal in SQuAD's normalisation"),
+        Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation"),
+        Metric("rouge1", _rouge("rouge1"), "ROUGE-1 F1, words of any script"),
+        Metric("rouge2", _rouge("rouge2"), "ROUGE-2 F1, words of any script"),
+        Metric("rougeL", _rouge("rougeL"), "ROUGE-L F1, words of any script"),
+        Metric("numeric_match", numeric_match, "share of answers with the right number"),
+    )
+}
+
+
+def metric_named(name: str) -> Metric:
+    """Return a metric by name.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    if name not in METRICS:
+        raise UserError(f"Unknown metric {name!r}.{did_you_mean(name, METRICS)} Known: {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """Return the task's primary metric and, after it, the companions that its results record.
+
+    Raises:
+        UserError: If the task names an unknown metric, or macro-F1 without a closed label set.
+    """
+    primary = metric_named(task.metric).name
+    if primary == "macro_f1" and task.labels is None:
+        raise UserError(
+            f"Task {task.name!r} names the metric macro_f1 and has no closed label set. "
+            "Use accuracy, or name its labels."
+        )
+    return tuple(dict.fromkeys((primary, *_companions(task))))
+
+
+def _companions(task: Task) -> tuple[str, ...]:
+    if task.labels is not None:
+        return ("accuracy", "macro_f1")
+    if task.choices_column is not None:
+        return ("accuracy",)
+    if task.family == "math":
+        return ("numeric_match", "exact_match")
+    if task.family in ("summarization", "generation"):
+        return ("rouge1", "rouge2", "rougeL")
+    return ("exact_match", "token_f1")

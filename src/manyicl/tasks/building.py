@@ -1,0 +1,349 @@
+"""Rows and the keys of a task file -> Task: rendering, the rules a row must keep, the split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from manyicl.errors import UserError, did_you_mean
+from manyicl.tasks.rows import LocatedRow
+from manyicl.tasks.schema import OneFile, TaskFile
+from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.template import Template, as_written
+
+ON_BOTH_SIDES = "training row that stands in test too"
+_BLANK_LINE = "\n\n"
+_BARE_COLUMN = re.compile(r"\s*\{\{\s*(?:(?P<name>[^\W\d]\w*)|row\['(?P<quoted>[^']+)'\])\s*\}\}\s*")
+
+
+class _BadRowError(Exception):
+    """A row breaks a rule: ``reason`` is what is counted, the message what is said."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+class TaskBuilder:
+    """Renders the rows of one task and holds them to its rules."""
+
+    def __init__(self, spec: TaskFile, place: str, default_name: str = "") -> None:
+        """Compile the templates.
+
+        Raises:
+            UserError: If a template is wrong.
+        """
+        self.spec = spec
+        self.place = place
+        self.name = spec.name or re.sub(r"[\s/\\,:]+", "_", default_name)
+        self.dropped: Counter[str] = Counter()
+        self.query_template = self._template(spec.query, "query")
+        self.answer_template = self._template(spec.answer, "answer")
+        bare = _BARE_COLUMN.fullmatch(spec.answer)
+        self.answer_column = (bare["name"] or bare["quoted"]) if bare else None
+        labels = spec.closed_labels
+        self.labels = labels if isinstance(labels, tuple) else None
+        self.closed = labels is not None
+        # The query of a row must be the same text here and in the engine, so both ask the task itself.
+        self.shell = Task(
+            name=self.name,
+            family=spec.family,
+            metric=spec.chosen_metric,
+            train=(),
+            test=(),
+            labels=self.labels,
+            instruction_template=self._compiled(spec.instruction, "instruction") if spec.instruction else None,
+            query_template=self.query_template,
+            columns=self.query_template.columns,
+            choices_column=spec.choices,
+            source=spec.source or self.name,
+            data_hash="",
+            dropped={},
+            max_answer_tokens=spec.max_answer_tokens,
+        )
+        try:
+            self.shell.instruction()
+        except UserError as error:
+            raise UserError(f"{place}: instruction: {error}") from error
+
+    def _template(self, source: str, key: str) -> Template:
+        template = self._compiled(source, key)
+        if not template.columns:
+            raise UserError(
+                f"{self.place}: {key}: the template {source!r} names no column; write one in braces, as in "
+                f"'{{{{ {source.strip() if source.strip().isidentifier() else 'text'} }}}}'."
+            )
+        return template
+
+    def _compiled(self, source: str, key: str) -> Template:
+        try:
+            return Template(source, self.spec.class_names)
+        except UserError as error:
+            raise UserError(f"{self.place}: {key}: {error}") from error
+
+    def two_sided_task(self, train: Iterable[LocatedRow], test: Iterable[LocatedRow]) -> Task:
+        """Make the task of rows that come with their sides."""
+        return self._finish(_Sides(self._render_all(train), self._render_all(test)))
+
+    def split_task(self, rows: Sequence[LocatedRow]) -> Task:
+        """Make the task of rows that are split here."""
+        data = self.spec.data
+        assert isinstance(data, OneFile)
+        groups: dict[str, str] = {}
+        if data.group is not None:
+            require_column(rows, data.group, Path(data.file))
+            groups = {row.origin: str(row.columns[data.group]) for row in rows}
+        sides = _split(self._render_all(rows), data, groups, self.closed)
+        if data.test_fraction > 0 and not sides.test:
+            raise UserError(
+                f"{self.place}: task {self.name!r} has too few rows to leave any for testing; add rows, or set "
+                "test_fraction to 0 to use all as demonstrations."
+            )
+        return self._finish(sides)
+
+    def _render_all(self, rows: Iterable[LocatedRow]) -> tuple[Example, ...]:
+        """Render rows; one that breaks a rule is refused, or dropped and counted, as the task file says."""
+        examples = []
+        for row in rows:
+            try:
+                examples.append(self._render(row))
+            except _BadRowError as error:
+                if self.spec.bad_rows == "refuse":
+                    raise UserError(
+                        f"{row.place}: {error} Mend the row, or set `bad_rows: drop` in the task file of {self.name!r}."
+                    ) from error
+                self.dropped[error.reason] += 1
+        return tuple(examples)
+
+    def _render(self, row: LocatedRow) -> Example:
+        """Render one row to an example.
+
+        Raises:
+            UserError: If a column is missing or the row holds several labels.
+            _BadRowError: If the row breaks a rule.
+        """
+        try:
+            query = self.shell.query(row.columns)
+            answers = self._answers(row)
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from error
+        for text in (query.text, *(query.choices or ()), *answers):
+            _require_text(text)
+        if not query.text.strip():
+            raise _BadRowError("empty query", "the query is empty.")
+        for answer in (*answers, *(query.choices or ())):
+            _require_answer(answer)
+        self._require_known(answers[0], query, row)
+        return Example(query, answers[0], answers, row.origin)
+
+    def _answers(self, row: LocatedRow) -> tuple[str, ...]:
+        """Render every accepted answer, the canonical one first, without repeats."""
+        listed = row.columns.get(self.answer_column) if self.answer_column is not None else None
+        if isinstance(listed, list | tuple):
+            if not listed:
+                raise _BadRowError("empty answer", f"the answer column {self.answer_column!r} holds an empty list.")
+            answers = [
+                self.answer_template.render({**row.columns, str(self.answer_column): answer}) for answer in listed
+            ]
+        else:
+            answers = [self.answer_template.render(row.columns)]
+        if self.closed:
+            self._refuse_several_labels(answers, row)
+        if self.spec.references is not None:
+            references = row.columns.get(self.spec.references)
+            if not isinstance(references, list | tuple):
+                raise UserError(
+                    f"the column {self.spec.references!r} lists the accepted answers; expected a list, "
+                    f"found {references!r}."
+                )
+            answers += [str(as_written(reference)) for reference in references]
+        return tuple(dict.fromkeys(answer.strip() for answer in answers))
+
+    def _refuse_several_labels(self, answers: Sequence[str], row: LocatedRow) -> None:
+        """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""
+        several = self._several_labels(answers, row)
+        if len(several) > 1:
+            raise UserError(
+                f"task {self.name!r} is multi-label: this row has {sorted(several)}. One answer of a closed "
+                "set is expected for each row; keep the rows with one label, or make a yes/no task of each label."
+            )
+
+    def _several_labels(self, answers: Sequence[str], row: LocatedRow) -> set[str]:
+        """Find several labels in one answer: a list as it stands, a list joined, or a text that joins labels."""
+        if len(answers) > 1:
+            return set(answers)
+        answer = answers[0]
+        for column in self.answer_template.columns:
+            value = row.columns.get(column)
+            if isinstance(value, list | tuple) and answer not in map(str, value):
+                return set(map(str, value))
+        parts = {part.strip() for part in re.split(r"[,;|]", answer)}
+        return parts if self.labels and answer not in self.labels and parts <= set(self.labels) else {answer}
+
+    def _require_known(self, answer: str, query: Query, row: LocatedRow) -> None:
+        """Hold an answer to the row's options or to the closed set."""
+        if query.choices is not None and answer not in query.choices:
+            raise _BadRowError(
+                "answer is no option",
+                f"the answer {answer!r} is none of the row's options {list(query.choices)}.",
+            )
+        if self.labels is not None and answer not in self.labels:
+            shown = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
+            raise _BadRowError(
+                "label outside the closed set",
+                f"{answer!r} is no label of task {self.name!r}; its labels are {shown}."
+                f"{did_you_mean(answer, self.labels)}",
+            )
+
+    def _finish(self, sides: _Sides) -> Task:
+        """Take repeated rows off the training side, settle the labels, hash the examples."""
+        train = self._without_test_rows(sides)
+        if not train:
+            raise UserError(f"{self.place}: task {self.name!r} has no training rows{self._dropped_note()}.")
+        test = sides.test
+        labels = self.labels
+        if self.closed and labels is None:
+            labels = tuple(sorted({example.answer for example in train}))
+            if len(labels) < 2:
+                raise UserError(
+                    f"{self.place}: task {self.name!r} takes its labels from the training rows, and all have "
+                    f"the answer {labels[0]!r}; expected two labels at least."
+                )
+            test = self._with_known_labels(test, labels)
+        if sides.test and not test:
+            raise UserError(f"{self.place}: task {self.name!r} has no test rows{self._dropped_note()}.")
+        return replace(
+            self.shell,
+            train=train,
+            test=test,
+            labels=labels,
+            data_hash=hash_examples(train, test),
+            dropped=dict(self.dropped),
+        )
+
+    def _dropped_note(self) -> str:
+        if not self.dropped:
+            return ""
+        return " left; dropped: " + ", ".join(f"{count} ({reason})" for reason, count in self.dropped.items())
+
+    def _without_test_rows(self, sides: _Sides) -> tuple[Example, ...]:
+        asked = {normalised(example.query.text) for example in sides.test}
+        train = tuple(example for example in sides.train if normalised(example.query.text) not in asked)
+        if len(train) < len(sides.train):
+            self.dropped[ON_BOTH_SIDES] += len(sides.train) - len(train)
+        return train
+
+    def _with_known_labels(self, test: tuple[Example, ...], labels: tuple[str, ...]) -> tuple[Example, ...]:
+        unknown = [example for example in test if example.answer not in labels]
+        if unknown and self.spec.bad_rows == "refuse":
+            raise UserError(
+                f"{self.place}: {unknown[0].origin}: no training row of task {self.name!r} has the label "
+                f"{unknown[0].answer!r}, which {len(unknown)} test rows have.{did_you_mean(unknown[0].answer, labels)} "
+                "List all labels under `labels:`, take another family if answers are free, or set `bad_rows: drop`."
+            )
+        if unknown:
+            self.dropped["label that no training row has"] += len(unknown)
+        return tuple(example for example in test if example.answer in labels)
+
+
+def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
+    """Refuse rows that lack a column.
+
+    Raises:
+        UserError: If there are no rows, or one lacks the column.
+    """
+    for row in rows:
+        if column not in row.columns:
+            raise UserError(
+                f"{row.place}: the column {column!r} is missing; the row has {sorted(row.columns)}."
+                f"{did_you_mean(column, row.columns)}"
+            )
+    if not rows:
+        raise UserError(f"{path} holds no rows.")
+
+
+def normalised(query_text: str) -> str:
+    """Return what makes two queries the same: case folded, white space collapsed."""
+    return " ".join(query_text.casefold().split())
+
+
+def hash_examples(train: Iterable[Example], test: Iterable[Example]) -> str:
+    """Hash the rendered examples of both sides (SHA-256, hex): what a model was shown and asked."""
+    digest = hashlib.sha256()
+    for side in (train, test):
+        for example in side:
+            fields = (example.query.text, example.query.choices, example.answer, example.references)
+            digest.update(json.dumps(fields, ensure_ascii=False).encode())
+            digest.update(b"\n")
+        digest.update(b"--\n")
+    return digest.hexdigest()
+
+
+def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str], closed: bool) -> _Sides:
+    """Split rows by fraction and seed; whole groups, where a column ties rows, and no repeat across sides.
+
+    Rows with the same query count as one group, so that a repeat does not fall to the other side. Of closed
+    labels, the first row of each stays in training unless groups forbid it: a label never shown cannot be given.
+    """
+    group_of = [groups.get(example.origin) or normalised(example.query.text) for example in examples]
+    order = sorted(set(group_of))
+    random.Random(f"split {data.seed}").shuffle(order)
+    kept: set[str] = set()
+    if closed and not groups:
+        first_of_label: dict[str, str] = {}
+        rank = {group: position for position, group in enumerate(order)}
+        for example, group in sorted(zip(examples, group_of, strict=True), key=lambda pair: rank[pair[1]]):
+            first_of_label.setdefault(example.answer, group)
+        kept = set(first_of_label.values())
+    sizes = Counter(group_of)
+    wanted = round(len(examples) * data.test_fraction)
+    if data.test_fraction > 0:
+        wanted = max(1, wanted)
+    test_groups: set[str] = set()
+    num_test = 0
+    for group in order:
+        if num_test >= wanted:
+            break
+        if group not in kept:
+            test_groups.add(group)
+            num_test += sizes[group]
+    sides = list(zip(examples, group_of, strict=True))
+    return _Sides(
+        train=tuple(example for example, group in sides if group not in test_groups),
+        test=tuple(example for example, group in sides if group in test_groups),
+    )
+
+
+def _require_text(text: str) -> None:
+    """Refuse half characters: JSON may hold lone surrogates, which no tokenizer or file can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRowError(
+            "broken character", f"a text holds half a character, {text[error.start : error.end]!r}."
+        ) from error
+
+
+def _require_answer(answer: str) -> None:
+    """Refuse an answer that could not be supervised or would end early."""
+    if not answer:
+        raise _BadRowError("empty answer", "an answer or option is empty.")
+    if _BLANK_LINE in answer:
+        shown = answer if len(answer) <= 60 else answer[:59] + "…"
+        raise _BadRowError(
+            "blank line in answer",
+            f"the answer {shown!r} holds a blank line, which ends an answer; collapse it in the answer "
+            "template, as in `{{ answer | replace('\\n\\n', '\\n') }}`.",
+        )

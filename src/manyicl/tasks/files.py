@@ -1,0 +1,277 @@
+"""task.yaml and rows, local or from the Hub -> Task."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from manyicl.errors import UserError, did_you_mean
+from manyicl.tasks.building import TaskBuilder, require_column
+from manyicl.tasks.rows import (
+    SUFFIXES,
+    LoadDataset,
+    LocatedRow,
+    nearest_path,
+    read_hub_rows,
+    read_rows,
+    require_file,
+)
+from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, checked, read_task_file
+from manyicl.tasks.task import FAMILIES, Family, Task
+from manyicl.tasks.template import as_written
+
+TASK_FILE = "task.yaml"
+_TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)
+_MOST_LABELS_INFERRED = 100
+
+
+def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: LoadDataset | None = None) -> Task:
+    """Load one task: a folder with a ``task.yaml``, that file itself, or a table such as ``tickets.csv:text:label``.
+
+    A relative data path in ``task.yaml`` is looked for beside that file first, then under ``data_root``.
+
+    Args:
+        path: What to load.
+        data_root: A second place where data paths may begin.
+        load_dataset: Stands in for ``datasets.load_dataset``.
+
+    Raises:
+        UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
+    """
+    if data_root is not None and not data_root.is_dir():
+        raise UserError(f"The data root {data_root} is no folder.{nearest_path(data_root)}")
+    table = _TABLE.fullmatch(str(path))
+    if table is not None and not Path(path).exists():
+        return _task_from_table(table["path"], table["columns"])
+    file = _task_file(Path(path))
+    return _build_task(read_task_file(file), file, data_root, load_dataset)
+
+
+def load_tasks(patterns: Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
+    """Load tasks by folders, ``task.yaml`` files, folders of task folders, globs and tables, each once.
+
+    Args:
+        patterns: Such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``.
+        data_root: A second place where data paths may begin; see ``load_task``.
+
+    Raises:
+        UserError: If a pattern matches nothing, two tasks have one name, or a task is wrong.
+    """
+    places: dict[str, str | Path] = {}
+    for pattern in patterns:
+        for place in task_places(pattern):
+            places.setdefault(str(place.resolve()) if isinstance(place, Path) else place, place)
+    tasks: dict[str, Task] = {}
+    place_of: dict[str, str | Path] = {}
+    for place in places.values():
+        task = load_task(place, data_root)
+        if task.name in tasks:
+            raise UserError(
+                f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}. "
+                "Rename one with `name:` in its task.yaml."
+            )
+        tasks[task.name] = task
+        place_of[task.name] = place
+    return list(tasks.values())
+
+
+def task_places(pattern: str | Path) -> list[str | Path]:
+    """List the task files, or the table, that one pattern stands for.
+
+    Raises:
+        UserError: If it stands for nothing.
+    """
+    path = Path(pattern)
+    if not path.exists():
+        if _TABLE.fullmatch(str(pattern)):
+            return [str(pattern)]
+        if glob.has_magic(str(pattern)):
+            return _matching_places(str(pattern))
+    if path.is_dir() and not (path / TASK_FILE).is_file():
+        found = sorted(path.rglob(TASK_FILE))
+        if not found:
+            raise UserError(f"The folder {path} holds no {TASK_FILE}, nor does any folder in it.")
+        return list(found)
+    return [_task_file(path)]
+
+
+def _matching_places(pattern: str) -> list[str | Path]:
+    """List the task files under all that a glob matches; other files that it matches are passed over."""
+    places: list[str | Path] = []
+    for match in map(Path, sorted(glob.glob(pattern, recursive=True))):  # noqa: PTH207
+        if match.is_dir():
+            places += sorted(match.rglob(TASK_FILE))
+        elif match.suffix in (".yaml", ".yml"):
+            places.append(match)
+    if not places:
+        raise UserError(f"No {TASK_FILE} matches {pattern!r}; the pattern is relative to {Path.cwd()}.")
+    return places
+
+
+def _task_file(path: Path) -> Path:
+    """Find the task.yaml that a path names."""
+    if path.is_dir():
+        if not (path / TASK_FILE).is_file():
+            raise UserError(f"The folder {path} holds no {TASK_FILE}.{did_you_mean(TASK_FILE, _names_in(path))}")
+        return path / TASK_FILE
+    if not path.is_file():
+        raise UserError(
+            f"The task {str(path)!r} does not exist.{nearest_path(path)} "
+            "`manyicl tasks list FOLDER` lists those of a folder."
+        )
+    if path.suffix.lower() in SUFFIXES:
+        raise UserError(
+            f"{path} is a table; name its columns too, as in {path.name}:text:label for a query column `text` "
+            "and an answer column `label`."
+        )
+    return path
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _task_from_table(path: str, columns: str) -> Task:
+    """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``."""
+    form = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
+    pair, *options = columns.split(",")
+    query_column, arrow, answer_column = pair.partition("->")
+    if not arrow:
+        query_column, _, answer_column = pair.partition(":")
+    if not query_column.strip() or not answer_column.strip():
+        raise UserError(
+            f"{path}:{columns}: expected {form}; found no answer column. "
+            "(A shell cuts an unquoted `->` off; write a colon instead.)"
+        )
+    settings = dict(option.partition("=")[::2] for option in options)
+    known = ("group", "test_fraction", "seed", "family", "name")
+    for key, value in settings.items():
+        if key not in known or not value:
+            raise UserError(f"{path}:{columns}: expected {form}; found {key!r}.{did_you_mean(key, known)}")
+    family = settings.pop("family", None)
+    if family is not None and family not in FAMILIES:
+        raise UserError(
+            f"{path}: family is one of {', '.join(FAMILIES)}; found {family!r}.{did_you_mean(family, FAMILIES)}"
+        )
+    name = settings.pop("name", None)
+    data = checked(OneFile, {"file": path, **settings}, path)
+    return task_from_file(
+        path,
+        query_column.strip(),
+        answer_column.strip(),
+        name=name,
+        family=family,  # type: ignore[arg-type]
+        test_fraction=data.test_fraction,
+        seed=data.seed,
+        group=data.group,
+    )
+
+
+def task_from_file(
+    path: str | Path,
+    query_column: str,
+    answer_column: str,
+    *,
+    name: str | None = None,
+    family: Family | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    group: str | None = None,
+) -> Task:
+    """Make a task of one table with two named columns: no task.yaml needed.
+
+    Where no family is given, answers decide it. They are *labels* (classification, labels from the training
+    rows) if there are at least two and at most 100 different ones, without line breaks, and each stands in
+    five rows or more on average; any other answers are *free* (generation). Rows without an answer are
+    dropped and counted, because tables of labelled and unlabelled rows are common.
+
+    Args:
+        path: A CSV, TSV, JSONL or Parquet file.
+        query_column: Column that is asked.
+        answer_column: Column that holds the answer.
+        name: Of the task; by default the file's name without its suffix.
+        family: If not to be inferred.
+        test_fraction: Share of the rows that are only ever asked.
+        seed: Of the split.
+        group: Column whose rows stay on one side together.
+
+    Raises:
+        UserError: If the file or a column is missing, or a row is broken.
+    """
+    path = Path(path)
+    rows = read_rows(path)
+    for column in filter(None, (query_column, answer_column, group)):
+        require_column(rows, column, path)
+    kept = [row for row in rows if str(as_written(row.columns[answer_column])).strip()]
+    if family is None:
+        family = _inferred_family([row.columns[answer_column] for row in kept])
+    data: dict[str, Any] = {"file": str(path), "test_fraction": test_fraction, "seed": seed, "group": group}
+    spec = checked(
+        TaskFile,
+        {
+            "name": name or re.sub(r"[\s/\\,:]+", "_", path.stem),
+            "family": family,
+            "query": _column_template(query_column),
+            "answer": _column_template(answer_column),
+            "data": checked(OneFile, data, str(path)),
+        },
+        str(path),
+    )
+    builder = TaskBuilder(spec, str(path))
+    if len(kept) < len(rows):
+        builder.dropped["empty answer"] = len(rows) - len(kept)
+    return builder.split_task(kept)
+
+
+def _inferred_family(answers: Sequence[object]) -> Literal["classification", "generation"]:
+    """Tell labels from free answers; ``task_from_file`` states the rule."""
+    counts = Counter(str(as_written(answer)).strip() for answer in answers)
+    closed = 2 <= len(counts) <= _MOST_LABELS_INFERRED and len(answers) >= 5 * len(counts)
+    return "classification" if closed and not any("\n" in answer for answer in counts) else "generation"
+
+
+def _column_template(column: str) -> str:
+    """Write the template of a column alone."""
+    if column.isidentifier() and column not in {"not", "and", "or", "in", "is", "if", "else", "true", "false", "none"}:
+        return f"{{{{ {column} }}}}"
+    if "'" in column or "\\" in column:
+        raise UserError(f"The column {column!r} holds a quote or a backslash; rename it, or write a task.yaml.")
+    return f"{{{{ row['{column}'] }}}}"
+
+
+def _build_task(spec: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:
+    builder = TaskBuilder(spec, str(file), default_name=file.resolve().parent.name)
+    data = spec.data
+    if isinstance(data, OneFile):
+        return builder.split_task(_read_local(data.file, data, file, data_root))
+    if isinstance(data, TwoFiles):
+        train, test = (
+            [row for path in paths for row in _read_local(path, data, file, data_root)]
+            for paths in (data.train, data.test)
+        )
+    else:
+        train, test = (
+            read_hub_rows(data.hf, split, config=data.config, revision=data.revision, load_dataset=load_dataset)
+            for split in (data.train, data.test)
+        )
+    return builder.two_sided_task(train, test)
+
+
+def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:
+    """Read the rows of a data path: beside the task file, else under the data root."""
+    candidates = [task_file.parent / written]
+    if data_root is not None:
+        candidates.append(data_root / written)
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+        hint = nearest_path(candidates[-1])
+        if data_root is None and not hint:
+            hint = " If the data lies elsewhere, name that folder with --data-root."
+        raise UserError(f"{task_file}: the data file {looked} does not exist.{hint}")
+    require_file(path)
+    return read_rows(path, delimiter=data.delimiter, quotes=data.quotes)

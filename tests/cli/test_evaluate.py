@@ -1,0 +1,59 @@
+"""`manyicl evaluate`: arguments in, records out, and one sentence for a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.builders import byte_level_bpe, tiny_model
+
+from manyicl.cli.evaluate import evaluate_command, parse_shots
+from manyicl.errors import UserError
+from manyicl.evaluation.result import ResultStore
+
+
+@pytest.fixture(name="arguments")
+def _arguments(tmp_path: Path) -> dict[str, object]:
+    folder = tmp_path / "model"
+    tokenizer = byte_level_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    table = tmp_path / "reviews.csv"
+    rows = "".join(f"film {i} was fine,{('good', 'bad')[i % 2]}\n" for i in range(40))
+    table.write_text("text,label\n" + rows, encoding="utf-8")
+    return {
+        "model": str(folder),
+        "tasks": [f"{table}:text->label"],
+        "output": tmp_path / "results",
+        "shots": "0,2",
+        "seeds": 2,
+        "queries": 4,
+        "name": "tiny",
+    }
+
+
+def test_it_writes_one_record_per_point_and_skips_them_again(
+    arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_command(**arguments)  # type: ignore[arg-type]
+    records = ResultStore(tmp_path / "results").load()
+    assert [(r.seed, r.num_shots_asked) for r in records] == [(0, 0), (0, 2), (1, 2)]
+    assert "3 results in" in capsys.readouterr().out
+    evaluate_command(**arguments)  # type: ignore[arg-type]
+    assert "3 of them found" in capsys.readouterr().out
+    assert ResultStore(tmp_path / "results").load() == records
+
+
+def test_shots_are_sorted_and_each_counts_once() -> None:
+    assert parse_shots("4, 1,0,4") == (0, 1, 4)
+
+
+@pytest.mark.parametrize("text", ["", ",", "a", "1,-2", "1.5", "1;2", "²"])
+def test_shots_that_are_no_whole_numbers_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--shots expects whole numbers"):
+        parse_shots(text)
+
+
+def test_a_missing_model_is_a_persons_mistake(arguments: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="absent"):
+        evaluate_command(**{**arguments, "model": "runs/absent"})  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Queries in, answers out, in order; and one sentence for what cannot be asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from tests.builders import byte_level_bpe, tiny_model
+
+from manyicl.cli.main import main
+
+
+@pytest.fixture(name="model_folder", scope="module")
+def _model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(name="table")
+def _table(tmp_path: Path) -> Path:
+    path = tmp_path / "tickets.csv"
+    rows = "".join(f"film {i} was fine,{('good', 'bad')[i % 2]}\n" for i in range(40))
+    path.write_text("text,label\n" + rows, encoding="utf-8")
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command as a shell would, and return its exit code."""
+    monkeypatch.setattr("sys.argv", ["manyicl", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    return 0
+
+
+def test_answers_stand_beside_their_queries_in_order(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries = tmp_path / "new.csv"
+    queries.write_text("id,text,answer\n" + "".join(f"00{i},play {i},old\n" for i in range(40)), encoding="utf-8")
+    output = tmp_path / "answers.csv"
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 4]
+    assert run(monkeypatch, *arguments, "--input", queries, "--output", output) == 0
+    rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
+    assert [row["id"] for row in rows] == [f"00{i}" for i in range(40)]
+    assert {row["answer"] for row in rows} <= {"good", "bad"}
+    assert {row["input_answer"] for row in rows} == {"old"}
+    assert all(float(row["log_probability"]) < 0 for row in rows)
+
+
+def test_standard_input_is_answered_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film"}\n\n{"text": "play"}\n'))
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--scores"]
+    assert run(monkeypatch, *arguments, "--input", "-") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["film", "play"]
+    assert set(rows[0]["scores"]) == {"good", "bad"}
+    assert max(rows[0]["scores"], key=rows[0]["scores"].get) == rows[0]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"--model": "runs/nowhere"}, "does not exist"),
+        ({"--input": "nowhere.csv"}, "does not exist"),
+        ({"--output": "answers.txt"}, ".jsonl or .csv"),
+        ({"--output": "nowhere/answers.csv"}, "folder"),
+        ({"--shots": 4000}, "4000"),
+        ({"--task": "nowhere.csv:text:label"}, "nowhere.csv"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    changes: dict[str, object],
+    sentence: str,
+) -> None:
+    arguments = {"--model": model_folder, "--task": f"{table}:text:label", "--input": table, "--output": "-"}
+    flat = [part for pair in {**arguments, **changes}.items() for part in pair]
+    assert run(monkeypatch, "predict", *flat) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert "Traceback" not in printed
+
+
+def test_a_broken_line_of_standard_input_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film"}\n{"text": \n'))
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    assert run(monkeypatch, *arguments) == 2
+    assert "standard input:2" in capsys.readouterr().err

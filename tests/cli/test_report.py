@@ -1,0 +1,33 @@
+"""`manyicl report`: a folder of records in, a table and a page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.evaluation.test_summary import RECORDS
+
+from manyicl.cli.report import report_command
+from manyicl.errors import UserError
+from manyicl.evaluation.result import ResultStore
+
+
+def test_it_prints_a_table_and_writes_page_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, record in enumerate(RECORDS):
+        ResultStore(tmp_path).save(record.model_copy(update={"key": f"{number:016}"}), [], [])
+    report_command(tmp_path, plot=tmp_path / "curves.svg")
+    printed = capsys.readouterr().out
+    assert "mean over families" in printed
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "curves.svg").is_file()
+
+
+def test_a_folder_without_records_is_a_persons_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no result"):
+        report_command(tmp_path)
+
+
+def test_a_broken_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.result.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.result\.json"):
+        report_command(tmp_path)

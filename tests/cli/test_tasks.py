@@ -1,0 +1,73 @@
+"""`manyicl tasks list | check | show` on small tasks and a tokenizer made in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.builders import byte_level_bpe, make_example
+from transformers import Qwen2Config
+from typer.testing import CliRunner, Result
+
+from manyicl.cli.tasks import app, episode_text
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.episode import Episode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    lines = [f"ticket number {i},{'bill paid' if i % 3 else 'bill'}\n" for i in range(200)]
+    (folder / "tickets.csv").write_text("text,label\n" + "".join(lines))
+    tokenizer = byte_level_bpe()
+    tokenizer.save_pretrained(folder / "model")
+    Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_list_names_family_labels_and_rows(folder: Path) -> None:
+    output = run("list", f"{folder}/tickets.csv:text:label").output
+    for word in ("tickets", "classification", "accuracy", "160", "40"):
+        assert word in output
+
+
+def test_check_reports_balance_lengths_and_shots(folder: Path) -> None:
+    table = f"{folder}/tickets.csv:text:label"
+    output = run("check", table, "--tokenizer", folder / "model", "--context", 512).output
+    for word in ("Balance", "bill paid", "shots in 512", "'bill' begins 'bill paid'", "1 checked"):
+        assert word in output
+
+
+def test_check_as_json_holds_every_figure(folder: Path) -> None:
+    output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model", "--json").stdout
+    (check,) = json.loads(output)
+    assert (check["num_train"], check["num_test"]) == (160, 40)
+    assert check["shots_that_fit"]["guaranteed"] > 0
+
+
+def test_show_marks_what_is_supervised(folder: Path) -> None:
+    output = run("show", f"{folder}/tickets.csv:text:label", "--shots", 3, "--model", folder / "model").output
+    assert output.count("«bill") == 3
+    assert "3 answers" in output
+
+
+def test_help_ends_with_examples() -> None:
+    for command in ("list", "check", "show"):
+        assert "manyicl tasks" in run(command, "--help").output.split("Examples:")[1]
+
+
+def test_an_episode_is_drawn_without_loss_and_coloured_where_supervised() -> None:
+    encoder = Encoder(byte_level_bpe())
+    examples = (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja"))
+    episode = encoder.encode_episode(Episode("t", "Say.", examples))
+    drawn = episode_text(episode, encoder, with_marks=True)
+    assert drawn.plain.replace("⏎", "").replace("»\n", "").replace("«", "") == encoder.decode(episode.token_ids)
+    coloured = "".join(drawn.plain[span.start : span.end] for span in drawn.spans if "green" in str(span.style))
+    assert coloured.replace("⏎", "") == "caféja"

@@ -1,0 +1,103 @@
+"""An engine that needs no model: it knows the answers and gives them more often after more demonstrations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from tests.builders import byte_level_bpe, make_example, make_task
+
+from manyicl.engine.engine import Prediction
+from manyicl.episodes.budget import num_tokens_for_asking
+from manyicl.episodes.encoding import Encoder
+from manyicl.model.manifest import Manifest
+from manyicl.tasks.task import Example, Query, Task
+
+
+@cache
+def shared_encoder() -> Encoder:
+    return Encoder(byte_level_bpe())
+
+
+@dataclass(frozen=True)
+class OraclePrefix:
+    task: Task
+    demonstrations: tuple[Example, ...]
+
+    @property
+    def num_shots(self) -> int:
+        return len(self.demonstrations)
+
+
+@dataclass
+class OracleEngine:
+    """Right with probability ``skill * shots / (shots + 8)`` beyond a guess; counts how it is used."""
+
+    reference: str = "oracle"
+    skill: float = 0.9
+    max_context_tokens: int = 100_000
+    manifest: Manifest | None = None
+    encoder: Encoder = field(default_factory=shared_encoder)
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.reference} {self.skill}".encode()).hexdigest()
+
+    @property
+    def trained_context_tokens(self) -> int | None:
+        return self.manifest.max_context_tokens if self.manifest else None
+
+    def max_answer_tokens(self, task: Task) -> int:
+        return 8
+
+    def num_reserved_tokens(self, task: Task) -> int:
+        return num_tokens_for_asking(task, self.encoder, 8)
+
+    def prefill(self, task: Task, demonstrations: Sequence[Example] = ()) -> OraclePrefix:
+        self.calls.append(f"prefill {len(demonstrations)}")
+        return OraclePrefix(task, tuple(demonstrations))
+
+    def extend(self, prefix: OraclePrefix, demonstrations: Sequence[Example]) -> OraclePrefix:
+        self.calls.append(f"extend {len(demonstrations)}")
+        return OraclePrefix(prefix.task, (*prefix.demonstrations, *demonstrations))
+
+    def predict(self, prefix: OraclePrefix, rows: Iterable[Query], *, batch_size: int = 16) -> Iterator[Prediction]:
+        known = {example.query.text: example.answer for example in prefix.task.test}
+        answers = prefix.task.labels or tuple(dict.fromkeys(example.answer for example in prefix.task.train))
+        for row in rows:
+            draw = _draw(self.reference, row.text, *(e.query.text for e in prefix.demonstrations[:3]))
+            right = draw < self.skill * prefix.num_shots / (prefix.num_shots + 8)
+            guess = answers[int(_draw("guess", row.text, str(prefix.num_shots)) * len(answers))]
+            yield Prediction(known[row.text] if right else guess, -0.5)
+
+
+def _draw(*texts: str) -> float:
+    return int(hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+
+
+def small_world(tasks_per_family: int = 1) -> list[Task]:
+    """Tasks of all families with answers that a word of the query tells."""
+    words = ["amber", "birch", "cedar", "dune", "ember", "fjord"]
+    return [
+        _world_task(family, number, words)
+        for family in ("classification", "nli", "qa", "summarization", "math")
+        for number in range(tasks_per_family)
+    ]
+
+
+def _world_task(family: str, number: int, words: list[str]) -> Task:
+    closed = family in ("classification", "nli")
+    answers = ["red", "green", "blue"] if closed else ["one two", "two three", "four"]
+    if family == "math":
+        answers = ["1,000", "3/4", "-7"]
+    name = f"{family}-{number}"
+    rows = [
+        make_example(f"{name} {words[i % 6]} {words[i // 6 % 6]} number {i}", answers[(i + i // 6) % 3])
+        for i in range(120)
+    ]
+    metric = {"qa": "exact_match", "summarization": "rougeL", "math": "numeric_match"}.get(family, "accuracy")
+    labels = tuple(answers) if closed else None
+    return make_task(name, rows[:80], rows[80:], labels, family=family, metric=metric, instruction="Answer.")

@@ -1,0 +1,182 @@
+"""Records -> tables, plots, one page that needs no network."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import cast
+
+import pytest
+from rich.console import Console
+from tests.builders import make_example, make_task
+from tests.evaluation.oracle import OracleEngine, small_world
+from tests.evaluation.test_summary import RECORDS, scored
+
+from manyicl.engine.engine import Engine
+from manyicl.errors import UserError
+from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+from manyicl.evaluation.report.plots import shot_position
+from manyicl.evaluation.result import Result, ResultStore
+from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
+from manyicl.model.manifest import Manifest
+
+EVIL = "<script>alert('x')</script> & [bold]"
+VOID = {"meta", "br", "path", "use", "rect", "img", "link", "input", "hr", "line", "circle"}
+
+
+class WellFormed(HTMLParser):
+    """Complains about a tag that is closed out of order, and collects ids and links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._collect(attrs)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._collect(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag, f"</{tag}> out of order at {self.getpos()}"
+
+    def _collect(self, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [value for name, value in values.items() if name == "id" and value]
+        self.links += [value for name, value in values.items() if name in ("href", "src", "xlink:href") and value]
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    settings = EvaluationSettings(shots=(0, 1, 4, 16), num_seeds=2, num_queries=12)
+    engines = [OracleEngine("base", 0.3), OracleEngine("tuned", 0.9, manifest=Manifest(max_context_tokens=300))]
+    for engine in engines:
+        measure_shot_curves(cast(Engine, engine), small_world(), folder, settings)
+    return folder
+
+
+@pytest.fixture(name="records", scope="module")
+def _records(folder: Path) -> list[Result]:
+    return ResultStore(folder).load()
+
+
+def test_the_page_is_well_formed_and_needs_no_network(folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder, tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+    parser = WellFormed()
+    parser.feed(page)
+    assert parser.open == []
+    assert all(link.startswith("#") for link in parser.links)
+    assert "url(http" not in page
+    sections = [name for name in parser.ids if not re.fullmatch(r"[pm][0-9a-f]{10}", name)]
+    assert len(sections) == len(set(sections))
+    assert {link[1:] for link in parser.links} <= set(parser.ids)
+
+
+def test_the_page_shows_scores_errors_levels_and_provenance(
+    folder: Path, records: list[Result], tmp_path: Path
+) -> None:
+    page = write_report(folder, tmp_path / "report.html", title="My title").read_text(encoding="utf-8")
+    summary = print_table(records, Console(file=io.StringIO()))
+    score = summary.score("tuned", "mean over families", 16)
+    assert score is not None
+    for text in ("My title", f"{score.mean:.3f}", f"±{score.standard_error:.3f}", "majority answer", "TF-IDF"):
+        assert text in page
+    for text in (records[0].model_fingerprint[:16], records[0].versions["torch"], records[0].data_hash[:12], "NLI"):
+        assert text in page
+
+
+def test_worked_predictions_show_the_context_and_every_models_answer(folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder, tmp_path / "report.html").read_text(encoding="utf-8")
+    worked = page[page.index('id="worked"') : page.index('id="provenance"')]
+    task = small_world()[0]
+    for example in task.demonstrations(4, seed=0):
+        assert f'<div class="text">{example.query.text}</div>' in worked
+    assert worked.count("<dt>base</dt>") == worked.count("<dt>tuned</dt>") == 2 * 5
+
+
+def test_texts_of_tasks_and_names_of_models_cannot_write_markup(tmp_path: Path) -> None:
+    rows = [make_example(f"{EVIL} {i}", EVIL if i % 2 else "fine") for i in range(30)]
+    task = make_task(EVIL, rows[:20], rows[20:], ("fine", EVIL))
+    settings = EvaluationSettings(shots=(0, 2), num_seeds=1, num_queries=4)
+    measure_shot_curves(cast(Engine, OracleEngine()), [task], tmp_path, settings, model_name=EVIL)
+    page = write_report(tmp_path, tmp_path / "report.html", title=EVIL).read_text(encoding="utf-8")
+    assert "<script" not in page
+    screen = io.StringIO()
+    print_table(ResultStore(tmp_path).load(), Console(file=screen, width=200), per_task=True)
+    assert "[bold]" in screen.getvalue()
+    plot_shot_curves(ResultStore(tmp_path).load(), tmp_path / "curve.svg")
+
+
+def test_records_alone_make_a_page_without_worked_predictions(records: list[Result], tmp_path: Path) -> None:
+    page = write_report(records, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="worked"' not in page
+
+
+def test_only_the_records_asked_for_are_shown(folder: Path, records: list[Result], tmp_path: Path) -> None:
+    only = [record for record in records if record.model_name == "base"]
+    page = write_report(folder, tmp_path / "report.html", only=only).read_text(encoding="utf-8")
+    assert "tuned" not in page.replace("fine-tuned", "")
+    assert 'id="worked"' in page
+
+
+def test_a_page_is_a_function_of_its_records(records: list[Result], tmp_path: Path) -> None:
+    pages = [write_report(records, tmp_path / f"{i}.html").read_bytes() for i in range(2)]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+def test_curves_are_written_in_each_format(records: list[Result], tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"curves.{ending}"
+    plot_shot_curves(records, path, title="Curves")
+    assert path.stat().st_size > 5000
+
+
+def test_an_unknown_picture_format_is_refused(records: list[Result], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"should end in \.svg"):
+        plot_shot_curves(records, tmp_path / "curves.gif")
+
+
+def test_one_model_one_task_one_shot_count_is_enough(tmp_path: Path) -> None:
+    records = [scored("m", "a", 0, (1.0, 0.0))]
+    write_report(records, tmp_path / "report.html")
+    plot_shot_curves(records, tmp_path / "curve.png")
+
+
+def test_models_without_a_common_task_are_shown_task_by_task(tmp_path: Path) -> None:
+    records = [scored("m", "a", 0, (1.0, 0.0)), scored("n", "b", 0, (1.0, 0.0))]
+    page = write_report(records, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not measured everywhere" in page
+    screen = io.StringIO()
+    print_table(records, Console(file=screen, width=120))
+    assert "In no mean" in screen.getvalue()
+    with pytest.raises(UserError, match="no curve to compare"):
+        plot_shot_curves(records, tmp_path / "curve.png")
+
+
+def test_the_table_fits_eighty_columns_with_eight_shot_counts() -> None:
+    records = [scored("fine-tuned", "a", shots, (1.0, 0.0)) for shots in (0, 1, 2, 4, 8, 16, 32, 64)]
+    screen = io.StringIO()
+    print_table(records, Console(file=screen, width=80))
+    assert "…" not in screen.getvalue()
+    assert screen.getvalue().count("±.500") == 16
+
+
+def test_flags_are_counted_in_sentences() -> None:
+    flagged = [record.model_copy(update={"beyond_training": True, "seen_in_training": True}) for record in RECORDS[:2]]
+    screen = io.StringIO()
+    print_table([*flagged, *RECORDS[2:]], Console(file=screen, width=200))
+    assert "2 of 10 results used more tokens or shots than fine-tuning ever showed." in screen.getvalue()
+    assert "those are not unseen" in screen.getvalue()
+
+
+def test_zero_stands_one_doubling_before_the_first_shot() -> None:
+    assert [shot_position(shots) for shots in (0, 1, 2, 8)] == [-1, 0, 1, 3]
+    assert shot_position(0, smallest=16) == 3

@@ -1,0 +1,217 @@
+"""Task x shots x seed -> records, encoded once, asked alike, skipped when done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+from pydantic import ValidationError
+from tests.builders import make_example, make_task, tiny_loaded
+from tests.evaluation.oracle import OracleEngine, small_world
+
+from manyicl.engine.engine import Engine
+from manyicl.errors import UserError
+from manyicl.evaluation.metrics import METRICS
+from manyicl.evaluation.result import ResultStore
+from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, measure_shot_curves
+from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.tasks.task import Task
+
+SETTINGS = EvaluationSettings(shots=(0, 1, 2, 8), num_seeds=2, num_queries=11)
+
+
+def measure(
+    engine: OracleEngine,
+    tasks: list[Task],
+    output: Path,
+    settings: EvaluationSettings = SETTINGS,
+    name: str | None = None,
+) -> ShotCurves:
+    return measure_shot_curves(cast(Engine, engine), tasks, output, settings, model_name=name)
+
+
+def test_a_curve_has_one_record_per_point_and_one_without_demonstrations(tmp_path: Path) -> None:
+    curves = measure(OracleEngine(), [make_task()], tmp_path)
+    points = [(result.seed, result.num_shots_asked) for result in curves.results]
+    assert points == [(0, 0), (0, 1), (0, 2), (0, 8), (1, 1), (1, 2), (1, 8)]
+
+
+def test_the_prefix_is_encoded_once_per_seed_and_then_extended(tmp_path: Path) -> None:
+    engine = OracleEngine()
+    measure(engine, [make_task()], tmp_path)
+    assert engine.calls == ["prefill 0", "extend 1", "extend 1", "extend 6", "prefill 1", "extend 1", "extend 6"]
+
+
+def test_a_second_run_measures_nothing_and_returns_the_same(tmp_path: Path) -> None:
+    tasks = small_world()
+    first = measure(OracleEngine(), tasks, tmp_path)
+    engine = OracleEngine()
+    second = measure(engine, tasks, tmp_path)
+    assert engine.calls == []
+    assert second.num_found == len(second.results) == len(first.results)
+    assert second.results == first.results
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    curves = measure(OracleEngine(), [make_task()], tmp_path)
+    lost = curves.results[2]
+    (tmp_path / f"{lost.stem}.result.json").unlink()
+    engine = OracleEngine()
+    again = measure(engine, [make_task()], tmp_path)
+    assert engine.calls == ["prefill 2"]
+    assert again.results[2].score == lost.score
+    assert again.results[2].prompt_hash == lost.prompt_hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": SETTINGS.model_copy(update={"seed": 5})},
+        {"settings": SETTINGS.model_copy(update={"num_queries": 12})},
+        {"settings": SETTINGS.model_copy(update={"sampling": "random"})},
+        {"tasks": [make_task(data_hash="1" * 64)]},
+        {"tasks": [make_task(metric="macro_f1")]},
+        {"tasks": [make_task(instruction="Say it.")]},
+        {"engine": OracleEngine(skill=0.1)},
+        {"engine": OracleEngine(max_context_tokens=500)},
+    ],
+)
+def test_anything_a_score_depends_on_makes_another_record(change: dict[str, object], tmp_path: Path) -> None:
+    arguments = {"engine": OracleEngine(), "tasks": [make_task()], "output": tmp_path}
+    measure(**arguments)  # type: ignore[arg-type]
+    assert measure(**{**arguments, **change}).num_found == 0  # type: ignore[arg-type]
+
+
+def test_the_batch_size_makes_no_other_record(tmp_path: Path) -> None:
+    measure(OracleEngine(), [make_task()], tmp_path)
+    settings = SETTINGS.model_copy(update={"batch_size": 2})
+    assert measure(OracleEngine(), [make_task()], tmp_path, settings).num_found == 7
+
+
+def test_a_new_name_renames_what_was_measured(tmp_path: Path) -> None:
+    measure(OracleEngine(), [make_task()], tmp_path)
+    renamed = measure(OracleEngine(), [make_task()], tmp_path, name="mine")
+    assert renamed.num_found == 7
+    assert {result.model_name for result in ResultStore(tmp_path).load()} == {"mine"}
+
+
+def test_every_point_and_model_is_asked_the_same_queries(tmp_path: Path) -> None:
+    results = [
+        *measure(OracleEngine(), [make_task()], tmp_path).results,
+        *measure(OracleEngine(reference="other"), [make_task()], tmp_path).results,
+    ]
+    assert len({result.queries_hash for result in results}) == 1
+    assert len({result.prompt_hash for result in results}) == 7
+
+
+def test_fewer_queries_are_the_beginning_of_more(tmp_path: Path) -> None:
+    asked = []
+    for number in (3, 9):
+        settings = EvaluationSettings(shots=(0,), num_queries=number)
+        (result,) = measure(OracleEngine(), [make_task()], tmp_path, settings).results
+        asked.append([line.query for line in ResultStore(tmp_path).predictions(result)])
+    assert asked[0] == asked[1][:3]
+
+
+def test_the_context_file_holds_the_demonstrations_in_order(tmp_path: Path) -> None:
+    task = make_task()
+    result = measure(OracleEngine(), [task], tmp_path).results[3]
+    shown = [(line.query, line.answer) for line in ResultStore(tmp_path).context(result)]
+    assert shown == [(e.query.text, e.answer) for e in task.demonstrations(8, seed=0)]
+
+
+def test_scores_agree_with_the_predictions_file(tmp_path: Path) -> None:
+    for result in measure(OracleEngine(), small_world(), tmp_path).results:
+        lines = ResultStore(tmp_path).predictions(result)
+        metric = METRICS[result.metric]
+        assert result.score == pytest.approx(metric.score([x.answer for x in lines], [x.references for x in lines]))
+        assert result.num_queries == len(lines) == 11
+        assert result.query_scores == tuple(line.scores[result.metric] for line in lines)
+
+
+def test_a_task_with_too_few_rows_shows_all_it_has_and_says_so(tmp_path: Path) -> None:
+    task = make_task(train=[make_example(f"row {i}", ("good", "bad")[i % 2]) for i in range(5)])
+    settings = EvaluationSettings(shots=(4, 64), num_seeds=1, num_queries=3)
+    few, many = measure(OracleEngine(), [task], tmp_path, settings).results
+    assert (few.num_shots_shown, few.num_shots_missing) == (4, 0)
+    assert (many.num_shots_asked, many.num_shots_shown, many.num_shots_missing) == (64, 5, 59)
+
+
+def test_a_full_context_leaves_demonstrations_out_and_is_asked_once(tmp_path: Path) -> None:
+    engine = OracleEngine(max_context_tokens=150)
+    settings = EvaluationSettings(shots=(2, 30, 40), num_seeds=1, num_queries=5)
+    fits, full, fuller = measure(engine, [make_task()], tmp_path, settings).results
+    assert fits.num_shots_left_out == 0
+    assert full.num_shots_shown + full.num_shots_left_out == 30
+    assert 2 < full.num_shots_shown < 30
+    assert full.num_context_tokens <= 150
+    assert fuller.num_shots_left_out > full.num_shots_left_out
+
+
+def test_a_query_longer_than_the_context_is_passed_over_and_counted(tmp_path: Path) -> None:
+    rows = [make_example("long " * 200, "good"), *(make_example(f"short {i}", "bad") for i in range(4))]
+    engine = OracleEngine(max_context_tokens=120)
+    settings = EvaluationSettings(shots=(0,), num_queries=10)
+    (result,) = measure(engine, [make_task(test=rows)], tmp_path, settings).results
+    assert (result.num_queries, result.num_queries_left_out) == (4, 1)
+    with pytest.raises(UserError, match="no test row that can be asked"):
+        measure(engine, [make_task(test=rows[:1])], tmp_path, settings)
+
+
+def test_what_training_never_showed_is_flagged(tmp_path: Path) -> None:
+    manifest = Manifest(max_context_tokens=100_000, max_trained_shots=2)
+    results = measure(OracleEngine(manifest=manifest), [make_task()], tmp_path).results
+    assert [result.beyond_training for result in results[:4]] == [False, False, False, True]
+    short = Manifest(max_context_tokens=60)
+    assert measure(OracleEngine("short", manifest=short), [make_task()], tmp_path).results[3].beyond_training
+
+
+def test_a_sibling_of_a_training_task_is_not_unseen(tmp_path: Path) -> None:
+    trained = TrainedTask(name="sibling", family="classification", source="reviews", data_hash="1" * 64)
+    manifest = Manifest(max_context_tokens=1000, tasks=(trained,))
+    engine = OracleEngine(manifest=manifest)
+    tasks = [make_task("a", source="reviews"), make_task("b", source="other")]
+    settings = EvaluationSettings(shots=(0,))
+    assert [r.seen_in_training for r in measure(engine, tasks, tmp_path, settings).results] == [True, False]
+    assert measure(OracleEngine("base"), tasks, tmp_path, settings).results[0].seen_in_training is None
+
+
+def test_macro_f1_has_an_error_and_no_score_per_query(tmp_path: Path) -> None:
+    result = measure(OracleEngine(), [make_task(metric="macro_f1")], tmp_path).results[3]
+    assert result.query_scores is None
+    assert result.standard_error > 0
+    assert "accuracy" in result.companions
+
+
+def test_a_wrong_metric_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    engine = OracleEngine()
+    with pytest.raises(UserError, match="Did you mean 'accuracy'"):
+        measure(engine, [make_task(), make_task("other", metric="acuracy")], tmp_path)
+    assert engine.calls == []
+
+
+def test_negative_shot_counts_are_refused() -> None:
+    with pytest.raises(ValidationError, match="at least 0"):
+        EvaluationSettings(shots=(-1, 4))
+
+
+def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path: Path) -> None:
+    engine = Engine(tiny_loaded())
+    task = replace(make_task(), max_answer_tokens=4)
+    free = replace(task, name="free", labels=None, metric="exact_match", family="qa")
+    whole = measure_shot_curves(
+        engine, [task, free], tmp_path / "a", EvaluationSettings(shots=(0, 2, 6), num_seeds=1, num_queries=5)
+    )
+    alone = measure_shot_curves(
+        engine, [task, free], tmp_path / "b", EvaluationSettings(shots=(6,), num_seeds=1, num_queries=5)
+    )
+    for one, other in zip(whole.results[2::3], alone.results, strict=True):
+        assert one.num_shots_shown == 6
+        assert one.prompt_hash == other.prompt_hash
+        assert one.key == other.key
+        extended, anew = (ResultStore(tmp_path / folder).predictions(one) for folder in "ab")
+        assert [line.answer for line in extended] == [line.answer for line in anew]
+        nats = [line.log_probability for line in anew]
+        assert [line.log_probability for line in extended] == pytest.approx(nats, abs=1e-3)

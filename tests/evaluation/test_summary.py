@@ -1,0 +1,99 @@
+"""Records -> means with errors."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from tests.evaluation.test_result import make_result
+
+from manyicl.errors import UserError
+from manyicl.evaluation.result import Result
+from manyicl.evaluation.summary import OVERALL, summarise
+
+
+def scored(model: str, task: str, shots: int, scores: tuple[float, ...], **changes: object) -> Result:
+    fields: dict[str, object] = {
+        "model_name": model,
+        "model_fingerprint": model * 8,
+        "task": task,
+        "num_shots_asked": shots,
+        "num_shots_shown": shots,
+        "query_scores": scores,
+        "score": sum(scores) / len(scores),
+        "num_queries": len(scores),
+        **changes,
+    }
+    return make_result(**fields)
+
+
+RECORDS = [
+    scored("base", "a", 0, (0.0, 0.0), majority=0.5),
+    scored("base", "a", 4, (1.0, 0.0), majority=0.5),
+    scored("base", "a", 4, (0.0, 0.0), seed=1, majority=0.5),
+    scored("base", "b", 0, (0.0, 1.0), family="qa", majority=0.1),
+    scored("base", "b", 4, (0.0, 1.0), family="qa", majority=0.1),
+    scored("tuned", "a", 0, (0.0, 0.0), majority=0.5),
+    scored("tuned", "a", 4, (1.0, 1.0), majority=0.5),
+    scored("tuned", "a", 4, (1.0, 0.0), seed=1, majority=0.5),
+    scored("tuned", "b", 0, (1.0, 1.0), family="qa", majority=0.1),
+    scored("tuned", "b", 4, (1.0, 1.0), family="qa", majority=0.1),
+]
+
+
+def mean(estimate: object) -> float:
+    return estimate.mean  # type: ignore[attr-defined, no-any-return]
+
+
+def test_scores_are_averaged_over_seeds_then_tasks_then_families() -> None:
+    summary = summarise(RECORDS)
+    assert summary.models == ("base", "tuned")
+    assert summary.groups == ("classification", "qa")
+    assert mean(summary.score("base", "classification", 4)) == 0.25
+    assert mean(summary.score("base", OVERALL, 4)) == pytest.approx((0.25 + 0.5) / 2)
+    assert summary.level("majority", OVERALL) == pytest.approx(0.3)
+    assert summary.level("tfidf", OVERALL) is None
+
+
+def test_differences_are_paired_over_seeds_and_queries() -> None:
+    summary = summarise(RECORDS)
+    difference = summary.difference("base", "tuned", "classification", 4)
+    assert difference is not None
+    # Each seed gained one of two answers; which one differs, so seeds agree and queries do not.
+    assert difference.mean == pytest.approx(0.5)
+    assert mean(summary.difference("base", "tuned", OVERALL, 4)) == pytest.approx(0.5)
+
+
+def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
+    summary = summarise([*RECORDS, scored("tuned", "c", 4, (1.0, 1.0), family="math")])
+    assert summary.compared == ("a", "b")
+    assert summary.not_compared == ("c",)
+    assert summary.score("tuned", "math", 4) is None
+
+
+def test_older_records_that_asked_otherwise_are_superseded() -> None:
+    older = scored("base", "a", 4, (0.0,), queries_hash="other", created=datetime(2025, 1, 1, tzinfo=UTC))
+    summary = summarise([older, *RECORDS])
+    assert summary.num_superseded == 1
+    assert mean(summary.score("base", "classification", 4)) == 0.25
+
+
+def test_models_that_share_a_name_are_told_apart_by_fingerprint() -> None:
+    summary = summarise([scored("m", "a", 0, (1.0,)), scored("m", "a", 0, (0.0,), model_fingerprint="z" * 64)])
+    assert summary.models == ("m (mmmmmmmm)", "m (zzzzzzzz)")
+
+
+def test_macro_f1_is_averaged_over_seeds_without_scores_per_query() -> None:
+    records = [
+        scored("m", "a", 4, (1.0,), seed=seed, metric="macro_f1", query_scores=None, score=score, standard_error=0.1)
+        for seed, score in enumerate((0.4, 0.6))
+    ]
+    estimate = summarise(records).score("m", OVERALL, 4)
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(0.5)
+    assert estimate.standard_error == pytest.approx((0.02 / 2 + 0.01) ** 0.5)
+
+
+def test_nothing_to_show_is_said() -> None:
+    with pytest.raises(UserError, match="no result to show"):
+        summarise([])

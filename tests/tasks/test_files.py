@@ -1,0 +1,395 @@
+"""Task files and tables become tasks, and mistakes are named with file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyicl.errors import UserError
+from manyicl.tasks.building import ON_BOTH_SIDES
+from manyicl.tasks.files import load_task, load_tasks, task_from_file
+from manyicl.tasks.task import Task
+
+Rows = Sequence[Mapping[str, Any]]
+
+TRAIN: Rows = [
+    {"text": "good film", "label": "positive"},
+    {"text": "bad film", "label": "negative"},
+    {"text": "fine film", "label": "positive"},
+]
+TEST: Rows = [{"text": "dull film", "label": "negative"}]
+CLASSIFICATION = "family: classification\nquery: '{{ text }}'\nanswer: '{{ label }}'\n"
+FILES = "data: {train: train.jsonl, test: test.jsonl}\n"
+
+
+def write_task(folder: Path, keys: str = CLASSIFICATION, train: Rows = TRAIN, test: Rows = TEST) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(keys if "data:" in keys else keys + FILES)
+    return folder
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_task(folder, **options)
+    return str(caught.value)
+
+
+def answers(task: Task) -> list[str]:
+    return [example.answer for example in (*task.train, *task.test)]
+
+
+# --- what a task file says ----------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_a_task(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path / "films"))
+    assert (task.name, task.family, task.metric, task.source) == ("films", "classification", "accuracy", "films")
+    assert task.labels == ("negative", "positive")
+    assert task.columns == ("text",)
+    assert [example.origin for example in task.train] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    assert task.test[0].query == task.query("dull film") == task.query({"text": "dull film"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "metric"),
+    [
+        ("family: qa", "exact_match"),
+        ("family: summarization", "rougeL"),
+        ("family: generation", "rougeL"),
+        ("family: math", "numeric_match"),
+        ("family: math\nlabels: [positive, negative]", "accuracy"),
+        ("family: qa\nmetric: token_f1", "token_f1"),
+    ],
+)
+def test_the_metric_follows_from_family_and_labels(tmp_path: Path, keys: str, metric: str) -> None:
+    folder = write_task(tmp_path / "t", f"{keys}\nquery: '{{{{ text }}}}'\nanswer: '{{{{ label }}}}'\n")
+    assert load_task(folder).metric == metric
+
+
+def test_metrics_that_a_task_file_may_name_are_those_that_exist() -> None:
+    from typing import get_args
+
+    from manyicl.evaluation.metrics import METRICS
+    from manyicl.tasks.schema import Metric
+
+    assert set(get_args(Metric)) == set(METRICS)
+
+
+def test_labels_stay_what_was_written_even_where_yaml_would_read_something_else(tmp_path: Path) -> None:
+    labels = ["yes", "no", "007", "1.0", "NA", "null", "2024-01-01"]
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    task = load_task(
+        write_task(tmp_path / "t", CLASSIFICATION + f"labels: [{', '.join(labels)}]\n", train=rows, test=[])
+    )
+    assert list(task.labels or ()) == labels == answers(task)
+
+
+def test_json_booleans_are_read_as_written_and_null_as_nothing(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": True, "note": None}, {"text": "b", "label": False, "note": "n"}]
+    keys = CLASSIFICATION.replace("{{ text }}", "{{ text }}|{{ note }}")
+    task = load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))
+    assert task.labels == ("false", "true")
+    assert [example.query.text for example in task.train] == ["a|", "b|n"]
+
+
+@pytest.mark.parametrize("names", ["[negative, positive]", "{0: negative, 1: positive}"])
+def test_class_numbers_become_names_before_the_templates(tmp_path: Path, names: str) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    keys = CLASSIFICATION + f"class_names: {{label: {names}}}\n"
+    assert answers(load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))) == ["positive", "negative"]
+    rows[1]["label"] = 7
+    write_task(tmp_path / "t", keys, train=rows, test=[])
+    assert "train.jsonl:2: The column 'label' holds '7'" in refusal(tmp_path / "t")
+
+
+def test_choices_are_the_rows_own_options(tmp_path: Path) -> None:
+    rows = [{"text": "?", "label": "b", "options": ["a", " b"]}]
+    keys = CLASSIFICATION.replace("classification", "qa") + "choices: options\n"
+    task = load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))
+    assert (task.labels, task.metric, task.train[0].query.choices) == (None, "accuracy", ("a", "b"))
+    write_task(tmp_path / "t", keys, train=[{"text": "?", "label": "c", "options": ["a", "b"]}], test=[])
+    assert "train.jsonl:1: the answer 'c' is none of the row's options ['a', 'b']" in refusal(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("row", "extra"),
+    [
+        ({"text": "q", "label": ["one", "uno", "one"]}, ""),
+        ({"text": "q", "label": "one", "also": ["one", "uno"]}, "references: also\n"),
+    ],
+)
+def test_several_accepted_answers_come_from_a_list(tmp_path: Path, row: dict[str, Any], extra: str) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa") + extra
+    example = load_task(write_task(tmp_path / "t", keys, train=[row], test=[])).train[0]
+    assert (example.answer, example.references) == ("one", ("one", "uno"))
+
+
+def test_rows_on_both_sides_leave_the_training_side_and_are_counted(tmp_path: Path) -> None:
+    train = [*TRAIN, {"text": "  DULL\tfilm ", "label": "negative"}]
+    task = load_task(write_task(tmp_path / "t", train=train))
+    assert len(task.train) == 3
+    assert len(task.test) == 1
+    assert task.dropped == {ON_BOTH_SIDES: 1}
+
+
+def test_the_data_hash_follows_content_not_form(tmp_path: Path) -> None:
+    one = load_task(write_task(tmp_path / "one"))
+    (tmp_path / "two").mkdir()
+    for name, rows in (("train", TRAIN), ("test", TEST)):
+        text = "".join(f"{row['text']},{row['label']}\n" for row in rows)
+        (tmp_path / "two" / f"{name}.csv").write_text("text,label\n" + text)
+    (tmp_path / "two" / "task.yaml").write_text(CLASSIFICATION + FILES.replace("jsonl", "csv"))
+    assert load_task(tmp_path / "two").data_hash == one.data_hash
+    other = [*TRAIN[:-1], {"text": "fine film!", "label": "positive"}]
+    assert load_task(write_task(tmp_path / "three", train=other)).data_hash != one.data_hash
+
+
+def test_data_paths_begin_beside_the_task_file_or_else_under_the_data_root(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "data" / "films")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "task.yaml").write_text(
+        CLASSIFICATION + "data: {train: films/train.jsonl, test: films/test.jsonl}\n"
+    )
+    assert len(load_task(tmp_path / "t", tmp_path / "data").train) == 3
+    assert len(load_task(folder, tmp_path / "data").train) == 3
+    assert "--data-root" in refusal(tmp_path / "t")
+    assert "Did you mean 'data'?" in refusal(tmp_path / "t", data_root=tmp_path / "dta")
+
+
+def test_rows_of_the_hub_are_read_through_datasets(tmp_path: Path) -> None:
+    class Split(list[dict[str, object]]):
+        features: Mapping[str, object] = {}
+
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> Split:
+        return Split(TRAIN if split == "train" else TEST)  # type: ignore[arg-type]
+
+    folder = write_task(tmp_path / "t", CLASSIFICATION + "data: {hf: owner/films, test: validation}\n")
+    task = load_task(folder, load_dataset=load_dataset)
+    assert len(task.train) == 3
+    assert task.test[0].origin == "films test:1".replace("test", "validation")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("querry: x\n", "unknown key 'querry'. Did you mean 'query'?"),
+        ("family: clasification\n", "Did you mean 'classification'?"),
+        ("metric: rouge\n", "Did you mean 'rouge"),
+        ("labels: [a, a]\n", "'a' stands twice"),
+        ("labels: [a]\n", "expected two labels at least"),
+        ("labels: [a, b]\nchoices: c\n", "give one of them"),
+        ("max_answer_tokens: 0\n", "max_answer_tokens"),
+        ("name: a b\n", "a name has no spaces"),
+        ("data: {tran: x}\n", "Did you mean 'train'?"),
+        ("data: {file: x, test_fractoin: 0.1}\n", "Did you mean 'test_fraction'?"),
+        ("data: {file: x, test_fraction: 1.5}\n", "test_fraction"),
+        ("query: text\n", "names no column; write one in braces, as in '{{ text }}'"),
+        ("query: '{{ text'\n", "does not parse"),
+        ("bad_rows: ignore\n", "bad_rows"),
+        ("query: '{{ text }}'\nquery: '{{ text }}'\n", "task.yaml:5: not valid YAML, the key 'query' stands twice"),
+        ("query: [\n", "not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_one_clear_sentence(tmp_path: Path, keys: str, message: str) -> None:
+    written = {key.split(":")[0] for key in keys.splitlines()}
+    rest = [line for line in CLASSIFICATION.splitlines() if line.split(":")[0] not in written]
+    folder = write_task(tmp_path / "t", "\n".join(rest) + "\n" + ("" if "data" in keys else FILES) + keys)
+    said = refusal(folder)
+    assert message in said
+    assert "task.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x", "label": ""}, "an answer or option is empty"),
+        ({"text": "x", "label": None}, "an answer or option is empty"),
+        ({"text": "  ", "label": "positive"}, "the query is empty"),
+        ({"text": "x", "label": "positiv"}, "'positiv' is no label of task 't'"),
+        ({"text": "x", "label": "a\n\nb"}, "holds a blank line, which ends an answer"),
+        ({"text": "\ud83d", "label": "positive"}, "half a character"),
+    ],
+)
+def test_a_bad_row_is_refused_by_line_or_dropped_and_counted(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    keys = CLASSIFICATION + "labels: [positive, negative]\n"
+    folder = write_task(tmp_path / "t", keys, train=[*TRAIN, row])
+    said = refusal(folder)
+    assert "train.jsonl:4: " in said
+    assert message in said
+    task = load_task(write_task(folder, keys + "bad_rows: drop\n", train=[*TRAIN, row]))
+    assert len(task.train) == 3
+    assert sum(task.dropped.values()) == 1
+
+
+def test_a_missing_column_is_named_with_the_line_and_the_nearest_column(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", train=[TRAIN[0], {"txt": "x", "label": "positive"}])
+    said = refusal(folder)
+    assert "train.jsonl:2: " in said
+    assert "'text'" in said
+    assert "Did you mean 'txt'?" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "extra"),
+    [
+        ("{{ label }}", ["joy", "anger"], ""),
+        ("{{ label | join(', ') }}", ["joy", "anger"], ""),
+        ("{{ label }}", "joy, anger", "labels: [joy, anger]\n"),
+    ],
+)
+def test_a_multi_label_task_is_refused_by_name(tmp_path: Path, answer: str, label: object, extra: str) -> None:
+    keys = CLASSIFICATION.replace("'{{ label }}'", f'"{answer}"') + "bad_rows: drop\n" + extra
+    train: Rows = [{"text": "a", "label": ["joy"] if isinstance(label, list) else "joy"}, {"text": "b", "label": label}]
+    folder = write_task(tmp_path / "emotions", keys, train=train)
+    said = refusal(folder)
+    assert "train.jsonl:2: task 'emotions' is multi-label: this row has ['anger', 'joy']" in said
+
+
+def test_a_list_with_one_label_is_that_label(tmp_path: Path) -> None:
+    train = [{"text": "a", "label": ["joy"]}, {"text": "b", "label": ["anger"]}]
+    assert load_task(write_task(tmp_path / "t", train=train, test=[])).labels == ("anger", "joy")
+
+
+def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", test=[{"text": "x", "label": "mixed"}])
+    assert "test.jsonl:1: no training row of task 't' has the label 'mixed'" in refusal(folder)
+
+
+def test_a_task_without_training_rows_says_where_they_went(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", train=TEST)
+    assert f"no training rows left; dropped: 1 ({ON_BOTH_SIDES})" in refusal(folder)
+
+
+def test_a_template_cannot_reach_beyond_its_row(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", CLASSIFICATION.replace("{{ text }}", "{{ text.__class__.__mro__ }}"))
+    assert "train.jsonl:1: Template" in refusal(folder)
+
+
+# --- a table as a task --------------------------------------------------------------------------------------
+
+
+def write_tickets(path: Path, num_rows: int = 40) -> Path:
+    lines = [f"ticket number {i},{'billing' if i % 3 else 'login'},c{i // 4}\n" for i in range(num_rows)]
+    path.write_text("text,label,customer\n" + "".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("form", ["{}:text:label", "{}:text->label"])
+def test_a_table_with_two_named_columns_is_a_task(tmp_path: Path, form: str) -> None:
+    path = write_tickets(tmp_path / "my tickets.csv")
+    task = load_task(form.format(path))
+    assert (task.name, task.family, task.labels) == ("my_tickets", "classification", ("billing", "login"))
+    assert (len(task.train), len(task.test)) == (32, 8)
+    assert task == load_task(form.format(path))
+    assert task.query("x").text == "x"
+
+
+def test_the_split_follows_seed_fraction_and_group(tmp_path: Path) -> None:
+    path = write_tickets(tmp_path / "tickets.csv")
+    first = load_task(f"{path}:text:label")
+    assert load_task(f"{path}:text:label,seed=1").test != first.test
+    assert len(load_task(f"{path}:text:label,test_fraction=0.5").test) == 20
+    assert load_task(f"{path}:text:label,test_fraction=0").test == ()
+    grouped = load_task(f"{path}:text:label,group=customer")
+    customers = [{int(e.query.text.split()[-1]) // 4 for e in side} for side in (grouped.train, grouped.test)]
+    assert customers[0].isdisjoint(customers[1])
+    assert len(grouped.test) == 8
+
+
+def test_rows_with_the_same_query_stay_on_one_side_and_rare_labels_in_training(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = [f"Text {i % 20},{'a' if i % 20 else 'rare'}\n" for i in range(60)]
+    path.write_text("q,a\n" + "".join(rows))
+    for seed in range(5):
+        task = task_from_file(path, "q", "a", seed=seed, test_fraction=0.5)
+        assert task.dropped == {}
+        assert "rare" in {example.answer for example in task.train}
+        assert {e.query.text for e in task.train}.isdisjoint({e.query.text for e in task.test})
+
+
+def test_the_family_of_a_table_is_inferred_from_its_answers(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("q,a\n" + "".join(f"q{i},answer {i}\n" for i in range(20)) + "q99,\n")
+    task = task_from_file(path, "q", "a")
+    assert (task.family, task.labels, task.dropped) == ("generation", None, {"empty answer": 1})
+    assert task_from_file(path, "q", "a", family="qa").metric == "exact_match"
+
+
+def test_columns_of_a_table_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("Customer text,in\n" + "".join(f"q{i},{'x' if i % 2 else 'y'}\n" for i in range(20)))
+    task = load_task(f"{path}:Customer text:in")
+    assert task.columns == ("Customer text",)
+    assert task.query("hello").text == task.query({"Customer text": "hello"}).text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("txt:label", "the column 'txt' is missing; .* Did you mean 'text'"),
+        ("text-", "write a colon instead"),
+        ("text", "found no answer column"),
+        ("text:label,grup=customer", "Did you mean 'group'"),
+        ("text:label,test_fraction=2", "test_fraction"),
+        ("text:label,family=clasification", "Did you mean 'classification'"),
+    ],
+)
+def test_a_mistake_in_the_form_of_a_table_is_refused(tmp_path: Path, columns: str, message: str) -> None:
+    path = write_tickets(tmp_path / "tickets.csv")
+    with pytest.raises(UserError, match=message):
+        load_task(f"{path}:{columns}")
+
+
+# --- many tasks ---------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_found_by_folder_file_glob_and_table_each_once(tmp_path: Path) -> None:
+    for name in ("films_a", "films_b", "other"):
+        write_task(tmp_path / "all" / name)
+    tickets = write_tickets(tmp_path / "tickets.csv")
+    (tmp_path / "all" / "README.md").write_text("not a task")
+
+    def names(*patterns: str | Path) -> list[str]:
+        return [task.name for task in load_tasks(patterns)]
+
+    assert names(tmp_path / "all") == ["films_a", "films_b", "other"]
+    assert names(f"{tmp_path}/all/films_*") == ["films_a", "films_b"]
+    assert names(f"{tmp_path}/all/*", tmp_path / "all" / "other" / "task.yaml") == ["films_a", "films_b", "other"]
+    assert names(f"{tickets}:text:label", tmp_path / "all" / "other") == ["tickets", "other"]
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_task(tmp_path / "a" / "films")
+    write_task(tmp_path / "b" / "films")
+    with pytest.raises(UserError, match="Two tasks are named 'films'"):
+        load_tasks([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("flms", r"does not exist\. Did you mean 'films'\?"),
+        ("film*x", r"No task\.yaml matches"),
+        ("empty", r"holds no task\.yaml"),
+        ("tickets.csv", r"is a table; name its columns too, as in tickets\.csv:text:label"),
+        ("tickts.csv:text:label", r"Did you mean 'tickets\.csv'\?"),
+    ],
+)
+def test_a_pattern_that_finds_nothing_says_so(
+    tmp_path: Path, pattern: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(tmp_path / "films")
+    (tmp_path / "empty").mkdir()
+    write_tickets(tmp_path / "tickets.csv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_tasks([pattern])

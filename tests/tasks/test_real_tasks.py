@@ -1,0 +1,58 @@
+"""The task files and recipes for real, public data; rows are loaded where the data lies beside the checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from manyicl.tasks.files import load_task
+from manyicl.tasks.schema import TwoFiles, read_task_file
+from manyicl.training.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+TASK_FILES = sorted((ROOT / "recipes" / "real").glob("*/*/task.yaml"))
+RECIPES = [ROOT / "recipes" / "real" / "many_tasks.yaml"] + [
+    ROOT / "recipes" / f"{name}.yaml"
+    for name in ("mistral_7b_v0.3", "llama3_8b", "gemma_7b", "smollm2_135m", "qwen3_0.6b")
+]
+DATA = ROOT.parent / "shared" / "data"
+GROUPS = ("classification", "nli_pairs", "qa", "generation", "math_reasoning", "natural_instructions")
+
+
+def group_of(file: Path) -> str:
+    """The folder of data sets that a task file draws from."""
+    data = read_task_file(file).data
+    assert isinstance(data, TwoFiles)
+    return data.train[0].split("/")[0]
+
+
+def test_there_are_task_files_of_every_group() -> None:
+    groups = [group_of(file) for file in TASK_FILES]
+    assert len(groups) >= 45
+    assert all(groups.count(group) >= 5 for group in GROUPS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_watches_only_tasks_of_other_sources(path: Path) -> None:
+    recipe = Recipe.read(path)
+    train, evaluate = (
+        [file for place in places for file in sorted((ROOT / place).glob("*/task.yaml"))]
+        for places in (recipe.tasks.train, recipe.tasks.evaluate)
+    )
+    assert len(train) >= 30
+    assert len(evaluate) >= 10
+    sources = [{read_task_file(file).source or file.parent.name for file in side} for side in (train, evaluate)]
+    assert sources[0].isdisjoint(sources[1])
+    for side in (train, evaluate):
+        assert {group_of(file) for file in side} == set(GROUPS)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data sets do not lie in {DATA.name}/ beside the checkout")
+@pytest.mark.parametrize("file", TASK_FILES, ids=lambda file: file.parent.name)
+def test_a_real_task_loads_whole(file: Path) -> None:
+    task = load_task(file, DATA)
+    assert task.train
+    assert task.test
+    assert not task.dropped
+    assert task.instruction()

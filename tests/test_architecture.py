@@ -1,0 +1,46 @@
+"""Imports flow one way, and training and engine meet only below."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "manyicl"
+MAY_IMPORT: dict[str, set[str]] = {
+    "tasks": set(),
+    "episodes": {"tasks"},
+    "model": {"tasks", "episodes"},
+    "training": {"tasks", "episodes", "model"},
+    "engine": {"tasks", "episodes", "model"},
+    "evaluation": {"tasks", "episodes", "model", "engine"},
+    "cli": {"tasks", "episodes", "model", "training", "engine", "evaluation"},
+}
+NEVER = {"tasks": {"torch", "transformers", "tokenizers", "peft"}, "episodes": {"torch", "peft"}}
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            modules.add(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_what_stands_below_it(folder: str) -> None:
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[0] == "manyicl" and len(parts) > 1 and parts[1] in MAY_IMPORT:
+                assert parts[1] == folder or parts[1] in MAY_IMPORT[folder], f"{path} imports {module}"
+            assert parts[0] not in NEVER.get(folder, set()), f"{path} imports {module}"
+
+
+def test_every_folder_of_the_package_has_its_place_in_the_order() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == set(MAY_IMPORT)
