@@ -76,6 +76,9 @@ def test_mixtures_weigh_by_size_and_by_name_or_family() -> None:
     assert Mixture(kind="size", temperature=2.0).task_weights([small, large]) == pytest.approx([10**0.5, 40**0.5])
     weighted = Mixture(kind="weights", weights={"classification": 2.0, "small": 3.0})
     assert weighted.task_weights([small, large]) == [3, 2]
+    tweets = [make_task("tweet_a"), make_task("tweet_b")]
+    patterns = Mixture(kind="weights", weights={"tweet_*": 3.0})
+    assert patterns.task_weights([*tweets, small]) == [1.5, 1.5, 1]
 
 
 def test_a_weight_for_an_unknown_task_names_the_nearest() -> None:

@@ -114,6 +114,23 @@ def check_tasks(
 
 
 @app.command(
+    "nano",
+    epilog="Examples:\n\nmanyicl tasks nano runs/nano/tasks --split base\n\n"
+    "manyicl tasks nano my-world --split unseen --seed 7",
+)
+def write_nano_tasks(
+    folder: Annotated[Path, typer.Argument(help="Where the task folders go.", show_default=False)],
+    split: Annotated[str, typer.Option(help="base, train or unseen.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Decides every rule and row.")] = 0,
+) -> None:
+    """Write tasks of the nano world, whose hidden rules only demonstrations reveal."""
+    from manyicl.tasks.nanoworld.world import checked_split, write_nano_world
+
+    places = write_nano_world(folder, seed=seed, split=checked_split(split))
+    typer.echo(f"{len(places):,} tasks written to {folder}")
+
+
+@app.command(
     "show",
     epilog="Examples:\n\nmanyicl tasks show tasks/banking77\n\n"
     "manyicl tasks show tickets.csv:text:label --shots 8 --seed 1",

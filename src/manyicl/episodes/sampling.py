@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -53,7 +55,8 @@ class Mixture(BaseModel):
     )
     weights: Mapping[str, float] = Field(
         default_factory=dict,
-        description="Task name or family -> weight per task, for `weights`; others weigh 1.",
+        description="For `weights`: task name, pattern such as `tweet_*`, or family -> weight, shared evenly by the "
+        "tasks it names. A task belongs to its own name or else to the first that fits; tasks of none weigh 1 each.",
     )
     temperature: float = Field(
         1.0, gt=0, description="For `size`: rows to the power 1/temperature; a high value nears uniform."
@@ -63,22 +66,31 @@ class Mixture(BaseModel):
         """Return one weight per task.
 
         Raises:
-            UserError: If a weight names no task or family, is negative, or all are zero.
+            UserError: If a weight is negative or fits no task, or all are zero.
         """
         if self.kind == "size":
             return [len(task.train) ** (1 / self.temperature) for task in tasks]
         if self.kind == "uniform":
             return [1.0] * len(tasks)
-        known = {task.name for task in tasks} | {task.family for task in tasks}
+        groups = [self._group_of(task) for task in tasks]
+        sizes = Counter(groups)
         for name, weight in self.weights.items():
-            if name not in known:
-                raise UserError(f"The mixture weighs {name!r}, which is no training task.{did_you_mean(name, known)}")
+            if name not in sizes:
+                known = [task.name for task in tasks] + [task.family for task in tasks]
+                raise UserError(f"The mixture weighs {name!r}, which fits no task.{did_you_mean(name, known)}")
             if weight < 0:
                 raise UserError(f"The mixture weighs {name!r} with {weight}; a weight is at least 0.")
-        weights = [self.weights.get(task.name, self.weights.get(task.family, 1.0)) for task in tasks]
+        weights = [1.0 if group is None else self.weights[group] / sizes[group] for group in groups]
         if not any(weights):
             raise UserError("The mixture gives every training task the weight 0; at least one must be drawn.")
         return weights
+
+    def _group_of(self, task: Task) -> str | None:
+        """Find the entry of ``weights`` that a task shares."""
+        if task.name in self.weights:
+            return task.name
+        fitting = (name for name in self.weights if task.family == name or fnmatchcase(task.name, name))
+        return next(fitting, None)
 
 
 @dataclass(frozen=True)

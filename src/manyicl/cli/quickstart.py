@@ -1,0 +1,124 @@
+"""`manyicl quickstart`: the whole job, offline, on a tiny model and procedural tasks."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from manyicl.evaluation.result import Result
+    from manyicl.training.recipe import Recipe
+
+SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
+NUM_SEEDS = 3
+NUM_QUERIES = 25
+BASE_NAME, TUNED_NAME = "base", "fine-tuned"
+
+
+def quickstart_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of tasks, model, results and report.")] = Path(
+        "quickstart"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of the task world, the training and the evaluation.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of using what is there.")] = False,
+) -> None:
+    """Fine-tune a tiny model on tasks and see how it learns unseen ones from examples, offline, in minutes.
+
+    It writes a world of procedural tasks in five families, fine-tunes the tiny base model of the package on its
+    training tasks with every answer supervised, asks base and fine-tuned model about tasks whose rules neither
+    has seen, with 0 to 64 examples in context, and writes a report. A second run uses what the first one made.
+
+    Examples:
+
+        manyicl quickstart
+
+        manyicl quickstart --output /tmp/quickstart --seed 1
+    """
+    from rich.console import Console
+
+    from manyicl.engine.engine import Engine
+    from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+    from manyicl.evaluation.shot_curve import EvaluationSettings
+    from manyicl.tasks.files import load_tasks
+    from manyicl.tasks.nanoworld.world import write_nano_world
+
+    console = Console()
+    console.rule("1  tasks")
+    training_folder, unseen_folder = output / "tasks" / "train", output / "tasks" / "unseen"
+    write_nano_world(training_folder, seed=seed, split="train")
+    write_nano_world(unseen_folder, seed=seed, split="unseen")
+    for folder in (training_folder, unseen_folder):
+        console.print(f"{len(list(folder.glob('*/task.yaml')))} tasks in {folder}", highlight=False)
+
+    console.rule("2  fine-tuning on every answer of the training tasks")
+    recipe = quickstart_recipe(output, training_folder, seed)
+    _fine_tune(recipe, console, fresh=fresh)
+
+    console.rule("3  unseen tasks, with 0 to 64 examples in context")
+    from manyicl.cli.evaluate import measure_with_progress
+
+    settings = EvaluationSettings(shots=SHOTS, num_seeds=NUM_SEEDS, num_queries=NUM_QUERIES, seed=seed)
+    unseen = load_tasks([str(unseen_folder)])
+    results: list[Result] = []
+    for name, reference in ((BASE_NAME, str(recipe.model.base)), (TUNED_NAME, str(recipe.output))):
+        engine = Engine.from_pretrained(reference)
+        results += measure_with_progress(engine, unseen, output / "results", settings, name, console).results
+    print_table(results, console)
+    _print_difference(results, console)
+    plot_shot_curves(results, output / "shot_curves.svg")
+    report = write_report(
+        output / "results", output / "report.html", only=results, title="Quickstart: learning unseen tasks"
+    )
+    console.rule("done")
+    console.print(f"Report with plots and worked predictions: {report}", highlight=False)
+    console.print(f"Show what is supervised: manyicl tasks show {training_folder}/*", highlight=False)
+    console.print("Your own task: docs and README, or `manyicl predict --help`.", highlight=False)
+
+
+def quickstart_recipe(output: Path, training_folder: Path, seed: int) -> Recipe:
+    """Return the recipe of the package with the folders of this run in it."""
+    from manyicl.training.recipe import Recipe
+
+    text = files("manyicl.cli").joinpath("quickstart.yaml").read_text(encoding="utf-8")
+    overrides = [f"tasks.train=['{training_folder}']", f"output='{output / 'model'}'", f"training.seed={seed}"]
+    return Recipe.parse(text, "quickstart.yaml", overrides)
+
+
+def _fine_tune(recipe: Recipe, console: Console, *, fresh: bool) -> None:
+    """Train, go on with what an interrupted run left, or use the finished model of the same recipe."""
+    from manyicl.training.run_folder import RECIPE_FILE, RunFolder
+    from manyicl.training.train import train
+
+    folder = RunFolder(recipe.output)
+    same_recipe = (folder.path / RECIPE_FILE).is_file() and (folder.path / RECIPE_FILE).read_text(
+        encoding="utf-8"
+    ) == recipe.to_yaml()
+    if folder.is_finished and same_recipe and not fresh:
+        console.print(f"The finished model of an earlier run stands in {folder.path}; --fresh trains anew.")
+        return
+    run = train(recipe, resume=same_recipe and not fresh, overwrite=not same_recipe or fresh, console=console)
+    if not run.finished:
+        raise KeyboardInterrupt
+
+
+def _print_difference(results: list[Result], console: Console) -> None:
+    """Say in one sentence what fine-tuning changed at the most shots, with its interval."""
+    from manyicl.evaluation.summary import OVERALL, summarise
+
+    summary = summarise(results)
+    most = max(summary.shots)
+    scores = [summary.score(name, OVERALL, most) for name in (BASE_NAME, TUNED_NAME)]
+    difference = summary.difference(BASE_NAME, TUNED_NAME, OVERALL, most)
+    if difference is None or None in scores:
+        return
+    base, tuned = (f"{score.mean:.2f} ± {1.96 * score.standard_error:.2f}" for score in scores if score)
+    console.print(
+        f"Unseen tasks at {most} shots, mean over families with 95 % interval: base {base}, fine-tuned {tuned}; "
+        f"paired difference {difference.mean:+.2f} ± {1.96 * difference.standard_error:.2f}.",
+        highlight=False,
+    )

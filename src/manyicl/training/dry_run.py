@@ -1,0 +1,133 @@
+"""Everything that can be said about a run without running it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import constants, try_to_load_from_cache
+
+from manyicl.errors import UserError
+from manyicl.model.load import HUB_PREFIX, load_tokenizer
+from manyicl.training.estimate import (
+    MOST_PARAMETERS_MEASURED,
+    Cost,
+    RowStatistics,
+    estimated_cost,
+    measured_cost,
+    parameter_counts,
+    sample_rows,
+)
+from manyicl.training.recipe import Recipe
+from manyicl.training.start import starting_point
+from manyicl.training.train import RecipeTasks, row_source
+
+
+def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
+    """Yield lines about a run: its size, its rows, and what it will cost on this machine.
+
+    A small model that is at hand is run on a few rows. A large one, or one of the Hub, is estimated from its
+    configuration; where not even that is at hand, the lines say what cannot be known.
+
+    Raises:
+        UserError: If recipe, tasks and model do not go together.
+    """
+    settings = recipe.training
+    yield (
+        f"Tasks: {len(tasks.train)} to train on with {sum(len(task.train) for task in tasks.train):,} rows, "
+        f"{len(tasks.held_out)} held out."
+    )
+    yield (
+        f"Run: {recipe.num_steps:,} steps of {settings.rows_per_step} rows of at most "
+        f"{recipe.rows.max_context_tokens:,} tokens."
+    )
+    if recipe.model.base is not None and _is_only_described(recipe.model.base):
+        yield from _from_description(recipe, tasks)
+        return
+    start = starting_point(recipe, tasks.train)
+    rows = row_source(recipe, tasks.train, start.tokenizer)
+    statistics = sample_rows(rows, recipe.objective)
+    yield from _run_lines(recipe, statistics)
+    if sum(weights.numel() for weights in start.model.parameters()) <= MOST_PARAMETERS_MEASURED:
+        cost = measured_cost(recipe, start, rows)
+    else:
+        cost = estimated_cost(recipe, statistics)
+    yield from _cost_lines(cost)
+
+
+def _is_only_described(base: str) -> bool:
+    """Tell whether to look at a base's configuration and tokenizer only, and leave its weights alone."""
+    if base.startswith(HUB_PREFIX):
+        return True
+    weights = Path(base).glob("*.safetensors") if Path(base).is_dir() else ()
+    # Two bytes per weight at the least.
+    return sum(file.stat().st_size for file in weights) > 4 * MOST_PARAMETERS_MEASURED
+
+
+def _from_description(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
+    """Describe a run over a base whose weights are not looked at."""
+    base = recipe.model.base
+    assert base is not None
+    most_tokens = recipe.num_rows * recipe.rows.max_context_tokens
+    unknown = (
+        f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
+        f"tokenizer of {base!r} is not on this machine and "
+    )
+    if base.startswith(HUB_PREFIX) and not _can_be_had(base.removeprefix(HUB_PREFIX)):
+        yield unknown + "the Hub cannot be reached. Repeat this with a connection; only small files are fetched."
+        return
+    try:
+        tokenizer = load_tokenizer(base)
+    except UserError as error:
+        yield f"{unknown}could not be fetched: {error}"
+        return
+    rows = row_source(recipe, tasks.train, tokenizer)
+    statistics = sample_rows(rows, recipe.objective)
+    yield from _run_lines(recipe, statistics)
+    try:
+        parameter_counts(recipe)
+    except UserError as error:
+        yield f"Hours and memory cannot be known, because the configuration of {base!r} is not at hand: {error}"
+        return
+    yield from _cost_lines(estimated_cost(recipe, statistics))
+
+
+def _can_be_had(repository: str) -> bool:
+    """Tell whether a configuration is in the cache or the Hub answers; the library would try for a minute."""
+    if isinstance(try_to_load_from_cache(repository, "config.json"), str) or any(getproxies().values()):
+        return True
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
+def _run_lines(recipe: Recipe, statistics: RowStatistics) -> Iterator[str]:
+    yield statistics.sentence()
+    yield (
+        f"In all about {statistics.tokens * recipe.num_rows:,.0f} tokens and "
+        f"{statistics.answers * recipe.num_rows:,.0f} supervised answers; up to {statistics.most_shots:,} shots before "
+        "an answer."
+    )
+
+
+def _cost_lines(cost: Cost) -> Iterator[str]:
+    yield (
+        f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained "
+        f"({cost.num_trainable / cost.num_parameters:.1%})."
+    )
+    yield (
+        f"About {_duration(cost.hours)} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory "
+        f"({cost.how})."
+    )
+
+
+def _duration(hours: float) -> str:
+    if hours < 0.05:
+        return f"{hours * 3600:,.0f} seconds"
+    return f"{hours * 60:,.0f} minutes" if hours < 2 else f"{hours:,.1f} hours"

@@ -1,0 +1,249 @@
+"""What a run will cost, before anything is spent: rows, answers, hours, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from manyicl.episodes.row import Row, RowSource
+from manyicl.model.load import DTYPES, model_config
+from manyicl.training.batch import row_tensors
+from manyicl.training.loss import row_loss
+from manyicl.training.recipe import LoraSettings, ObjectiveSettings, Recipe
+from manyicl.training.start import StartingPoint
+
+NUM_SAMPLED_ROWS = 32
+NUM_MEASURED_ROWS = 2
+# Larger models are estimated from their configuration instead of being run.
+MOST_PARAMETERS_MEASURED = 300_000_000
+# Share of the measured matrix rate that a whole training step reaches; a rule of thumb, said where it is used.
+ASSUMED_EFFICIENCY = 0.4
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Means over a sample of the rows of a run.
+
+    Attributes:
+        num_sampled: Rows looked at.
+        tokens: Per row.
+        answers: Supervised ones, per row.
+        targets: Supervised tokens, per row.
+        episodes: Per row.
+        unused_share: Of the context of a row.
+        most_shots: Demonstrations before an answer, at most.
+        shots_left_out: Asked for and not fitting, per row.
+        shots_too_long: Longer than a whole context, per row.
+        build_seconds: To draw and encode a row and make its tensors.
+    """
+
+    num_sampled: int
+    tokens: float
+    answers: float
+    targets: float
+    episodes: float
+    unused_share: float
+    most_shots: int
+    shots_left_out: float
+    shots_too_long: float
+    build_seconds: float
+
+    def sentence(self) -> str:
+        """Say what a row holds, and what is left out of it."""
+        text = (
+            f"A row holds {self.tokens:,.0f} tokens in {self.episodes:.1f} episodes with {self.answers:,.1f} "
+            f"supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays unused "
+            f"(means over {self.num_sampled} rows)."
+        )
+        if self.shots_too_long:
+            text += f" {self.shots_too_long:.1f} examples per row are passed over: longer than a whole row."
+        if self.shots_left_out:
+            text += f" {self.shots_left_out:.1f} shots per row were asked for and did not fit."
+        return text
+
+
+def sample_rows(rows: RowSource, objective: ObjectiveSettings) -> RowStatistics:
+    """Build some rows of a run and take means.
+
+    Args:
+        rows: The run.
+        objective: Says which answers count.
+    """
+    started = time.perf_counter()
+    sample = [rows[index] for index in range(min(len(rows), NUM_SAMPLED_ROWS))]
+    batches = [row_tensors(row, objective) for row in sample]
+    seconds = time.perf_counter() - started
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(sample)
+
+    return RowStatistics(
+        num_sampled=len(sample),
+        tokens=mean([row.num_tokens for row in sample]),
+        answers=mean([batch["num_answers"] for batch in batches]),
+        targets=mean([len(batch["targets"]) for batch in batches]),
+        episodes=mean([len(row.episodes) for row in sample]),
+        unused_share=mean([row.unused_share for row in sample]),
+        most_shots=max(len(episode.answer_spans) for row in sample for episode in row.episodes) - 1,
+        shots_left_out=mean([row.num_shots_left_out for row in sample]),
+        shots_too_long=mean([row.num_shots_too_long for row in sample]),
+        build_seconds=seconds / len(sample),
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of training on this machine, evaluation aside.
+
+    Attributes:
+        hours: Of the whole run, in one process.
+        memory_gib: Peak.
+        num_parameters: All weights.
+        num_trainable: Those that training changes.
+        how: Whether it was measured, and how not.
+    """
+
+    hours: float
+    memory_gib: float
+    num_parameters: int
+    num_trainable: int
+    how: str
+
+
+def measured_cost(recipe: Recipe, start: StartingPoint, rows: RowSource) -> Cost:
+    """Run forward and backward on the first rows of the run, without changing a weight."""
+    model = start.model
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    nn.Module.to(model, device)
+    model.train()
+    sample = [rows[index % len(rows)] for index in range(NUM_MEASURED_ROWS + 1)]
+    # The first row warms caches up.
+    _forward_and_backward(recipe, model, sample[0], device)
+    started = time.perf_counter()
+    for row in sample[1:]:
+        _forward_and_backward(recipe, model, row, device)
+    seconds_per_row = (time.perf_counter() - started) / NUM_MEASURED_ROWS
+    model.zero_grad(set_to_none=True)
+    adam_bytes = 8 * start.num_trainable_parameters
+    return Cost(
+        hours=seconds_per_row * recipe.num_rows / 3600,
+        memory_gib=(_peak_bytes(device) + adam_bytes) / 2**30,
+        num_parameters=sum(weights.numel() for weights in model.parameters()),
+        num_trainable=start.num_trainable_parameters,
+        how=f"measured: {NUM_MEASURED_ROWS} rows forward and backward on {_device_name(device)}",
+    )
+
+
+def _forward_and_backward(recipe: Recipe, model: nn.Module, row: Row, device: torch.device) -> None:
+    batch = row_tensors(row, recipe.objective)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            batch[name] = value.to(device)  # type: ignore[literal-required]
+    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
+    with autocast:
+        loss = row_loss(model, batch, 1.0)
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def parameter_counts(recipe: Recipe) -> tuple[int, int]:
+    """Count all and trainable weights of a base from its configuration alone.
+
+    Raises:
+        UserError: If the configuration is not at hand.
+    """
+    assert recipe.model.base is not None
+    config = model_config(recipe.model.base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_parameters = sum(weights.numel() for weights in model.parameters())
+    if recipe.model.lora is None:
+        return num_parameters, num_parameters
+    adapter = adapter_size(model, recipe.model.lora)
+    return num_parameters + adapter, adapter
+
+
+def adapter_size(model: nn.Module, lora: LoraSettings) -> int:
+    """Count the weights of an adapter: rank x (inputs + outputs) of every linear layer it covers."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    covered = [
+        part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear)
+        and part is not head
+        and (lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules)
+    ]
+    return sum(lora.rank * (part.in_features + part.out_features) for part in covered)
+
+
+def estimated_cost(recipe: Recipe, statistics: RowStatistics) -> Cost:
+    """Estimate time from the matrix rate of this machine, memory from counts of weights and activations.
+
+    A token costs 2 operations per weight forward, 2 more for the gradients of activations and 2 for those of
+    trainable weights; checkpointing repeats the forward pass. Attention is left out.
+
+    Raises:
+        UserError: If the configuration is not at hand.
+    """
+    assert recipe.model.base is not None
+    num_parameters, num_trainable = parameter_counts(recipe)
+    low_precision = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
+    rate = matrix_rate(torch.bfloat16 if low_precision else torch.float32)
+    per_token = 4 * num_parameters + 2 * num_trainable
+    if recipe.training.gradient_checkpointing:
+        per_token += 2 * num_parameters
+    seconds = per_token * statistics.tokens * recipe.num_rows / (rate * ASSUMED_EFFICIENCY)
+    config = model_config(recipe.model.base).get_text_config()
+    bytes_per_weight = torch.finfo(DTYPES[recipe.model.dtype]).bits // 8
+    bytes_per_activation = 2 if low_precision else 4
+    # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:
+    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work.
+    num_layers = config.num_hidden_layers
+    num_kept = num_layers + 17 if recipe.training.gradient_checkpointing else 17 * num_layers
+    activations = num_kept * config.hidden_size * statistics.tokens * bytes_per_activation
+    # Logits, their softmax and its gradient, in float32.
+    activations += 3 * 4 * statistics.targets * config.vocab_size
+    weights = num_parameters * bytes_per_weight + num_trainable * (4 + 8)
+    return Cost(
+        hours=seconds / 3600,
+        memory_gib=(weights + activations) / 2**30,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        how=f"estimated from the configuration: {ASSUMED_EFFICIENCY:.0%} of this machine's matrix rate, "
+        f"{rate / 1e12:.2f} TFLOP/s",
+    )
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Measure operations per second of a matrix product on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)

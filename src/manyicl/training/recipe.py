@@ -1,0 +1,360 @@
+"""The run as one checked object: a YAML file that a person can read top to bottom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from manyicl.episodes.encoding import PlainFormat
+from manyicl.episodes.sampling import EpisodeSettings, Mixture
+from manyicl.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """A part of a recipe: cannot change once read, and knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSettings(Section):
+    """A low-rank adapter over a base that stays as it is."""
+
+    rank: int = Field(16, ge=1, description="Rank of each update.")
+    alpha: int = Field(32, ge=1, description="Updates are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of inputs an update drops in training.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Names of the linear layers that get one; all but the head by default."
+    )
+
+
+class TokenizerSettings(Section):
+    """A tokenizer trained on the training rows of the tasks."""
+
+    kind: Literal["word", "byte_bpe"] = Field(
+        "byte_bpe",
+        description="word: one token per word, for closed vocabularies; byte_bpe: any text, losslessly.",
+    )
+    vocabulary_size: int = Field(
+        4096, ge=8, description="Most entries it may have, special tokens included; byte_bpe needs 300."
+    )
+
+    @model_validator(mode="after")
+    def _holds_the_byte_alphabet(self) -> Self:
+        if self.kind == "byte_bpe" and self.vocabulary_size < 300:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size}; byte_bpe needs at least 300, 256 of them bytes"
+            )
+        return self
+
+
+class FromScratchSettings(Section):
+    """A new model of any decoder architecture in transformers, with its own tokenizer."""
+
+    architecture: str = Field(description="A model_type of transformers, such as llama, mistral, qwen3.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of its transformers config; vocabulary, special tokens and context follow.",
+    )
+    initialization: Literal["default", "structured"] = Field(
+        "default",
+        description="default: the library's; structured: heads that begin by looking back and matching.",
+    )
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="How its tokenizer is trained.")
+
+
+class ModelSettings(Section):
+    """Which weights are trained, starting from what."""
+
+    base: str | None = Field(None, description="A local folder, hf:owner/name, or builtin:nano.")
+    from_scratch: FromScratchSettings | None = Field(None, description="A new model instead of a base.")
+    lora: LoraSettings | None = Field(None, description="Train an adapter; unset trains all weights.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="In which the weights are held.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.base is None) == (self.from_scratch is None):
+            found = "both" if self.base is not None else "neither"
+            raise ValueError(f"give either base or from_scratch; found {found}")
+        if self.from_scratch is not None and self.lora is not None:
+            raise ValueError("from_scratch trains all weights; an adapter over it would have no base. Remove lora")
+        return self
+
+
+class TaskSettings(Section):
+    """Which tasks are trained on, and which are only watched."""
+
+    train: tuple[str, ...] = Field(
+        min_length=1, description="Task folders, task.yaml files or globs, relative to the working directory."
+    )
+    evaluate: tuple[str, ...] = Field(
+        (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
+    )
+    data_root: Path | None = Field(None, description="Folder that the tasks' data paths are relative to.")
+    mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
+
+
+class RowSettings(EpisodeSettings):
+    """What one training sequence holds: episodes of whole shots, until the context is full."""
+
+    max_context_tokens: int = Field(2048, ge=8, description="Tokens of a row, and the model's trained context.")
+
+    def episodes(self) -> EpisodeSettings:
+        """Return the part that shapes an episode."""
+        return EpisodeSettings(**{name: getattr(self, name) for name in EpisodeSettings.model_fields})
+
+
+class ObjectiveSettings(Section):
+    """Which tokens are targets, and what each weighs."""
+
+    supervise: Literal["all_answers", "last_answer", "every_token"] = Field(
+        "all_answers",
+        description="all_answers: the method; last_answer: few-shot tuning; every_token: language modelling.",
+    )
+    weighting: Literal["token", "answer"] = Field(
+        "token", description="token: each target counts 1; answer: each answer does, spread over its tokens."
+    )
+    context_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of each token that is not a supervised answer; 0 leaves them out.",
+    )
+
+    @model_validator(mode="after")
+    def _every_token_counts_the_same(self) -> Self:
+        if self.supervise == "every_token" and (self.weighting == "answer" or self.context_weight):
+            raise ValueError(
+                "supervise: every_token weighs every token 1; leave out weighting and context_weight, or "
+                "choose all_answers with a context_weight"
+            )
+        return self
+
+
+class TrainingSettings(Section):
+    """How long and how fast."""
+
+    num_tokens: int | None = Field(
+        None, ge=1, description="Length of the run in context tokens, rounded up to whole steps."
+    )
+    num_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps, instead.")
+    rows_per_step: int = Field(
+        8, ge=1, description="Rows in one optimizer step, over all processes; each is one micro-batch."
+    )
+    learning_rate: float = Field(gt=0, description="Peak rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = Field(
+        "linear", description="How the rate falls after the warm-up: to zero, or not at all."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from zero.")
+    decay_share: float = Field(0.2, gt=0, le=1, description="Share of the steps in which warmup_stable_decay falls.")
+    weight_decay: float = Field(0.0, ge=0, description="Of matrices; biases and norms never decay.")
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="Averaging of gradient and its square.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 never cuts.")
+    bf16: bool = Field(False, description="Compute in bfloat16 (autocast) over float32 weights.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between log lines.")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations on tasks.evaluate; unset: only at the end."
+    )
+    evaluate_shots: tuple[int, ...] = Field(
+        (0, 8),
+        min_length=1,
+        description="Shots at which held-out tasks are asked; their mean picks the best model.",
+    )
+    evaluate_queries: int = Field(50, ge=1, description="Test rows asked per held-out task.")
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; unset: with each evaluation, and at the end."
+    )
+    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, the best one among them.")
+    seed: int = Field(0, ge=0, description="Of rows, new weights and dropout.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; unset: torch's choice.")
+
+    @field_validator("adam_betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"both must lie in [0, 1); found {list(betas)}")
+        return betas
+
+    @field_validator("evaluate_shots")
+    @classmethod
+    def _shots_are_counts(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if min(shots) < 0 or len(set(shots)) < len(shots):
+            raise ValueError(f"expected different counts of at least 0; found {list(shots)}")
+        return shots
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.num_tokens is None) == (self.num_steps is None):
+            found = "both; set the other to null" if self.num_steps is not None else "neither"
+            raise ValueError(f"give either num_tokens or num_steps; found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_meet_checkpoints(self) -> Self:
+        if self.evaluate_every and self.save_every and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"save_every is {self.save_every}, evaluate_every {self.evaluate_every}; save_every must be "
+                "a multiple, so that the best model has a checkpoint"
+            )
+        return self
+
+
+class Recipe(Section):
+    """One run: which model, which tasks, which rows, which targets, how long, and where it ends up."""
+
+    model: ModelSettings
+    tasks: TaskSettings
+    rows: RowSettings = Field(default_factory=RowSettings)
+    format: PlainFormat = Field(default_factory=PlainFormat)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    training: TrainingSettings
+    output: Path = Field(description="Folder of the finished model, its logs and checkpoints.")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.training.num_steps is not None:
+            return self.training.num_steps
+        assert self.training.num_tokens is not None  # one of the two, checked above
+        return -(-self.training.num_tokens // (self.training.rows_per_step * self.rows.max_context_tokens))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the run, over all processes."""
+        return self.num_steps * self.training.rows_per_step
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML file, and put ``section.key=value`` overrides over it.
+
+        Raises:
+            UserError: If the file is missing or does not parse, or a key or value is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"There is no recipe at {str(path)!r}.")
+        return cls.parse(path.read_text(encoding="utf-8"), str(path), overrides)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+        """Check the text of a recipe; ``name`` is how errors call it.
+
+        Raises:
+            UserError: If it does not parse, or a key or value is wrong.
+        """
+        content = _load_yaml(text, name)
+        if not isinstance(content, dict):
+            raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {content!r}.")
+        for override in overrides:
+            content = _override(content, override)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"{name}: {_sentence(cls, error)}") from error
+
+    def to_yaml(self) -> str:
+        """Write every value out, defaults included, in the order of the fields."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2, and a key stands only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}, line {mark.line + 1}" if mark else name
+        raise UserError(f"{place}: not valid YAML, {getattr(error, 'problem', None) or error}.") from error
+
+
+def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Return ``content`` with one ``section.key=value`` put over it; the value is YAML."""
+    dotted, equals, value = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: expected section.key=value, such as training.learning_rate=1e-4.")
+    changed = dict(content)
+    inner = changed
+    for key in keys[:-1]:
+        below = inner.get(key)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {override}: {key!r} holds {below!r}, which has no keys of its own.")
+        inner[key] = dict(below or {})
+        inner = inner[key]
+    inner[keys[-1]] = _load_yaml(value, f"--set {override}")
+    return changed
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """Say the first thing that is wrong, where, and what was meant."""
+    problems = error.errors(include_url=False)
+    # Of a union, pydantic reports every branch; a misspelt key says more than a missing one.
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    keys = list(_innermost_section(model, first["loc"]).model_fields)
+    place = ".".join(str(part) for part in _written_location(first["loc"]))
+    if first["type"] == "extra_forbidden":
+        unknown = str(first["loc"][-1])
+        return f"unknown key {place!r}.{did_you_mean(unknown, keys) or f' Known here: {keys}.'}"
+    if first["type"] == "missing":
+        return f"the key {place!r} is missing."
+    is_union = _written_location(first["loc"]) != list(first["loc"])
+    if is_union and (description := _description(model, first["loc"])):
+        return f"{place}: found {first['input']!r}; expected: {description}"
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
+    return f"{place or 'recipe'}: {reason}{found}."
+
+
+def _innermost_section(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    """Return the section in which the last part of ``location`` stands."""
+    section = model
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        section = (field is not None and _section_of(field.annotation)) or section
+    return section
+
+
+def _description(model: type[BaseModel], location: Sequence[int | str]) -> str | None:
+    """Return what the recipe says about the field that ``location`` runs through."""
+    fields = _innermost_section(model, location).model_fields
+    return next((fields[str(part)].description for part in location if str(part) in fields), None)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Find the pydantic model in an annotation such as ``LoraSettings | None``."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _written_location(location: Iterable[int | str]) -> list[int | str]:
+    """Leave out the parts that pydantic adds for the branches of a union, such as ``tuple[str, ...]``."""
+    return [part for part in location if not (isinstance(part, str) and ("[" in part or part in _BRANCHES))]
+
+
+_BRANCHES = frozenset({"int", "str", "float", "bool"})

@@ -1,0 +1,45 @@
+"""A small recipe for tests, changed key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.builders import make_task
+
+from manyicl.training.recipe import Recipe
+from manyicl.training.train import RecipeTasks
+
+TEXT = """
+model:
+  from_scratch:
+    architecture: llama
+    config:
+      attention_bias: true
+      hidden_size: 32
+      intermediate_size: 48
+      num_hidden_layers: 2
+      num_attention_heads: 4
+      num_key_value_heads: 2
+      attention_dropout: 0.1
+    tokenizer: {kind: word, vocabulary_size: 200}
+tasks:
+  train: [unused]
+rows:
+  max_context_tokens: 60
+  shots: [1, 6]
+training:
+  num_steps: 4
+  rows_per_step: 4
+  learning_rate: 1e-2
+  num_threads: 1
+"""
+
+
+def small_recipe(output: Path, *overrides: str) -> Recipe:
+    return Recipe.parse(TEXT, overrides=[f"output={output}", *overrides])
+
+
+def small_tasks() -> RecipeTasks:
+    return RecipeTasks(
+        train=(make_task("one", instruction="good or bad"), make_task("two")), held_out=(make_task("three"),)
+    )

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.builders import byte_level_bpe, tiny_model
+from tests.training.recipes import small_recipe, small_tasks
+from transformers import AutoConfig
+
+from manyicl.errors import UserError
+from manyicl.training import dry_run as module
+from manyicl.training import estimate
+from manyicl.training.dry_run import dry_run
+from manyicl.training.estimate import adapter_size, sample_rows
+from manyicl.training.recipe import LoraSettings
+from manyicl.training.start import starting_point, with_adapter
+from manyicl.training.train import row_source
+
+
+def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run")
+    text = "\n".join(dry_run(recipe, small_tasks()))
+    assert "2 to train on with 80 rows, 1 held out" in text
+    assert "4 steps of 4 rows of at most 60 tokens" in text
+    assert "supervised answers" in text
+    assert "stays unused" in text
+    assert "measured: 2 rows forward and backward on CPU" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_rows_hold_is_counted(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, "objective.supervise=last_answer")
+    tasks = small_tasks()
+    rows = row_source(recipe, tasks.train, starting_point(recipe, tasks.train).tokenizer)
+    statistics = sample_rows(rows, recipe.objective)
+    assert statistics.num_sampled == recipe.num_rows == 16
+    assert statistics.answers == statistics.episodes == sum(len(row.episodes) for row in rows) / 16
+    assert statistics.tokens == sum(row.num_tokens for row in rows) / 16
+    assert statistics.unused_share == pytest.approx(1 - statistics.tokens / 60)
+    assert statistics.most_shots <= 5
+
+
+def test_a_model_of_the_hub_is_estimated_from_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=128, vocab_size=500)
+    monkeypatch.setattr(module, "_can_be_had", lambda name: True)
+    monkeypatch.setattr(module, "load_tokenizer", lambda reference: byte_level_bpe())
+    monkeypatch.setattr(estimate, "model_config", lambda reference: config)
+    changes = ["model.from_scratch=null", "model.base=hf:owner/name", "rows.max_context_tokens=300"]
+    text = "\n".join(dry_run(small_recipe(tmp_path, *changes, "model.lora={rank: 4}"), small_tasks()))
+    assert "estimated from the configuration: 40% of this machine's matrix rate" in text
+    # Rank 4, in each of 4 layers: four square projections of 64 and three between 64 and 128.
+    assert f"weights, {4 * 4 * (4 * 128 + 3 * 192):,} of them trained" in text
+    assert "GiB of memory" in text
+
+
+def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(reference: str) -> None:
+        raise UserError(f"The tokenizer {reference!r} cannot be loaded: gated.")
+
+    monkeypatch.setattr(module, "load_tokenizer", refused)
+    for reachable, reason in ((False, "the Hub cannot be reached"), (True, "could not be fetched")):
+        monkeypatch.setattr(module, "_can_be_had", lambda name, reachable=reachable: reachable)
+        changes = ["model.from_scratch=null", "model.base=hf:owner/name"]
+        *_, last = dry_run(small_recipe(tmp_path, *changes), small_tasks())
+        assert last.startswith("Tokens: at most 960. Answers, unused share, hours and memory cannot be known")
+        assert reason in last
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(rank=3), LoraSettings(rank=5, target_modules=("q_proj", "down_proj"))])
+def test_the_size_of_an_adapter_is_known_without_making_it(lora: LoraSettings) -> None:
+    size = adapter_size(tiny_model(), lora)
+    adapted = with_adapter(tiny_model(), lora)
+    assert size == sum(weights.numel() for weights in adapted.parameters() if weights.requires_grad)
+
+
+def test_an_adapter_over_layers_that_are_not_there_names_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"\['attn'\] match no layer; linear layers are \['down_proj'"):
+        with_adapter(tiny_model(), LoraSettings(target_modules=("attn",)))

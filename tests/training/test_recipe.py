@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+from tests.training.recipes import TEXT
+
+from manyicl.errors import UserError
+from manyicl.training.recipe import Recipe
+
+RECIPE = TEXT + "output: runs/x\n"
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    recipe = Recipe.parse(RECIPE, overrides=["model.from_scratch.config.rms_norm_eps=1e-5"])
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    assert recipe.model.from_scratch is not None
+    assert recipe.model.from_scratch.config["rms_norm_eps"] == 1e-5
+
+
+def test_overrides_are_yaml_values_under_dotted_keys() -> None:
+    recipe = Recipe.parse(
+        RECIPE,
+        overrides=["training.learning_rate=1e-4", "rows.shots=[2, 8]", "objective.supervise=last_answer", "output=a=b"],
+    )
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.rows.shots == (2, 8)
+    assert recipe.objective.supervise == "last_answer"
+    assert str(recipe.output) == "a=b"
+
+
+def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
+    recipe = Recipe.parse(RECIPE, overrides=["training.num_steps=null", "training.num_tokens=241"])
+    assert recipe.num_steps == 2  # 4 rows of 60 tokens are 240
+    assert recipe.num_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.learnig_rate=1", "unknown key 'training.learnig_rate'. Did you mean 'learning_rate'?"),
+        ("model.from_scratch.tokeniser={}", "unknown key 'model.from_scratch.tokeniser'. Did you mean 'tokenizer'?"),
+        ("format.terminater=x", "Did you mean 'terminator'?"),
+        ("nothing=1", "unknown key 'nothing'. Known here: ['model', 'tasks',"),
+        ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0; found -1."),
+        ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found None."),
+        ("training.learning_rate=.nan", "training.learning_rate: "),
+        ("rows.shots=many", "rows.shots: found 'many'; expected: Examples per episode"),
+        ("rows.shots=[5, 2]", "1 <= least <= most"),
+        ("training.num_tokens=5", "give either num_tokens or num_steps; found both"),
+        ("model.base=x", "give either base or from_scratch; found both"),
+        ("model.lora={}", "from_scratch trains all weights"),
+        ("objective={supervise: every_token, weighting: answer}", "every_token weighs every token 1"),
+        ("training.keep_checkpoints=1", "training.keep_checkpoints: input should be greater than or equal to 2"),
+        ("training.adam_betas=[0.9, 1.0]", "training.adam_betas: both must lie in [0, 1)"),
+        ("training.evaluate_shots=[0, 0]", "different counts of at least 0"),
+        ("model.from_scratch.tokenizer={kind: byte_bpe, vocabulary_size: 100}", "byte_bpe needs at least 300"),
+        ("seed", "expected section.key=value"),
+        ("rows.shots.more=1", "has no keys of its own"),
+        ("tasks=[a: b: c", "not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.parse(RECIPE, "my.yaml", [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "expected the keys"),
+        ("- a", "expected the keys"),
+        ("model: {base: x}\nmodel: {base: y}", "line 2: not valid YAML, the key 'model' stands twice"),
+        ("model: {base: x}\ntasks: {train: [a]}\noutput: x", "my.yaml: the key 'training' is missing."),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=r"my\.yaml") as error:
+        Recipe.parse(text, "my.yaml")
+    assert sentence in str(error.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"no recipe at 'nowhere.yaml'"):
+        Recipe.read("nowhere.yaml")

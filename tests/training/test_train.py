@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from safetensors.torch import load_file
+from tests.training.recipes import small_recipe, small_tasks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from manyicl.errors import UserError
+from manyicl.model.load import LoadedModel, load_model
+from manyicl.model.manifest import Manifest
+from manyicl.training.recipe import Recipe
+from manyicl.training.run_folder import RunFolder
+from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, train
+
+SAVE_EVERY_STEP = "training.save_every=1"
+
+
+def run(recipe: Recipe, **arguments: Any) -> TrainedRun:
+    return train(recipe, small_tasks(), console=Console(file=io.StringIO()), **arguments)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    first, second = weights_in(one), weights_in(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stop_in_step(step: int) -> Callable[[LoadedModel], Mapping[str, float]]:
+    """An evaluation that sends Ctrl-C, as a person would, while that step's work is under way."""
+    calls = 0
+
+    def evaluation(loaded: LoadedModel) -> Mapping[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"score": 0.0}
+
+    return evaluation
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "scratch"
+    run(small_recipe(output))
+    return output
+
+
+def test_the_output_loads_in_plain_transformers_and_holds_no_pickle(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished)
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert model.config.use_cache
+    assert tokenizer.decode(tokenizer("film 1 was film\ngood\n\n")["input_ids"]) == "film 1 was film\ngood\n\n"
+    assert not [path.name for path in finished.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    assert Recipe.read(finished / "recipe.yaml").output == finished
+    assert any((finished / "logs").iterdir())
+
+
+def test_the_manifest_remembers_format_tasks_and_objective(finished: Path) -> None:
+    manifest = Manifest.read(finished)
+    assert manifest is not None
+    assert [task.name for task in manifest.tasks] == ["one", "two"]
+    assert manifest.max_context_tokens == 60
+    assert manifest.max_trained_shots == 5
+    assert manifest.objective == "all_answers"
+    assert manifest.base is None
+
+
+def test_the_same_recipe_gives_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    run(small_recipe(tmp_path / "again"))
+    assert_equal_weights(finished, tmp_path / "again")
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_without_interruption(tmp_path: Path) -> None:
+    changes = ("training.evaluate_every=1", "training.num_steps=6")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    best_is_last = iter(range(100))
+    run(small_recipe(whole, *changes), evaluation=lambda loaded: {"score": float(next(best_is_last))})
+    stopped = run(small_recipe(parts, *changes), evaluation=stop_in_step(2))
+    assert not stopped.finished
+    assert stopped.num_steps == 3
+    assert not (parts / "manyicl.json").exists()
+    resumed = run(
+        small_recipe(parts, *changes), evaluation=lambda loaded: {"score": float(next(best_is_last))}, resume=True
+    )
+    assert resumed.finished
+    assert resumed.num_steps == 6
+    assert_equal_weights(whole, parts)
+
+
+def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", SAVE_EVERY_STEP, "training.keep_checkpoints=4")
+    run(recipe)
+    folder = RunFolder(recipe.output)
+    last = folder.last_whole_checkpoint(1)
+    assert last is not None
+    assert last.name == "checkpoint-4"
+    (last / "trainer_state.json").write_text("{", encoding="utf-8")
+    (folder.checkpoints / "checkpoint-3" / "optimizer.pt").unlink()
+    (folder.checkpoints / "checkpoint-9").mkdir()
+    whole = folder.last_whole_checkpoint(1)
+    assert whole is not None
+    assert whole.name == "checkpoint-2"
+    assert folder.last_whole_checkpoint(2) is None, "the states of two processes' generators are not there"
+
+
+def test_the_best_model_on_held_out_tasks_is_kept(tmp_path: Path) -> None:
+    scores = iter([0.2, 0.9, 0.4, 0.3])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluation(loaded: LoadedModel) -> Mapping[str, float]:
+        assert not loaded.model.training
+        seen.append({name: value.clone() for name, value in loaded.model.state_dict().items()})
+        return {"score": next(scores), "other": 1.0}
+
+    done = run(small_recipe(tmp_path / "run", "training.evaluate_every=1"), evaluation=evaluation)
+    assert (done.best_score, done.best_step) == (0.9, 2)
+    saved = weights_in(tmp_path / "run")
+    assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
+    assert not all(torch.equal(saved[name], seen[3][name]) for name in saved)
+
+
+def test_held_out_tasks_are_evaluated_once_after_the_last_step_by_default(tmp_path: Path) -> None:
+    scores = iter([0.5])
+    done = run(small_recipe(tmp_path / "run"), evaluation=lambda loaded: {"score": next(scores)})
+    assert (done.best_score, done.best_step) == (0.5, 4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_an_adapter_loads_over_its_base_and_leaves_it_alone(finished: Path, tmp_path: Path) -> None:
+    before = weights_in(finished)
+    output = tmp_path / "adapter"
+    recipe = small_recipe(
+        output, "model.from_scratch=null", f"model.base={finished}", "model.lora={rank: 4, dropout: 0.1}"
+    )
+    run(recipe)
+    model = AutoPeftModelForCausalLM.from_pretrained(output)
+    loaded = load_model(str(output))
+    assert any(value.any() for name, value in weights_in(output).items() if "lora_B" in name)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected, found = model(input_ids=ids).logits, loaded.model(input_ids=ids, use_cache=False).logits
+    assert (expected - found).abs().max() < 1e-5
+    manifest = Manifest.read(output)
+    assert manifest is not None
+    assert manifest.base == str(finished)
+    assert manifest.base_fingerprint == load_model(str(finished)).fingerprint
+    assert all(torch.equal(before[name], value) for name, value in weights_in(finished).items())
+    assert not [path.name for path in output.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    with pytest.raises(UserError, match="is an adapter itself"):
+        run(recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(output)})}), overwrite=True)
+
+
+@pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
+def test_bfloat16_and_gradient_checkpointing_work_on_a_cpu(finished: Path, tmp_path: Path, lora: str) -> None:
+    changes = ["training.bf16=true", "training.gradient_checkpointing=true", f"model.lora={lora}"]
+    base = ["model.from_scratch=null", f"model.base={finished}"]
+    assert run(small_recipe(tmp_path / "run", *base, *changes)).finished
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "warmup_stable_decay"])
+def test_every_schedule_warms_up(tmp_path: Path, schedule: str) -> None:
+    changes = [f"training.schedule={schedule}", "training.warmup_steps=2", "training.num_steps=5"]
+    console = io.StringIO()
+    assert train(small_recipe(tmp_path / "run", *changes), small_tasks(), console=Console(file=console)).finished
+
+
+def test_the_loss_of_a_tiny_model_falls_and_its_speed_is_shown(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    recipe = small_recipe(tmp_path / "run", "training.num_steps=30", "training.log_every=10")
+    train(recipe, small_tasks(), console=Console(file=screen, width=200))
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", screen.getvalue())]
+    assert len(losses) == 3
+    # Two labels and a terminator leave ln(2) / 2 = 0.35 nats a token to one who knows no rule.
+    assert losses[0] > 1.5 > 0.75 > losses[-1]
+    assert re.search(r"[\d,]+ answers/s", screen.getvalue())
+    assert "supervised answers" in screen.getvalue()
+
+
+def test_a_taken_output_folder_is_refused_unless_said_otherwise(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds a run already\. Use --resume to go on, --overwrite to start anew"):
+        run(small_recipe(finished))
+    with pytest.raises(UserError, match="is finished"):
+        run(small_recipe(finished), resume=True)
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="is not empty"):
+        run(small_recipe(tmp_path))
+    with pytest.raises(UserError, match="leaves it alone"):
+        run(small_recipe(tmp_path), overwrite=True)
+    with pytest.raises(UserError, match="holds no run"):
+        run(small_recipe(tmp_path / "new"), resume=True)
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
+    changes = ("training.evaluate_every=1",)
+    run(small_recipe(tmp_path / "run", *changes), evaluation=stop_in_step(1))
+    with pytest.raises(UserError, match=r"began with training\.learning_rate 0\.01; the recipe now says 0\.1"):
+        run(small_recipe(tmp_path / "run", *changes, "training.learning_rate=0.1"), resume=True)
+    tasks = small_tasks()
+    with pytest.raises(UserError, match="began with task 'two', which is missing now"):
+        train(small_recipe(tmp_path / "run", *changes), RecipeTasks(tasks.train[:1], ()), resume=True)
+
+
+def test_rows_longer_than_the_positions_of_the_model_are_refused(finished: Path, tmp_path: Path) -> None:
+    changes = ["model.from_scratch=null", f"model.base={finished}", "rows.max_context_tokens=61"]
+    with pytest.raises(UserError, match=r"rows\.max_context_tokens is 61; the model has 60 positions"):
+        run(small_recipe(tmp_path / "run", *changes))
+
+
+def write_task(folder: Path, source: str) -> Path:
+    folder.mkdir()
+    rows = "".join(f'{{"text": "a {i}", "label": "{"xy"[i % 2]}"}}\n' for i in range(6))
+    for side in ("train", "test"):
+        (folder / f"{side}.jsonl").write_text(rows.replace("a ", f"{side} "), encoding="utf-8")
+    (folder / "task.yaml").write_text(
+        f"name: {folder.name}\nfamily: classification\nmetric: accuracy\nsource: {source}\n"
+        "data: {train: train.jsonl, test: test.jsonl}\nquery: '{{ text }}'\nanswer: '{{ label }}'\nlabels: [x, y]\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_held_out_tasks_of_a_training_source_are_refused(tmp_path: Path) -> None:
+    one, sibling, other = (
+        write_task(tmp_path / name, source) for name, source in (("a", "reviews"), ("b", "reviews"), ("c", "news"))
+    )
+    recipe = small_recipe(tmp_path / "run", f"tasks.train=[{one}]", f"tasks.evaluate=[{other}]")
+    assert [task.name for task in load_recipe_tasks(recipe).held_out] == ["c"]
+    recipe = small_recipe(tmp_path / "run", f"tasks.train=[{one}]", f"tasks.evaluate=[{sibling}]")
+    with pytest.raises(UserError, match="'b' comes from the same source"):
+        load_recipe_tasks(recipe)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.reference.one_step import slow_loss
+from tests.training.first_step import first_step, first_step_recipe
+from tests.training.recipes import small_recipe, small_tasks
+from torch import Tensor
+
+from manyicl.errors import MachineError, UserError
+from manyicl.training.recipe import Recipe
+from manyicl.training.run_folder import RunFolder
+from manyicl.training.start import starting_point
+from manyicl.training.train import row_source, training_arguments
+from manyicl.training.trainer import ManyShotTrainer
+
+
+def slow_first_step(recipe: Recipe) -> tuple[list[Tensor], float]:
+    """One large batch: every episode of the step alone, one backward pass."""
+    tasks = small_tasks()
+    start = starting_point(recipe, tasks.train)
+    rows = row_source(recipe, tasks.train, start.tokenizer)
+    start.model.train()
+    loss = slow_loss(start.model, [episode for row in rows for episode in row.episodes], recipe.objective)
+    loss.backward()
+    return [weights.grad for weights in start.model.parameters() if weights.grad is not None], loss.item()
+
+
+def assert_same_step(step: tuple[list[Tensor], float], expected: tuple[list[Tensor], float]) -> None:
+    assert step[1] == pytest.approx(expected[1], rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected[0])
+    assert scale > 1e-3
+    for gradient, slow in zip(step[0], expected[0], strict=True):
+        assert (gradient - slow).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("objective", ["{}", "{supervise: last_answer}", "{weighting: answer, context_weight: 0.5}"])
+def test_gradient_accumulation_gives_the_update_of_one_large_batch(tmp_path: Path, objective: str) -> None:
+    recipe = first_step_recipe(tmp_path, f"objective={objective}")
+    assert_same_step(first_step(recipe), slow_first_step(recipe))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    recipe = first_step_recipe(tmp_path, "training.gradient_checkpointing=true")
+    assert_same_step(first_step(recipe), slow_first_step(first_step_recipe(tmp_path)))
+
+
+def test_two_processes_give_the_update_of_one_large_batch(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("first_step.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    objective = "objective.supervise=last_answer"
+    done = subprocess.run(
+        [*torchrun, str(script), str(tmp_path), objective], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    step = torch.load(tmp_path / "first_step.pt")
+    assert_same_step(step, slow_first_step(first_step_recipe(tmp_path, objective)))
+
+
+def test_rows_that_two_processes_cannot_share_evenly_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    recipe = small_recipe(tmp_path)
+    with pytest.raises(UserError, match="rows_per_step is 4 and 3 processes share them"):
+        training_arguments(recipe, RunFolder(tmp_path), evaluates=False)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_names_step_and_tasks(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    tasks = small_tasks()
+    start = starting_point(recipe, tasks.train)
+    with torch.no_grad():
+        next(start.model.parameters()).fill_(float("nan"))
+    trainer = ManyShotTrainer(
+        start.model,
+        training_arguments(recipe, RunFolder(tmp_path), evaluates=False),
+        row_source(recipe, tasks.train, start.tokenizer),
+        recipe.objective,
+    )
+    with pytest.raises(MachineError, match=r"became nan in step 1, in a row with tasks (one|two|one, two)\."):
+        trainer.train()
