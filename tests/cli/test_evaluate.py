@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.builders import byte_level_bpe, tiny_model
 
 from manyicl.cli.evaluate import evaluate_command, parse_shots
 from manyicl.errors import UserError
 from manyicl.evaluation.result import ResultStore
+from tests.builders import byte_level_bpe, tiny_model
 
 
 @pytest.fixture(name="arguments")

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.builders import byte_level_bpe, tiny_model
 
 from manyicl.cli.main import main
+from tests.builders import byte_level_bpe, tiny_model
 
 
 @pytest.fixture(name="model_folder", scope="module")

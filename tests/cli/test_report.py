@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.evaluation.test_summary import RECORDS
 
 from manyicl.cli.report import report_command
 from manyicl.errors import UserError
 from manyicl.evaluation.result import ResultStore
+from tests.evaluation.test_summary import RECORDS
 
 
 def test_it_prints_a_table_and_writes_page_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

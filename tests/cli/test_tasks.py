@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.builders import byte_level_bpe, make_example
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
 from manyicl.cli.tasks import app, episode_text
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from tests.builders import byte_level_bpe, make_example
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests.training.recipes import TEXT
-from tests.training.test_train import write_task
 from typer.testing import CliRunner
 
 from manyicl.cli.train import resume_command, train_command
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
+from tests.training.recipes import TEXT
+from tests.training.test_train import write_task
 
 app = typer.Typer()
 app.command()(train_command)

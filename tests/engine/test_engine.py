@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded
 
 from manyicl.engine.engine import Engine
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.tasks.task import Query, Task
+from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.builders import byte_level_bpe, make_example, make_task
-
 from manyicl.episodes.budget import fit_demonstrations
 from manyicl.episodes.encoding import Encoder
+from tests.builders import byte_level_bpe, make_example, make_task
 
 
 def test_what_fits_stays_as_given() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.builders import byte_level_bpe, make_example, make_task
 
 from manyicl.episodes.checks import Lengths, check_task
 from manyicl.episodes.encoding import Encoder
 from manyicl.tasks.building import ON_BOTH_SIDES
+from tests.builders import byte_level_bpe, make_example, make_task
 
 
 @pytest.fixture(scope="module")

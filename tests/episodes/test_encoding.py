@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
 from transformers import PreTrainedTokenizerFast
 
 from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.episodes.episode import Episode
 from manyicl.errors import UserError
+from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level BPE": byte_level_bpe,

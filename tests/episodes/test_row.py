@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.builders import byte_level_bpe, make_example, make_task
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.row import RowSource
 from manyicl.episodes.sampling import EpisodeSettings
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
+from tests.builders import byte_level_bpe, make_example, make_task
 
 
 @pytest.fixture(name="encoder", scope="module")

@@ -8,7 +8,6 @@ from itertools import islice
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.builders import make_task
 
 from manyicl.episodes.sampling import (
     EpisodeSettings,
@@ -19,6 +18,7 @@ from manyicl.episodes.sampling import (
     shuffled_lazily,
 )
 from manyicl.errors import UserError
+from tests.builders import make_task
 
 
 @given(length=st.integers(0, 200), seed=st.integers())

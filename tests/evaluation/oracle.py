@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from tests.builders import byte_level_bpe, make_example, make_task
-
 from manyicl.engine.engine import Prediction
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Example, Query, Task
+from tests.builders import byte_level_bpe, make_example, make_task
 
 
 @cache

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.builders import make_example, make_task
 
 from manyicl.evaluation.baselines import chance_level, majority_answer, majority_level, tfidf_level
+from tests.builders import make_example, make_task
 
 RED = [make_example(f"a warm rose number {i}", "red") for i in range(12)]
 BLUE = [make_example(f"the cold sea number {i}", "blue") for i in range(8)]

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 from sklearn.metrics import f1_score
-from tests.builders import make_task
 
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS, exact_match, metric_named, metrics_of, numeric_match, token_f1
 from manyicl.evaluation.words import words
+from tests.builders import make_task
 
 AWKWARD = ["", " ", "the", "A", "!!!", "1/0", "9" * 5000, "русский текст", "日本語です", "🎉", "a\n\nb", "-", "1e999"]
 

@@ -10,9 +10,6 @@ from typing import cast
 
 import pytest
 from rich.console import Console
-from tests.builders import make_example, make_task
-from tests.evaluation.oracle import OracleEngine, small_world
-from tests.evaluation.test_summary import RECORDS, scored
 
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
@@ -21,6 +18,9 @@ from manyicl.evaluation.report.plots import shot_position
 from manyicl.evaluation.result import Result, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
 from manyicl.model.manifest import Manifest
+from tests.builders import make_example, make_task
+from tests.evaluation.oracle import OracleEngine, small_world
+from tests.evaluation.test_summary import RECORDS, scored
 
 EVIL = "<script>alert('x')</script> & [bold]"
 VOID = {"meta", "br", "path", "use", "rect", "img", "link", "input", "hr", "line", "circle"}

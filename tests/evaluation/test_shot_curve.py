@@ -8,8 +8,6 @@ from typing import cast
 
 import pytest
 from pydantic import ValidationError
-from tests.builders import make_example, make_task, tiny_loaded
-from tests.evaluation.oracle import OracleEngine, small_world
 
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
@@ -18,6 +16,8 @@ from manyicl.evaluation.result import ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, measure_shot_curves
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
+from tests.builders import make_example, make_task, tiny_loaded
+from tests.evaluation.oracle import OracleEngine, small_world
 
 SETTINGS = EvaluationSettings(shots=(0, 1, 2, 8), num_seeds=2, num_queries=11)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from tests.evaluation.test_result import make_result
 
 from manyicl.errors import UserError
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, summarise
+from tests.evaluation.test_result import make_result
 
 
 def scored(model: str, task: str, shots: int, scores: tuple[float, ...], **changes: object) -> Result:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.builders import ARCHITECTURES, tiny_model
 
 from manyicl.errors import UserError
 from manyicl.model.attention import packed_arguments, visible_keys
 from manyicl.model.isolation import packing_error, require_isolation
+from tests.builders import ARCHITECTURES, tiny_model
 
 LENGTHS = (3, 47, 31)
 

@@ -12,7 +12,14 @@ from manyicl.errors import UserError
 from manyicl.tasks.files import load_tasks
 from manyicl.tasks.nanoworld.basics import BASICS
 from manyicl.tasks.nanoworld.rule import Binding
-from manyicl.tasks.nanoworld.world import HIDDEN_RULES, checked_split, draw_rows, hidden_rules, write_nano_world
+from manyicl.tasks.nanoworld.world import (
+    HIDDEN_RULES,
+    NUM_UNSEEN_TASKS,
+    checked_split,
+    draw_rows,
+    hidden_rules,
+    write_nano_world,
+)
 from manyicl.tasks.task import FAMILIES, Task
 
 
@@ -27,7 +34,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_rules(tmp_pa
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         write_nano_world(tmp_path / name, seed=seed, split="unseen")
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert len(files) == 3 * 6 * len(HIDDEN_RULES)
+    assert len(files) == 3 * NUM_UNSEEN_TASKS * len(HIDDEN_RULES)
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
     changed = [(tmp_path / "one" / file).read_bytes() != (tmp_path / "three" / file).read_bytes() for file in files]
     assert all(change for change, file in zip(changed, files, strict=True) if file.name == "train.jsonl")

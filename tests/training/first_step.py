@@ -12,13 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.training.recipes import small_recipe, small_tasks
-
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
 from manyicl.training.train import end_processes, is_main_process, row_source, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
+from tests.training.recipes import small_recipe, small_tasks
 
 
 class GradientsBeforeTheStep(TrainerCallback):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.builders import make_task
-
 from manyicl.training.recipe import Recipe
 from manyicl.training.train import RecipeTasks
+from tests.builders import make_task
 
 TEXT = """
 model:

@@ -3,8 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.builders import byte_level_bpe, tiny_model
-from tests.training.recipes import small_recipe, small_tasks
 from transformers import AutoConfig
 
 from manyicl.errors import UserError
@@ -15,6 +13,8 @@ from manyicl.training.estimate import adapter_size, sample_rows
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.start import starting_point, with_adapter
 from manyicl.training.train import row_source
+from tests.builders import byte_level_bpe, tiny_model
+from tests.training.recipes import small_recipe, small_tasks
 
 
 def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.builders import make_example, make_task
-from tests.training.recipes import small_recipe, small_tasks
 from transformers import AutoTokenizer
 
 from manyicl.episodes.encoding import Encoder, PlainFormat
@@ -13,6 +11,8 @@ from manyicl.errors import UserError
 from manyicl.training.from_scratch import train_tokenizer
 from manyicl.training.recipe import TokenizerSettings
 from manyicl.training.start import starting_point
+from tests.builders import make_example, make_task
+from tests.training.recipes import small_recipe, small_tasks
 
 WORD = TokenizerSettings(kind="word", vocabulary_size=200)
 BYTES = TokenizerSettings(kind="byte_bpe", vocabulary_size=400)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.builders import make_example, make_task, tiny_model, word_level
-from tests.reference.one_step import slow_loss, slow_weights
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +13,8 @@ from manyicl.training.batch import Collator, row_tensors
 from manyicl.training.loss import answer_loss, row_loss
 from manyicl.training.objective import target_weights
 from manyicl.training.recipe import ObjectiveSettings
+from tests.builders import make_example, make_task, tiny_model, word_level
+from tests.reference.one_step import slow_loss, slow_weights
 
 #          tokens:  0   1  2   3   4   5  6   7  8
 EPISODE = EncodedEpisode("hand", (10, 11, 12, 13, 14, 15, 16, 17, 18), ((2, 4), (6, 9)))

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.training.recipes import TEXT
 
 from manyicl.errors import UserError
 from manyicl.training.recipe import Recipe
+from tests.training.recipes import TEXT
 
 RECIPE = TEXT + "output: runs/x\n"
 

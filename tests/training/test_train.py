@@ -13,7 +13,6 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.training.recipes import small_recipe, small_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manyicl.errors import UserError
@@ -22,6 +21,7 @@ from manyicl.model.manifest import Manifest
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, train
+from tests.training.recipes import small_recipe, small_tasks
 
 SAVE_EVERY_STEP = "training.save_every=1"
 

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.reference.one_step import slow_loss
-from tests.training.first_step import first_step, first_step_recipe
-from tests.training.recipes import small_recipe, small_tasks
 from torch import Tensor
 
 from manyicl.errors import MachineError, UserError
@@ -17,6 +14,9 @@ from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
 from manyicl.training.train import row_source, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
+from tests.reference.one_step import slow_loss
+from tests.training.first_step import first_step, first_step_recipe
+from tests.training.recipes import small_recipe, small_tasks
 
 
 def slow_first_step(recipe: Recipe) -> tuple[list[Tensor], float]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
 NUM_SEEDS = 3
-NUM_QUERIES = 25
+NUM_QUERIES = 20
 BASE_NAME, TUNED_NAME = "base", "fine-tuned"
 
 

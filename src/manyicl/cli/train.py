@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
 
-  manyicl train recipes/nano_finetune.yaml --dry-run
+  manyicl train recipes/nano.yaml --dry-run
 
     Run: 150 steps of 8 rows of at most 1,024 tokens.
     A row holds 1,003 tokens in 2.1 episodes with 62.0 supervised answers (124 tokens); 2.1% of it stays unused …
     About 4 minutes on this machine, evaluation aside, and 0.6 GiB of memory (measured: 2 rows …).
 
-  manyicl train recipes/nano_finetune.yaml --set training.learning_rate=1e-4 --set output=runs/slower
+  manyicl train recipes/nano.yaml --set training.learning_rate=1e-4 --set output=runs/slower
 
-  manyicl train recipes/nano_finetune.yaml --resume
+  manyicl train recipes/nano.yaml --resume
 
   torchrun --nproc-per-node 2 --no-python manyicl train recipes/mistral_7b_v0.3.yaml
 """

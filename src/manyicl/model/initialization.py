@@ -40,7 +40,7 @@ NARROW_WINDOW, WIDE_WINDOW = 4, 8
 
 @torch.no_grad()
 def structured_initialization(model: PreTrainedModel, seed: int) -> None:
-    """Overwrite all weights of a new Llama model, so that it starts as a lookup in its own context.
+    """Overwrite all weights of a new Llama model, so that looking up in its own context is near.
 
     Layer 0: one head looks one token back, two average windows of the last tokens, one looks two back.
     Layers 1 up: two heads find earlier places that had this token before them and similar words around them,

@@ -30,7 +30,7 @@ HIDDEN_RULES: dict[str, DrawRule] = {
     "headline": HeadlineRule.draw,
     "math": OperatorRule.draw,
 }
-NUM_TRAINING_TASKS, NUM_UNSEEN_TASKS = 60, 6  # of each family
+NUM_TRAINING_TASKS, NUM_UNSEEN_TASKS = 60, 4  # of each family
 NUM_TRAIN_ROWS, NUM_TEST_ROWS = 200, 40
 NUM_BASE_ROWS = 64
 

@@ -1,0 +1,87 @@
+"""Every recipe of the repository reads, and builds and trains a step at toy size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyicl.training.recipe import Recipe
+from manyicl.training.train import train
+from tests.builders import byte_level_bpe, sentencepiece_bpe, tiny_model
+
+ROOT = Path(__file__).parents[1]
+RECIPES = [
+    *sorted((ROOT / "recipes").glob("*.yaml")),
+    *sorted((ROOT / "recipes" / "real").glob("*.yaml")),
+    ROOT / "src" / "manyicl" / "cli" / "quickstart.yaml",
+]
+# What stands in for the model that a recipe starts from.
+ARCHITECTURE_OF = {
+    "mistral_7b_v0.3": "mistral",
+    "llama3_8b": "llama",
+    "gemma_7b": "gemma",
+    "smollm2_135m": "llama",
+    "qwen3_0.6b": "qwen3",
+}
+TOY_CONFIG = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def write_toy_tasks(folder: Path) -> None:
+    for name, answers in (("short", ("good", "bad")), ("longer", ("good and long", "bad and red"))):
+        (folder / name).mkdir(parents=True)
+        rows = [{"text": f"film {i} was fine", "answer": answers[i % 2]} for i in range(30)]
+        (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / name / "task.yaml").write_text(
+            "family: generation\nquery: '{{ text }}'\nanswer: '{{ answer }}'\ndata: {train: train.jsonl}\n"
+        )
+
+
+def toy_overrides(recipe: Recipe, name: str, folder: Path) -> list[str]:
+    """Say what a toy run changes: tasks, sizes and lengths, and the weights it starts from."""
+    overrides = [
+        f"tasks.train=['{folder / 'tasks'}']",
+        "tasks.evaluate=[]",
+        "tasks.data_root=null",
+        "tasks.mixture.weights={}",
+        "rows.max_context_tokens=200",
+        "rows.shots=[1, 8]",
+        "training.num_tokens=null",
+        "training.num_steps=1",
+        "training.rows_per_step=2",
+        f"output='{folder / 'run'}'",
+    ]
+    if recipe.model.from_scratch is not None:
+        sizes = {**recipe.model.from_scratch.config, **TOY_CONFIG}
+        return [
+            *overrides,
+            f"model.from_scratch.config={json.dumps(sizes)}",
+            "model.from_scratch.tokenizer.vocabulary_size=320",
+            # Heads of its own size need more than a toy has.
+            "model.from_scratch.initialization=default",
+        ]
+    tokenizer = sentencepiece_bpe() if name == "gemma_7b" else byte_level_bpe()
+    base = tiny_model(ARCHITECTURE_OF.get(name, "llama"), len(tokenizer))
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return [*overrides, f"model.base='{folder / 'base'}'"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds_and_trains_a_step_at_toy_size(path: Path, tmp_path: Path) -> None:
+    text = path.read_text(encoding="utf-8").replace("train: []", "train: [given]")
+    recipe = Recipe.parse(text, path.name)
+    write_toy_tasks(tmp_path / "tasks")
+    toy = Recipe.parse(text, path.name, toy_overrides(recipe, path.stem, tmp_path))
+    run = train(toy)
+    assert run.finished
+    assert (tmp_path / "run" / "manyicl.json").is_file()
+    assert any((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_headed_by_its_command(path: Path) -> None:
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any("manyicl " in line for line in head)
