@@ -46,7 +46,7 @@ def toy_overrides(recipe: Recipe, name: str, folder: Path) -> list[str]:
         "tasks.data_root=null",
         "tasks.mixture.weights={}",
         "rows.max_context_tokens=200",
-        "rows.shots=[1, 8]",
+        "rows.examples_per_episode=[1, 8]",
         "training.num_tokens=null",
         "training.num_steps=1",
         "training.rows_per_step=2",

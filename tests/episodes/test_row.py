@@ -39,9 +39,9 @@ def source(encoder: Encoder, tasks: list[Task], **changes: object) -> RowSource:
     return RowSource(tasks, encoder, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shots", ["fill", 8, (1, 32)])
-def test_rows_fill_their_context_but_for_five_percent(encoder: Encoder, shots: object) -> None:
-    rows = source(encoder, mixed_tasks(), episodes=EpisodeSettings.model_validate({"shots": shots}))
+@pytest.mark.parametrize("wanted", ["fill", 8, (1, 32)])
+def test_rows_fill_their_context_but_for_five_percent(encoder: Encoder, wanted: object) -> None:
+    rows = source(encoder, mixed_tasks(), episodes=EpisodeSettings.model_validate({"examples_per_episode": wanted}))
     unused = [rows[i].unused_share for i in range(len(rows))]
     assert min(unused) >= 0
     assert sum(unused) / len(unused) < 0.05
@@ -67,7 +67,7 @@ def test_episodes_hold_whole_shots_that_end_with_the_terminator(encoder: Encoder
 
 
 def test_fixed_shots_are_kept_and_what_did_not_fit_is_counted(encoder: Encoder) -> None:
-    rows = source(encoder, [make_task()], episodes=EpisodeSettings(shots=7), max_context_tokens=300)
+    rows = source(encoder, [make_task()], episodes=EpisodeSettings(examples_per_episode=7), max_context_tokens=300)
     row = rows[0]
     counts = [len(episode.answer_spans) for episode in row.episodes]
     assert counts[0] == 7

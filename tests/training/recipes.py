@@ -25,7 +25,7 @@ tasks:
   train: [unused]
 rows:
   max_context_tokens: 60
-  shots: [1, 6]
+  examples_per_episode: [1, 6]
 training:
   num_steps: 4
   rows_per_step: 4

@@ -62,7 +62,7 @@ def packed_rows() -> list[Row]:
     tasks = [make_task("one", instruction="good or bad"), make_task("two")]
     encoder = Encoder(word_level())
     source = RowSource(
-        tasks, encoder, max_context_tokens=97, num_rows=3, seed=1, episodes=EpisodeSettings(shots=(1, 7))
+        tasks, encoder, max_context_tokens=97, num_rows=3, seed=1, episodes=EpisodeSettings(examples_per_episode=(1, 7))
     )
     return list(source)
 

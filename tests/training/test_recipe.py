@@ -19,10 +19,15 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
 def test_overrides_are_yaml_values_under_dotted_keys() -> None:
     recipe = Recipe.parse(
         RECIPE,
-        overrides=["training.learning_rate=1e-4", "rows.shots=[2, 8]", "objective.supervise=last_answer", "output=a=b"],
+        overrides=[
+            "training.learning_rate=1e-4",
+            "rows.examples_per_episode=[2, 8]",
+            "objective.supervise=last_answer",
+            "output=a=b",
+        ],
     )
     assert recipe.training.learning_rate == 1e-4
-    assert recipe.rows.shots == (2, 8)
+    assert recipe.rows.examples_per_episode == (2, 8)
     assert recipe.objective.supervise == "last_answer"
     assert str(recipe.output) == "a=b"
 
@@ -43,8 +48,8 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
         ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0; found -1."),
         ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found None."),
         ("training.learning_rate=.nan", "training.learning_rate: "),
-        ("rows.shots=many", "rows.shots: found 'many'; expected: Examples per episode"),
-        ("rows.shots=[5, 2]", "1 <= least <= most"),
+        ("rows.examples_per_episode=many", "rows.examples_per_episode: found 'many'; expected: Examples in an episode"),
+        ("rows.examples_per_episode=[5, 2]", "1 <= least <= most"),
         ("training.num_tokens=5", "give either num_tokens or num_steps; found both"),
         ("model.base=x", "give either base or from_scratch; found both"),
         ("model.lora={}", "from_scratch trains all weights"),
@@ -54,7 +59,7 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
         ("training.evaluate_shots=[0, 0]", "different counts of at least 0"),
         ("model.from_scratch.tokenizer={kind: byte_bpe, vocabulary_size: 100}", "byte_bpe needs at least 300"),
         ("seed", "expected section.key=value"),
-        ("rows.shots.more=1", "has no keys of its own"),
+        ("rows.examples_per_episode.more=1", "has no keys of its own"),
         ("tasks=[a: b: c", "not valid YAML"),
     ],
 )

@@ -14,7 +14,7 @@ from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.load import LoadedModel, load_model, max_positions
-from manyicl.tasks.task import Example, Query, Row, Task
+from manyicl.tasks.task import Columns, Example, Query, Task
 
 DEFAULT_MAX_ANSWER_TOKENS = 64
 DEFAULT_BATCH_SIZE = 16
@@ -131,7 +131,7 @@ class Engine:
         return task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS
 
     def predict(
-        self, prefix: PrefixCache, rows: Iterable[Row | str | Query], *, batch_size: int = DEFAULT_BATCH_SIZE
+        self, prefix: PrefixCache, rows: Iterable[Columns | str | Query], *, batch_size: int = DEFAULT_BATCH_SIZE
     ) -> Iterator[Prediction]:
         """Answer queries in order, in bounded memory.
 
@@ -148,7 +148,7 @@ class Engine:
             queries = [self._query(prefix, row, number) for number, row in chunk]
             yield from self._answer(prefix, queries, batch_size)
 
-    def _query(self, prefix: PrefixCache, row: Row | str | Query, number: int) -> Query:
+    def _query(self, prefix: PrefixCache, row: Columns | str | Query, number: int) -> Query:
         """Render one row and make sure that it fits behind the prefix."""
         try:
             query = row if isinstance(row, Query) else prefix.task.query(row)

@@ -40,20 +40,20 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
     examples: list[Example] = []
     num_too_long = 0
     ran_out_of_room = False
-    for shot in drawn.shots:
-        if drawn.num_shots is not None and len(examples) == drawn.num_shots:
+    for example in drawn.examples:
+        if drawn.num_examples is not None and len(examples) == drawn.num_examples:
             break
         opens_sequence = encoder.opens_sequence(drawn.instruction, len(examples))
-        num_shot_tokens = encoder.num_shot_tokens(shot, opens_sequence)
+        num_shot_tokens = encoder.num_shot_tokens(example, opens_sequence)
         if opening + num_shot_tokens > max_context_tokens:
             num_too_long += 1
         elif num_tokens + num_shot_tokens > room:
             ran_out_of_room = True
             break
         else:
-            examples.append(shot)
+            examples.append(example)
             num_tokens += num_shot_tokens
-    asked = drawn.num_shots if drawn.num_shots is not None else len(examples)
+    asked = drawn.num_examples if drawn.num_examples is not None else len(examples)
     num_left_out = asked - len(examples) if ran_out_of_room else 0
     episode = Episode(drawn.task_name, drawn.instruction, tuple(examples))
     return FittingShots(episode, num_left_out, num_too_long, ran_out_of_room)

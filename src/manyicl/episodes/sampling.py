@@ -22,10 +22,10 @@ class EpisodeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shots: Literal["fill"] | int | tuple[int, int] = Field(
+    examples_per_episode: Literal["fill"] | int | tuple[int, int] = Field(
         "fill",
-        description="Examples per episode: a number, a range [least, most] drawn from evenly, or `fill` for as "
-        "many as the context holds. The first answer of an episode is always shot 0.",
+        description="Examples in an episode, the last one behind one shot less: a number, a range [least, most] drawn "
+        "from evenly, or `fill` for as many as the context holds.",
     )
     sampling: Sampling = Field("random", description="Order of examples: random, or balanced by answer.")
     rename_labels: float = Field(
@@ -35,14 +35,14 @@ class EpisodeSettings(BaseModel):
         description="Share of episodes of closed-label tasks in which each label is replaced by another word.",
     )
 
-    @field_validator("shots")
+    @field_validator("examples_per_episode")
     @classmethod
-    def _positive(cls, shots: Literal["fill"] | int | tuple[int, int]) -> Literal["fill"] | int | tuple[int, int]:
-        if isinstance(shots, int) and shots < 1:
-            raise ValueError(f"an episode needs at least 1 example, found {shots}")
-        if isinstance(shots, tuple) and not 1 <= shots[0] <= shots[1]:
-            raise ValueError(f"a range of shots is [least, most] with 1 <= least <= most, found {list(shots)}")
-        return shots
+    def _positive(cls, wanted: Literal["fill"] | int | tuple[int, int]) -> Literal["fill"] | int | tuple[int, int]:
+        if isinstance(wanted, int) and wanted < 1:
+            raise ValueError(f"an episode needs at least 1 example, found {wanted}")
+        if isinstance(wanted, tuple) and not 1 <= wanted[0] <= wanted[1]:
+            raise ValueError(f"a range of examples is [least, most] with 1 <= least <= most, found {list(wanted)}")
+        return wanted
 
 
 class Mixture(BaseModel):
@@ -100,14 +100,14 @@ class DrawnEpisode:
     Attributes:
         task_name: The task it was drawn from.
         instruction: Rendered, under the episode's own label names.
-        num_shots: Examples asked for; None to fill the context.
-        shots: The examples in order, drawn lazily, without repetition.
+        num_examples: How many were asked for; None to fill the context.
+        examples: They in order, drawn lazily, without repetition.
     """
 
     task_name: str
     instruction: str
-    num_shots: int | None
-    shots: Iterator[Example]
+    num_examples: int | None
+    examples: Iterator[Example]
 
 
 def row_rng(seed: int, index: int) -> random.Random:
@@ -119,23 +119,24 @@ def draw_episode(
     task: Task, settings: EpisodeSettings, rng: random.Random, replacement_words: Sequence[str] = ()
 ) -> DrawnEpisode:
     """Draw the examples of one episode from the task's training side."""
-    num_shots = None if settings.shots == "fill" else _draw_num_shots(settings.shots, rng)
+    wanted = settings.examples_per_episode
+    num_examples = None if wanted == "fill" else _draw_number(wanted, rng)
     order: Iterator[int]
     if settings.sampling == "balanced":
         order = iter(demonstration_order(task.train, rng.getrandbits(32), "balanced"))
     else:
         order = shuffled_lazily(len(task.train), rng)
-    shots = (task.train[position] for position in order)
+    examples = (task.train[position] for position in order)
     instruction = task.instruction()
     if task.labels and settings.rename_labels and rng.random() < settings.rename_labels:
         new_names = draw_label_names(task.labels, replacement_words, rng)
-        shots = (rename_answer(shot, new_names) for shot in shots)
+        examples = (rename_answer(example, new_names) for example in examples)
         instruction = task.instruction(tuple(new_names[label] for label in task.labels))
-    return DrawnEpisode(task.name, instruction, num_shots, shots)
+    return DrawnEpisode(task.name, instruction, num_examples, examples)
 
 
-def _draw_num_shots(shots: int | tuple[int, int], rng: random.Random) -> int:
-    return shots if isinstance(shots, int) else rng.randint(*shots)
+def _draw_number(wanted: int | tuple[int, int], rng: random.Random) -> int:
+    return wanted if isinstance(wanted, int) else rng.randint(*wanted)
 
 
 def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:

@@ -13,7 +13,7 @@ from manyicl.tasks.template import Template
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 
-Row = Mapping[str, object]
+Columns = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Task:
             return ""
         return self.instruction_template.render({"labels": list(labels or self.labels or ())})
 
-    def query(self, row: Row | str) -> Query:
+    def query(self, row: Columns | str) -> Query:
         """Render a row, or a plain string where the template has one column, to a query.
 
         Raises:
