@@ -82,7 +82,7 @@ def measure(name: str, model: nn.Module, batches: Sequence[Batch], optimizer: to
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
     timed, total = batches[1:], sum(seconds[1:])
-    num_answers = sum(batch["num_answers"] for batch in timed)
+    num_answers = sum(batch["counts"].num_answers for batch in timed)
     num_tokens = sum(batch["input_ids"].shape[1] for batch in timed)
     return Speed(name, num_answers / total, num_tokens / total, num_answers / len(timed), total / len(timed))
 

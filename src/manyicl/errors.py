@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What a shell reports for a command that Ctrl-C ended: 128 and the number of SIGINT.
+INTERRUPTED_EXIT_CODE = 130
+
 
 class UserError(Exception):
     """The person's mistake: says what was expected, what was found, what to do. Ends a command with 2."""

@@ -71,10 +71,11 @@ def test_standard_input_is_answered_on_standard_output(
     ("changes", "sentence"),
     [
         ({"--model": "runs/nowhere"}, "does not exist"),
-        ({"--input": "nowhere.csv"}, "does not exist"),
+        ({"--input": "nowhere.csv"}, "nowhere.csv"),
         ({"--output": "answers.txt"}, ".jsonl or .csv"),
         ({"--output": "nowhere/answers.csv"}, "folder"),
         ({"--shots": 4000}, "4000"),
+        ({"--shots": -3}, "-3"),
         ({"--task": "nowhere.csv:text:label"}, "nowhere.csv"),
     ],
 )
@@ -101,3 +102,38 @@ def test_a_broken_line_of_standard_input_is_named(
     arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
     assert run(monkeypatch, *arguments) == 2
     assert "standard input:2" in capsys.readouterr().err
+
+
+def test_an_input_is_never_written_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path
+) -> None:
+    before = table.read_bytes()
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--input", table]
+    assert run(monkeypatch, *arguments, "--output", table) == 2
+    assert "same file" in capsys.readouterr().err
+    assert table.read_bytes() == before
+
+
+def test_an_error_half_way_leaves_an_earlier_output_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    output.write_text("earlier\n", encoding="utf-8")
+    lines = "".join(f'{{"text": "film {i}"}}\n' for i in range(300))
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines + "broken\n"))
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    assert run(monkeypatch, *arguments, "--output", output) == 2
+    assert output.read_text(encoding="utf-8") == "earlier\n"
+    assert (tmp_path / "answers.jsonl.part").read_text(encoding="utf-8").count("\n") >= 128
+
+
+def test_queries_longer_than_any_test_row_still_fit_behind_all_demonstrations(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries = tmp_path / "long.jsonl"
+    queries.write_text(json.dumps({"text": "film " * 60}) + "\n", encoding="utf-8")
+    output = tmp_path / "answers.jsonl"
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label,test_fraction=0"]
+    context = ["--max-context-tokens", 300]
+    assert run(monkeypatch, *arguments, *context, "--input", queries, "--output", output) == 0
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 1

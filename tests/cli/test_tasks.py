@@ -9,9 +9,10 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
-from manyicl.cli.tasks import app, episode_text
-from manyicl.episodes.encoding import Encoder
+from manyicl.cli.tasks import app, draw_pieces, draw_tokens
+from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.episodes.episode import Episode
+from manyicl.errors import UserError
 from tests.builders import byte_level_bpe, make_example
 
 
@@ -52,10 +53,32 @@ def test_check_as_json_holds_every_figure(folder: Path) -> None:
     assert check["shots_that_fit"]["guaranteed"] > 0
 
 
+def test_check_without_a_model_counts_characters_and_says_nothing_of_tokens(folder: Path) -> None:
+    table = f"{folder}/tickets.csv:text:label"
+    output = run("check", table).output
+    for word in ("Balance", "bill paid", "query characters", "'bill' begins 'bill paid'", "1 checked", "--model"):
+        assert word in output
+    for word in ("joined", "shots in", "altered", "As tokens"):
+        assert word not in output
+    (check,) = json.loads(run("check", table, "--json").stdout)
+    assert check["answer_characters"] == {"shortest": 6, "median": 11, "longest": 11}  # with the blank line
+    assert check["problems"] == []
+    assert not any("token" in key for key in check)
+    with pytest.raises(UserError, match="--context is in tokens; name the model"):
+        run("check", table, "--context", 100)
+
+
 def test_show_marks_what_is_supervised(folder: Path) -> None:
     output = run("show", f"{folder}/tickets.csv:text:label", "--shots", 3, "--model", folder / "model").output
     assert output.count("«bill") == 3
     assert "3 answers" in output
+
+
+def test_show_needs_no_model(folder: Path) -> None:
+    output = run("show", f"{folder}/tickets.csv:text:label", "--shots", 3).output
+    assert output.count("«bill") == 3
+    assert "3 answers" in output
+    assert "--model" in output
 
 
 def test_help_ends_with_examples() -> None:
@@ -67,7 +90,14 @@ def test_an_episode_is_drawn_without_loss_and_coloured_where_supervised() -> Non
     encoder = Encoder(byte_level_bpe())
     examples = (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja"))
     episode = encoder.encode_episode(Episode("t", "Say.", examples))
-    drawn = episode_text(episode, encoder, with_marks=True)
+    drawn = draw_tokens(episode, encoder, with_marks=True)
     assert drawn.plain.replace("⏎", "").replace("»\n", "").replace("«", "") == encoder.decode(episode.token_ids)
     coloured = "".join(drawn.plain[span.start : span.end] for span in drawn.spans if "green" in str(span.style))
     assert coloured.replace("⏎", "") == "caféja"
+
+
+def test_pieces_and_tokens_of_an_episode_draw_the_same_text() -> None:
+    encoder = Encoder(byte_level_bpe())
+    episode = Episode("t", "Say.", (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja")))
+    tokens = draw_tokens(encoder.encode_episode(episode), encoder, with_marks=True)
+    assert draw_pieces(episode, PlainFormat(), with_marks=True).plain == tokens.plain

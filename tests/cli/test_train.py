@@ -5,15 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from manyicl.cli.train import resume_command, train_command
+from manyicl.cli.train import held_out_evaluation, resume_command, train_command, watched
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
+from manyicl.tasks.building import normalised
+from manyicl.training.recipe import Recipe
+from manyicl.training.train import load_recipe_tasks
+from tests.builders import make_example, make_task, tiny_loaded
 from tests.training.recipes import TEXT
 from tests.training.test_train import write_task
 
@@ -39,6 +44,29 @@ def test_a_recipe_becomes_a_model_chosen_on_held_out_tasks(recipe: Path) -> None
     assert manifest is not None
     assert manifest.recipe["training"]["seed"] == 3
     assert [task.name for task in manifest.tasks] == ["a"]
+
+
+def test_a_held_out_task_is_watched_by_rows_of_its_training_side_that_are_not_shown() -> None:
+    repeated = make_example("film 7  WAS play", "bad")
+    rows = make_task().train
+    task = make_task(train=[*rows, *[repeated] * 3])
+    asked = watched(task, 10, seed=1)
+    assert asked.test == watched(task, 10, seed=1).test != watched(task, 10, seed=2).test
+    assert len(asked.test) == 10
+    assert not {normalised(e.query.text) for e in asked.test} & {normalised(e.query.text) for e in asked.train}
+    assert {*asked.test, *asked.train} <= {*task.train}
+    half = watched(make_task(), 1000, seed=1)
+    assert len(half.test) == len(half.train) == 20
+    with pytest.raises(UserError, match="'toy' has 1 training rows; at least 2"):
+        watched(make_task(train=rows[:1]), 10, seed=1)
+
+
+def test_training_never_asks_a_test_row(recipe: Path) -> None:
+    tasks = load_recipe_tasks(Recipe.read(recipe)).held_out
+    loaded = tiny_loaded()
+    evaluation = held_out_evaluation(Recipe.read(recipe), tasks)
+    without_test_rows = held_out_evaluation(Recipe.read(recipe), tuple(replace(task, test=()) for task in tasks))
+    assert evaluation(loaded) == without_test_rows(loaded)
 
 
 def test_a_dry_run_spends_nothing(recipe: Path) -> None:

@@ -11,7 +11,7 @@ from manyicl.engine.engine import Engine
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.tasks.task import Query, Task
-from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded
+from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded, word_level
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 
@@ -184,3 +184,10 @@ def test_scores_are_log_probabilities() -> None:
     (prediction,) = engine.predict(engine.prefill(make_task()), ["film"])
     assert prediction.scores is not None
     assert sum(math.exp(score) for score in prediction.scores.values()) < 1
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused() -> None:
+    engine = Engine(tiny_loaded("llama", word_level()))
+    task = make_task(labels=("good", "wug", "dax"))
+    with pytest.raises(UserError, match="cannot tell the labels 'wug' and 'dax'"):
+        engine.prefill(task)

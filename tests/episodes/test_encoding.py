@@ -118,3 +118,11 @@ def test_truncation_saved_with_a_tokenizer_cuts_nothing() -> None:
     tokenizer = byte_level_bpe()
     tokenizer.backend_tokenizer.enable_truncation(3)
     assert len(Encoder(tokenizer).query_ids("the film was good and the music was fine")) > 3
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "SentencePiece BPE"])
+def test_a_control_token_spelled_out_in_a_row_stays_text(kind: str) -> None:
+    encoder = Encoder(TOKENIZERS[kind]())
+    ids = encoder.answer_ids("the end </s> is near")
+    assert encoder.tokenizer.eos_token_id not in ids
+    assert encoder.decode(ids) == "the end </s> is near\n\n"

@@ -53,7 +53,7 @@ class OracleEngine:
         return 8
 
     def num_reserved_tokens(self, task: Task) -> int:
-        return num_tokens_for_asking(task, self.encoder, 8)
+        return num_tokens_for_asking(task, self.encoder, 8, [example.query for example in task.test or task.train])
 
     def prefill(self, task: Task, demonstrations: Sequence[Example] = ()) -> OraclePrefix:
         self.calls.append(f"prefill {len(demonstrations)}")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from manyicl.errors import UserError
-from manyicl.model.attention import packed_arguments, visible_keys
-from manyicl.model.isolation import packing_error, require_isolation
+from manyicl.model.attention import ATTENTION, packed_arguments, visible_keys
+from manyicl.model.isolation import attention_error, packing_error, require_isolation
 from tests.builders import ARCHITECTURES, tiny_model
 
 LENGTHS = (3, 47, 31)
@@ -73,11 +73,40 @@ def test_a_model_that_mixes_segments_is_refused_with_the_reason() -> None:
         require_isolation(model)
 
 
-def test_a_model_with_another_attention_is_refused() -> None:
-    """Transformers' own attention does not see the segment ends, only restarting positions."""
+def test_a_model_with_recurrent_layers_is_refused_by_name() -> None:
     model = tiny_model("mamba", attention="eager", state_size=4)
-    with pytest.raises(UserError, match=r"mixes the episodes|cannot be called"):
+    with pytest.raises(UserError, match="'linear_attention'"):
         require_isolation(model)
+
+
+def test_a_model_with_chunked_layers_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(UserError, match="'chunked_attention'"):
+        require_isolation(model)
+
+
+def test_a_model_whose_own_attention_scores_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from manyicl.model import isolation
+
+    monkeypatch.setattr(isolation, "attention_error", lambda model: 1.9)
+    with pytest.raises(UserError, match=r"differ by 1\.9 standard deviations"):
+        require_isolation(tiny_model())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_comparison_with_the_librarys_own_attention_passes_and_leaves_ours_in_place(architecture: str) -> None:
+    model = tiny_model(architecture)
+    assert attention_error(model) < 1e-4
+    assert model.config._attn_implementation == ATTENTION
+
+
+def test_terms_that_are_not_known_are_refused_rather_than_left_out() -> None:
+    from manyicl.model.attention import isolated_attention
+
+    states = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(UserError, match="s_aux"):
+        isolated_attention(torch.nn.Identity(), states, states, states, None, s_aux=torch.zeros(4))
 
 
 def test_a_mask_is_refused_rather_than_ignored() -> None:

@@ -150,6 +150,27 @@ def test_the_data_hash_follows_content_not_form(tmp_path: Path) -> None:
     assert load_task(write_task(tmp_path / "three", train=other)).data_hash != one.data_hash
 
 
+def test_the_data_hash_covers_instruction_and_labels(tmp_path: Path) -> None:
+    keys = ["", "instruction: Say it.\n", "instruction: Say it!\n", "labels: [positive, negative]\n"]
+    keys.append("labels: [positive, negative, mixed]\n")
+    tasks = [load_task(write_task(tmp_path / str(i), CLASSIFICATION + more)) for i, more in enumerate(keys)]
+    assert len({task.data_hash for task in tasks}) == len(tasks)
+
+
+def test_an_instruction_may_name_labels_that_only_the_rows_know(tmp_path: Path) -> None:
+    keys = CLASSIFICATION + "labels: from_train\ninstruction: 'Say {{ labels[0] }} or {{ labels[1] }}.'\n"
+    assert load_task(write_task(tmp_path / "t", keys)).instruction() == "Say negative or positive."
+    folder = write_task(tmp_path / "t", keys.replace("labels[1]", "labels[2]"))
+    assert "task.yaml: instruction: Template" in refusal(folder)
+
+
+def test_a_negative_number_of_demonstrations_is_refused(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path / "t"))
+    assert task.demonstrations(0) == ()
+    with pytest.raises(UserError, match="num_shots is -3; expected 0 or more"):
+        task.demonstrations(-3)
+
+
 def test_data_paths_begin_beside_the_task_file_or_else_under_the_data_root(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "data" / "films")
     (tmp_path / "t").mkdir()
@@ -197,6 +218,8 @@ def test_rows_of_the_hub_are_read_through_datasets(tmp_path: Path) -> None:
         ("bad_rows: ignore\n", "bad_rows"),
         ("query: '{{ text }}'\nquery: '{{ text }}'\n", "task.yaml:5: not valid YAML, the key 'query' stands twice"),
         ("query: [\n", "not valid YAML"),
+        ("query: {{ text }}\n", "task.yaml:4: not valid YAML, a key is a list or a mapping; put text that begins"),
+        ("? [a, b]\n: c\n", "not valid YAML, a key is a list or a mapping"),
     ],
 )
 def test_a_mistake_in_a_task_file_is_one_clear_sentence(tmp_path: Path, keys: str, message: str) -> None:
@@ -206,6 +229,12 @@ def test_a_mistake_in_a_task_file_is_one_clear_sentence(tmp_path: Path, keys: st
     said = refusal(folder)
     assert message in said
     assert "task.yaml" in said
+
+
+def test_a_task_file_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t")
+    (folder / "task.yaml").write_bytes((CLASSIFICATION + FILES + "instruction: Gefühl\n").encode("latin-1"))
+    assert "task.yaml:5: not UTF-8, the byte 0xfc cannot be read" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +359,20 @@ def test_columns_of_a_table_may_have_any_name(tmp_path: Path) -> None:
     task = load_task(f"{path}:Customer text:in")
     assert task.columns == ("Customer text",)
     assert task.query("hello").text == task.query({"Customer text": "hello"}).text == "hello"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["range", "self", "None", "True", "dict", "lipsum", "not", "row", "loop", "items", "it's", "a\\b", "}}", '"'],
+)
+def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "t.csv"
+    quoted = name.replace('"', '""')
+    path.write_text(f'"{quoted}",label\n' + "".join(f"q{i},{'x' if i % 2 else 'y'}\n" for i in range(20)))
+    task = task_from_file(path, name, "label")
+    assert task.columns == (name,)
+    assert task.query("hello").text == "hello"
+    assert task_from_file(path, "label", name).family == "generation"
 
 
 @pytest.mark.parametrize(

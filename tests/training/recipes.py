@@ -40,5 +40,6 @@ def small_recipe(output: Path, *overrides: str) -> Recipe:
 
 def small_tasks() -> RecipeTasks:
     return RecipeTasks(
-        train=(make_task("one", instruction="good or bad"), make_task("two")), held_out=(make_task("three"),)
+        train=(make_task("one", instruction="good or bad"), make_task("two")),
+        held_out=(make_task("three", data_hash="3" * 64),),
     )

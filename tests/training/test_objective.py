@@ -52,7 +52,7 @@ def test_the_supervised_position_stands_just_before_its_target_in_the_same_episo
     batch = row_tensors(row, ObjectiveSettings(supervise="last_answer"))
     assert batch["supervised_positions"].tolist() == [5, 6, 7, 14, 15, 16]
     assert batch["targets"].tolist() == [16, 17, 18, 16, 17, 18]
-    assert batch["num_answers"] == 2
+    assert batch["counts"].num_answers == 2
     every = row_tensors(row, ObjectiveSettings(supervise="every_token"))
     assert 8 not in every["supervised_positions"].tolist(), "the last token of an episode predicts no other episode"
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, 18)

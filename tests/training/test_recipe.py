@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from manyicl.errors import UserError
@@ -70,12 +72,19 @@ def test_a_mistake_in_a_recipe_is_named_in_one_sentence(override: str, sentence:
     assert "\n" not in str(error.value)
 
 
+def test_checkpoints_that_evaluations_make_in_any_case_are_not_asked_for_twice() -> None:
+    both = ["training.evaluate_every=2", "training.save_every=4"]
+    assert Recipe.parse(RECIPE, overrides=both).training.save_every == 4
+    with pytest.raises(UserError, match="each evaluation makes a checkpoint already"):
+        Recipe.parse(RECIPE, overrides=[*both, "tasks.evaluate=[x]"])
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("", "expected the keys"),
         ("- a", "expected the keys"),
-        ("model: {base: x}\nmodel: {base: y}", "line 2: not valid YAML, the key 'model' stands twice"),
+        ("model: {base: x}\nmodel: {base: y}", "2: not valid YAML, the key 'model' stands twice"),
         ("model: {base: x}\ntasks: {train: [a]}\noutput: x", "my.yaml: the key 'training' is missing."),
     ],
 )
@@ -83,6 +92,31 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=r"my\.yaml") as error:
         Recipe.parse(text, "my.yaml")
     assert sentence in str(error.value)
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("\ufeff" + RECIPE, encoding="utf-8")
+    assert Recipe.read(tmp_path / "my.yaml") == Recipe.parse(RECIPE)
+    (tmp_path / "my.yaml").write_bytes(("# für\n" + RECIPE).encode("latin-1"))
+    with pytest.raises(UserError, match=r"my\.yaml:1: not UTF-8, the byte 0xfc cannot be read"):
+        Recipe.read(tmp_path / "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {base: x}\n? [a, b]\n: c\n", "my.yaml:2: not valid YAML, a key is a list or a mapping"),
+        ("output: 2024-13-45\n", "my.yaml: not valid YAML, month must be in 1..12"),
+        ("a: \x00\n", "my.yaml: not valid YAML, "),
+        ("[" * 5000, "my.yaml: "),
+        (RECIPE + "1: 2\n", "my.yaml: "),
+    ],
+)
+def test_odd_yaml_is_one_sentence_too(text: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.parse(text, "my.yaml")
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_recipe_is_named() -> None:

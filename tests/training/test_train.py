@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,18 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manyicl.errors import UserError
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.model.manifest import Manifest
+from manyicl.training.batch import row_counts
+from manyicl.training.counts import RowCounts
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
-from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, train
+from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, row_source, train
+from tests.builders import make_task
 from tests.training.recipes import small_recipe, small_tasks
 
 SAVE_EVERY_STEP = "training.save_every=1"
@@ -119,6 +125,36 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert folder.last_whole_checkpoint(2) is None, "the states of two processes' generators are not there"
 
 
+def test_checkpoints_are_saved_between_evaluations(tmp_path: Path) -> None:
+    changes = ("training.evaluate_every=2", "training.save_every=3", "training.keep_checkpoints=9")
+    run(small_recipe(tmp_path / "run", *changes), evaluation=lambda loaded: {"score": 0.0})
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")}
+    assert names == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+def test_what_was_left_out_of_the_whole_run_is_counted_also_when_it_is_resumed(tmp_path: Path) -> None:
+    # 40 rows in the run, more than are looked at before it.
+    changes = ("training.num_steps=10", "training.evaluate_every=1", "rows.examples_per_episode=[2, 9]")
+    recipe = small_recipe(tmp_path / "run", *changes)
+    run(recipe, evaluation=stop_in_step(4))
+    screen = io.StringIO()
+    train(recipe, small_tasks(), evaluation=stop_in_step(0), resume=True, console=Console(file=screen))
+    tasks = small_tasks()
+    rows = row_source(recipe, tasks.train, AutoTokenizer.from_pretrained(recipe.output))
+    counts = sum((row_counts(row, recipe.objective) for row in rows), RowCounts())
+    assert counts.num_rows == 40
+    assert counts.num_tokens + counts.num_unused_tokens == 40 * 60
+    assert counts.num_shots_left_out == sum(row.num_shots_left_out for row in rows) > 0
+    assert counts.sentence() in screen.getvalue()
+    assert f"{counts.num_shots_left_out} shots that no longer fitted, 0 longer than a whole row" in counts.sentence()
+    manifest = Manifest.read(recipe.output)
+    assert manifest is not None
+    assert manifest.max_trained_shots == counts.most_shots
+    events = EventAccumulator(str(recipe.output / "logs"))
+    events.Reload()
+    assert events.Scalars("train/num_shots_left_out")[-1].value == counts.num_shots_left_out
+
+
 def test_the_best_model_on_held_out_tasks_is_kept(tmp_path: Path) -> None:
     scores = iter([0.2, 0.9, 0.4, 0.3])
     seen: list[dict[str, torch.Tensor]] = []
@@ -162,8 +198,39 @@ def test_an_adapter_loads_over_its_base_and_leaves_it_alone(finished: Path, tmp_
     assert manifest.base_fingerprint == load_model(str(finished)).fingerprint
     assert all(torch.equal(before[name], value) for name, value in weights_in(finished).items())
     assert not [path.name for path in output.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    over_itself = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(output)})})
+    with pytest.raises(UserError, match=r"--overwrite would delete .*, which model\.base names"):
+        run(over_itself, overwrite=True)
     with pytest.raises(UserError, match="is an adapter itself"):
-        run(recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(output)})}), overwrite=True)
+        run(over_itself.model_copy(update={"output": tmp_path / "other"}))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_an_adapter_trained_in_bfloat16_from_a_relative_path_loads_from_anywhere(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "adapter"
+    monkeypatch.chdir(finished.parent)
+    base = ["model.from_scratch=null", f"model.base={finished.name}", "model.lora={rank: 4}", "model.dtype=bfloat16"]
+    run(small_recipe(output, *base))
+    monkeypatch.chdir(tmp_path)
+    named = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    assert named == str(finished)
+    AutoPeftModelForCausalLM.from_pretrained(output)
+    manifest = Manifest.read(output)
+    assert manifest is not None
+    assert manifest.base == str(finished)
+    assert manifest.base_fingerprint == load_model(str(finished), dtype="bfloat16").fingerprint
+    assert load_model(str(output)).manifest == manifest
+
+
+def test_held_out_tasks_that_the_base_was_trained_on_are_refused(finished: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", "model.from_scratch=null", f"model.base={finished}")
+    for seen in (make_task("six", source="one", data_hash="6" * 64), make_task("six", data_hash="0" * 64)):
+        tasks = RecipeTasks((make_task("five"),), (seen,))
+        with pytest.raises(UserError, match=r"'six' is not unseen: the base .* was trained on 'one'"):
+            train(recipe, tasks)
+    assert not recipe.output.exists()
 
 
 @pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
@@ -198,13 +265,39 @@ def test_a_taken_output_folder_is_refused_unless_said_otherwise(finished: Path, 
     with pytest.raises(UserError, match="is finished"):
         run(small_recipe(finished), resume=True)
     (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("mine, too", encoding="utf-8")
     with pytest.raises(UserError, match="is not empty"):
         run(small_recipe(tmp_path))
     with pytest.raises(UserError, match="leaves it alone"):
         run(small_recipe(tmp_path), overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        run(small_recipe(tmp_path / "thesis.txt"))
     with pytest.raises(UserError, match="holds no run"):
         run(small_recipe(tmp_path / "new"), resume=True)
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("key", ["tasks.train", "tasks.evaluate", "tasks.data_root"])
+@pytest.mark.parametrize("pattern", ["{output}/a/task.yaml", "{output}/*", "{parent}"])
+def test_what_a_run_reads_is_not_overwritten_by_it(tmp_path: Path, key: str, pattern: str) -> None:
+    output = tmp_path / "run"
+    folder = RunFolder(output)
+    folder.begin(small_recipe(output), Manifest(max_context_tokens=60), overwrite=False)
+    task = write_task(output / "a", "reviews")
+    text = pattern.format(output=output, parent=tmp_path)
+    value = str(task) if key == "tasks.data_root" else f"[{text}]"
+    with pytest.raises(UserError, match=rf"--overwrite would delete '.*run/[a*].*', which {key} names"):
+        folder.begin(small_recipe(output, f"{key}={value}"), Manifest(max_context_tokens=60), overwrite=True)
+    assert (task / "task.yaml").is_file()
+    folder.begin(small_recipe(output), Manifest(max_context_tokens=60), overwrite=True)
+    assert not task.exists()
+
+
+def test_a_taken_output_is_found_before_a_model_is_made(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyicl.training.train.starting_point", lambda recipe, tasks: pytest.fail("made a model"))
+    for mode in ({}, {"resume": True}):
+        with pytest.raises(UserError):
+            run(small_recipe(finished), **mode)
 
 
 def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
@@ -215,6 +308,17 @@ def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
     tasks = small_tasks()
     with pytest.raises(UserError, match="began with task 'two', which is missing now"):
         train(small_recipe(tmp_path / "run", *changes), RecipeTasks(tasks.train[:1], ()), resume=True)
+    with pytest.raises(UserError, match="task 'two' stands now where 'one' stood"):
+        train(small_recipe(tmp_path / "run", *changes), RecipeTasks(tasks.train[::-1], ()), resume=True)
+    added = (*tasks.train, make_task("four"))
+    with pytest.raises(UserError, match="task 'four' was not there"):
+        train(small_recipe(tmp_path / "run", *changes), RecipeTasks(added, ()), resume=True)
+    changed = (tasks.train[0], replace(tasks.train[1], data_hash="1" * 64))
+    with pytest.raises(UserError, match="the data of task 'two' changed"):
+        train(small_recipe(tmp_path / "run", *changes), RecipeTasks(changed, ()), resume=True)
+    for question in ("training.evaluate_shots=[1]", "training.evaluate_queries=7", "tasks.evaluate=[other]"):
+        with pytest.raises(UserError, match=question.partition("=")[0]):
+            run(small_recipe(tmp_path / "run", *changes, question), resume=True)
 
 
 def test_rows_longer_than_the_positions_of_the_model_are_refused(finished: Path, tmp_path: Path) -> None:

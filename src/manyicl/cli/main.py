@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import manyicl
 from manyicl.cli import tasks
@@ -19,7 +20,9 @@ from manyicl.cli.report import report_command
 from manyicl.cli.train import train_command
 from manyicl.errors import MachineError, UserError
 
-USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 1, 130
+USER_ERROR, MACHINE_ERROR = 2, 1
+# How torch says it, on a GPU and on a CPU.
+OUT_OF_MEMORY = ("out of memory", "allocate memory")
 
 app = typer.Typer(
     name="manyicl",
@@ -55,24 +58,24 @@ def common_options(
 def main() -> None:
     """Run a command; a person's mistake ends with 2, a machine's failure with 1, never with a traceback."""
     _quiet_libraries()
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     try:
+        # Typer itself ends with 2 after a wrong option, with 130 after Ctrl-C, with 1 where a reader has left.
         app()
     except UserError as error:
-        console.print(f"[bold red]error[/] {_escaped(str(error))}")
+        console.print(f"[bold red]error[/] {escape(str(error))}")
         sys.exit(USER_ERROR)
     except MachineError as error:
-        console.print(f"[bold red]failed[/] {_escaped(str(error))}")
+        console.print(f"[bold red]failed[/] {escape(str(error))}")
         sys.exit(MACHINE_ERROR)
-    except BrokenPipeError:
-        # The reader of our output has left, as `| head` does; that is no failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
-        console.print(f"[bold red]failed[/] {_escaped(f'{type(error).__name__}: {error}')}")
+        console.print(f"[bold red]failed[/] {escape(f'{type(error).__name__}: {error}')}")
         sys.exit(MACHINE_ERROR)
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        console.print(f"[bold red]failed[/] Out of memory: {escape(str(error).splitlines()[0])}")
+        sys.exit(MACHINE_ERROR)
 
 
 def _quiet_libraries() -> None:
@@ -82,9 +85,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

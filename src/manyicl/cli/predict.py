@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from manyicl.engine.engine import Engine
     from manyicl.engine.prefix_cache import PrefixCache
+    from manyicl.tasks.task import Query, Task
 
 STANDARD_STREAM = Path("-")
 
@@ -33,7 +34,9 @@ def predict_command(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Where answers go: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
-    shots: Annotated[int | None, typer.Option(help="Demonstrations; all training rows that fit if not given.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the demonstrations.")] = 0,
     scores: Annotated[bool, typer.Option(help="Write the log-probability of every label too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of one pass; changes speed and memory only.")] = 16,
@@ -56,42 +59,60 @@ def predict_command(
 
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
+    from manyicl.tasks.rows import read_rows
 
     console = Console(stderr=True)
-    _require_writable(output)
-    if input_path != STANDARD_STREAM and not input_path.is_file():
-        raise UserError(f"The input file {str(input_path)!r} does not exist.")
+    _require_writable(output, input_path)
+    rows = None if input_path == STANDARD_STREAM else [row.columns for row in read_rows(input_path)]
     loaded_task = load_task(task, data_root)
-    engine = Engine.from_pretrained(model, max_context_tokens=max_context_tokens)
+    queries = None if rows is None else [_query(loaded_task, row, number) for number, row in enumerate(rows, start=1)]
     num_shots = len(loaded_task.train) if shots is None else shots
-    prefix = engine.prefill(loaded_task, loaded_task.demonstrations(num_shots, seed))
-    note = f"{prefix.num_shots} demonstrations of {loaded_task.name!r}, {prefix.num_tokens:,} tokens"
-    if prefix.num_left_out:
-        note += f"; {prefix.num_left_out} more did not fit the context of {engine.max_context_tokens:,}"
-    console.print(note, highlight=False)
-    answered = _answered(engine, prefix, _read(input_path), batch_size, scores)
+    demonstrations = loaded_task.demonstrations(num_shots, seed)
+    engine = Engine.from_pretrained(model, max_context_tokens=max_context_tokens)
+    prefix = engine.prefill(loaded_task, demonstrations, queries)
+    console.print(_described(engine, prefix), highlight=False)
+    answered = _answered(engine, prefix, _standard_input() if rows is None else rows, batch_size, scores)
     num_answers = _write(output, track(answered, description="Answering", console=console))
     if output != STANDARD_STREAM:
         console.print(f"{num_answers:,} answers written to {output}", highlight=False)
 
 
-def _require_writable(output: Path) -> None:
+def _query(task: Task, row: dict[str, Any], number: int) -> Query:
+    """Render a row, or say which row of the input cannot be."""
+    try:
+        return task.query(row)
+    except UserError as error:
+        raise UserError(f"Query {number}: {error}") from error
+
+
+def _described(engine: Engine, prefix: PrefixCache) -> str:
+    """Say what stands before every query, and what a reader should know of it."""
+    text = f"{prefix.num_shots} demonstrations of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
+    if prefix.num_left_out:
+        text += f"; {prefix.num_left_out} more did not fit the context of {engine.max_context_tokens:,}"
+    if engine.trained_context_tokens and prefix.num_tokens > engine.trained_context_tokens:
+        text += f"; beyond the {engine.trained_context_tokens:,} tokens that the model was trained on"
+    return text
+
+
+def _require_writable(output: Path, input_path: Path) -> None:
     """Refuse an output before anything is computed."""
     if output == STANDARD_STREAM:
         return
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"Answers are written as .jsonl or .csv; found {str(output)!r}.")
+    if output.is_dir():
+        raise UserError(f"The output {str(output)!r} is a folder; expected a file.")
     if not output.parent.is_dir():
         raise UserError(f"The folder {str(output.parent)!r} of the output does not exist; make it first.")
+    if output.resolve() == input_path.resolve():
+        raise UserError(f"--input and --output are the same file {str(output)!r}; write the answers to another one.")
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the queries of a file, or of standard input as they come."""
-    from manyicl.tasks.rows import parse_json_row, read_rows
+def _standard_input() -> Iterator[dict[str, Any]]:
+    """Yield the queries of standard input as they come."""
+    from manyicl.tasks.rows import parse_json_row
 
-    if path != STANDARD_STREAM:
-        yield from (row.columns for row in read_rows(path))
-        return
     for number, line in enumerate(sys.stdin, start=1):
         if line.strip():
             yield parse_json_row(line, f"standard input:{number}")
@@ -120,16 +141,25 @@ def _answered(
 
 def _without_clashes(row: dict[str, Any], taken: set[str]) -> dict[str, Any]:
     """Keep an input column that has the name of an output column under `input_...`."""
-    return {f"input_{column}" if column in taken else column: value for column, value in row.items()}
+    kept: dict[str, Any] = {}
+    for column, value in row.items():
+        name = column
+        while name in taken or (name != column and name in row):
+            name = f"input_{name}"
+        kept[name] = value
+    return kept
 
 
 @contextmanager
 def _opened(output: Path) -> Iterator[IO[str]]:
     if output == STANDARD_STREAM:
         yield sys.stdout
-    else:
-        with output.open("w", encoding="utf-8", newline="") as stream:
-            yield stream
+        return
+    # An error half-way leaves an earlier output as it was, and the answers so far in the `.part` file.
+    part = output.with_name(output.name + ".part")
+    with part.open("w", encoding="utf-8", newline="") as stream:
+        yield stream
+    part.replace(output)
 
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> int:

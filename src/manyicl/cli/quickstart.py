@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,8 +77,9 @@ def quickstart_command(
     )
     console.rule("done")
     console.print(f"Report with plots and worked predictions: {report}", highlight=False)
-    console.print(f"Show what is supervised: manyicl tasks show {training_folder}/*", highlight=False)
-    console.print("Your own task: docs and README, or `manyicl predict --help`.", highlight=False)
+    first_task = sorted(training_folder.iterdir())[0]
+    console.print(f"What was supervised: manyicl tasks show {first_task} --shots 3", highlight=False)
+    console.print("Answers to your own queries: manyicl predict --help", highlight=False)
 
 
 def quickstart_recipe(output: Path, training_folder: Path, seed: int) -> Recipe:
@@ -85,7 +87,12 @@ def quickstart_recipe(output: Path, training_folder: Path, seed: int) -> Recipe:
     from manyicl.training.recipe import Recipe
 
     text = files("manyicl.cli").joinpath("quickstart.yaml").read_text(encoding="utf-8")
-    overrides = [f"tasks.train=['{training_folder}']", f"output='{output / 'model'}'", f"training.seed={seed}"]
+    # JSON is YAML, and quotes whatever a path may hold.
+    overrides = [
+        f"tasks.train={json.dumps([str(training_folder)])}",
+        f"output={json.dumps(str(output / 'model'))}",
+        f"training.seed={seed}",
+    ]
     return Recipe.parse(text, "quickstart.yaml", overrides)
 
 
@@ -98,12 +105,23 @@ def _fine_tune(recipe: Recipe, console: Console, *, fresh: bool) -> None:
     same_recipe = (folder.path / RECIPE_FILE).is_file() and (folder.path / RECIPE_FILE).read_text(
         encoding="utf-8"
     ) == recipe.to_yaml()
-    if folder.is_finished and same_recipe and not fresh:
+    if folder.is_finished and same_recipe and _trained_over_this_base(recipe) and not fresh:
         console.print(f"The finished model of an earlier run stands in {folder.path}; --fresh trains anew.")
         return
-    run = train(recipe, resume=same_recipe and not fresh, overwrite=not same_recipe or fresh, console=console)
+    goes_on = same_recipe and not folder.is_finished and not fresh
+    run = train(recipe, resume=goes_on, overwrite=not goes_on, console=console)
     if not run.finished:
         raise KeyboardInterrupt
+
+
+def _trained_over_this_base(recipe: Recipe) -> bool:
+    """Tell whether a finished model began from the base as it is now; an upgrade may have changed it."""
+    from manyicl.model.load import load_model
+    from manyicl.model.manifest import Manifest
+
+    assert recipe.model.base is not None
+    manifest = Manifest.read(recipe.output)
+    return manifest is not None and manifest.base_fingerprint == load_model(recipe.model.base).fingerprint
 
 
 def _print_difference(results: list[Result], console: Console) -> None:

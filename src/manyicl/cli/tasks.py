@@ -1,14 +1,17 @@
-"""``manyicl tasks``: list tasks, check them against a tokenizer, show an episode as a model sees it."""
+"""``manyicl tasks``: list tasks, check them with or without a tokenizer, show an episode as a model sees it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from manyicl.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +19,21 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from manyicl.episodes.checks import Lengths, TaskCheck
-    from manyicl.episodes.encoding import Encoder
-    from manyicl.episodes.episode import EncodedEpisode
+    from manyicl.episodes.encoding import Encoder, PlainFormat
+    from manyicl.episodes.episode import EncodedEpisode, Episode
+    from manyicl.tasks.task import Task
 
-DEFAULT_MODEL = "builtin:nano"
 DEFAULT_CONTEXT_TOKENS = 2048
 WIDTH_WITHOUT_TERMINAL = 160
+ASKED = ("default", "default dim")
+SUPERVISED = ("black on green", "black on bright_green")
+_OF_TOKENS_ALONE = (
+    "labels_in_labels_as_tokens",
+    "joined_share",
+    "num_altered_answers",
+    "num_examined",
+    "shots_that_fit",
+)
 
 app = typer.Typer(
     name="tasks",
@@ -43,8 +55,14 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
 ]
 Model = Annotated[
-    str,
-    typer.Option("--model", "--tokenizer", help="Model whose tokenizer and format are used: folder, or hf:owner/name."),
+    str | None,
+    typer.Option(
+        "--model",
+        "--tokenizer",
+        help="Model whose tokenizer and format are used: folder, or hf:owner/name. Without one, nothing is counted in "
+        "tokens.",
+        show_default=False,
+    ),
 ]
 
 
@@ -79,38 +97,78 @@ def list_tasks(tasks: TaskPatterns, data_root: DataRoot = None) -> None:
 @app.command(
     "check",
     epilog="Examples:\n\nmanyicl tasks check tasks/banking77\n\n"
-    "manyicl tasks check tickets.csv:text:label --context 8192 --tokenizer hf:HuggingFaceTB/SmolLM2-135M",
+    "manyicl tasks check tickets.csv:text:label --context 8192 --model hf:HuggingFaceTB/SmolLM2-135M",
 )
 def check_tasks(
     tasks: TaskPatterns,
     data_root: DataRoot = None,
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
     context: Annotated[
         int | None,
         typer.Option(min=8, help="Context in tokens to fit shots in; by default what the model was trained with."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check tasks: balance, lengths in tokens, repeats, labels that begin one another, shots that fit."""
-    from manyicl.episodes.checks import check_task
+    """Check tasks: balance, lengths, repeats; with --model, labels that begin one another, shots that fit."""
     from manyicl.tasks.files import load_tasks
 
+    if model is None and context is not None:
+        raise UserError("--context is in tokens; name the model that counts them with --model.")
     loaded = load_tasks(tasks, data_root)
-    encoder, trained_context = _encoder(model)
-    max_context_tokens = context or trained_context or DEFAULT_CONTEXT_TOKENS
-    checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
+    if model is None:
+        checks = [_check_in_characters(task) for task in loaded]
+        max_context_tokens = None
+    else:
+        from manyicl.episodes.checks import check_task
+
+        encoder, trained_context = _encoder(model)
+        max_context_tokens = context or trained_context or DEFAULT_CONTEXT_TOKENS
+        checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
     if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
+        values = [asdict(check) if model is not None else _values_in_characters(check) for check in checks]
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
         return
     console = _console()
     console.print(_check_table(checks, max_context_tokens))
     if len(checks) == 1:
-        _print_details(checks[0], console)
+        _print_details(checks[0], console, in_tokens=model is not None)
     for check in checks:
         for problem in check.problems:
             console.print(f"{check.name}: {problem}", style="yellow", markup=False, highlight=False)
     num_with_problems = sum(bool(check.problems) for check in checks)
     console.print(f"{len(checks)} checked, {num_with_problems} with something to look at.", highlight=False)
+    if model is None:
+        console.print("Name a --model to count tokens, and the shots that fit in a context.", highlight=False)
+
+
+def _check_in_characters(task: Task) -> TaskCheck:
+    """Check a task as if every character were a token and no context too short: all that needs no tokenizer."""
+    from manyicl.episodes.checks import check_task
+    from manyicl.episodes.encoding import Encoder, PlainFormat
+
+    class Characters(Encoder):
+        """Every character is a token, its number the character's own."""
+
+        def __init__(self) -> None:
+            self.format = PlainFormat()
+            self.opening_ids = ()
+
+        def piece_ids(self, text: str, opens_sequence: bool = False) -> tuple[int, ...]:
+            return tuple(map(ord, text))
+
+        def decode(self, token_ids: Iterable[int]) -> str:
+            return "".join(map(chr, token_ids))
+
+        def joined_ids(self, episode: Episode) -> tuple[int, ...]:
+            return self.piece_ids(self.joined_text(episode))
+
+    return check_task(task, Characters(), sys.maxsize)
+
+
+def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
+    """Return the values of a check in characters, under names that say so, without those of tokens alone."""
+    values = {name: value for name, value in asdict(check).items() if name not in _OF_TOKENS_ALONE}
+    return {name.replace("_tokens", "_characters"): value for name, value in values.items()}
 
 
 @app.command(
@@ -140,28 +198,57 @@ def show_task(
     data_root: DataRoot = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples in the episode.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Which examples, in which order.")] = 0,
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
 ) -> None:
-    """Show an episode as the model sees it; supervised tokens are coloured, without colour they stand in «»."""
+    """Show an episode as the model sees it; what is supervised is coloured, without colour it stands in «».
+
+    With --model it is drawn token by token.
+    """
+    from manyicl.episodes.encoding import PlainFormat
     from manyicl.episodes.episode import Episode
     from manyicl.tasks.files import load_task
 
     loaded = load_task(task, data_root)
-    encoder, _ = _encoder(model)
-    examples = loaded.demonstrations(shots, seed, "random")
-    episode = encoder.encode_episode(Episode(loaded.name, loaded.instruction(), examples))
+    episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
     console = _console()
-    console.print(episode_text(episode, encoder, with_marks=console.color_system is None), soft_wrap=True)
-    num_supervised = sum(end - start for start, end in episode.answer_spans)
+    with_marks = console.color_system is None
+    if model is None:
+        drawn = draw_pieces(episode, PlainFormat(), with_marks)
+        supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
+    else:
+        encoder, _ = _encoder(model)
+        encoded = encoder.encode_episode(episode)
+        drawn = draw_tokens(encoded, encoder, with_marks)
+        num_supervised = sum(end - start for start, end in encoded.answer_spans)
+        supervised = f"{num_supervised:,} of {len(encoded.token_ids):,} tokens supervised"
+    console.print(drawn, soft_wrap=True)
     console.print(
-        f"{loaded.name}, seed {seed}: {shots} answers, {num_supervised:,} of {len(episode.token_ids):,} tokens "
-        "supervised; ⏎ is a line break.",
+        f"{loaded.name}, seed {seed}: {shots} answers, {supervised}; ⏎ is a line break.",
         style="dim",
+        markup=False,
         highlight=False,
     )
 
 
-def episode_text(episode: EncodedEpisode, encoder: Encoder, with_marks: bool) -> Text:
+def draw_pieces(episode: Episode, text_format: PlainFormat, with_marks: bool) -> Text:
+    """Draw an episode piece by piece, answers on a coloured ground.
+
+    Args:
+        episode: To be drawn.
+        text_format: Where its pieces meet.
+        with_marks: Put supervised pieces in «», for output without colour.
+    """
+    from rich.text import Text
+
+    drawn = Text()
+    _draw(drawn, [text_format.instruction_piece(episode.instruction)], ASKED)
+    for example in episode.examples:
+        _draw(drawn, [text_format.query_piece(example.query.text)], ASKED)
+        _draw_supervised(drawn, [text_format.answer_piece(example.answer)], with_marks)
+    return drawn
+
+
+def draw_tokens(episode: EncodedEpisode, encoder: Encoder, with_marks: bool) -> Text:
     """Draw an episode token by token, what is supervised on a coloured ground, in alternating shades.
 
     Args:
@@ -174,30 +261,38 @@ def episode_text(episode: EncodedEpisode, encoder: Encoder, with_marks: bool) ->
     drawn = Text()
     position = 0
     for start, end in episode.answer_spans:
-        _draw_tokens(drawn, encoder, episode.token_ids[position:start], ("default", "default dim"))
-        drawn.append("«" if with_marks else "")
-        _draw_tokens(drawn, encoder, episode.token_ids[start:end], ("black on green", "black on bright_green"))
-        drawn.append("»\n" if with_marks else "\n")
+        _draw(drawn, _token_texts(encoder, episode.token_ids[position:start]), ASKED)
+        _draw_supervised(drawn, _token_texts(encoder, episode.token_ids[start:end]), with_marks)
         position = end
     return drawn
 
 
-def _draw_tokens(drawn: Text, encoder: Encoder, token_ids: Sequence[int], shades: tuple[str, str]) -> None:
-    """Append tokens in two shades by turns; tokens that are parts of one character are drawn together."""
+def _draw_supervised(drawn: Text, texts: Iterable[str], with_marks: bool) -> None:
+    drawn.append("«" if with_marks else "")
+    _draw(drawn, texts, SUPERVISED)
+    drawn.append("»\n" if with_marks else "\n")
+
+
+def _draw(drawn: Text, texts: Iterable[str], shades: tuple[str, str]) -> None:
+    """Append texts in two shades by turns, their line breaks visible."""
+    for number, text in enumerate(texts):
+        *lines, rest = text.split("\n")
+        style = shades[number % 2]
+        for line in lines:
+            drawn.append(f"{line}⏎", style)
+            drawn.append("\n")
+        drawn.append(rest, style)
+
+
+def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
+    """Yield the text of each token; tokens that are parts of one character come together."""
     pending: list[int] = []
-    num_drawn = 0
     for position, token_id in enumerate(token_ids):
         pending.append(token_id)
         text = encoder.decode(pending)
         if "\ufffd" in text and position + 1 < len(token_ids):
             continue
-        *lines, rest = text.split("\n")
-        style = shades[num_drawn % 2]
-        for line in lines:
-            drawn.append(f"{line}⏎", style)
-            drawn.append("\n")
-        drawn.append(rest, style)
-        num_drawn += 1
+        yield text
         pending = []
 
 
@@ -223,16 +318,19 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, WIDTH_WITHOUT_TERMINAL))
 
 
-def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int) -> Table:
+def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) -> Table:
+    """Make the table of checks; without a context they are in characters, and what needs tokens is left out."""
     from rich.table import Table
 
+    unit = "characters" if max_context_tokens is None else "tokens"
     table = Table("task", "family")
-    headings = ("train", "test", "labels", "majority", "query tokens", "answer tokens", "repeated", "both sides")
-    for heading in (*headings, "joined", f"shots in {max_context_tokens:,}"):
+    headings = ["train", "test", "labels", "majority", f"query {unit}", f"answer {unit}", "repeated", "both sides"]
+    if max_context_tokens is not None:
+        headings += ["joined", f"shots in {max_context_tokens:,}"]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for check in checks:
-        fit = check.shots_that_fit
-        table.add_row(
+        values = [
             check.name,
             check.family,
             f"{check.num_train:,}",
@@ -243,17 +341,20 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int) -> Table:
             _spread(check.answer_tokens),
             str(check.num_repeated),
             str(check.num_on_both_sides),
-            f"{check.joined_share:.0%}",
-            f"{fit.guaranteed:,} to {fit.typical:,}",
+        ]
+        if max_context_tokens is not None:
+            fit = check.shots_that_fit
+            values += [f"{check.joined_share:.0%}", f"{fit.guaranteed:,} to {fit.typical:,}"]
+        table.add_row(*values)
+    table.caption = f"{unit}: shortest / median / longest, with separator and terminator."
+    if max_context_tokens is not None:
+        table.caption += (
+            " joined: examples whose pieces equal the tokens of the joined text. shots: guaranteed to typical."
         )
-    table.caption = (
-        "tokens: shortest / median / longest. joined: examples whose pieces equal the tokens of the joined text. "
-        "shots: guaranteed to typical."
-    )
     return table
 
 
-def _print_details(check: TaskCheck, console: Console) -> None:
+def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
     """Print what the table has no room for: balance of labels, beginnings, dropped rows."""
     from rich.table import Table
 
@@ -264,10 +365,8 @@ def _print_details(check: TaskCheck, console: Console) -> None:
         for label in check.labels:
             balance.add_row(label.label, f"{label.num_train:,}", f"{label.num_test:,}")
         console.print(balance)
-    for kind, pairs in (
-        ("text", check.labels_in_labels),
-        ("tokens", check.labels_in_labels_as_tokens),
-    ):
+    kinds = {"text": check.labels_in_labels, "tokens": check.labels_in_labels_as_tokens if in_tokens else ()}
+    for kind, pairs in kinds.items():
         if pairs:
             shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
 
 if TYPE_CHECKING:
     from manyicl.tasks.task import Task
@@ -29,8 +33,6 @@ Examples:
   torchrun --nproc-per-node 2 --no-python manyicl train recipes/mistral_7b_v0.3.yaml
 """
 
-INTERRUPTED_EXIT_CODE = 130
-
 
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file that describes the run.")],
@@ -52,7 +54,6 @@ def train_command(
     from rich.console import Console
     from transformers.utils import logging
 
-    from manyicl.errors import UserError
     from manyicl.training.recipe import Recipe
 
     if resume and overwrite:
@@ -96,13 +97,21 @@ def resume_command(recipe: Path, overrides: list[str]) -> str:
 
 
 def held_out_evaluation(recipe: Recipe, tasks: tuple[Task, ...]) -> Evaluation:
-    """Build the evaluation that training calls: the score of held-out tasks at each shot count, and their mean."""
+    """Build the evaluation that training calls: the score of held-out tasks at each shot count, and their mean.
+
+    The best model is chosen by it, so only training rows of these tasks are asked; their test rows stay untouched
+    for `manyicl evaluate`.
+
+    Raises:
+        UserError: If a task has too few training rows.
+    """
     from tempfile import TemporaryDirectory
 
     from manyicl.engine.engine import Engine
     from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
     from manyicl.model.load import LoadedModel
 
+    asked = [watched(task, recipe.training.evaluate_queries, recipe.training.seed) for task in tasks]
     settings = EvaluationSettings(
         shots=recipe.training.evaluate_shots,
         num_seeds=1,
@@ -113,7 +122,7 @@ def held_out_evaluation(recipe: Recipe, tasks: tuple[Task, ...]) -> Evaluation:
     def evaluation(loaded: LoadedModel) -> dict[str, float]:
         # The figures go to the log; the records of a model that changes with every step are not kept.
         with TemporaryDirectory() as folder:
-            results = measure_shot_curves(Engine(loaded), tasks, folder, settings).results
+            results = measure_shot_curves(Engine(loaded), asked, folder, settings).results
         figures = {"score": sum(result.score for result in results) / len(results)}
         for num_shots in settings.shots:
             scores = [result.score for result in results if result.num_shots_asked == num_shots]
@@ -121,3 +130,34 @@ def held_out_evaluation(recipe: Recipe, tasks: tuple[Task, ...]) -> Evaluation:
         return figures
 
     return evaluation
+
+
+def watched(task: Task, num_queries: int, seed: int) -> Task:
+    """Turn training rows of a held-out task into the queries that watch it, so that its test rows are never asked.
+
+    Args:
+        task: Held out.
+        num_queries: At most; and at most half of the training rows.
+        seed: Of the choice.
+
+    Returns:
+        The task with the chosen rows as its test side. The others are its training side, without those that
+        repeat a chosen query.
+
+    Raises:
+        UserError: If it has fewer than two training rows.
+    """
+    from manyicl.tasks.building import normalised
+
+    if len(task.train) < 2:
+        raise UserError(
+            f"tasks.evaluate: {task.name!r} has {len(task.train)} training rows; at least 2 are needed, because "
+            "training watches a task by rows of its training side. Add rows, or leave it out."
+        )
+    order = list(task.train)
+    random.Random(f"watched {seed}").shuffle(order)
+    num_asked = min(num_queries, len(order) // 2)
+    asked, others = order[:num_asked], order[num_asked:]
+    texts = {normalised(example.query.text) for example in asked}
+    shown = tuple(example for example in others if normalised(example.query.text) not in texts)
+    return replace(task, train=shown, test=tuple(asked))

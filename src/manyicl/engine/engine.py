@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Self
@@ -92,15 +92,26 @@ class Engine:
         """
         return cls(load_model(reference, dtype=dtype, device=device), max_context_tokens=max_context_tokens)
 
-    def prefill(self, task: Task, demonstrations: Sequence[Example] = ()) -> PrefixCache:
+    def prefill(
+        self, task: Task, demonstrations: Sequence[Example] = (), queries: Sequence[Query] | None = None
+    ) -> PrefixCache:
         """Encode an instruction and demonstrations once.
 
         Demonstrations that do not fit the context together with the longest query are left out, balanced by
         label, and counted in ``num_left_out``.
+
+        Args:
+            task: What is asked.
+            demonstrations: Shown in this order.
+            queries: What will be asked, so that the longest fits; None for the task's test rows, or its training
+                rows if it has none.
+
+        Raises:
+            UserError: If the tokenizer cannot tell the task's labels apart.
         """
-        fitting, num_left_out = fit_demonstrations(
-            task, demonstrations, self.encoder, self.max_context_tokens, self.num_reserved_tokens(task)
-        )
+        self.encoder.require_distinct(task)
+        reserve = self.num_reserved_tokens(task, queries)
+        fitting, num_left_out = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
         keys, values = encode_behind(self.model, token_ids)
         return PrefixCache(task, fitting, num_left_out, token_ids, keys, values)
@@ -122,9 +133,11 @@ class Engine:
         keys, values = encode_behind(self.model, token_ids[prefix.num_tokens :], prefix.keys, prefix.values)
         return PrefixCache(prefix.task, shown, prefix.num_left_out, token_ids, keys, values)
 
-    def num_reserved_tokens(self, task: Task) -> int:
-        """Count the tokens kept free for the task's longest test query and its answer."""
-        return num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task))
+    def num_reserved_tokens(self, task: Task, queries: Sequence[Query] | None = None) -> int:
+        """Count the tokens kept free for the longest query and its answer; see `prefill`."""
+        if queries is None:
+            queries = [example.query for example in task.test or task.train]
+        return num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task), queries)
 
     def max_answer_tokens(self, task: Task) -> int:
         """Return where a free answer of this task is cut: the task's own limit, or a default."""
@@ -143,6 +156,15 @@ class Engine:
         Raises:
             UserError: If a row lacks a column, or a query does not fit behind the prefix; the row is numbered.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size is at least 1; found {batch_size}.")
+        if isinstance(rows, str | Mapping | Query):
+            raise UserError(f"predict answers a list of rows; found one {type(rows).__name__}. Put it in a list.")
+        return self._predict(prefix, rows, batch_size)
+
+    def _predict(
+        self, prefix: PrefixCache, rows: Iterable[Columns | str | Query], batch_size: int
+    ) -> Iterator[Prediction]:
         numbered = enumerate(rows, start=1)
         while chunk := list(islice(numbered, batch_size * BATCHES_READ_AHEAD)):
             queries = [self._query(prefix, row, number) for number, row in chunk]
@@ -154,6 +176,8 @@ class Engine:
             query = row if isinstance(row, Query) else prefix.task.query(row)
         except UserError as error:
             raise UserError(f"Query {number}: {error}") from error
+        if not query.text.strip():
+            raise UserError(f"Query {number} is empty; expected a text to answer.")
         options = self._options(prefix.task, query)
         query_ids = self.encoder.query_ids(query.text, prefix.opens_sequence)
         answer_tokens = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.sampling import DrawnEpisode
-from manyicl.tasks.task import Example, Task
+from manyicl.tasks.task import Example, Query, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
     return FittingShots(episode, num_left_out, num_too_long, ran_out_of_room)
 
 
-def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int) -> int:
-    """Count the tokens to keep free behind the demonstrations: the longest test query and its answer."""
-    longest_query = max((len(encoder.query_ids(example.query.text)) for example in task.test), default=0)
+def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
+    """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
+    longest_query = max((len(encoder.query_ids(query.text)) for query in queries), default=0)
     if task.labels:
         return longest_query + max(len(encoder.answer_ids(label)) for label in task.labels)
-    choices = {choice for example in task.test for choice in example.query.choices or ()}
+    choices = {choice for query in queries for choice in query.choices or ()}
     if choices:
         return longest_query + max(len(encoder.answer_ids(choice)) for choice in choices)
     return longest_query + max_answer_tokens

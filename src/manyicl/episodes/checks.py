@@ -237,7 +237,8 @@ def _shots_that_fit(
     task: Task, encoder: Encoder, max_context_tokens: int, shot_lengths: Sequence[int], longest_answer: int
 ) -> ShotsThatFit:
     """Count shots of median length, and shots at their longest, that leave room to ask."""
-    reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or longest_answer)
+    queries = [example.query for example in task.test or task.train]
+    reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or longest_answer, queries)
     room = max_context_tokens - encoder.num_opening_tokens(task.instruction()) - reserve
     filled = accumulate(sorted(shot_lengths, reverse=True))
     return ShotsThatFit(

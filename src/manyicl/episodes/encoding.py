@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.episode import EncodedEpisode, Episode
 from manyicl.errors import UserError
-from manyicl.tasks.task import Example
+from manyicl.tasks.task import Example, Task
+
+NUM_ANSWERS_EXAMINED = 100
 
 
 class PlainFormat(BaseModel):
@@ -112,6 +114,29 @@ class Encoder:
         """Encode an answer and the terminator after it."""
         return self.piece_ids(self.format.answer_piece(answer))
 
+    def require_distinct(self, task: Task) -> None:
+        """Refuse labels that the tokenizer cannot tell apart, and answers that it mostly does not know.
+
+        Raises:
+            UserError: If so; the model would be taught, and asked, something else than the task says.
+        """
+        by_ids: dict[tuple[int, ...], str] = {}
+        for label in task.labels or ():
+            other = by_ids.setdefault(self.answer_ids(label), label)
+            if other != label:
+                raise UserError(
+                    f"The tokenizer cannot tell the labels {other!r} and {label!r} of task {task.name!r} apart: both "
+                    f"become {self.decode(self.answer_ids(label))!r}. Use a model whose tokenizer knows them."
+                )
+        unknown = self.tokenizer.unk_token_id
+        answers = [example.answer for example in task.train[:NUM_ANSWERS_EXAMINED]]
+        num_unknown = sum(unknown is not None and unknown in self.answer_ids(answer) for answer in answers)
+        if 2 * num_unknown > len(answers):
+            raise UserError(
+                f"The tokenizer does not know the words of task {task.name!r}: {num_unknown} of its first "
+                f"{len(answers)} answers hold unknown tokens. Use a model whose tokenizer knows them."
+            )
+
     def encode_prefix(self, instruction: str, examples: Iterable[Example]) -> tuple[int, ...]:
         """Encode an instruction and demonstrations: all that queries share."""
         return self.encode_episode(Episode("", instruction, tuple(examples))).token_ids
@@ -184,6 +209,8 @@ def _plain_copy(backend: Tokenizer) -> Tokenizer:
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
+    # A row that spells out `</s>` means these characters, not the control token.
+    copy.encode_special_tokens = True
     return copy
 
 
@@ -193,7 +220,7 @@ def _without_leading_marker(backend: Tokenizer) -> Tokenizer:
     normalizer = _drop_prepend(description.get("normalizer"))
     description["normalizer"] = normalizer
     _never_prepend(description.get("pre_tokenizer"))
-    return Tokenizer.from_str(json.dumps(description))
+    return _plain_copy(Tokenizer.from_str(json.dumps(description)))
 
 
 def _drop_prepend(normalizer: dict | None) -> dict | None:  # type: ignore[type-arg]

@@ -24,6 +24,8 @@ from transformers import AttentionInterface
 from manyicl.errors import UserError
 
 ATTENTION = "manyicl"
+# What some architectures add to their scores; leaving it out in silence would change every result.
+UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
 def packed_arguments(segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -74,19 +76,22 @@ def isolated_attention(
         sliding_window: A token sees at most so many keys, itself included; None for all.
         softcap: Scores are squashed to plus or minus this; None for no cap.
         cu_seq_lens_q: Ends of the segments of a packed row, (segments + 1,); None for one segment.
-        **kwargs: What else transformers hands over; unused.
+        **kwargs: What else transformers hands over. Nothing in it changes the result, or it is refused.
 
     Returns:
         (B, T, heads, head size), and None in place of attention weights.
 
     Raises:
-        UserError: If the model insists on a mask or on bidirectional layers.
+        UserError: If the model insists on a mask, on bidirectional layers, or on terms that are not known here.
     """
     if attention_mask is not None:
         raise UserError(
             f"{type(module).__name__} hands a mask to its attention; this attention follows segments alone. "
             "Call the model without attention_mask."
         )
+    for term in UNKNOWN_TERMS:
+        if kwargs.get(term) is not None:
+            raise UserError(f"{type(module).__name__} adds {term!r} to its attention, which is not supported.")
     if getattr(module, "is_causal", True) is False:
         raise UserError(f"{type(module).__name__} attends in both directions; expected a causal language model.")
     num_keys, num_tokens = key.shape[2], query.shape[2]

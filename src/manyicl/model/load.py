@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from manyicl.errors import UserError
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
-from manyicl.model.manifest import Manifest
+from manyicl.model.manifest import FILE_NAME, Manifest
 
 HUB_PREFIX = "hf:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = {"nano": Path(__file__).parent / "nano_base"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +72,7 @@ def resolve_reference(reference: str) -> str:
             )
         return str(BUILTIN_MODELS[name])
     folder = Path(reference)
-    if not folder.is_dir():
+    if not reference or not folder.is_dir():
         raise UserError(
             f"The model folder {reference!r} does not exist. Give a local folder, {BUILTIN_PREFIX}nano, or "
             f"{HUB_PREFIX}owner/name for a model of the Hub."
@@ -111,21 +115,38 @@ def load_model(
         UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
     """
     path = resolve_reference(reference)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _checked_device(device)
     torch_dtype = _torch_dtype(dtype, device)
     adapter_config = Path(path) / "adapter_config.json"
     if adapter_config.is_file():
         model = _load_adapter(reference, Path(path), torch_dtype)
     else:
         with _as_user_error(reference, "model"):
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch_dtype, attn_implementation=ATTENTION, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch_dtype,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"The weights of {reference!r} lack {len(missing)} tensors that its config.json asks for, such as "
+                f"{missing[0]!r}; transformers would fill them with random values. Restore the folder."
             )
     model = _placed(model, device)
     if check_isolation:
         require_isolation(model)
-    manifest = Manifest.read(Path(path)) if Path(path).is_dir() else None
-    return LoadedModel(model, load_tokenizer(reference), manifest, fingerprint(model), reference)
+    return LoadedModel(model, load_tokenizer(reference), read_manifest(path), fingerprint(model), reference)
+
+
+def read_manifest(path: str) -> Manifest | None:
+    """Read manyicl.json of a resolved reference, a folder or a Hub id; None where there is none."""
+    if Path(path).is_dir():
+        return Manifest.read(Path(path))
+    file = cached_file(path, FILE_NAME, _raise_exceptions_for_missing_entries=False)
+    return Manifest.read(Path(file).parent) if file else None
 
 
 def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) -> PreTrainedModel:
@@ -133,19 +154,27 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
     from peft import PeftModel
 
     manifest = Manifest.read(folder)
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    with _as_user_error(reference, "adapter configuration"):
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not any(folder.glob("adapter_model*.safetensors")):
+        raise UserError(f"The adapter {reference!r} holds no adapter_model.safetensors; restore the folder.")
     base_reference = (manifest.base if manifest else None) or named
     if not base_reference:
         raise UserError(f"The adapter {reference!r} names no base model; it cannot be loaded without one.")
-    if manifest is None and not Path(base_reference).is_dir():
+    if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
         base_reference = HUB_PREFIX + base_reference
-    base = load_model(base_reference, dtype=None, device="cpu", check_isolation=False)
+    if (Path(base_reference) / "adapter_config.json").is_file():
+        raise UserError(f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself.")
+    # The base's fingerprint was taken in the precision of the recipe, and rounding changes it.
+    trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
+    base = load_model(base_reference, dtype=trained_in, device="cpu", check_isolation=False)
     if manifest and manifest.base_fingerprint and manifest.base_fingerprint != base.fingerprint:
         raise UserError(
             f"The adapter {reference!r} was trained over a base with fingerprint {manifest.base_fingerprint[:12]}; "
             f"{base_reference!r} now has {base.fingerprint[:12]}. Restore the base it was trained on."
         )
-    model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder)))
+    with _as_user_error(reference, "adapter"):
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder)))
     if isinstance(torch_dtype, torch.dtype):
         torch.nn.Module.to(model, dtype=torch_dtype)
     return model
@@ -187,6 +216,18 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _checked_device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device {device!r} is not to be had here: {str(error).splitlines()[0]} Use cpu, or leave it out."
+        ) from error
+    return device
+
+
 def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
     module: torch.nn.Module = model
     module.to(device).eval()
@@ -201,18 +242,16 @@ def _torch_dtype(dtype: str | None, device: str) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-class _as_user_error:  # noqa: N801
-    """Turn what transformers raises for a model that cannot be had into one sentence."""
-
-    def __init__(self, reference: str, what: str) -> None:
-        self.reference = reference
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError):
-            offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"The {self.what} {self.reference!r} cannot be loaded: {first_line}{offline}") from error
+@contextmanager
+def _as_user_error(reference: str, what: str) -> Iterator[None]:
+    """Turn what libraries raise for a model that cannot be had into one sentence."""
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        # Broken weights, configurations and tokenizers end in a dozen kinds of exception.
+        offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"The {what} of {reference!r} cannot be loaded: {reason}{offline}") from error

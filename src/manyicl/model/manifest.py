@@ -39,7 +39,7 @@ class Manifest(BaseModel):
 
     format_version: Literal[1] = 1
     text_format: PlainFormat = Field(PlainFormat(), description="How examples become text.")
-    max_context_tokens: int = Field(description="Longest row in training; the engine flags what exceeds it.")
+    max_context_tokens: int = Field(ge=1, description="Longest row in training; the engine flags what exceeds it.")
     max_trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training.")
     tasks: tuple[TrainedTask, ...] = Field((), description="What the model was fine-tuned on.")
     objective: str | None = Field(None, description="Which answers were supervised.")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.rows import LocatedRow
+from manyicl.tasks.sandbox import as_written
 from manyicl.tasks.schema import OneFile, TaskFile
 from manyicl.tasks.task import Example, Query, Task
-from manyicl.tasks.template import Template, as_written
+from manyicl.tasks.template import Template
 
 ON_BOTH_SIDES = "training row that stands in test too"
 _BLANK_LINE = "\n\n"
-_BARE_COLUMN = re.compile(r"\s*\{\{\s*(?:(?P<name>[^\W\d]\w*)|row\['(?P<quoted>[^']+)'\])\s*\}\}\s*")
 
 
 class _BadRowError(Exception):
@@ -51,8 +51,7 @@ class TaskBuilder:
         self.dropped: Counter[str] = Counter()
         self.query_template = self._template(spec.query, "query")
         self.answer_template = self._template(spec.answer, "answer")
-        bare = _BARE_COLUMN.fullmatch(spec.answer)
-        self.answer_column = (bare["name"] or bare["quoted"]) if bare else None
+        self.answer_column = self.answer_template.bare_column
         labels = spec.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
         self.closed = labels is not None
@@ -73,10 +72,6 @@ class TaskBuilder:
             dropped={},
             max_answer_tokens=spec.max_answer_tokens,
         )
-        try:
-            self.shell.instruction()
-        except UserError as error:
-            raise UserError(f"{place}: instruction: {error}") from error
 
     def _template(self, source: str, key: str) -> Template:
         template = self._compiled(source, key)
@@ -224,14 +219,11 @@ class TaskBuilder:
             test = self._with_known_labels(test, labels)
         if sides.test and not test:
             raise UserError(f"{self.place}: task {self.name!r} has no test rows{self._dropped_note()}.")
-        return replace(
-            self.shell,
-            train=train,
-            test=test,
-            labels=labels,
-            data_hash=hash_examples(train, test),
-            dropped=dict(self.dropped),
-        )
+        task = replace(self.shell, train=train, test=test, labels=labels, dropped=dict(self.dropped))
+        try:
+            return replace(task, data_hash=hash_content(task))
+        except UserError as error:  # of the instruction, which alone is rendered here: it needs all labels
+            raise UserError(f"{self.place}: instruction: {error}") from error
 
     def _dropped_note(self) -> str:
         if not self.dropped:
@@ -279,10 +271,19 @@ def normalised(query_text: str) -> str:
     return " ".join(query_text.casefold().split())
 
 
-def hash_examples(train: Iterable[Example], test: Iterable[Example]) -> str:
-    """Hash the rendered examples of both sides (SHA-256, hex): what a model was shown and asked."""
+def hash_content(task: Task) -> str:
+    """Hash the rendered instruction, the labels and the examples of both sides: what a model is shown and asked.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        UserError: If the instruction fails on the labels.
+    """
     digest = hashlib.sha256()
-    for side in (train, test):
+    digest.update(json.dumps((task.instruction(), task.labels)).encode())
+    digest.update(b"\n")
+    for side in (task.train, task.test):
         for example in side:
             fields = (example.query.text, example.query.choices, example.answer, example.references)
             digest.update(json.dumps(fields, ensure_ascii=False).encode())

@@ -7,8 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from manyicl.checked import validated
 from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.rows import (
@@ -20,9 +21,9 @@ from manyicl.tasks.rows import (
     read_rows,
     require_file,
 )
-from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, checked, read_task_file
-from manyicl.tasks.task import FAMILIES, Family, Task
-from manyicl.tasks.template import as_written
+from manyicl.tasks.sandbox import as_written
+from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, read_task_file
+from manyicl.tasks.task import Family, Task
 
 TASK_FILE = "task.yaml"
 _TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)
@@ -32,7 +33,9 @@ _MOST_LABELS_INFERRED = 100
 def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: LoadDataset | None = None) -> Task:
     """Load one task: a folder with a ``task.yaml``, that file itself, or a table such as ``tickets.csv:text:label``.
 
-    A relative data path in ``task.yaml`` is looked for beside that file first, then under ``data_root``.
+    A relative data path in ``task.yaml`` is looked for beside that file first, then under ``data_root``. It may
+    be absolute or lead out of the folder with ``..``, because people keep data elsewhere: a task file can name
+    any table that its user can read, so look at ``data`` in one that a stranger wrote.
 
     Args:
         path: What to load.
@@ -152,23 +155,9 @@ def _task_from_table(path: str, columns: str) -> Task:
     for key, value in settings.items():
         if key not in known or not value:
             raise UserError(f"{path}:{columns}: expected {form}; found {key!r}.{did_you_mean(key, known)}")
-    family = settings.pop("family", None)
-    if family is not None and family not in FAMILIES:
-        raise UserError(
-            f"{path}: family is one of {', '.join(FAMILIES)}; found {family!r}.{did_you_mean(family, FAMILIES)}"
-        )
-    name = settings.pop("name", None)
-    data = checked(OneFile, {"file": path, **settings}, path)
-    return task_from_file(
-        path,
-        query_column.strip(),
-        answer_column.strip(),
-        name=name,
-        family=family,  # type: ignore[arg-type]
-        test_fraction=data.test_fraction,
-        seed=data.seed,
-        group=data.group,
-    )
+    name, family = settings.pop("name", None), settings.pop("family", None)
+    data = validated(OneFile, {"file": path, **settings}, path)
+    return _task_of_columns(data, query_column.strip(), answer_column.strip(), name, family)
 
 
 def task_from_file(
@@ -202,22 +191,27 @@ def task_from_file(
     Raises:
         UserError: If the file or a column is missing, or a row is broken.
     """
-    path = Path(path)
+    data = {"file": str(path), "test_fraction": test_fraction, "seed": seed, "group": group}
+    return _task_of_columns(validated(OneFile, data, str(path)), query_column, answer_column, name, family)
+
+
+def _task_of_columns(
+    data: OneFile, query_column: str, answer_column: str, name: str | None, family: str | None
+) -> Task:
+    """Make a task of one table; see ``task_from_file``."""
+    path = Path(data.file)
     rows = read_rows(path)
-    for column in filter(None, (query_column, answer_column, group)):
+    for column in filter(None, (query_column, answer_column, data.group)):
         require_column(rows, column, path)
     kept = [row for row in rows if str(as_written(row.columns[answer_column])).strip()]
-    if family is None:
-        family = _inferred_family([row.columns[answer_column] for row in kept])
-    data: dict[str, Any] = {"file": str(path), "test_fraction": test_fraction, "seed": seed, "group": group}
-    spec = checked(
+    spec = validated(
         TaskFile,
         {
             "name": name or re.sub(r"[\s/\\,:]+", "_", path.stem),
-            "family": family,
+            "family": family or _inferred_family([row.columns[answer_column] for row in kept]),
             "query": _column_template(query_column),
             "answer": _column_template(answer_column),
-            "data": checked(OneFile, data, str(path)),
+            "data": data,
         },
         str(path),
     )
@@ -235,12 +229,9 @@ def _inferred_family(answers: Sequence[object]) -> Literal["classification", "ge
 
 
 def _column_template(column: str) -> str:
-    """Write the template of a column alone."""
-    if column.isidentifier() and column not in {"not", "and", "or", "in", "is", "if", "else", "true", "false", "none"}:
-        return f"{{{{ {column} }}}}"
-    if "'" in column or "\\" in column:
-        raise UserError(f"The column {column!r} holds a quote or a backslash; rename it, or write a task.yaml.")
-    return f"{{{{ row['{column}'] }}}}"
+    """Write the template of a column alone, whatever its name."""
+    quoted = column.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{{{{ row['{quoted}'] }}}}"
 
 
 def _build_task(spec: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from manyicl.checked import read_text
 from manyicl.errors import MachineError, UserError, did_you_mean
 
 Quotes = Literal["csv", "none"]
@@ -94,24 +95,9 @@ def nearest_path(path: Path) -> str:
     return did_you_mean(missing, sorted(entry.name for entry in existing.iterdir()))
 
 
-def _read_text(path: Path) -> str:
-    """Read UTF-8 with any line ends, in memory: the line of a wrong byte can then be named."""
-    content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: the file is UTF-16; save it as UTF-8.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8, the byte 0x{content[error.start]:02x} cannot be read; save the file as UTF-8."
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _json_rows(path: Path) -> Iterator[LocatedRow]:
     # str.splitlines would also cut at U+2028 and others, which JSON strings may hold.
-    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
             yield LocatedRow(parse_json_row(text, f"{path}:{line}"), str(path), line)
 
@@ -137,7 +123,7 @@ def parse_json_row(text: str, place: str) -> dict[str, Any]:
 def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
     _allow_long_fields()
     reader = csv.reader(
-        io.StringIO(_read_text(path), newline=""),
+        io.StringIO(read_text(path), newline=""),
         delimiter=delimiter,
         quoting=csv.QUOTE_MINIMAL if quotes == "csv" else csv.QUOTE_NONE,
         strict=True,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from manyicl.checked import Section, UniqueKeyLoader, read_yaml, validated
 from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.task import Family
@@ -22,11 +23,7 @@ METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "numeric_match"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TwoFiles(_Section):
+class TwoFiles(Section):
     """Rows in files of their own for each side."""
 
     train: tuple[str, ...] = Field(min_length=1, description="Rows that may become demonstrations.")
@@ -40,7 +37,7 @@ class TwoFiles(_Section):
         return [paths] if isinstance(paths, str) else paths
 
 
-class OneFile(_Section):
+class OneFile(Section):
     """Rows in one file, split here by fraction and seed."""
 
     file: str = Field(description="All rows.")
@@ -53,7 +50,7 @@ class OneFile(_Section):
     quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
 
 
-class HubData(_Section):
+class HubData(Section):
     """Two splits of a dataset of the Hugging Face Hub."""
 
     hf: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name.")
@@ -63,7 +60,7 @@ class HubData(_Section):
     test: str = Field("test", description="Split whose rows are only ever asked.")
 
 
-class TaskFile(_Section):
+class TaskFile(Section):
     """The keys of a task.yaml.
 
     Templates are Jinja2 over the columns of a row. White space around an answer, a reference or an option has
@@ -159,17 +156,14 @@ def read_task_file(path: Path) -> TaskFile:
     Raises:
         UserError: If it is missing, no YAML, or breaks a rule; it names the file and the key.
     """
-    try:
-        content = _read_yaml(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8; save the file as UTF-8.") from error
+    content = read_yaml(path, _TextLoader)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys such as family, query, answer and data; found {content!r}.")
     content = {key: value for key, value in content.items() if value is not None}
     data = content.get("data")
     if data is not None:
-        content["data"] = checked(_kind_of_data(data, path), data, f"{path}: data")
-    return checked(TaskFile, content, str(path))
+        content["data"] = validated(_kind_of_data(data, path), data, f"{path}: data")
+    return validated(TaskFile, content, str(path))
 
 
 def _kind_of_data(data: object, path: Path) -> type[TwoFiles] | type[OneFile] | type[HubData]:
@@ -185,51 +179,10 @@ def _kind_of_data(data: object, path: Path) -> type[TwoFiles] | type[OneFile] | 
     )
 
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def checked(model: type[ModelT], values: Mapping[Any, Any], place: str) -> ModelT:
-    """Validate ``values``; the first thing wrong becomes one sentence that begins with ``place``.
-
-    Raises:
-        UserError: If anything is wrong.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        # A misspelt key says more than the required key that it leaves missing.
-        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
-    known = list(model.model_fields)
-    if first["type"] == "extra_forbidden":
-        hint = did_you_mean(key, known) or f" Known keys: {', '.join(known)}."
-        raise UserError(f"{place}: unknown key {key!r}.{hint}")
-    if first["type"] == "missing":
-        raise UserError(f"{place}: the key {key!r} is missing.")
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
-    found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
-    hint = ""
-    if first["type"] == "literal_error":
-        hint = did_you_mean(str(first["input"]), first["ctx"]["expected"].replace("'", "").split(", "))
-    raise UserError(f"{place}: {key + ': ' if key else ''}{reason}{found}.{hint}")
-
-
-class _TextLoader(yaml.SafeLoader):
+class _TextLoader(UniqueKeyLoader):
     """YAML in which ``yes``, ``007`` and ``1.0`` stay text: a label is what the person wrote."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _no_value(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
@@ -238,12 +191,3 @@ def _no_value(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
 
 
 _TextLoader.add_constructor("tag:yaml.org,2002:str", _no_value)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), _TextLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: not valid YAML, {getattr(error, 'problem', None) or error}.") from error

@@ -57,7 +57,7 @@ class Task:
         columns: Columns that the query template names, so that a plain string can stand for a row with one.
         choices_column: Column that holds a row's options, if the task is multiple choice.
         source: What the task was drawn from; tasks of one source are siblings and never unseen to each other.
-        data_hash: Hash of the rendered examples of both sides.
+        data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows left out when the task was read.
         max_answer_tokens: Limit for free answers, if the task states one.
     """
@@ -111,8 +111,10 @@ class Task:
         """Choose demonstrations from the training side; 64 of one seed begin with its 32.
 
         Raises:
-            UserError: If the task has fewer training examples than ``num_shots``.
+            UserError: If the task has fewer training examples than ``num_shots``, or that is negative.
         """
+        if num_shots < 0:
+            raise UserError(f"num_shots is {num_shots}; expected 0 or more demonstrations of task {self.name!r}.")
         if num_shots > len(self.train):
             raise UserError(
                 f"Task {self.name!r} has {len(self.train)} training examples; {num_shots} demonstrations were "

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
 from manyicl.errors import UserError, did_you_mean
+from manyicl.tasks.sandbox import BUDGET, ENVIRONMENT, GLOBALS, Budget, as_written
 
 ClassNames = Mapping[str, Mapping[str, str]]
-
-
-def as_written(value: object) -> object:
-    """Turn JSON's ``true``, ``false`` and ``null`` into the text a person expects to read; null is nothing."""
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, keep_trailing_newline=False, finalize=as_written
-)
 
 
 class Template:
     """A text with ``{{ column }}`` in it, rendered without access to anything but the row.
 
     A template comes from a task file that a stranger may have written, so it runs in Jinja2's immutable
-    sandbox and an unknown column is an error instead of an empty string. A column whose name is no
-    identifier is written ``{{ row['Customer text'] }}``.
+    sandbox, an unknown column is an error instead of an empty string, and rendering is bounded: ``MOST_STEPS``
+    loop turns and operations, ``MOST_CHARACTERS`` in the text and in every value made on the way. Macros,
+    includes, ``random`` and filters that pad to a width do not exist. ``row['Customer text']`` names any
+    column, also one whose name is no identifier or has a meaning of its own, such as ``range``.
+
+    Attributes:
+        source: As written.
+        columns: The columns that it names, sorted.
+        bare_column: The column, if the template is a column alone.
     """
 
     def __init__(self, source: str, class_names: ClassNames | None = None) -> None:
@@ -39,18 +34,25 @@ class Template:
             UserError: If the syntax is wrong.
         """
         try:
-            self._compiled = _ENVIRONMENT.from_string(source)
-            self.columns: tuple[str, ...] = _columns_named_in(_ENVIRONMENT.parse(source))
+            self._compiled = ENVIRONMENT.from_string(source)
+            syntax = ENVIRONMENT.parse(source)
         except TemplateSyntaxError as error:
             raise UserError(f"Template {source!r} does not parse: {(error.message or '').rstrip('.')}.") from error
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise UserError(
+                f"Template {source[:80]!r}… does not parse: nested too deeply, or a huge number."
+            ) from error
         self.source = source
+        self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
+        self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
+        self.bare_column: str | None = self.columns[0] if self.columns and _is_bare(syntax) else None
         self._class_names = {column: names for column, names in (class_names or {}).items() if column in self.columns}
 
     def render(self, row: Mapping[str, object]) -> str:
         """Render one row.
 
         Raises:
-            UserError: If a column is missing or the template fails on this row.
+            UserError: If a column is missing, or the template fails on this row or would write too much.
         """
         missing = [column for column in self.columns if column not in row]
         if missing:
@@ -62,10 +64,21 @@ class Template:
             **row,
             **{column: _class_name(column, row[column], names) for column, names in self._class_names.items()},
         }
+        variables: dict[str, object] = {name: value for name, value in named.items() if name not in GLOBALS}
+        if self._reads_row:
+            variables["row"] = named
         try:
-            return self._compiled.render({"row": named, **named})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, KeyError, OverflowError) as error:
-            raise UserError(f"Template {self.source!r} fails on a row: {error}.") from error
+            return self._compiled.render({**variables, BUDGET: Budget()})
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise UserError(f"Template {self.source!r} fails on a row: {str(error).rstrip('.')}.") from error
 
     def __repr__(self) -> str:
         return f"Template({self.source!r})"
@@ -77,17 +90,44 @@ class Template:
         return hash(self.source)
 
 
-def _columns_named_in(syntax: nodes.Template) -> tuple[str, ...]:
-    """List the columns a template reads, by bare name or as ``row['name']``."""
-    names = meta.find_undeclared_variables(syntax) - set(_ENVIRONMENT.globals)
-    subscripts = {
-        item.arg.value
-        for item in syntax.find_all(nodes.Getitem)
-        if isinstance(item.node, nodes.Name) and item.node.name == "row" and isinstance(item.arg, nodes.Const)
-    }
-    if subscripts:
-        names = (names - {"row"}) | subscripts
+def _columns_named_in(syntax: nodes.Template, reads_row: bool) -> tuple[str, ...]:
+    """List the columns a template reads, by bare name or as ``row['name']``; see ``_reads_row``."""
+    names = meta.find_undeclared_variables(syntax) - GLOBALS
+    if reads_row:
+        names.discard("row")
+        names |= {name for item in syntax.find_all((nodes.Getitem, nodes.Getattr)) for name in _column_of_row(item)}
     return tuple(sorted(names))
+
+
+def _reads_row(item: nodes.Node) -> bool:
+    """Tell whether ``row`` means the whole row here, and no column of that name as in ``row[0]``."""
+    if not isinstance(item, nodes.Getitem | nodes.Getattr):
+        return False
+    if not isinstance(item.node, nodes.Name) or item.node.name != "row":
+        return False
+    return not (isinstance(item, nodes.Getitem) and isinstance(item.arg, nodes.Const | nodes.Slice)) or bool(
+        _column_of_row(item)
+    )
+
+
+def _column_of_row(item: nodes.Node) -> tuple[str, ...]:
+    """Return the column in ``row['name']`` or ``row.name``, unless it is a method such as ``row.items``."""
+    if not isinstance(item, nodes.Getitem | nodes.Getattr):
+        return ()
+    if not isinstance(item.node, nodes.Name) or item.node.name != "row":
+        return ()
+    if isinstance(item, nodes.Getattr):
+        return () if hasattr(dict, item.attr) else (item.attr,)
+    return (item.arg.value,) if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str) else ()
+
+
+def _is_bare(syntax: nodes.Template) -> bool:
+    """Tell whether a template is one column and nothing else but white space."""
+    parts = [part for output in syntax.body if isinstance(output, nodes.Output) for part in output.nodes]
+    written = [part for part in parts if not (isinstance(part, nodes.TemplateData) and not part.data.strip())]
+    if len(written) != 1 or not all(isinstance(statement, nodes.Output) for statement in syntax.body):
+        return False
+    return isinstance(written[0], nodes.Name) or bool(_column_of_row(written[0]))
 
 
 def _class_name(column: str, value: object, names: Mapping[str, str]) -> object:

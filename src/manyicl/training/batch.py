@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyicl.episodes.row import Row
 from manyicl.model.attention import packed_arguments
+from manyicl.training.counts import RowCounts
 from manyicl.training.objective import supervised_spans, target_weights
 from manyicl.training.recipe import ObjectiveSettings
 
@@ -32,7 +33,7 @@ class Batch(TypedDict):
     supervised_positions: Tensor  # (S,)
     targets: Tensor  # (S,), the token after each of them
     weights: Tensor  # (S,), share of each in the loss
-    num_answers: int  # supervised answers
+    counts: RowCounts  # what the row holds and what was left out of it
     task_names: tuple[str, ...]  # one per episode
 
 
@@ -57,8 +58,21 @@ def row_tensors(row: Row, objective: ObjectiveSettings) -> Batch:
         supervised_positions=torch.tensor(positions, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),
-        num_answers=sum(len(supervised_spans(episode, objective)) for episode in row.episodes),
+        counts=row_counts(row, objective),
         task_names=tuple(episode.task_name for episode in row.episodes),
+    )
+
+
+def row_counts(row: Row, objective: ObjectiveSettings) -> RowCounts:
+    """Count what a row holds, and what was left out of it."""
+    return RowCounts(
+        num_rows=1,
+        num_tokens=row.num_tokens,
+        num_unused_tokens=row.max_context_tokens - row.num_tokens,
+        num_answers=sum(len(supervised_spans(episode, objective)) for episode in row.episodes),
+        num_shots_left_out=row.num_shots_left_out,
+        num_shots_too_long=row.num_shots_too_long,
+        most_shots=max((len(episode.answer_spans) - 1 for episode in row.episodes), default=0),
     )
 
 

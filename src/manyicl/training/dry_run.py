@@ -23,7 +23,7 @@ from manyicl.training.estimate import (
 )
 from manyicl.training.recipe import Recipe
 from manyicl.training.start import starting_point
-from manyicl.training.train import RecipeTasks, row_source
+from manyicl.training.train import RecipeTasks, require_unseen_by_base, row_source
 
 
 def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
@@ -48,6 +48,7 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
         yield from _from_description(recipe, tasks)
         return
     start = starting_point(recipe, tasks.train)
+    require_unseen_by_base(tasks.held_out, start)
     rows = row_source(recipe, tasks.train, start.tokenizer)
     statistics = sample_rows(rows, recipe.objective)
     yield from _run_lines(recipe, statistics)
@@ -112,7 +113,7 @@ def _run_lines(recipe: Recipe, statistics: RowStatistics) -> Iterator[str]:
     yield (
         f"In all about {statistics.tokens * recipe.num_rows:,.0f} tokens and "
         f"{statistics.answers * recipe.num_rows:,.0f} supervised answers; up to {statistics.most_shots:,} shots before "
-        "an answer."
+        "an answer in the rows looked at."
     )
 
 

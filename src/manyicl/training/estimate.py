@@ -39,7 +39,7 @@ class RowStatistics:
         targets: Supervised tokens, per row.
         episodes: Per row.
         unused_share: Of the context of a row.
-        most_shots: Demonstrations before an answer, at most.
+        most_shots: Demonstrations before an answer, at most in these rows; the whole run may hold more.
         shots_left_out: Asked for and not fitting, per row.
         shots_too_long: Longer than a whole context, per row.
         build_seconds: To draw and encode a row and make its tensors.
@@ -88,11 +88,11 @@ def sample_rows(rows: RowSource, objective: ObjectiveSettings) -> RowStatistics:
     return RowStatistics(
         num_sampled=len(sample),
         tokens=mean([row.num_tokens for row in sample]),
-        answers=mean([batch["num_answers"] for batch in batches]),
+        answers=mean([batch["counts"].num_answers for batch in batches]),
         targets=mean([len(batch["targets"]) for batch in batches]),
         episodes=mean([len(row.episodes) for row in sample]),
         unused_share=mean([row.unused_share for row in sample]),
-        most_shots=max(len(episode.answer_spans) for row in sample for episode in row.episodes) - 1,
+        most_shots=max(batch["counts"].most_shots for batch in batches),
         shots_left_out=mean([row.num_shots_left_out for row in sample]),
         shots_too_long=mean([row.num_shots_too_long for row in sample]),
         build_seconds=seconds / len(sample),

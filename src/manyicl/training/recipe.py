@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, validated
 from manyicl.episodes.encoding import PlainFormat
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
-from manyicl.errors import UserError, did_you_mean
-
-
-class Section(BaseModel):
-    """A part of a recipe: cannot change once read, and knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from manyicl.errors import UserError
 
 
 class LoraSettings(Section):
@@ -103,10 +98,6 @@ class RowSettings(EpisodeSettings):
 
     max_context_tokens: int = Field(2048, ge=8, description="Tokens of a row, and the model's trained context.")
 
-    def episodes(self) -> EpisodeSettings:
-        """Return the part that shapes an episode."""
-        return EpisodeSettings(**{name: getattr(self, name) for name in EpisodeSettings.model_fields})
-
 
 class ObjectiveSettings(Section):
     """Which tokens are targets, and what each weighs."""
@@ -167,9 +158,14 @@ class TrainingSettings(Section):
         min_length=1,
         description="Shots at which held-out tasks are asked; their mean picks the best model.",
     )
-    evaluate_queries: int = Field(50, ge=1, description="Test rows asked per held-out task.")
+    evaluate_queries: int = Field(
+        50,
+        ge=1,
+        description="Queries asked per held-out task, at most half of its training rows. They come from the training "
+        "side, whose other rows are shown; test rows stay untouched for `manyicl evaluate`.",
+    )
     save_every: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; unset: with each evaluation, and at the end."
+        None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
     )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, the best one among them.")
     seed: int = Field(0, ge=0, description="Of rows, new weights and dropout.")
@@ -196,15 +192,6 @@ class TrainingSettings(Section):
             raise ValueError(f"give either num_tokens or num_steps; found {found}")
         return self
 
-    @model_validator(mode="after")
-    def _evaluations_meet_checkpoints(self) -> Self:
-        if self.evaluate_every and self.save_every and self.save_every % self.evaluate_every:
-            raise ValueError(
-                f"save_every is {self.save_every}, evaluate_every {self.evaluate_every}; save_every must be "
-                "a multiple, so that the best model has a checkpoint"
-            )
-        return self
-
 
 class Recipe(Section):
     """One run: which model, which tasks, which rows, which targets, how long, and where it ends up."""
@@ -216,6 +203,16 @@ class Recipe(Section):
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: TrainingSettings
     output: Path = Field(description="Folder of the finished model, its logs and checkpoints.")
+
+    @model_validator(mode="after")
+    def _save_every_adds_checkpoints(self) -> Self:
+        every, evaluations = self.training.save_every, self.training.evaluate_every
+        if self.tasks.evaluate and every and evaluations and every % evaluations == 0:
+            raise ValueError(
+                f"training.save_every is {every}, training.evaluate_every {evaluations}; each evaluation makes a "
+                "checkpoint already, so that the best model has one. Use a smaller save_every for more, or leave it out"
+            )
+        return self
 
     @property
     def num_steps(self) -> int:
@@ -240,7 +237,7 @@ class Recipe(Section):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"There is no recipe at {str(path)!r}.")
-        return cls.parse(path.read_text(encoding="utf-8"), str(path), overrides)
+        return cls.parse(read_text(path), str(path), overrides)
 
     @classmethod
     def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -249,47 +246,25 @@ class Recipe(Section):
         Raises:
             UserError: If it does not parse, or a key or value is wrong.
         """
-        content = _load_yaml(text, name)
+        content = parse_yaml(text, name, _Loader)
         if not isinstance(content, dict):
             raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {content!r}.")
         for override in overrides:
             content = _override(content, override)
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise UserError(f"{name}: {_sentence(cls, error)}") from error
+        return validated(cls, content, name)
 
     def to_yaml(self) -> str:
         """Write every value out, defaults included, in the order of the fields."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2, and a key stands only once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+class _Loader(UniqueKeyLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
-
-
-def _load_yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{name}, line {mark.line + 1}" if mark else name
-        raise UserError(f"{place}: not valid YAML, {getattr(error, 'problem', None) or error}.") from error
 
 
 def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
@@ -306,55 +281,5 @@ def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
             raise UserError(f"--set {override}: {key!r} holds {below!r}, which has no keys of its own.")
         inner[key] = dict(below or {})
         inner = inner[key]
-    inner[keys[-1]] = _load_yaml(value, f"--set {override}")
+    inner[keys[-1]] = parse_yaml(value, f"--set {override}", _Loader)
     return changed
-
-
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    """Say the first thing that is wrong, where, and what was meant."""
-    problems = error.errors(include_url=False)
-    # Of a union, pydantic reports every branch; a misspelt key says more than a missing one.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    keys = list(_innermost_section(model, first["loc"]).model_fields)
-    place = ".".join(str(part) for part in _written_location(first["loc"]))
-    if first["type"] == "extra_forbidden":
-        unknown = str(first["loc"][-1])
-        return f"unknown key {place!r}.{did_you_mean(unknown, keys) or f' Known here: {keys}.'}"
-    if first["type"] == "missing":
-        return f"the key {place!r} is missing."
-    is_union = _written_location(first["loc"]) != list(first["loc"])
-    if is_union and (description := _description(model, first["loc"])):
-        return f"{place}: found {first['input']!r}; expected: {description}"
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
-    found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
-    return f"{place or 'recipe'}: {reason}{found}."
-
-
-def _innermost_section(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
-    """Return the section in which the last part of ``location`` stands."""
-    section = model
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        section = (field is not None and _section_of(field.annotation)) or section
-    return section
-
-
-def _description(model: type[BaseModel], location: Sequence[int | str]) -> str | None:
-    """Return what the recipe says about the field that ``location`` runs through."""
-    fields = _innermost_section(model, location).model_fields
-    return next((fields[str(part)].description for part in location if str(part) in fields), None)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Find the pydantic model in an annotation such as ``LoraSettings | None``."""
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def _written_location(location: Iterable[int | str]) -> list[int | str]:
-    """Leave out the parts that pydantic adds for the branches of a union, such as ``tuple[str, ...]``."""
-    return [part for part in location if not (isinstance(part, str) and ("[" in part or part in _BRANCHES))]
-
-
-_BRANCHES = frozenset({"int", "str", "float", "bool"})

@@ -29,7 +29,7 @@ class StartingPoint:
         model: Has the trainable weights.
         tokenizer: Its tokenizer.
         base: As it can be found again from anywhere; None for a new model.
-        base_fingerprint: Hash of the base's weights; None for a new model.
+        base_fingerprint: Hash of the base's weights in the recipe's ``model.dtype``; None for a new model.
         base_tasks: Tasks that the base was trained on already.
     """
 
@@ -85,7 +85,8 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
     assert recipe.model.base is not None
     loaded = load_model(recipe.model.base, dtype=recipe.model.dtype, device=training_device())
     base = recipe.model.base
-    if Path(base).is_dir():
+    is_local = Path(base).is_dir()
+    if is_local:
         # An adapter must find its base from wherever it is loaded later.
         base = str(Path(base).resolve())
     model = loaded.model
@@ -98,6 +99,9 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
             )
         model = cast(PreTrainedModel, adapter.merge_and_unload())
     if recipe.model.lora is not None:
+        if is_local:
+            # The name that PEFT writes into adapter_config.json.
+            model.name_or_path = model.config._name_or_path = base
         set_seed(recipe.training.seed)
         model = with_adapter(model, recipe.model.lora)
     else:

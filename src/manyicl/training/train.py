@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,21 @@ def load_recipe_tasks(recipe: Recipe) -> RecipeTasks:
     return RecipeTasks(tuple(train), tuple(held_out))
 
 
+def require_unseen_by_base(held_out: Sequence[Task], start: StartingPoint) -> None:
+    """Hold that the base was not trained on held-out tasks, or on siblings of them, either.
+
+    Raises:
+        UserError: If it was.
+    """
+    for task in held_out:
+        for known in start.base_tasks:
+            if known.source == task.source or known.data_hash == task.data_hash:
+                raise UserError(
+                    f"tasks.evaluate: {task.name!r} is not unseen: the base {start.base!r} was trained on "
+                    f"{known.name!r} of the source {known.source!r}. Leave it out, or use another base."
+                )
+
+
 def train(
     recipe: Recipe,
     tasks: RecipeTasks | None = None,
@@ -111,13 +126,18 @@ def train(
     console = console or Console(stderr=True, quiet=not is_main_process())
     if recipe.training.num_threads is not None:
         torch.set_num_threads(recipe.training.num_threads)
+    folder = RunFolder(recipe.output)
+    _require_usable(folder, recipe, resume=resume, overwrite=overwrite)
     tasks = tasks or load_recipe_tasks(recipe)
     start = starting_point(recipe, tasks.train)
+    require_unseen_by_base(tasks.held_out, start)
     rows = row_source(recipe, tasks.train, start.tokenizer)
+    for task in tasks.held_out:
+        # Else the engine would refuse to ask it when the first evaluation is due.
+        rows.encoder.require_distinct(task)
     statistics = sample_rows(rows, recipe.objective)
     console.print(statistics.sentence(), highlight=False, soft_wrap=True)
     manifest = run_manifest(recipe, tasks.train, start, statistics)
-    folder = RunFolder(recipe.output)
     checkpoint = _prepare_folder(folder, recipe, manifest, console, resume=resume, overwrite=overwrite)
 
     def figures(model: PreTrainedModel) -> Mapping[str, float]:
@@ -135,9 +155,12 @@ def train(
         _callbacks(recipe, folder, console, evaluates=evaluates),
     )
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
+    console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
     if finished:
         start.model.config.use_cache = use_cache
-        _save(trainer, start, manifest, folder)
+        # Until now it held the most of a sample. A checkpoint of an older version brings no counts along.
+        most_shots = max(statistics.most_shots, trainer.counts.most_shots)
+        _save(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
     state = trainer.state
     return TrainedRun(
         recipe.output, finished, state.global_step, state.best_metric, state.best_global_step if evaluates else None
@@ -152,7 +175,7 @@ def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTok
         max_context_tokens=recipe.rows.max_context_tokens,
         num_rows=recipe.num_rows,
         seed=recipe.training.seed,
-        episodes=recipe.rows.episodes(),
+        episodes=recipe.rows,
         mixture=recipe.tasks.mixture,
     )
 
@@ -253,6 +276,15 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _require_usable(folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Find out that the output folder is taken before anything is loaded."""
+    if resume:
+        folder.require_same_recipe(recipe)
+    elif is_main_process():
+        # Another process may look when this one has begun the folder already.
+        folder.require_free(recipe, overwrite=overwrite)
+
+
 def _prepare_folder(
     folder: RunFolder, recipe: Recipe, manifest: Manifest, console: Console, *, resume: bool, overwrite: bool
 ) -> Path | None:
@@ -261,7 +293,7 @@ def _prepare_folder(
         if is_main_process():
             folder.begin(recipe, manifest, overwrite=overwrite)
         return None
-    folder.require_same_run(recipe, manifest)
+    folder.require_same_start(manifest)
     checkpoint = folder.last_whole_checkpoint(world_size())
     where = f"from {checkpoint}" if checkpoint else "from the beginning: there is no whole checkpoint yet"
     console.print(f"Resuming {where}.", highlight=False, soft_wrap=True)

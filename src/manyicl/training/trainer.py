@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, astuple
 from types import FrameType
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from transformers import (
 from manyicl.episodes.row import RowSource
 from manyicl.errors import MachineError
 from manyicl.training.batch import Batch, Collator
+from manyicl.training.counts import RowCounts, RunCounts
 from manyicl.training.loss import row_loss
 from manyicl.training.recipe import ObjectiveSettings
 
@@ -35,15 +36,6 @@ BEST_METRIC = "score"
 SECONDS_OF_ONE_REQUEST = 2.0
 
 MetricFunction = Callable[[PreTrainedModel], Mapping[str, float]]
-
-
-@dataclass
-class Progress:
-    """What has gone into the model since the last log line, over all processes."""
-
-    num_answers: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
 
 
 class ManyShotTrainer(Trainer):
@@ -82,11 +74,12 @@ class ManyShotTrainer(Trainer):
             # transformers refuses to evaluate without a data set; our evaluation brings its own queries.
             eval_dataset=rows if evaluation else None,
             data_collator=cast(Any, Collator(objective)),
-            callbacks=callbacks,
+            callbacks=[run := RunCounts(), *(callbacks or ())],
         )
         self.remove_callback(PrinterCallback)
         self._evaluation = evaluation
-        self._progress = Progress()
+        self._run = run
+        self._since_log = RowCounts()
         self._logged_at = time.perf_counter()
         # 5.23 asks the first, 5.17 the second, whether the loss still has to be divided by the accumulation steps.
         self.loss_is_scaled_for_ga = True
@@ -95,21 +88,23 @@ class ManyShotTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Take the rows of one optimizer step and sum the weights of their targets over all processes."""
+        """Take the rows of one optimizer step; sum the weights of their targets, and counts, over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = torch.tensor(
-            [
-                sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches),
-                sum(batch["num_answers"] for batch in batches),
-                sum(batch["input_ids"].shape[1] for batch in batches),
-            ],
-            dtype=torch.float64,
-        )
+        weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
+        counts = sum((batch["counts"] for batch in batches), RowCounts())
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(counts[None].to(device)).sum(dim=0).cpu()
-        self._progress.num_answers += int(counts[1])
-        self._progress.num_tokens += int(counts[2])
-        return batches, counts[0].to(device=device, dtype=torch.float32)
+            own = torch.tensor([[weight, *astuple(counts)]], dtype=torch.float64, device=device)
+            gathered = self.accelerator.gather(own).cpu()
+            weight = float(gathered[:, 0].sum())
+            counts = sum((RowCounts(*map(int, row)) for row in gathered[:, 1:].tolist()), RowCounts())
+        self._since_log += counts
+        self._run.total += counts
+        return batches, torch.tensor(weight, device=device, dtype=torch.float32)
+
+    @property
+    def counts(self) -> RowCounts:
+        """All rows of the run so far, over all processes, those before a resume included."""
+        return self._run.total
 
     def compute_loss(
         self,
@@ -157,13 +152,15 @@ class ManyShotTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add supervised answers and tokens per second to lines that report a loss."""
+        """Add supervised answers and tokens per second to lines that report a loss, and the counts to the last one."""
         if "loss" in logs:
             now = time.perf_counter()
             seconds = max(now - self._logged_at, 1e-9)
-            logs["answers_per_second"] = self._progress.num_answers / seconds
-            logs["tokens_per_second"] = self._progress.num_tokens / seconds
-            self._progress, self._logged_at = Progress(), now
+            logs["answers_per_second"] = self._since_log.num_answers / seconds
+            logs["tokens_per_second"] = self._since_log.num_tokens / seconds
+            self._since_log, self._logged_at = RowCounts(), now
+        if "train_loss" in logs:
+            logs.update(asdict(self.counts))
         super().log(logs, start_time)
 
     def train_until_stopped(self, checkpoint: str | None = None) -> bool:
@@ -227,7 +224,7 @@ class StopAfterStep(TrainerCallback):
 
 
 class Milestones(TrainerCallback):
-    """Saves between evaluations where asked, and evaluates after the last step."""
+    """Saves between evaluations where asked, and saves and evaluates after the last step."""
 
     def __init__(self, save_every: int | None, evaluates: bool) -> None:
         self._save_every = save_every

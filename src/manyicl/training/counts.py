@@ -1,0 +1,65 @@
+"""What a run trained on and what it left out, counted row by row as they are consumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Counts over some rows.
+
+    Attributes:
+        num_rows: How many.
+        num_tokens: Of all their episodes.
+        num_unused_tokens: Of their contexts, that hold nothing.
+        num_answers: Supervised ones.
+        num_shots_left_out: Asked for and not fitting.
+        num_shots_too_long: Passed over, because not even a whole context would hold them.
+        most_shots: Demonstrations before an answer, at most.
+    """
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_unused_tokens: int = 0
+    num_answers: int = 0
+    num_shots_left_out: int = 0
+    num_shots_too_long: int = 0
+    most_shots: int = 0
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        """Count both."""
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return RowCounts(**{**sums, "most_shots": max(self.most_shots, other.most_shots)})
+
+    def sentence(self) -> str:
+        """Say what the rows held, and what was left out of them."""
+        unused_share = self.num_unused_tokens / max(self.num_tokens + self.num_unused_tokens, 1)
+        return (
+            f"Trained on {self.num_rows:,} rows with {self.num_tokens:,} tokens and {self.num_answers:,} supervised "
+            f"answers, behind up to {self.most_shots:,} shots; left out: {self.num_shots_left_out:,} shots that no "
+            f"longer fitted, {self.num_shots_too_long:,} longer than a whole row, {unused_share:.1%} of the context."
+        )
+
+
+class RunCounts(TrainerCallback, ExportableState):
+    """The counts of a whole run, kept in its checkpoints, so that a resumed run knows those of before."""
+
+    def __init__(self) -> None:
+        self.total = RowCounts()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"total": asdict(self.total)}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the counts of the checkpoint; transformers leaves reading them to us."""
+        # In a new run these are our own zeros. The entry must exist, or saving a checkpoint fails.
+        saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        self.total = RowCounts(**saved.setdefault(type(self).__name__, self.state())["attributes"]["total"])
