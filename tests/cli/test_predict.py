@@ -75,7 +75,7 @@ def test_standard_input_is_answered_on_standard_output(
         ({"--output": "answers.txt"}, ".jsonl or .csv"),
         ({"--output": "nowhere/answers.csv"}, "folder"),
         ({"--shots": 4000}, "4000"),
-        ({"--shots": -3}, "-3"),
+        ({"--shots": -3}, "greater than or equal to 0"),
         ({"--task": "nowhere.csv:text:label"}, "nowhere.csv"),
     ],
 )

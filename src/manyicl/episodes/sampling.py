@@ -123,7 +123,8 @@ def draw_episode(
     num_examples = None if wanted == "fill" else _draw_number(wanted, rng)
     order: Iterator[int]
     if settings.sampling == "balanced":
-        order = iter(demonstration_order(task.train, rng.getrandbits(32), "balanced"))
+        answers = [example.answer for example in task.train]
+        order = iter(demonstration_order(answers, rng.getrandbits(32), "balanced"))
     else:
         order = shuffled_lazily(len(task.train), rng)
     examples = (task.train[position] for position in order)

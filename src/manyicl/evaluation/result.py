@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -125,6 +125,9 @@ def file_stem(task: str, num_shots: int, seed: int, key: str) -> str:
     return f"{readable}-{num_shots}shots-seed{seed}-{key}"
 
 
+RecordT = TypeVar("RecordT", bound=_Record)
+
+
 class ResultStore:
     """A folder of results."""
 
@@ -140,6 +143,16 @@ class ResultStore:
         """
         path = self.folder / f"{stem}{RECORD_ENDING}"
         return read_record(path) if path.is_file() else None
+
+    def require_usable(self) -> None:
+        """Refuse a place where no folder can be, before anything is computed.
+
+        Raises:
+            UserError: If the path, or one above it, is a file.
+        """
+        taken = next((place for place in (self.folder, *self.folder.parents) if place.exists()), None)
+        if taken is not None and not taken.is_dir():
+            raise UserError(f"Results go to a folder; {str(taken)!r} is a file.")
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ShownExample]) -> Path:
         """Write predictions and context, then the record: where a record stands, the rest is whole."""
@@ -174,19 +187,30 @@ class ResultStore:
 
     def predictions(self, result: Result) -> list[PredictedAnswer]:
         """Read the predictions of a result; empty where their file was not kept."""
-        return [PredictedAnswer.model_validate_json(line) for line in self._kept(result, PREDICTIONS_ENDING)]
+        return self._kept(result, PREDICTIONS_ENDING, PredictedAnswer)
 
     def context(self, result: Result) -> list[ShownExample]:
         """Read the demonstrations of a result in order; empty where their file was not kept."""
-        return [ShownExample.model_validate_json(line) for line in self._kept(result, CONTEXT_ENDING)]
+        return self._kept(result, CONTEXT_ENDING, ShownExample)
 
     def _path(self, result: Result, ending: str) -> Path:
         return self.folder / f"{result.stem}{ending}"
 
-    def _kept(self, result: Result, ending: str) -> list[str]:
+    def _kept(self, result: Result, ending: str, kind: type[RecordT]) -> list[RecordT]:
         path = next(iter(self.folder.rglob(_literal(f"{result.stem}{ending}"))), None)
+        if path is None or not path.stat().st_size:
+            return []
+        records = []
         # Not splitlines: answers may contain line separators that JSON leaves as they are.
-        return path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path and path.stat().st_size else []
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            try:
+                records.append(kind.model_validate_json(line))
+            except ValidationError as error:
+                raise UserError(
+                    f"{path}:{number} is not a whole record ({error.errors()[0]['msg']}). Delete the result and "
+                    "evaluate again."
+                ) from error
+        return records
 
 
 def read_record(path: Path) -> Result:

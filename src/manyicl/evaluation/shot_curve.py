@@ -123,9 +123,12 @@ def measure_shot_curves(
         UserError: If a task has no test row, an unknown metric, or no query that fits the context.
     """
     settings = settings or EvaluationSettings()
+    store = ResultStore(output)
+    store.require_usable()
     for task in tasks:
         metrics_of(task)
-    store = ResultStore(output)
+        if not task.test:
+            raise UserError(f"Task {task.name!r} has no test rows to ask; give it some, or split its file.")
     name = model_name or engine.reference
     results: list[Result] = []
     num_found = 0

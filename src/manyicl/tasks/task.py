@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from manyicl.errors import UserError
-from manyicl.tasks.demonstrations import Sampling, choose_demonstrations
+from manyicl.tasks.demonstrations import Sampling, demonstration_order
 from manyicl.tasks.template import Template
 
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
@@ -120,4 +120,5 @@ class Task:
                 f"Task {self.name!r} has {len(self.train)} training examples; {num_shots} demonstrations were "
                 "asked for. Use fewer shots or add rows."
             )
-        return choose_demonstrations(self.train, num_shots, seed, sampling)
+        order = demonstration_order([example.answer for example in self.train], seed, sampling)
+        return tuple(self.train[position] for position in order[:num_shots])

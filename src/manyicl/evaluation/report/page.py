@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from manyicl.errors import UserError
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.report.tables import notes
 from manyicl.evaluation.result import (
@@ -51,6 +52,8 @@ def write_report(
     Raises:
         UserError: If there is no record, or one is broken.
     """
+    if Path(output).is_dir():
+        raise UserError(f"The report is one file; {str(output)!r} is a folder.")
     store = ResultStore(results) if isinstance(results, str | Path) else None
     if only is not None:
         records = [*only]
