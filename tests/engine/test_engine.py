@@ -191,3 +191,11 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused() -> None:
     task = make_task(labels=("good", "wug", "dax"))
     with pytest.raises(UserError, match="cannot tell the labels 'wug' and 'dax'"):
         engine.prefill(task)
+
+
+def test_queries_before_a_wrong_one_are_still_answered() -> None:
+    engine = Engine(tiny_loaded())
+    predictions = engine.predict(engine.prefill(make_task()), ["film", "play", {"body": "box"}, "song"])
+    assert [next(predictions).answer for _ in range(2)]
+    with pytest.raises(UserError, match="Query 3"):
+        next(predictions)

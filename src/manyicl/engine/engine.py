@@ -165,10 +165,15 @@ class Engine:
     def _predict(
         self, prefix: PrefixCache, rows: Iterable[Columns | str | Query], batch_size: int
     ) -> Iterator[Prediction]:
-        numbered = enumerate(rows, start=1)
-        while chunk := list(islice(numbered, batch_size * BATCHES_READ_AHEAD)):
-            queries = [self._query(prefix, row, number) for number, row in chunk]
-            yield from self._answer(prefix, queries, batch_size)
+        queries = (self._query(prefix, row, number) for number, row in enumerate(rows, start=1))
+        while True:
+            chunk, failure = _read_ahead(queries, batch_size * BATCHES_READ_AHEAD)
+            if chunk:
+                yield from self._answer(prefix, chunk, batch_size)
+            if failure is not None:
+                raise failure
+            if not chunk:
+                return
 
     def _query(self, prefix: PrefixCache, row: Columns | str | Query, number: int) -> Query:
         """Render one row and make sure that it fits behind the prefix."""
@@ -221,3 +226,13 @@ class Engine:
         limit = self.max_answer_tokens(prefix.task)
         for generation in generate_greedily(self.model, self.encoder, prefix, encoded, limit, batch_size):
             yield Prediction(generation.answer or "", generation.log_probability, None, generation.stopped)
+
+
+def _read_ahead(queries: Iterator[Query], most: int) -> tuple[list[Query], UserError | None]:
+    """Take up to ``most`` queries; one that is wrong ends them, so that those before it are still answered."""
+    chunk: list[Query] = []
+    try:
+        chunk.extend(islice(queries, most))
+    except UserError as failure:
+        return chunk, failure
+    return chunk, None
