@@ -31,8 +31,8 @@ LEAST_HEADS = 4
 # apart within an episode, and slower ones than the second keep a content match whole over a thousand tokens.
 SLOWEST_POSITIONAL_TURN = 0.005
 FASTEST_MATCHING_TURN = 0.002
-# Measured on lists of coined words: logit gains of looking one back, of a window, of "same token before" and of
-# "similar words around". Half of each still works; several times as much is too hard to unlearn.
+# Logit gains of looking one back, of a window, of "same token before" and of "similar words around": chosen by
+# reasoning and tried in a few trainings, not tuned.
 BACK_GAIN, WINDOW_GAIN, BEFORE_GAIN, AROUND_GAIN = 8.0, 3.0, 1.5, 4.0
 COPY_GAIN = 2.0
 NARROW_WINDOW, WIDE_WINDOW = 4, 8
