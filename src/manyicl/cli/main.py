@@ -66,16 +66,17 @@ def main() -> None:
         console.print(f"[bold red]error[/] {escape(str(error))}")
         sys.exit(USER_ERROR)
     except MachineError as error:
-        console.print(f"[bold red]failed[/] {escape(str(error))}")
-        sys.exit(MACHINE_ERROR)
+        reason = str(error)
     except (OSError, MemoryError) as error:
-        console.print(f"[bold red]failed[/] {escape(f'{type(error).__name__}: {error}')}")
-        sys.exit(MACHINE_ERROR)
+        reason = f"{type(error).__name__}: {error}"
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
-        console.print(f"[bold red]failed[/] Out of memory: {escape(str(error).splitlines()[0])}")
-        sys.exit(MACHINE_ERROR)
+        reason = f"Out of memory: {str(error).splitlines()[0]}"
+    else:
+        return
+    console.print(f"[bold red]failed[/] {escape(reason)}")
+    sys.exit(MACHINE_ERROR)
 
 
 def _quiet_libraries() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from manyicl.evaluation.result import Result
+    from manyicl.evaluation.uncertainty import Estimate
     from manyicl.training.recipe import Recipe
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -134,9 +135,14 @@ def _print_difference(results: list[Result], console: Console) -> None:
     difference = summary.difference(BASE_NAME, TUNED_NAME, OVERALL, most)
     if difference is None or None in scores:
         return
-    base, tuned = (f"{score.mean:.2f} ± {1.96 * score.standard_error:.2f}" for score in scores if score)
+    base, tuned = (f"{score.mean:.2f} ± {_half_width(score):.2f}" for score in scores if score)
     console.print(
         f"Unseen tasks at {most} shots, mean over families with 95 % interval: base {base}, fine-tuned {tuned}; "
-        f"paired difference {difference.mean:+.2f} ± {1.96 * difference.standard_error:.2f}.",
+        f"paired difference {difference.mean:+.2f} ± {_half_width(difference):.2f}.",
         highlight=False,
     )
+
+
+def _half_width(estimate: Estimate) -> float:
+    low, high = estimate.interval
+    return (high - low) / 2

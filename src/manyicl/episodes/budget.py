@@ -89,9 +89,10 @@ def fit_demonstrations(
     Returns:
         The demonstrations that fit, in their given order, and how many were left out.
     """
-    room = max_context_tokens - reserve - encoder.num_opening_tokens(task.instruction())
+    instruction = task.instruction()
+    room = max_context_tokens - reserve - encoder.num_opening_tokens(instruction)
     costs = [
-        encoder.num_shot_tokens(example, encoder.opens_sequence(task.instruction(), shot))
+        encoder.num_shot_tokens(example, encoder.opens_sequence(instruction, shot))
         for shot, example in enumerate(demonstrations)
     ]
     if sum(costs) <= room:

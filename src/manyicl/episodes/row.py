@@ -127,10 +127,11 @@ def _require_one_shot_fits(task: Task, encoder: Encoder, max_context_tokens: int
     """Refuse a task of which no example fits the context together with its instruction."""
     if not task.train:
         raise UserError(f"Task {task.name!r} has no training example.")
-    opening = encoder.num_opening_tokens(task.instruction())
+    instruction = task.instruction()
+    opening = encoder.num_opening_tokens(instruction)
     shortest = None
     for example in task.train:
-        num_tokens = opening + encoder.num_shot_tokens(example, encoder.opens_sequence(task.instruction(), 0))
+        num_tokens = opening + encoder.num_shot_tokens(example, encoder.opens_sequence(instruction, 0))
         if num_tokens <= max_context_tokens:
             return
         shortest = min(shortest or num_tokens, num_tokens)
