@@ -1,32 +1,31 @@
-"""Cached = uncached; labels as one at a time; generation as transformers' own."""
+"""Cached = uncached; labels as one at a time; options and mistakes of the one door in."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from manyicl.engine.engine import Engine
-from manyicl.episodes.encoding import Encoder
+from manyicl.engine.decoding import Sampling
+from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine
 from manyicl.errors import UserError
 from manyicl.tasks.task import Query, Task
 from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded, word_level
+from tests.reference.slow_engine import plain_copy, slow_score
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 
 
 def full_pass_score(engine: Engine, task: Task, num_shots: int, query: str, label: str) -> float:
-    """The judge: one uncached pass of the model over the whole text, summed over the answer's tokens."""
+    """The judge: plain transformers over the whole text, summed over the answer's tokens."""
     demonstrations = task.demonstrations(num_shots)
     prefix = engine.encoder.encode_prefix(task.instruction(), demonstrations)
     opens = engine.encoder.opens_sequence(task.instruction(), num_shots)
     before = (*prefix, *engine.encoder.query_ids(query, opens))
-    answer = engine.encoder.answer_ids(label)
-    with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([[*before, *answer]]), use_cache=False).logits[0].float()
-    log_probabilities = logits.log_softmax(-1)
-    return sum(float(log_probabilities[len(before) - 1 + i, token]) for i, token in enumerate(answer))
+    return slow_score(plain_copy(engine.model), before, engine.encoder.answer_ids(label))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,12 +35,15 @@ def test_every_label_scores_as_in_a_full_pass(architecture: str, num_shots: int)
     task = make_task(labels=LABELS)
     prefix = engine.prefill(task, task.demonstrations(num_shots))
     queries = ["film 3 was good", "a", "the long red box was by the door"]
-    for query, prediction in zip(queries, engine.predict(prefix, queries, batch_size=4), strict=True):
+    scored, best = engine.predict(prefix, queries, scores="all"), engine.predict(prefix, queries)
+    for query, prediction, alone in zip(queries, scored, best, strict=True):
         assert prediction.scores is not None
         expected = {label: full_pass_score(engine, task, num_shots, query, label) for label in LABELS}
-        assert prediction.scores == pytest.approx(expected, rel=1e-5, abs=1e-4)
-        assert prediction.answer == max(expected, key=lambda label: expected[label])
-        assert prediction.log_probability == prediction.scores[prediction.answer]
+        assert prediction.scores.log_probabilities == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert prediction.answer == max(expected, key=lambda label: expected[label]) == alone.answer
+        assert prediction.log_probability == prediction.scores.log_probabilities[prediction.answer]
+        assert alone.log_probability == pytest.approx(prediction.log_probability, abs=1e-5)
+        assert alone.scores is None
 
 
 def test_a_leading_marker_tokenizer_and_an_instruction_score_as_in_a_full_pass() -> None:
@@ -50,10 +52,10 @@ def test_a_leading_marker_tokenizer_and_an_instruction_score_as_in_a_full_pass()
         task = make_task(labels=LABELS, instruction=instruction)
         for num_shots in (0, 3):
             prefix = engine.prefill(task, task.demonstrations(num_shots))
-            (prediction,) = engine.predict(prefix, ["film 3 was good"])
+            (prediction,) = engine.predict(prefix, ["film 3 was good"], scores="all")
             expected = full_pass_score(engine, task, num_shots, "film 3 was good", "bad")
             assert prediction.scores is not None
-            assert prediction.scores["bad"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+            assert prediction.scores.log_probabilities["bad"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2"])
@@ -63,60 +65,155 @@ def test_an_extended_prefix_equals_one_prefilled_at_once(architecture: str) -> N
     shots = task.demonstrations(12)
     at_once = engine.prefill(task, shots)
     short = engine.prefill(task, shots[:5])
-    before = [keys.clone() for keys in short.keys]
+    before = [keys.clone() for block in short.blocks for keys in block.keys]
     extended = engine.extend(short, shots[5:])
     assert extended.token_ids == at_once.token_ids
     assert extended.demonstrations == at_once.demonstrations
-    for one, other in zip(extended.keys, at_once.keys, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(one, other) for one, other in zip(short.keys, before, strict=True))
+    for layer in range(3):
+        for states in ("keys", "values"):
+            one = torch.cat([getattr(block, states)[layer] for block in extended.blocks], dim=2)
+            other = torch.cat([getattr(block, states)[layer] for block in at_once.blocks], dim=2)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    after = [keys for block in short.blocks for keys in block.keys]
+    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manyicl.engine import prefix_cache
+def test_prefixes_that_begin_alike_share_their_keys_and_answer_as_if_alone() -> None:
+    engine = Engine(tiny_loaded("mistral"))
+    task = make_task()
+    queries = [example.query for example in task.test[:5]]
+    first = engine.prefill(task, task.train[:9])
+    other = (*task.train[:6], *task.train[20:24])
+    shared, alone = engine.prefill(task, other, reuse=first), engine.prefill(task, other)
+    assert shared.token_ids == alone.token_ids
+    assert shared.blocks[0].keys[0].data_ptr() == first.blocks[0].keys[0].data_ptr()
+    for one, two in zip(engine.predict(shared, queries), engine.predict(alone, queries), strict=True):
+        assert one.log_probability == pytest.approx(two.log_probability, abs=1e-5)
+    assert engine.prefill(task, task.train[:9], reuse=first).blocks == first.blocks
 
+
+def test_examples_of_its_own_stand_between_prefix_and_query() -> None:
+    engine = Engine(tiny_loaded("llama", sentencepiece_bpe()))
+    task = make_task(labels=LABELS)
+    own = (task.train[7], task.train[3])
+    for num_shots in (0, 4):
+        shown = task.train[10 : 10 + num_shots]
+        prefix = engine.prefill(task, shown, nearest=lambda query: own)
+        (with_own,) = engine.predict(prefix, ["film"], scores="all", nearest=lambda query: own)
+        (plain,) = engine.predict(engine.prefill(task, (*shown, *own)), ["film"], scores="all")
+        assert with_own.scores is not None
+        assert plain.scores is not None
+        assert with_own.scores.log_probabilities == pytest.approx(plain.scores.log_probabilities, abs=1e-4)
+
+
+def test_predictions_come_in_order_from_an_iterator_that_is_read_little_ahead() -> None:
+    engine = Engine(tiny_loaded())
+    prefix = engine.prefill(make_task())
+    read = 0
+
+    def rows() -> Iterator[Query]:
+        nonlocal read
+        for i in range(1000):
+            read += 1
+            yield Query(f"film {i} " + "was good " * (i % 7))
+
+    predictions = engine.predict(prefix, rows())
+    first = next(predictions)
+    assert read <= READ_AHEAD_QUERIES
+    together = [first, *predictions]
+    assert len(together) == 1000
+    for number in (0, 1, 255, 256, 999):
+        (alone,) = engine.predict(prefix, [Query(f"film {number} " + "was good " * (number % 7))])
+        assert together[number].log_probability == pytest.approx(alone.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_a_query_longer_than_the_working_memory_scores_the_same_in_chunks(
+    labels: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_loaded("mistral"))
+    family, metric = ("classification", "accuracy") if labels else ("qa", "exact_match")
+    task = make_task(labels=labels, family=family, metric=metric, max_answer_tokens=8)
+    prefix = engine.prefill(task, task.demonstrations(3))
+    queries = ["film", "play " * 40, "song"]
+    expected = list(engine.predict(prefix, queries))
+    memory = replace(engine.working_memory(prefix), limit=20_000)
+    assert memory.tokens_per_pass() < 40
+    monkeypatch.setattr(engine, "working_memory", lambda prefix: memory)
+    for one, other in zip(engine.predict(prefix, queries), expected, strict=True):
+        assert one.answer == other.answer
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+
+
+def test_an_interrupted_call_leaves_the_prefix_as_it_was() -> None:
     engine = Engine(tiny_loaded("gemma2"))
-    ids = engine.encoder.encode_prefix("", make_task().train)
-    whole, _ = prefix_cache.encode_behind(engine.model, ids)
-    parts, _ = prefix_cache.encode_behind(engine.model, ids, chunk_tokens=13)
-    for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    task = make_task(labels=LABELS)
+    queries = [example.query for example in task.test]
+    prefix = engine.prefill(task, task.demonstrations(5))
+    expected = [one.log_probability for one in engine.predict(prefix, queries)]
+    calls = 0
+
+    def interrupt(module: torch.nn.Module, arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    hook = engine.model.get_submodule("model.layers.1").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.predict(prefix, queries))
+    calls = 1
+    with pytest.raises(KeyboardInterrupt):
+        engine.extend(prefix, task.train[5:8])
+    hook.remove()
+    assert [one.log_probability for one in engine.predict(prefix, queries)] == expected
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
-def test_generation_equals_a_full_pass_per_token_and_batches_change_nothing(architecture: str) -> None:
-    engine = Engine(tiny_loaded(architecture))
-    task = make_task(labels=None, family="qa", metric="exact_match", max_answer_tokens=9)
-    prefix = engine.prefill(task, task.demonstrations(4))
-    queries = ["film 3 was good", "box 3 was good", "a", "the long red box was by the door"]
-    together = list(engine.predict(prefix, queries, batch_size=3))
-    for query, prediction in zip(queries, together, strict=True):
-        ids = [*prefix.token_ids, *engine.encoder.query_ids(query)]
-        start = len(ids)
-        log_probability = 0.0
-        while len(ids) < start + 9 and "\n\n" not in engine.encoder.decode(ids[start:]):
-            with torch.no_grad():
-                logits = engine.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            if int(logits.argmax()) == engine.encoder.tokenizer.eos_token_id:
-                break
-            log_probability += float(logits.float().log_softmax(-1).max())
-            ids.append(int(logits.argmax()))
-        assert prediction.answer == engine.encoder.decode(ids[start:]).partition("\n\n")[0]
-        assert prediction.log_probability == pytest.approx(log_probability, rel=1e-4, abs=1e-4)
-        assert next(iter(engine.predict(prefix, [query]))).answer == prediction.answer
+def test_an_answer_below_the_threshold_is_marked() -> None:
+    engine = Engine(tiny_loaded())
+    prefix = engine.prefill(make_task())
+    (plain,) = engine.predict(prefix, ["film"], scores="all")
+    assert not plain.abstained
+    assert plain.scores is not None
+    highest = plain.scores.probabilities[plain.answer]
+    for threshold, abstained in ((highest + 1e-4, True), (highest - 1e-4, False)):
+        (one,) = engine.predict(prefix, ["film"], scores="all", abstain_below=threshold)
+        assert one.abstained == abstained
 
 
-def test_generation_stops_on_the_terminators_text_even_inside_a_longer_token() -> None:
-    """A token that holds the end of the answer and the blank line together ends the answer."""
-    from manyicl.engine.decoding import Generation, _append
+def test_the_prior_is_the_mean_over_neutral_queries() -> None:
+    engine = Engine(tiny_loaded())
+    task = make_task(labels=LABELS)
+    prefix = engine.prefill(task, task.demonstrations(5))
+    slow = [full_pass_score(engine, task, 5, query, "bad") for query in ("N/A", "?")]
+    expected = torch.tensor(slow).exp().mean().log()
+    prior = engine.prior(prefix, ["N/A", "?"])
+    assert prior.log_probabilities["bad"] == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(UserError, match="no closed label set"):
+        engine.prior(engine.prefill(make_task(labels=None)))
 
-    encoder = Encoder(tiny_loaded().tokenizer)
-    generation = Generation()
-    for token in encoder.piece_ids("fine.\n\nthe next"):
-        if not generation.stopped:
-            _append(generation, token, -0.5, encoder)
-    assert generation.answer == "fine."
-    assert generation.stopped
+
+@pytest.mark.parametrize(
+    ("labels", "options", "sentence"),
+    [
+        (LABELS, {"scores": "some"}, "'best' or 'all'"),
+        (LABELS, {"abstain_below": 0.5}, "scores='all'"),
+        (LABELS, {"abstain_below": 1.5, "scores": "all"}, "from 0 to 1"),
+        (LABELS, {"sampling": Sampling()}, "closed answer set"),
+        (None, {"abstain_below": 0.5, "scores": "all"}, "free answers"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    labels: tuple[str, ...] | None, options: dict[str, Any], sentence: str
+) -> None:
+    engine = Engine(tiny_loaded())
+    with pytest.raises(UserError, match=sentence):
+        engine.predict(engine.prefill(make_task(labels=labels)), ["film"], **options)
+
+
+def test_working_memory_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match="working_memory_mib"):
+        Engine(tiny_loaded(), working_memory_mib=0)
 
 
 def test_choices_per_row_are_the_options_of_that_row() -> None:
@@ -125,10 +222,9 @@ def test_choices_per_row_are_the_options_of_that_row() -> None:
     task = make_task("quiz", train, [], labels=None, family="qa", choices_column="options")
     prefix = engine.prefill(task, train[:3])
     rows = [{"text": "film", "options": ["door", "box"]}, {"text": "play", "options": ["red", "fine", "one"]}]
-    first, second = engine.predict(prefix, rows)
+    first, second = engine.predict(prefix, rows, scores="all")
     assert first.scores is not None
-    assert second.scores is not None
-    assert set(first.scores) == {"door", "box"}
+    assert set(first.scores.log_probabilities) == {"door", "box"}
     assert second.answer in {"red", "fine", "one"}
 
 
@@ -160,30 +256,6 @@ def test_a_missing_column_is_refused_by_number() -> None:
     engine = Engine(tiny_loaded())
     with pytest.raises(UserError, match=r"Query 1: .*'text'"):
         list(engine.predict(engine.prefill(make_task()), [{"body": "film"}]))
-
-
-def test_predictions_come_in_order_from_an_iterator_that_is_read_little_ahead() -> None:
-    engine = Engine(tiny_loaded())
-    prefix = engine.prefill(make_task())
-    read = 0
-
-    def rows() -> object:
-        nonlocal read
-        for i in range(100):
-            read += 1
-            yield Query(f"film {i}")
-
-    predictions = engine.predict(prefix, rows(), batch_size=2)  # type: ignore[arg-type]
-    next(predictions)
-    assert read <= 16
-    assert len(list(predictions)) == 99
-
-
-def test_scores_are_log_probabilities() -> None:
-    engine = Engine(tiny_loaded())
-    (prediction,) = engine.predict(engine.prefill(make_task()), ["film"])
-    assert prediction.scores is not None
-    assert sum(math.exp(score) for score in prediction.scores.values()) < 1
 
 
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused() -> None:

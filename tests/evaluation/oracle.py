@@ -63,7 +63,7 @@ class OracleEngine:
         self.calls.append(f"extend {len(demonstrations)}")
         return OraclePrefix(prefix.task, (*prefix.demonstrations, *demonstrations))
 
-    def predict(self, prefix: OraclePrefix, rows: Iterable[Query], *, batch_size: int = 16) -> Iterator[Prediction]:
+    def predict(self, prefix: OraclePrefix, rows: Iterable[Query]) -> Iterator[Prediction]:
         known = {example.query.text: example.answer for example in prefix.task.test}
         answers = prefix.task.labels or tuple(dict.fromkeys(example.answer for example in prefix.task.train))
         for row in rows:

@@ -84,12 +84,6 @@ def test_anything_a_score_depends_on_makes_another_record(change: dict[str, obje
     assert measure(**{**arguments, **change}).num_found == 0  # type: ignore[arg-type]
 
 
-def test_the_batch_size_makes_no_other_record(tmp_path: Path) -> None:
-    measure(OracleEngine(), [make_task()], tmp_path)
-    settings = SETTINGS.model_copy(update={"batch_size": 2})
-    assert measure(OracleEngine(), [make_task()], tmp_path, settings).num_found == 7
-
-
 def test_a_new_name_renames_what_was_measured(tmp_path: Path) -> None:
     measure(OracleEngine(), [make_task()], tmp_path)
     renamed = measure(OracleEngine(), [make_task()], tmp_path, name="mine")

@@ -27,7 +27,9 @@ def evaluate_command(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Test rows asked of each task.")] = 200,
     data_root: Annotated[Path | None, typer.Option(help="Where relative data paths of tasks begin.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Changes speed and memory, not results.")] = 16,
+    working_memory_mib: Annotated[
+        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the query order and of the first draw.")] = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
     max_context_tokens: Annotated[
@@ -59,11 +61,15 @@ def evaluate_command(
     from manyicl.tasks.files import load_tasks
 
     console = Console()
-    settings = EvaluationSettings(
-        shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed, batch_size=batch_size
-    )
+    settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
     loaded = load_tasks(tasks, data_root)
-    engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_context_tokens=max_context_tokens)
+    engine = Engine.from_pretrained(
+        model,
+        dtype=dtype,
+        device=device,
+        max_context_tokens=max_context_tokens,
+        working_memory_mib=working_memory_mib,
+    )
     curves = measure_with_progress(engine, loaded, output, settings, name, console)
     print_table(curves.results, console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""

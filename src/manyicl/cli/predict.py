@@ -39,7 +39,9 @@ def predict_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the demonstrations.")] = 0,
     scores: Annotated[bool, typer.Option(help="Write the log-probability of every label too.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one pass; changes speed and memory only.")] = 16,
+    working_memory_mib: Annotated[
+        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that data paths in the task start from.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prefix and query together.")] = None,
 ) -> None:
@@ -68,10 +70,10 @@ def predict_command(
     queries = None if rows is None else [_query(loaded_task, row, number) for number, row in enumerate(rows, start=1)]
     num_shots = len(loaded_task.train) if shots is None else shots
     demonstrations = loaded_task.demonstrations(num_shots, seed)
-    engine = Engine.from_pretrained(model, max_context_tokens=max_context_tokens)
+    engine = Engine.from_pretrained(model, max_context_tokens=max_context_tokens, working_memory_mib=working_memory_mib)
     prefix = engine.prefill(loaded_task, demonstrations, queries)
     console.print(_described(engine, prefix), highlight=False)
-    answered = _answered(engine, prefix, _standard_input() if rows is None else rows, batch_size, scores)
+    answered = _answered(engine, prefix, _standard_input() if rows is None else rows, scores)
     num_answers = _write(output, track(answered, description="Answering", console=console))
     if output != STANDARD_STREAM:
         console.print(f"{num_answers:,} answers written to {output}", highlight=False)
@@ -119,7 +121,7 @@ def _standard_input() -> Iterator[dict[str, Any]]:
 
 
 def _answered(
-    engine: Engine, prefix: PrefixCache, rows: Iterable[dict[str, Any]], batch_size: int, with_scores: bool
+    engine: Engine, prefix: PrefixCache, rows: Iterable[dict[str, Any]], with_scores: bool
 ) -> Iterator[dict[str, Any]]:
     """Put each answer beside the row that asked for it."""
     asked: deque[dict[str, Any]] = deque()
@@ -129,13 +131,13 @@ def _answered(
             asked.append(row)
             yield row
 
-    for prediction in engine.predict(prefix, remembered(), batch_size=batch_size):
+    for prediction in engine.predict(prefix, remembered(), scores="all" if with_scores else "best"):
         answer = {
             "answer": prediction.answer,
             "log_probability": round(prediction.log_probability, 6),
             "stopped": prediction.stopped,
         }
-        scores = {"scores": prediction.scores} if with_scores else {}
+        scores = {"scores": dict(prediction.scores.log_probabilities)} if prediction.scores else {}
         yield {**_without_clashes(asked.popleft(), {*answer, *scores}), **answer, **scores}
 
 

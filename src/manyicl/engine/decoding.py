@@ -1,11 +1,8 @@
-"""Free-form answers behind a prefix and a query: greedy, until the terminator's text appears.
-
-This is the reference form: queries of equal length advance together, each behind a copy of the prefix.
-"""
+"""Free-form answers behind a prefix and a query, until the terminator's text appears."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +10,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators
 from manyicl.episodes.encoding import Encoder
+from manyicl.errors import UserError
+from manyicl.model.continuation import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer's tokens are drawn, in place of taking the likeliest.
+
+    Attributes:
+        temperature: Logits are divided by it before they become probabilities.
+        top_p: Only the likeliest tokens that together reach this probability are drawn from.
+        seed: With a query's number in its stream it fixes that query's draws, whatever is asked beside it.
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature is above 0; found {self.temperature}. Leave sampling out for greedy answers.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p lies above 0 and at most at 1; found {self.top_p}.")
 
 
 @dataclass
@@ -23,7 +46,7 @@ class Generation:
 
     Attributes:
         token_ids: Generated so far.
-        log_probability: Of these tokens, in nats.
+        log_probability: Of these tokens under the model, in nats; temperature and top_p leave it as it is.
         answer: The text before the terminator, once it has appeared or the limit is reached.
         stopped: True if the terminator or the end-of-sequence token was met, False at the limit.
     """
@@ -35,15 +58,17 @@ class Generation:
 
 
 @torch.no_grad()
-def generate_greedily(
+def generate(
     model: PreTrainedModel,
     encoder: Encoder,
-    prefix: PrefixCache,
+    prefix: Sequence[Block],
     queries: Sequence[tuple[int, ...]],
     max_answer_tokens: int,
-    batch_size: int,
+    memory: WorkingMemory,
+    sampling: Sampling | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Generate one answer per query, the likeliest token at each step.
+    """Generate one answer per query.
 
     Args:
         model: In evaluation mode.
@@ -51,59 +76,59 @@ def generate_greedily(
         prefix: Shared by all queries.
         queries: Encoded, up to where the answer begins.
         max_answer_tokens: Where an answer without terminator is cut; such answers are marked.
-        batch_size: Queries that advance together.
+        memory: Bounds how many queries advance together.
+        sampling: How tokens are drawn; None for the likeliest.
+        numbers: Of the queries in their stream, for ``sampling``; None for 0, 1, 2, …
     """
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for i, query in enumerate(queries):
-        by_length[len(query)].append(i)
     generations = [Generation() for _ in queries]
-    for group in by_length.values():
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            _advance_together(
-                model,
-                encoder,
-                prefix,
-                torch.tensor([queries[i] for i in batch], device=model.device),
-                [generations[i] for i in batch],
-                max_answer_tokens,
-            )
+    numbers = range(len(queries)) if numbers is None else numbers
+    chances = [random.Random(f"answer {sampling.seed if sampling else 0} {number}") for number in numbers]
+    for chunk in memory.chunks([len(query) for query in queries], [max_answer_tokens] * len(queries)):
+        flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max_answer_tokens)
+        live = list(range(len(chunk)))
+        logits = flight.read()
+        for place in range(max_answer_tokens):
+            tokens, log_probabilities = _choose(logits, sampling, [chances[chunk[i]] for i in live])
+            for i, token, log_probability in zip(live, tokens, log_probabilities, strict=True):
+                _append(generations[chunk[i]], token, log_probability, encoder)
+            live, tokens = _unfinished(live, tokens, [generations[chunk[i]] for i in live])
+            if not live or place == max_answer_tokens - 1:
+                break
+            logits = flight.follow(live, tokens, [place - 1] * len(live))
+        for i in chunk:
+            if generations[i].answer is None:
+                generations[i].answer = encoder.decode(generations[i].token_ids)
     return generations
 
 
-def _advance_together(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    prefix: PrefixCache,
-    input_ids: Tensor,
-    generations: Sequence[Generation],
-    max_answer_tokens: int,
-) -> None:
-    """Generate for queries of equal length, (Q, T), until all have stopped."""
-    cache = prefix.continuation(len(generations))
-    position = prefix.num_tokens
-    for _ in range(max_answer_tokens):
-        num_tokens = input_ids.shape[1]
-        positions = torch.arange(position, position + num_tokens, device=model.device)[None]
-        logits: Tensor = model(
-            input_ids=input_ids,
-            position_ids=positions.expand(len(generations), -1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        best, input_ids = logits.float().log_softmax(dim=-1).max(dim=-1, keepdim=True)
-        position += num_tokens
-        for generation, token, log_probability in zip(
-            generations, input_ids[:, 0].tolist(), best[:, 0].tolist(), strict=True
-        ):
-            if not generation.stopped:
-                _append(generation, token, log_probability, encoder)
-        if all(generation.stopped for generation in generations):
-            break
-    for generation in generations:
-        if generation.answer is None:
-            generation.answer = encoder.decode(generation.token_ids)
+def _unfinished(
+    live: Sequence[int], tokens: Sequence[int], generations: Sequence[Generation]
+) -> tuple[list[int], list[int]]:
+    """Keep the queries whose answers go on, with their newest tokens."""
+    going = [(i, token) for i, token, one in zip(live, tokens, generations, strict=True) if not one.stopped]
+    return [i for i, _ in going], [token for _, token in going]
+
+
+def _choose(
+    logits: Tensor, sampling: Sampling | None, chances: Sequence[random.Random]
+) -> tuple[list[int], list[float]]:
+    """Choose the next token of each query, (Q, V), and give its log-probability under the model."""
+    if sampling is None:
+        chosen = logits.argmax(dim=-1)
+    else:
+        chosen = torch.stack([_draw(row, sampling, chance) for row, chance in zip(logits, chances, strict=True)])
+    picked = logits.gather(1, chosen[:, None])[:, 0].float() - log_denominators(logits)
+    return chosen.tolist(), picked.tolist()
+
+
+def _draw(logits: Tensor, sampling: Sampling, chance: random.Random) -> Tensor:
+    """Draw a token, (V,) -> scalar: the one at which the probabilities, likeliest first, pass a random number."""
+    ordered, tokens = (logits.double() / sampling.temperature).softmax(dim=-1).sort(descending=True, stable=True)
+    reached = ordered.cumsum(dim=-1)
+    num_kept = int((reached < sampling.top_p).sum()) + 1
+    kept = reached[:num_kept]
+    place = int(torch.searchsorted(kept, chance.random() * float(kept[-1]), right=True))
+    return tokens[min(place, len(kept) - 1)]
 
 
 def _append(generation: Generation, token: int, log_probability: float, encoder: Encoder) -> None:
@@ -117,7 +142,9 @@ def _append(generation: Generation, token: int, log_probability: float, encoder:
         return
     generation.token_ids.append(token)
     generation.log_probability += log_probability
-    before, terminator, _ = encoder.decode(generation.token_ids).partition(encoder.format.terminator)
-    if terminator:
+    terminator = encoder.format.terminator
+    # The end of the terminator lies in the newest token, so only so much needs decoding as may hold all of it.
+    tail = encoder.decode(generation.token_ids[-4 * len(terminator) - 4 :])
+    if terminator in tail:
         generation.stopped = True
-        generation.answer = before
+        generation.answer = encoder.decode(generation.token_ids).partition(terminator)[0]

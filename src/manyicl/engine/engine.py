@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Self
+from typing import Self, TypeVar
 
-from manyicl.engine.decoding import generate_greedily
-from manyicl.engine.prefix_cache import PrefixCache, encode_behind
-from manyicl.engine.scoring import Candidate, score_candidates
+from manyicl.engine.decoding import Generation, Sampling, generate
+from manyicl.engine.label_scores import LabelScores, mean_scores
+from manyicl.engine.label_trie import tries_of
+from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.prefix_cache import PrefixCache, encode_behind, shared_beginning
+from manyicl.engine.scoring import LabelSearch, Wanted, score_labels
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.errors import UserError
+from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, load_model, max_positions
 from manyicl.tasks.task import Columns, Example, Query, Task
 
 DEFAULT_MAX_ANSWER_TOKENS = 64
-DEFAULT_BATCH_SIZE = 16
-# Queries are read ahead this many batches at a time, so that those of like length can share a batch.
-BATCHES_READ_AHEAD = 8
+# Queries are read ahead so many at a time, so that those of like length can advance together.
+READ_AHEAD_QUERIES = 256
+# Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
+LEAST_WORKING_MEMORY_MIB = 64
+# Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
+NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
+
+Nearest = Callable[[Query], Sequence[Example]]
+AnsweredT = TypeVar("AnsweredT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +40,16 @@ class Prediction:
     Attributes:
         answer: The best label or choice, or the generated text without its terminator.
         log_probability: Of the answer, terminator included, in nats.
-        scores: Log-probability of every label or choice in nats; None for free answers.
+        scores: Of every label or choice, where all were asked for; None otherwise, and for free answers.
         stopped: False if a generated answer was cut at the limit.
+        abstained: True if the answer's probability among the labels was below the threshold asked for.
     """
 
     answer: str
     log_probability: float
-    scores: dict[str, float] | None = None
+    scores: LabelScores | None = None
     stopped: bool = True
+    abstained: bool = False
 
 
 class Engine:
@@ -48,6 +61,7 @@ class Engine:
         *,
         text_format: PlainFormat | None = None,
         max_context_tokens: int | None = None,
+        working_memory_mib: int | None = None,
     ) -> None:
         """Take a loaded model.
 
@@ -55,9 +69,11 @@ class Engine:
             loaded: From `manyicl.model.load.load_model`.
             text_format: How examples become text; None for the format saved with the model, else plain.
             max_context_tokens: Longest prefix and query together; None for what the architecture allows.
+            working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
+                many advance together, never a result. None for half of what the prefix uses, and at least 64.
 
         Raises:
-            UserError: If the model allows fewer positions than ``max_context_tokens``.
+            UserError: If the model allows fewer positions than ``max_context_tokens``, or a bound is below 1.
         """
         self.model = loaded.model
         self.manifest = loaded.manifest
@@ -75,6 +91,10 @@ class Engine:
         if limit is None:
             raise UserError(f"{loaded.reference!r} does not say how long its context is; give max_context_tokens.")
         self.max_context_tokens: int = limit
+        if working_memory_mib is not None and working_memory_mib < 1:
+            raise UserError(f"working_memory_mib is at least 1; found {working_memory_mib}.")
+        self.working_memory_mib = working_memory_mib
+        self._tries = lru_cache(maxsize=1024)(tries_of)
 
     @classmethod
     def from_pretrained(
@@ -84,16 +104,27 @@ class Engine:
         dtype: str | None = None,
         device: str | None = None,
         max_context_tokens: int | None = None,
+        working_memory_mib: int | None = None,
     ) -> Self:
         """Load a model folder, ``hf:owner/name`` or ``builtin:nano``, with the format it was taught.
 
         Raises:
             UserError: If it cannot be loaded, or mixes the episodes of a packed row.
         """
-        return cls(load_model(reference, dtype=dtype, device=device), max_context_tokens=max_context_tokens)
+        return cls(
+            load_model(reference, dtype=dtype, device=device),
+            max_context_tokens=max_context_tokens,
+            working_memory_mib=working_memory_mib,
+        )
 
     def prefill(
-        self, task: Task, demonstrations: Sequence[Example] = (), queries: Sequence[Query] | None = None
+        self,
+        task: Task,
+        demonstrations: Sequence[Example] = (),
+        queries: Sequence[Query] | None = None,
+        *,
+        nearest: Nearest | None = None,
+        reuse: PrefixCache | None = None,
     ) -> PrefixCache:
         """Encode an instruction and demonstrations once.
 
@@ -105,16 +136,21 @@ class Engine:
             demonstrations: Shown in this order.
             queries: What will be asked, so that the longest fits; None for the task's test rows, or its training
                 rows if it has none.
+            nearest: Gives each query examples of its own, for which room is kept too.
+            reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
 
         Raises:
             UserError: If the tokenizer cannot tell the task's labels apart.
         """
         self.encoder.require_distinct(task)
-        reserve = self.num_reserved_tokens(task, queries)
+        reserve = self.num_reserved_tokens(task, queries, nearest)
         fitting, num_left_out = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
-        keys, values = encode_behind(self.model, token_ids)
-        return PrefixCache(task, fitting, num_left_out, token_ids, keys, values)
+        shared: tuple[Block, ...] = ()
+        if reuse is not None:
+            shared = shared_beginning(reuse.blocks, num_shared_tokens(token_ids, reuse.token_ids))
+        blocks = encode_behind(self.model, shared, token_ids[shared[-1].end if shared else 0 :])
+        return PrefixCache(task, fitting, num_left_out, token_ids, blocks)
 
     def extend(self, prefix: PrefixCache, demonstrations: Sequence[Example]) -> PrefixCache:
         """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.
@@ -130,109 +166,235 @@ class Engine:
                 f"{len(shown)} demonstrations of {prefix.task.name!r} need {len(token_ids):,} tokens; {room:,} of "
                 f"max_context_tokens {self.max_context_tokens:,} are free before the longest query. Extend by fewer."
             )
-        keys, values = encode_behind(self.model, token_ids[prefix.num_tokens :], prefix.keys, prefix.values)
-        return PrefixCache(prefix.task, shown, prefix.num_left_out, token_ids, keys, values)
+        blocks = encode_behind(self.model, prefix.blocks, token_ids[prefix.num_tokens :])
+        return PrefixCache(prefix.task, shown, prefix.num_left_out, token_ids, blocks)
 
-    def num_reserved_tokens(self, task: Task, queries: Sequence[Query] | None = None) -> int:
-        """Count the tokens kept free for the longest query and its answer; see `prefill`."""
+    def num_reserved_tokens(
+        self, task: Task, queries: Sequence[Query] | None = None, nearest: Nearest | None = None
+    ) -> int:
+        """Count the tokens kept free for the longest query, its own examples and its answer; see `prefill`."""
         if queries is None:
             queries = [example.query for example in task.test or task.train]
-        return num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task), queries)
+        own_examples = (
+            max((sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in queries), default=0)
+            if nearest
+            else 0
+        )
+        return own_examples + num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task), queries)
 
     def max_answer_tokens(self, task: Task) -> int:
         """Return where a free answer of this task is cut: the task's own limit, or a default."""
         return task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS
 
     def predict(
-        self, prefix: PrefixCache, rows: Iterable[Columns | str | Query], *, batch_size: int = DEFAULT_BATCH_SIZE
+        self,
+        prefix: PrefixCache,
+        rows: Iterable[Columns | str | Query],
+        *,
+        scores: Wanted = "best",
+        abstain_below: float | None = None,
+        sampling: Sampling | None = None,
+        nearest: Nearest | None = None,
     ) -> Iterator[Prediction]:
         """Answer queries in order, in bounded memory.
 
         Args:
             prefix: From `prefill` or `extend`.
             rows: Mappings with the task's columns, plain strings where it has one column, or queries.
-            batch_size: Rows of one pass through the model. It changes speed and memory, not results.
+            scores: ``best`` finds the best label alone; ``all`` scores every label, at the cost of reading them all.
+            abstain_below: Mark answers whose probability among the labels is below this; needs ``scores="all"``.
+            sampling: Draw free answers; None for the likeliest tokens.
+            nearest: Gives each query examples of its own, shown between the prefix and the query.
 
         Raises:
-            UserError: If a row lacks a column, or a query does not fit behind the prefix; the row is numbered.
+            UserError: If a row lacks a column, or a query does not fit behind the prefix, then the row is numbered;
+                or if the options contradict each other or the task.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is at least 1; found {batch_size}.")
         if isinstance(rows, str | Mapping | Query):
             raise UserError(f"predict answers a list of rows; found one {type(rows).__name__}. Put it in a list.")
-        return self._predict(prefix, rows, batch_size)
+        if scores not in ("best", "all"):
+            raise UserError(f"scores is 'best' or 'all'; found {scores!r}.")
+        if abstain_below is not None and (scores != "all" or not 0 <= abstain_below <= 1):
+            raise UserError(
+                f"abstain_below is a probability among all labels, from 0 to 1, and needs scores='all'; found "
+                f"{abstain_below} with scores={scores!r}."
+            )
+        is_closed = bool(prefix.task.labels or prefix.task.choices_column)
+        if sampling is not None and is_closed:
+            raise UserError(f"Task {prefix.task.name!r} has a closed answer set, which is scored; sampling draws none.")
+        if abstain_below is not None and not is_closed:
+            raise UserError(f"Task {prefix.task.name!r} has free answers; abstain_below needs labels to choose from.")
+        return self._predict(prefix, rows, scores, abstain_below, sampling, nearest)
+
+    def prior(self, prefix: PrefixCache, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
+        """Score the labels behind queries that say nothing, for `LabelScores.corrected`.
+
+        Raises:
+            UserError: If the task has no labels of its own.
+
+        Source: Zhao et al. 2021, arXiv:2102.09690.
+        """
+        if not prefix.task.labels:
+            raise UserError(f"Task {prefix.task.name!r} has no closed label set; there is no prior to take.")
+        neutral = [Query(text) for text in neutral_queries]
+        return mean_scores([one.scores for one in self.predict(prefix, neutral, scores="all") if one.scores])
+
+    def working_memory(self, prefix: PrefixCache) -> WorkingMemory:
+        """Return the bound on what queries in flight use, and what their tokens cost."""
+        least = LEAST_WORKING_MEMORY_MIB * 2**20
+        given = self.working_memory_mib
+        limit = given * 2**20 if given is not None else max(prefix.num_bytes // 2, least)
+        return WorkingMemory.of(self.model, limit)
 
     def _predict(
-        self, prefix: PrefixCache, rows: Iterable[Columns | str | Query], batch_size: int
+        self,
+        prefix: PrefixCache,
+        rows: Iterable[Columns | str | Query],
+        wanted: Wanted,
+        abstain_below: float | None,
+        sampling: Sampling | None,
+        nearest: Nearest | None,
     ) -> Iterator[Prediction]:
-        queries = (self._query(prefix, row, number) for number, row in enumerate(rows, start=1))
+        asked = (self._asked(prefix, row, number, nearest) for number, row in enumerate(rows, start=1))
         while True:
-            chunk, failure = _read_ahead(queries, batch_size * BATCHES_READ_AHEAD)
-            if chunk:
-                yield from self._answer(prefix, chunk, batch_size)
+            chunk, failure = _read_ahead(asked, READ_AHEAD_QUERIES)
+            if chunk and chunk[0].options is not None:
+                yield from self._choose(prefix, chunk, wanted, abstain_below)
+            elif chunk:
+                yield from self._generate(prefix, chunk, sampling)
             if failure is not None:
                 raise failure
             if not chunk:
                 return
 
-    def _query(self, prefix: PrefixCache, row: Columns | str | Query, number: int) -> Query:
-        """Render one row and make sure that it fits behind the prefix."""
+    def _asked(
+        self, prefix: PrefixCache, row: Columns | str | Query, number: int, nearest: Nearest | None
+    ) -> _AskedQuery:
+        """Render and encode one row, and make sure that it fits behind the prefix."""
         try:
             query = row if isinstance(row, Query) else prefix.task.query(row)
         except UserError as error:
             raise UserError(f"Query {number}: {error}") from error
         if not query.text.strip():
             raise UserError(f"Query {number} is empty; expected a text to answer.")
-        options = self._options(prefix.task, query)
-        query_ids = self.encoder.query_ids(query.text, prefix.opens_sequence)
-        answer_tokens = (
-            max(len(self.encoder.answer_ids(option)) for option in options)
-            if options
-            else self.max_answer_tokens(prefix.task)
-        )
-        needed = prefix.num_tokens + len(query_ids) + answer_tokens
+        own_examples = tuple(nearest(query)) if nearest else ()
+        token_ids = self._continuation_ids(prefix, own_examples, query)
+        options = query.choices or prefix.task.labels
+        option_ids = tuple(self.encoder.answer_ids(option) for option in options or ())
+        answer_tokens = max(map(len, option_ids)) if option_ids else self.max_answer_tokens(prefix.task)
+        needed = prefix.num_tokens + len(token_ids) + answer_tokens
         if needed > self.max_context_tokens:
             raise UserError(
-                f"Query {number} needs {needed:,} tokens with {prefix.num_shots} demonstrations and its answer; "
-                f"max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a shorter query."
+                f"Query {number} needs {needed:,} tokens with {prefix.num_shots + len(own_examples)} demonstrations "
+                f"and its answer; max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a "
+                "shorter query."
             )
-        return query
+        return _AskedQuery(number, token_ids, options, option_ids)
 
-    def _options(self, task: Task, query: Query) -> tuple[str, ...] | None:
-        """Return the closed answer set of a query; None for free answers."""
-        return query.choices or task.labels
+    def _continuation_ids(self, prefix: PrefixCache, own_examples: Sequence[Example], query: Query) -> tuple[int, ...]:
+        """Encode what follows the prefix: a query's own examples, then the query up to its answer."""
+        token_ids: list[int] = []
+        for example in own_examples:
+            opens_sequence = prefix.opens_sequence and not token_ids
+            token_ids += self.encoder.query_ids(example.query.text, opens_sequence)
+            token_ids += self.encoder.answer_ids(example.answer)
+        token_ids += self.encoder.query_ids(query.text, prefix.opens_sequence and not token_ids)
+        # What opens a sequence, such as bos, is part of a prefix, and of no query.
+        return tuple(token_ids)
 
-    def _answer(self, prefix: PrefixCache, queries: Sequence[Query], batch_size: int) -> Iterator[Prediction]:
-        if self._options(prefix.task, queries[0]):
-            return self._choose(prefix, queries, batch_size)
-        return self._generate(prefix, queries, batch_size)
+    def _choose(
+        self, prefix: PrefixCache, asked: Sequence[_AskedQuery], wanted: Wanted, abstain_below: float | None
+    ) -> Iterator[Prediction]:
+        """Find the best option of each query; the first of equals wins."""
+        memory = self.working_memory(prefix)
+        tries = [self._tries(one.option_ids, memory.slots_per_query()) for one in asked]
 
-    def _choose(self, prefix: PrefixCache, queries: Sequence[Query], batch_size: int) -> Iterator[Prediction]:
-        """Score every label of every query; the first of equal labels wins."""
-        options = [self._options(prefix.task, query) or () for query in queries]
-        candidates = [
-            Candidate(self.encoder.query_ids(query.text, prefix.opens_sequence), self.encoder.answer_ids(option))
-            for query, own in zip(queries, options, strict=True)
-            for option in own
-        ]
-        scores = iter(score_candidates(self.model, prefix, candidates, batch_size))
-        for own in options:
-            by_option = {option: next(scores) for option in own}
-            answer = max(by_option, key=lambda option: by_option[option])
-            yield Prediction(answer, by_option[answer], by_option)
+        def search(
+            blocks: Sequence[Block], queries: Sequence[tuple[int, ...]], places: Sequence[int]
+        ) -> list[LabelSearch]:
+            return score_labels(self.model, blocks, queries, [tries[i] for i in places], memory, wanted)
 
-    def _generate(self, prefix: PrefixCache, queries: Sequence[Query], batch_size: int) -> Iterator[Prediction]:
-        encoded = [self.encoder.query_ids(query.text, prefix.opens_sequence) for query in queries]
+        for one, found in zip(asked, self._behind(prefix, asked, memory, search), strict=True):
+            assert one.options is not None, "a chunk of queries is closed or free as a whole"
+            label_scores = None
+            if wanted == "all":
+                log_probabilities = {option: found.scores[number] for number, option in enumerate(one.options)}
+                num_tokens = {option: len(ids) for option, ids in zip(one.options, one.option_ids, strict=True)}
+                label_scores = LabelScores(log_probabilities, num_tokens)
+            answer = one.options[found.best]
+            abstained = (
+                label_scores is not None
+                and abstain_below is not None
+                and label_scores.probabilities[answer] < abstain_below
+            )
+            yield Prediction(answer, found.scores[found.best], label_scores, abstained=abstained)
+
+    def _generate(
+        self, prefix: PrefixCache, asked: Sequence[_AskedQuery], sampling: Sampling | None
+    ) -> Iterator[Prediction]:
+        memory = self.working_memory(prefix)
         limit = self.max_answer_tokens(prefix.task)
-        for generation in generate_greedily(self.model, self.encoder, prefix, encoded, limit, batch_size):
+
+        def write(
+            blocks: Sequence[Block], queries: Sequence[tuple[int, ...]], places: Sequence[int]
+        ) -> list[Generation]:
+            numbers = [asked[i].number for i in places]
+            return generate(self.model, self.encoder, blocks, queries, limit, memory, sampling, numbers)
+
+        for generation in self._behind(prefix, asked, memory, write):
             yield Prediction(generation.answer or "", generation.log_probability, None, generation.stopped)
 
+    def _behind(
+        self,
+        prefix: PrefixCache,
+        asked: Sequence[_AskedQuery],
+        memory: WorkingMemory,
+        answer: Callable[[Sequence[Block], Sequence[tuple[int, ...]], Sequence[int]], list[AnsweredT]],
+    ) -> list[AnsweredT]:
+        """Answer queries behind the prefix: those that fit a pass together, each longer one behind a prefix of its own.
 
-def _read_ahead(queries: Iterator[Query], most: int) -> tuple[list[Query], UserError | None]:
+        A query that would exceed the working memory is read in chunks as demonstrations are, up to its last token.
+        """
+        most = memory.tokens_per_pass()
+        answered: dict[int, AnsweredT] = {}
+        places = [i for i, one in enumerate(asked) if len(one.token_ids) <= most]
+        if places:
+            together = answer(prefix.blocks, [asked[i].token_ids for i in places], places)
+            answered.update(zip(places, together, strict=True))
+        for i, one in enumerate(asked):
+            if len(one.token_ids) > most:
+                blocks = encode_behind(self.model, prefix.blocks, one.token_ids[:-1], chunk_tokens=most)
+                answered[i] = answer(blocks, [one.token_ids[-1:]], [i])[0]
+        return [answered[i] for i in range(len(asked))]
+
+
+@dataclass(frozen=True, slots=True)
+class _AskedQuery:
+    """A row, ready to be read.
+
+    Attributes:
+        number: Of the row in its stream, from 1.
+        token_ids: What follows the prefix, up to where the answer begins.
+        options: The closed answer set; None for free answers.
+        option_ids: Tokens of each option, terminator included.
+    """
+
+    number: int
+    token_ids: tuple[int, ...]
+    options: tuple[str, ...] | None
+    option_ids: tuple[tuple[int, ...], ...]
+
+
+def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _read_ahead(asked: Iterator[_AskedQuery], most: int) -> tuple[list[_AskedQuery], UserError | None]:
     """Take up to ``most`` queries; one that is wrong ends them, so that those before it are still answered."""
-    chunk: list[Query] = []
+    chunk: list[_AskedQuery] = []
     try:
-        chunk.extend(islice(queries, most))
+        chunk.extend(islice(asked, most))
     except UserError as failure:
         return chunk, failure
     return chunk, None

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
+from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 from manyicl.tasks.task import Example, Task
 
 # Prefilling in chunks bounds the memory of activations; the result is the same for any chunk size.
 PREFILL_CHUNK_TOKENS = 2048
 
+OnLogits = Callable[[Sequence[int], Tensor], None]
+
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys and values of an instruction and its demonstrations. Immutable: continuations keep theirs apart.
+    """Keys and values of an instruction and its demonstrations, of batch size 1. Immutable.
+
+    Queries keep their own keys apart, and a longer prefix adds a block to those it shares with a shorter one, so
+    nothing that an interrupted call leaves behind can spoil a prefix.
 
     Attributes:
         task: What the demonstrations are of.
         demonstrations: Those that stand in the prefix, in order.
         num_left_out: Demonstrations that were given and did not fit the context.
         token_ids: The prefix, (P,).
-        keys: One per layer, (1, key heads, P, head size); empty while P is 0.
-        values: As ``keys``.
+        blocks: Keys and values of consecutive parts of it; none while P is 0.
     """
 
     task: Task
     demonstrations: tuple[Example, ...]
     num_left_out: int
     token_ids: tuple[int, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    blocks: tuple[Block, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -51,64 +54,81 @@ class PrefixCache:
         """Whether a query behind this prefix is the first text of its sequence."""
         return not self.demonstrations and not self.task.instruction()
 
-    def continuation(self, batch_size: int) -> DynamicCache:
-        """Return a growing cache that begins with this prefix, once for each of ``batch_size`` queries.
-
-        Growing concatenates into new tensors, so the prefix itself is never written to.
-        """
-        return cache_from(
-            [keys.expand(batch_size, -1, -1, -1) for keys in self.keys],
-            [values.expand(batch_size, -1, -1, -1) for values in self.values],
-        )
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(block.num_bytes for block in self.blocks)
 
 
-def cache_from(keys: Sequence[Tensor], values: Sequence[Tensor]) -> DynamicCache:
-    """Build transformers' growing cache around given keys and values, without copying them.
+def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, ...]:
+    """Return views of the blocks' first ``num_tokens`` tokens; nothing is copied."""
+    shared = []
+    for block in blocks:
+        kept = min(block.num_tokens, num_tokens - block.start)
+        if kept > 0:
+            shared.append(block if kept == block.num_tokens else block.first(kept))
+    return tuple(shared)
 
-    Every layer keeps all keys; windows of sliding layers are the attention's business, see model/attention.py.
+
+def longer(blocks: Sequence[Block], added: Block) -> tuple[Block, ...]:
+    """Put a block behind others, joining it with those before it that are no larger.
+
+    So P tokens lie in at most log2(P) blocks however small the steps they came in; each block costs a call of the
+    attention kernel per layer.
     """
-    cache = DynamicCache()
-    for layer_keys, layer_values in zip(keys, values, strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(layer_keys, layer_values)
-        layer.keys, layer.values = layer_keys, layer_values
-        cache.layers.append(layer)
-    return cache
-
-
-def keys_and_values(cache: DynamicCache) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Take keys and values out of transformers' cache, one pair per layer."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    keys = tuple(layer.keys for layer in layers if layer.keys is not None)
-    values = tuple(layer.values for layer in layers if layer.values is not None)
-    assert len(keys) == len(values) == len(cache.layers), "every layer keeps keys and values"
-    return keys, values
+    kept = list(blocks)
+    while kept and kept[-1].num_tokens <= added.num_tokens:
+        added = kept.pop().joined(added)
+    return (*kept, added)
 
 
 @torch.no_grad()
 def encode_behind(
     model: PreTrainedModel,
+    blocks: Sequence[Block],
     token_ids: Sequence[int],
-    keys: Sequence[Tensor] = (),
-    values: Sequence[Tensor] = (),
+    *,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Run tokens through the model behind given keys and values, and return the longer keys and values.
+    keep: Sequence[int] = (),
+    on_logits: OnLogits | None = None,
+) -> tuple[Block, ...]:
+    """Run tokens through the model once, in chunks, behind what is there.
 
     Args:
         model: In evaluation mode.
+        blocks: What the tokens continue; stays as it is.
         token_ids: New tokens, (T,).
-        keys: One per layer, (1, key heads, P, head size), or none.
-        values: As ``keys``.
         chunk_tokens: Tokens per pass.
+        keep: Rising places among the new tokens whose logits are wanted.
+        on_logits: Called after each chunk with its places out of ``keep`` and their logits, (S, V).
 
     Returns:
-        Keys and values of P + T tokens, one per layer.
+        ``blocks`` and the new tokens behind them.
     """
-    cache = cache_from(keys, values)
-    start = keys[0].shape[2] if keys else 0
+    if not token_ids:
+        return tuple(blocks)
+    start = blocks[-1].end if blocks else 0
+    own = OwnKeys(1, len(token_ids))
     for begin in range(0, len(token_ids), chunk_tokens):
-        chunk = torch.tensor([token_ids[begin : begin + chunk_tokens]], device=model.device)
-        positions = torch.arange(start + begin, start + begin + chunk.shape[1], device=model.device)[None]
-        model(input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return keys_and_values(cache)
+        chunk = token_ids[begin : begin + chunk_tokens]
+        place = torch.arange(begin, begin + len(chunk), device=model.device)
+        before = (*blocks, Block(start, tuple(own.keys), tuple(own.values)).first(begin)) if begin else blocks
+        kept = [i for i in keep if begin <= i < begin + len(chunk)]
+        logits = continue_model(
+            model,
+            chunk,
+            Continuation(
+                prefix=before,
+                positions=start + place,
+                sequence=torch.zeros_like(place),
+                column=place - begin,
+                num_sequences=1,
+                num_columns=len(chunk),
+                own=own,
+                slot=place,
+            ),
+            [i - begin for i in kept],
+        )
+        if on_logits is not None and kept:
+            on_logits(kept, logits)
+    return longer(blocks, Block(start, tuple(own.keys), tuple(own.values)))

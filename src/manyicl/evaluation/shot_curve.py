@@ -51,7 +51,6 @@ class EvaluationSettings(BaseModel):
     num_queries: int = Field(200, ge=1, description="Test rows asked; fewer where a task has fewer.")
     seed: int = Field(0, description="Of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: Sampling = Field("balanced", description="How demonstrations are chosen.")
-    batch_size: int = Field(16, ge=1, description="Rows of one pass; changes speed and memory, not results.")
 
     @field_validator("shots")
     @classmethod
@@ -256,11 +255,7 @@ class _Curve:
             return self._answered[1:]
         start = time.perf_counter()
         self._prefix = self._prefix_of(shown)
-        predictions = list(
-            self.engine.predict(
-                self._prefix, [one.query for one in self.asked.queries], batch_size=self.settings.batch_size
-            )
-        )
+        predictions = list(self.engine.predict(self._prefix, [one.query for one in self.asked.queries]))
         self._answered = (shown, predictions, time.perf_counter() - start)
         return self._answered[1:]
 

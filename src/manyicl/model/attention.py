@@ -6,8 +6,8 @@ see follows from the order of keys alone:
 
 ::
 
-    packed row       segments 0 0 0 1 1 1 1 2 2     a token sees its own segment, up to itself
-    continuation     prefix p p p p | own q q q     a token sees the whole prefix and its own row, up to itself
+    packed row       segments 0 0 0 1 1 1 1 2 2             a token sees its own segment, up to itself
+    continuation     prefix p p p p | row a a b b b         a token sees the whole prefix and its own sequence
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from manyicl.errors import UserError
+from manyicl.model.continuation import Continuation
 
 ATTENTION = "manyicl"
 # What some architectures add to their scores; leaving it out in silence would change every result.
@@ -58,9 +59,10 @@ def isolated_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    continuation: Continuation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally, within segments of a packed row or over a prefix and the own tokens behind it.
+    """Attend causally, within segments of a packed row or over a prefix and the own sequence behind it.
 
     Splitting by segment costs the sum of squares instead of the square of the sum: measured 22 times faster
     than a dense mask for 8 segments of 1,024 tokens on a CPU.
@@ -68,7 +70,7 @@ def isolated_attention(
     Args:
         module: The attention layer that calls.
         query: (B, heads, T, head size).
-        key: (B, key heads, K, head size); K = T, or prefix + T.
+        key: (B, key heads, K, head size); K = T, or more where transformers' own cache stands before them.
         value: As ``key``.
         attention_mask: Must be None; a mask would be ignored here.
         scaling: Of the scores before the softmax; None for one over the root of the head size.
@@ -76,6 +78,7 @@ def isolated_attention(
         sliding_window: A token sees at most so many keys, itself included; None for all.
         softcap: Scores are squashed to plus or minus this; None for no cap.
         cu_seq_lens_q: Ends of the segments of a packed row, (segments + 1,); None for one segment.
+        continuation: What the row continues, if it continues a prefix; it takes the place of segments.
         **kwargs: What else transformers hands over. Nothing in it changes the result, or it is refused.
 
     Returns:
@@ -94,6 +97,10 @@ def isolated_attention(
             raise UserError(f"{type(module).__name__} adds {term!r} to its attention, which is not supported.")
     if getattr(module, "is_causal", True) is False:
         raise UserError(f"{type(module).__name__} attends in both directions; expected a causal language model.")
+    if continuation is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        layer: Any = module.layer_idx
+        return continuation.attend(layer, query, key, value, scale, sliding_window, softcap).transpose(1, 2), None
     num_keys, num_tokens = key.shape[2], query.shape[2]
     if cu_seq_lens_q is None or len(cu_seq_lens_q) <= 2 or num_keys != num_tokens:
         return _causal_attention(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None

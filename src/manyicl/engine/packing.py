@@ -1,0 +1,229 @@
+"""Many continuations in one row: positions, own keys, and how many queries fit in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
+
+# Queries that advance together differ so little in length that at most this share of their rectangle is empty.
+MOST_PADDING = 0.10
+# Normalising logits in float32 goes through so many bytes at a time.
+NORMALISING_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """What a pass may use beside the model and the prefix, and what a token of it costs; all in bytes.
+
+    The costs are estimates from the shape of the network, held against a measurement by
+    ``benchmarks/packed_queries.py``.
+
+    Attributes:
+        limit: Bound on activations, logits and own keys together. One query alone may exceed it.
+        per_token: Activations of a token while it passes through a layer.
+        per_logits: Logits of one position.
+        per_slot: Keys and values of one token in all layers.
+    """
+
+    limit: int
+    per_token: int
+    per_logits: int
+    per_slot: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, limit: int) -> WorkingMemory:
+        """Read the costs off a network's configuration."""
+        config = model.config.get_text_config()
+        size = torch.empty(0, dtype=model.dtype).element_size()
+        heads: int = config.num_attention_heads
+        head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads: int = getattr(config, "num_key_value_heads", None) or heads
+        # Residual, norms, query, keys and values, outputs of the parts in float32, and the gated inner layer.
+        per_token = size * (8 * config.hidden_size + 4 * config.intermediate_size) + 4 * 4 * heads * head_size
+        per_slot = size * 2 * config.num_hidden_layers * key_heads * head_size
+        return cls(limit, per_token, size * config.vocab_size, per_slot)
+
+    def tokens_per_pass(self, num_logits_per_token: int = 0) -> int:
+        """Return how many tokens go through the model at once, at least one."""
+        return max(1, self.limit // (self.per_token + num_logits_per_token * self.per_logits))
+
+    def slots_per_query(self) -> int:
+        """Return how many tokens may follow one query, so that 16 queries and more still advance together."""
+        return max(32, self.limit // (16 * self.per_slot))
+
+    def chunks(self, lengths: Sequence[int], num_later_slots: Sequence[int]) -> Iterator[list[int]]:
+        """Group queries, by length, so that each group fits in memory and hardly pads.
+
+        Args:
+            lengths: Tokens of each query.
+            num_later_slots: Keys kept behind each query; 0 if none of its keys are kept.
+
+        Yields:
+            Positions of the queries of each group.
+        """
+        chunk: list[int] = []
+        num_tokens = num_later = 0
+        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], num_later_slots[i], i)):
+            tokens = num_tokens + lengths[i]
+            columns = lengths[i] * (len(chunk) + 1)
+            later = max(num_later, num_later_slots[i])
+            slots = lengths[i] + later if later else 0
+            # Which later tokens see which is a square of bytes.
+            per_query = self.per_logits + slots * self.per_slot + later**2
+            cost = tokens * self.per_token + (len(chunk) + 1) * per_query
+            if chunk and (cost > self.limit or columns - tokens > MOST_PADDING * columns):
+                yield chunk
+                chunk, tokens, later = [], lengths[i], num_later_slots[i]
+            chunk.append(i)
+            num_tokens, num_later = tokens, later
+        if chunk:
+            yield chunk
+
+
+class QueriesInFlight:
+    """Queries that advance together behind one prefix: read once, then followed by tokens in a line or a tree.
+
+    The prefix is never copied or written to; what the queries add lies in rectangles of their own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefix: Sequence[Block],
+        queries: Sequence[Sequence[int]],
+        num_later_slots: int = 0,
+    ) -> None:
+        """Take encoded queries.
+
+        Args:
+            model: In evaluation mode.
+            prefix: Shared by all queries.
+            queries: Each at least one token.
+            num_later_slots: Most tokens that will follow a query at a time; 0 if none will.
+        """
+        self.model = model
+        self.prefix = prefix
+        self.queries = queries
+        self.lengths = np.array([len(query) for query in queries])
+        self.start = prefix[-1].end if prefix else 0
+        self.num_later_slots = num_later_slots
+        self.own = OwnKeys(len(queries), int(self.lengths.max()) + num_later_slots) if num_later_slots else None
+        # Of each query's later tokens: how many there are, how deep each stands, and which others each sees.
+        self.num_later = np.zeros(len(queries), dtype=np.int64)
+        self.depths = np.zeros((len(queries), num_later_slots), dtype=np.int64)
+        self.sees = np.zeros((len(queries), num_later_slots, num_later_slots), dtype=bool)
+
+    def read(self) -> Tensor:
+        """Read the queries and return the logits behind each, (Q, V)."""
+        sequence = np.repeat(np.arange(len(self.queries)), self.lengths)
+        column = np.concatenate([np.arange(length) for length in self.lengths])
+        return continue_model(
+            self.model,
+            [token for query in self.queries for token in query],
+            Continuation(
+                prefix=self.prefix,
+                positions=self._tensor(self.start + column),
+                sequence=self._tensor(sequence),
+                column=self._tensor(column),
+                num_sequences=len(self.queries),
+                num_columns=int(self.lengths.max()),
+                own=self.own,
+                slot=self._tensor(column),
+            ),
+            (self.lengths.cumsum() - 1).tolist(),
+        )
+
+    def follow(self, queries: Sequence[int], token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """Let tokens follow queries, and return the logits behind each, (T, V).
+
+        Args:
+            queries: Which query each token follows, rising, (T,).
+            token_ids: (T,).
+            parents: Which of its query's later tokens, numbered in the order they came, each stands behind; -1 for
+                the query itself. A parent comes before its children.
+        """
+        assert self.own is not None, "queries that are followed keep their keys"
+        active, line = np.unique(np.array(queries), return_inverse=True)
+        columns = np.zeros(len(active), dtype=np.int64)
+        column = np.empty(len(queries), dtype=np.int64)
+        slot = np.empty(len(queries), dtype=np.int64)
+        depth = np.empty(len(queries), dtype=np.int64)
+        for i, (query, parent) in enumerate(zip(queries, parents, strict=True)):
+            number = self.num_later[query]
+            if parent >= 0:
+                self.sees[query, number] = self.sees[query, parent]
+                self.depths[query, number] = self.depths[query, parent] + 1
+            else:
+                self.sees[query, number] = False
+                self.depths[query, number] = 0
+            self.sees[query, number, number] = True
+            self.num_later[query] += 1
+            column[i] = columns[line[i]]
+            columns[line[i]] += 1
+            slot[i] = self.lengths[query] + number
+            depth[i] = self.depths[query, number]
+        lengths = self.lengths[active]
+        num_slots = int((lengths + self.num_later[active]).max())
+        visible = np.zeros((len(active), int(columns.max()), num_slots), dtype=bool)
+        slot_positions = np.zeros((len(active), num_slots), dtype=np.int64)
+        for i, query in enumerate(active):
+            length, later = lengths[i], self.num_later[query]
+            new = slice(later - columns[i], later)
+            visible[i, : columns[i], :length] = True
+            visible[i, : columns[i], length : length + later] = self.sees[query, new, :later]
+            slot_positions[i, : length + later] = np.concatenate(
+                [np.arange(length), length + self.depths[query, :later]]
+            )
+        return continue_model(
+            self.model,
+            token_ids,
+            Continuation(
+                prefix=self.prefix,
+                positions=self._tensor(self.start + self.lengths[np.array(queries)] + depth),
+                sequence=self._tensor(line),
+                column=self._tensor(column),
+                num_sequences=len(active),
+                num_columns=int(columns.max()),
+                own=self.own,
+                own_line=None if len(active) == len(self.queries) else self._tensor(active),
+                slot=self._tensor(slot),
+                slot_positions=self._tensor(self.start + slot_positions),
+                visible=torch.from_numpy(visible).to(self.model.device),
+            ),
+            range(len(token_ids)),
+        )
+
+    def forget(self, query: int) -> None:
+        """Drop the tokens that followed a query, so that others can follow it."""
+        self.num_later[query] = 0
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device)
+
+
+def log_probabilities(logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+    """Return the log-probability of single tokens in nats.
+
+    Args:
+        logits: (S, V).
+        rows: Row of each token, (N,).
+        token_ids: (N,).
+    """
+    row = torch.tensor(rows, dtype=torch.long, device=logits.device)
+    token = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
+    picked = logits[row, token].float() - log_denominators(logits)[row]
+    values: list[float] = picked.tolist()
+    return values
+
+
+def log_denominators(logits: Tensor) -> Tensor:
+    """Return the log of the softmax's denominator of each row, (S, V) -> (S,), float32, a few rows at a time."""
+    rows = max(1, NORMALISING_BYTES // (4 * logits.shape[1]))
+    return torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(rows)])

@@ -1,0 +1,143 @@
+"""Packed = alone, in any order, behind any cut of the prefix; trees = paths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from manyicl.engine.packing import MOST_PADDING, QueriesInFlight, WorkingMemory, log_probabilities
+from manyicl.engine.prefix_cache import encode_behind, longer, shared_beginning
+from manyicl.model.continuation import Block
+from tests.builders import ARCHITECTURES, tiny_model
+from tests.reference.slow_engine import full_pass_logits, plain_copy
+
+NUM_PREFIX = 40
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)
+
+
+def ids(num_tokens: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(97) for _ in range(num_tokens)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num_prefix", [0, 1, NUM_PREFIX])
+def test_packed_queries_score_as_each_alone_in_plain_transformers(architecture: str, num_prefix: int) -> None:
+    model = tiny_model(architecture)
+    plain = plain_copy(model)
+    prefix = ids(num_prefix, 0)
+    queries = [ids(length, i) for i, length in enumerate((3, 47, 31, 1, 3))]
+    blocks = encode_behind(model, (), prefix)
+    with torch.no_grad():
+        packed = QueriesInFlight(model, blocks, queries).read()
+    for row, query in zip(packed, queries, strict=True):
+        assert_close(row, full_pass_logits(plain, [*prefix, *query])[-1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tree_behind_packed_queries_scores_as_each_path_alone(architecture: str) -> None:
+    """Nodes come in two passes, from some of the queries, with branches at the query and below."""
+    model = tiny_model(architecture)
+    plain = plain_copy(model)
+    prefix = ids(NUM_PREFIX, 0)
+    queries = [ids(length, i) for i, length in enumerate((5, 12, 7))]
+    passes = [
+        ([0, 0, 0, 2, 2], [11, 12, 13, 21, 22], [-1, 0, 0, -1, 0]),
+        ([0, 0, 1, 2], [14, 15, 16, 23], [1, -1, -1, 1]),
+        ([1, 1], [17, 18], [0, 0]),
+    ]
+    with torch.no_grad():
+        flight = QueriesInFlight(model, encode_behind(model, (), prefix), queries, num_later_slots=6)
+        flight.read()
+        paths: list[list[list[int]]] = [[], [], []]
+        for query_numbers, tokens, parents in passes:
+            logits = flight.follow(query_numbers, tokens, parents)
+            for row, query, token, parent in zip(logits, query_numbers, tokens, parents, strict=True):
+                path = [*(paths[query][parent] if parent >= 0 else []), token]
+                paths[query].append(path)
+                expected = full_pass_logits(plain, [*prefix, *queries[query], *path])[-1]
+                assert_close(row, expected)
+
+
+def test_tokens_that_were_forgotten_leave_no_trace() -> None:
+    model = tiny_model("mistral")
+    queries = [ids(5, 1), ids(5, 2)]
+    with torch.no_grad():
+        flight = QueriesInFlight(model, (), queries, num_later_slots=3)
+        flight.read()
+        flight.follow([0, 0, 0, 1], [1, 2, 3, 4], [-1, 0, 1, -1])
+        flight.forget(0)
+        again = flight.follow([0, 1], [7, 8], [-1, 0])
+    plain = plain_copy(model)
+    assert_close(again[0], full_pass_logits(plain, [*queries[0], 7])[-1])
+    assert_close(again[1], full_pass_logits(plain, [*queries[1], 4, 8])[-1])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("cuts", [(), (13,), (1, 2, 3, 30), (20, 39)])
+def test_a_prefix_in_any_blocks_and_chunks_scores_as_one(architecture: str, cuts: tuple[int, ...]) -> None:
+    model = tiny_model(architecture)
+    prefix, query = ids(NUM_PREFIX, 0), ids(6, 1)
+    whole = encode_behind(model, (), prefix)
+    blocks: tuple[Block, ...] = ()
+    for start, end in zip((0, *cuts), (*cuts, NUM_PREFIX), strict=True):
+        blocks = encode_behind(model, blocks, prefix[start:end], chunk_tokens=7)
+    with torch.no_grad():
+        one = QueriesInFlight(model, whole, [query]).read()
+        other = QueriesInFlight(model, blocks, [query]).read()
+    assert_close(one, other)
+
+
+def test_many_small_steps_end_in_few_blocks() -> None:
+    model = tiny_model()
+    blocks: tuple[Block, ...] = ()
+    for token in ids(100, 0):
+        blocks = encode_behind(model, blocks, [token])
+    assert len(blocks) <= 7
+    assert [block.start for block in blocks] == [0, *(block.end for block in blocks[:-1])]
+
+
+def test_a_shared_beginning_is_a_view_of_the_longer_prefix() -> None:
+    model = tiny_model()
+    blocks = longer(encode_behind(model, (), ids(30, 0)), encode_behind(model, (), ids(9, 1))[0])
+    shared = shared_beginning(encode_behind(model, (), ids(30, 0)), 12)
+    assert shared[-1].end == 12
+    parent = encode_behind(model, (), ids(30, 0))
+    (view,) = shared_beginning(parent, 12)
+    assert view.keys[0].data_ptr() == parent[0].keys[0].data_ptr()
+    assert shared_beginning(parent, 30) == parent
+    assert blocks[0].num_tokens == 30
+
+
+def test_chunks_hold_every_query_once_within_memory_and_hardly_pad() -> None:
+    rng = random.Random(0)
+    lengths = [int(rng.lognormvariate(3, 0.8)) + 1 for _ in range(256)]
+    later = [rng.choice([0, 3, 9]) for _ in lengths]
+    memory = WorkingMemory(limit=60_000, per_token=100, per_logits=300, per_slot=40)
+    chunks = list(memory.chunks(lengths, later))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(256))
+    padding = columns = 0
+    for chunk in chunks:
+        longest, deepest = max(lengths[i] for i in chunk), max(later[i] for i in chunk)
+        tokens = sum(lengths[i] for i in chunk)
+        slots = longest + deepest if deepest else 0
+        used = tokens * 100 + len(chunk) * (300 + slots * 40 + deepest**2)
+        assert used <= 60_000 or len(chunk) == 1
+        padding += len(chunk) * longest - tokens
+        columns += len(chunk) * longest
+        assert len(chunk) * longest - tokens <= MOST_PADDING * len(chunk) * longest
+    assert padding < 0.1 * columns
+    assert len(chunks) < 64
+
+
+def test_log_probabilities_are_those_of_a_softmax() -> None:
+    logits = torch.randn(5, 97, generator=torch.Generator().manual_seed(0))
+    expected = logits.log_softmax(-1)
+    picked = log_probabilities(logits, [4, 0, 4], [3, 96, 0])
+    assert picked == pytest.approx([float(expected[4, 3]), float(expected[0, 96]), float(expected[4, 0])], abs=1e-6)
