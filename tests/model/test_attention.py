@@ -7,7 +7,7 @@ import torch
 
 from manyicl.errors import UserError
 from manyicl.model.attention import ATTENTION, packed_arguments, visible_keys
-from manyicl.model.isolation import attention_error, packing_error, require_isolation
+from manyicl.model.isolation import attention_error, continuation_error, packing_error, require_isolation
 from tests.builders import ARCHITECTURES, tiny_model
 
 LENGTHS = (3, 47, 31)
@@ -98,6 +98,7 @@ def test_a_model_whose_own_attention_scores_otherwise_is_refused(monkeypatch: py
 def test_the_comparison_with_the_librarys_own_attention_passes_and_leaves_ours_in_place(architecture: str) -> None:
     model = tiny_model(architecture)
     assert attention_error(model) < 1e-4
+    assert continuation_error(model) < 1e-4
     assert model.config._attn_implementation == ATTENTION
 
 
@@ -117,3 +118,13 @@ def test_a_mask_is_refused_rather_than_ignored() -> None:
     states = torch.zeros(1, 4, 3, 8)
     with pytest.raises(UserError, match="attention_mask"):
         isolated_attention(layer, states, states, states, torch.ones(1, 1, 3, 3))
+
+
+def test_a_model_whose_layers_do_not_pass_the_prefix_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    attention = model.get_submodule("model.layers.1.self_attn")
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a, continuation=None, **k: forward(*a, **k))
+    assert continuation_error(model) > 1e-2
+    with pytest.raises(UserError, match="does not continue a prefix"):
+        require_isolation(model)

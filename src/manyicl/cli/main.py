@@ -13,7 +13,9 @@ from rich.markup import escape
 
 import manyicl
 from manyicl.cli import tasks
+from manyicl.cli.compile import compile_command
 from manyicl.cli.evaluate import evaluate_command
+from manyicl.cli.export import export_command
 from manyicl.cli.predict import predict_command
 from manyicl.cli.quickstart import quickstart_command
 from manyicl.cli.report import report_command
@@ -37,7 +39,9 @@ app.add_typer(tasks.app, name="tasks")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)
+app.command("compile")(compile_command)
 app.command("report")(report_command)
+app.command("export")(export_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,9 @@ import typer
 from manyicl.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from manyicl.engine.engine import Engine
+    from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.prefix_cache import PrefixCache
     from manyicl.tasks.task import Query, Task
 
@@ -25,25 +26,46 @@ STANDARD_STREAM = Path("-")
 
 
 def predict_command(
-    model: Annotated[str, typer.Option(help="Model folder, `hf:owner/name`, or `builtin:nano`.")],
-    task: Annotated[str, typer.Option(help="Task folder, or a file with two columns: `tickets.csv:text:label`.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, `hf:owner/name`, or `builtin:nano`.")],
     input_path: Annotated[
         Path,
         typer.Option(
             "--input", help="Queries, one row each: .jsonl, .csv, .tsv, .parquet; - for JSON lines on standard input."
         ),
     ],
+    task: Annotated[
+        str | None,
+        typer.Option("--task", "-t", help="Task folder, or a file with two columns: `tickets.csv:text:label`."),
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option(help="What `manyicl compile` wrote, in place of --task, --shots and --seed.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where answers go: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the demonstrations.")] = 0,
-    scores: Annotated[bool, typer.Option(help="Write the log-probability of every label too.")] = False,
-    working_memory_mib: Annotated[
-        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    nearest: Annotated[
+        int, typer.Option(min=0, help="So many training rows more for each query, those most like it (BM25).")
+    ] = 0,
+    seed: Annotated[int | None, typer.Option(help="Chooses demonstrations and draws. [default: 0]")] = None,
+    scores: Annotated[bool, typer.Option(help="Write score and probability of every label too.")] = False,
+    abstain_below: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Leave the answer empty where its probability among the labels is below this."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw free answers at this temperature. [default: the likeliest tokens]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw free answers among tokens that together reach this probability.")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that data paths in the task start from.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prefix and query together.")] = None,
+    working_memory_mib: Annotated[
+        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
 ) -> None:
     """Answer the queries of a file after demonstrations of a task.
 
@@ -54,29 +76,66 @@ def predict_command(
 
         manyicl predict --model runs/one-model --task tasks/tickets --input new.csv --output answers.csv
 
+        manyicl predict --model runs/one-model --prefix tickets.prefix --input new.csv --abstain-below 0.8
+
         cat new.jsonl | manyicl predict --model runs/one-model --task tickets.csv:text:label --shots 64 --input -
     """
     from rich.console import Console
     from rich.progress import track
 
+    from manyicl.engine.decoding import Sampling
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
+    from manyicl.tasks.nearest import NearestExamples
     from manyicl.tasks.rows import read_rows
 
     console = Console(stderr=True)
+    _require_one_source(task, prefix, {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root})
     _require_writable(output, input_path)
+    sampling = None
+    if temperature is not None or top_p is not None:
+        sampling = Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed or 0)
     rows = None if input_path == STANDARD_STREAM else [row.columns for row in read_rows(input_path)]
-    loaded_task = load_task(task, data_root)
-    queries = None if rows is None else [_query(loaded_task, row, number) for number, row in enumerate(rows, start=1)]
-    num_shots = len(loaded_task.train) if shots is None else shots
-    demonstrations = loaded_task.demonstrations(num_shots, seed)
-    engine = Engine.from_pretrained(model, max_context_tokens=max_context_tokens, working_memory_mib=working_memory_mib)
-    prefix = engine.prefill(loaded_task, demonstrations, queries)
-    console.print(_described(engine, prefix), highlight=False)
-    answered = _answered(engine, prefix, _standard_input() if rows is None else rows, scores)
-    num_answers = _write(output, track(answered, description="Answering", console=console))
+    loaded_task = load_task(task, data_root) if task is not None else None
+    engine = Engine.from_pretrained(
+        model,
+        dtype=dtype,
+        device=device,
+        max_context_tokens=max_context_tokens,
+        working_memory_mib=working_memory_mib,
+    )
+    near = None
+    if loaded_task is None:
+        assert prefix is not None, "one of both is given"
+        cache = engine.load(prefix).prefix
+    else:
+        queries = None if rows is None else [_query(loaded_task, row, number) for number, row in enumerate(rows, 1)]
+        demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed or 0)
+        near = NearestExamples(loaded_task.train, nearest, exclude=demonstrations) if nearest else None
+        cache = engine.prefill(loaded_task, demonstrations, queries, nearest=near)
+    console.print(_described(engine, cache), markup=False, highlight=False)
+    predictions = partial(
+        engine.predict,
+        cache,
+        scores="all" if scores or abstain_below is not None else "best",
+        abstain_below=abstain_below,
+        sampling=sampling,
+        nearest=near,
+    )
+    answered = _answered(predictions, _standard_input() if rows is None else rows, scores, abstain_below is not None)
+    total = None if rows is None else len(rows)
+    num_answers = _write(output, track(answered, description="Answering", total=total, console=console))
     if output != STANDARD_STREAM:
-        console.print(f"{num_answers:,} answers written to {output}", highlight=False)
+        console.print(f"{num_answers:,} answers written to {output}", markup=False, highlight=False)
+
+
+def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
+    """Refuse a call that says twice, or not at all, where demonstrations come from."""
+    if (task is None) == (prefix is None):
+        raise UserError("Give either --task, or --prefix with a file that `manyicl compile` wrote.")
+    given = [name for name, value in only_with_task.items() if value is not None]
+    if prefix is not None and given:
+        raise UserError(f"{given[0]} goes with --task; a compiled task holds its demonstrations already.")
 
 
 def _query(task: Task, row: dict[str, Any], number: int) -> Query:
@@ -121,7 +180,10 @@ def _standard_input() -> Iterator[dict[str, Any]]:
 
 
 def _answered(
-    engine: Engine, prefix: PrefixCache, rows: Iterable[dict[str, Any]], with_scores: bool
+    predict: Callable[[Iterable[dict[str, Any]]], Iterator[Prediction]],
+    rows: Iterable[dict[str, Any]],
+    with_scores: bool,
+    may_abstain: bool,
 ) -> Iterator[dict[str, Any]]:
     """Put each answer beside the row that asked for it."""
     asked: deque[dict[str, Any]] = deque()
@@ -131,14 +193,18 @@ def _answered(
             asked.append(row)
             yield row
 
-    for prediction in engine.predict(prefix, remembered(), scores="all" if with_scores else "best"):
-        answer = {
-            "answer": prediction.answer,
+    for prediction in predict(remembered()):
+        answer: dict[str, Any] = {
+            "answer": None if prediction.abstained else prediction.answer,
             "log_probability": round(prediction.log_probability, 6),
             "stopped": prediction.stopped,
         }
-        scores = {"scores": dict(prediction.scores.log_probabilities)} if prediction.scores else {}
-        yield {**_without_clashes(asked.popleft(), {*answer, *scores}), **answer, **scores}
+        if may_abstain:
+            answer["abstained"] = prediction.abstained
+        if with_scores and prediction.scores is not None:
+            answer["scores"] = dict(prediction.scores.log_probabilities)
+            answer["probabilities"] = prediction.scores.probabilities
+        yield {**_without_clashes(asked.popleft(), set(answer)), **answer}
 
 
 def _without_clashes(row: dict[str, Any], taken: set[str]) -> dict[str, Any]:

@@ -6,8 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Self, TypeVar
 
+from manyicl.engine.compiled import (
+    OBSERVED_CHUNK_TOKENS,
+    CompiledTask,
+    DemonstrationWatch,
+    load_compiled,
+    save_compiled,
+)
 from manyicl.engine.decoding import Generation, Sampling, generate
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import tries_of
@@ -75,6 +83,7 @@ class Engine:
         Raises:
             UserError: If the model allows fewer positions than ``max_context_tokens``, or a bound is below 1.
         """
+        self.loaded = loaded
         self.model = loaded.model
         self.manifest = loaded.manifest
         self.fingerprint = loaded.fingerprint
@@ -142,15 +151,72 @@ class Engine:
         Raises:
             UserError: If the tokenizer cannot tell the task's labels apart.
         """
-        self.encoder.require_distinct(task)
-        reserve = self.num_reserved_tokens(task, queries, nearest)
-        fitting, num_left_out = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
+        fitting, num_left_out = self._fitting(task, demonstrations, queries, nearest)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
         shared: tuple[Block, ...] = ()
         if reuse is not None:
             shared = shared_beginning(reuse.blocks, num_shared_tokens(token_ids, reuse.token_ids))
         blocks = encode_behind(self.model, shared, token_ids[shared[-1].end if shared else 0 :])
         return PrefixCache(task, fitting, num_left_out, token_ids, blocks)
+
+    def compile(
+        self,
+        task: Task,
+        demonstrations: Sequence[Example],
+        queries: Sequence[Query] | None = None,
+        *,
+        nearest: Nearest | None = None,
+    ) -> CompiledTask:
+        """Encode demonstrations once, and tell from the same pass how the model did on each given those before it.
+
+        Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
+        """
+        fitting, num_left_out = self._fitting(task, demonstrations, queries, nearest)
+        token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
+        watch = DemonstrationWatch(task, fitting, self.encoder)
+        blocks = encode_behind(
+            self.model,
+            (),
+            token_ids,
+            chunk_tokens=OBSERVED_CHUNK_TOKENS,
+            keep=watch.places,
+            on_logits=watch.observe,
+        )
+        return CompiledTask(PrefixCache(task, fitting, num_left_out, token_ids, blocks), watch.answers)
+
+    def save(self, compiled: CompiledTask, path: str | Path) -> None:
+        """Write a compiled task to one file, which holds its demonstrations in recoverable form.
+
+        Raises:
+            UserError: If the file cannot stand there.
+        """
+        save_compiled(compiled, Path(path), self.loaded, self.encoder.format)
+
+    def load(self, path: str | Path) -> CompiledTask:
+        """Read a task that this model compiled, in a fraction of the time it took.
+
+        Raises:
+            UserError: If the file is not whole, or belongs to another model, adapter, precision, format or version.
+        """
+        compiled = load_compiled(Path(path), self.loaded, self.encoder.format)
+        if compiled.prefix.num_tokens > self.max_context_tokens:
+            raise UserError(
+                f"{str(path)!r} holds {compiled.prefix.num_tokens:,} tokens; max_context_tokens is "
+                f"{self.max_context_tokens:,}. Raise it, or compile the task with fewer demonstrations."
+            )
+        return compiled
+
+    def _fitting(
+        self,
+        task: Task,
+        demonstrations: Sequence[Example],
+        queries: Sequence[Query] | None,
+        nearest: Nearest | None,
+    ) -> tuple[tuple[Example, ...], int]:
+        """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
+        self.encoder.require_distinct(task)
+        reserve = self.num_reserved_tokens(task, queries, nearest)
+        return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
 
     def extend(self, prefix: PrefixCache, demonstrations: Sequence[Example]) -> PrefixCache:
         """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.

@@ -1,4 +1,4 @@
-"""The levels that cost nothing: majority answer, chance, and TF-IDF with logistic regression."""
+"""The levels that cost nothing: majority answer, chance, TF-IDF with logistic regression, nearest neighbour."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 
+from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
-from manyicl.evaluation.words import words
+from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Example, Task
+from manyicl.tasks.words import words
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Level:
 
 def majority_answer(task: Task) -> str:
     """Return the most frequent answer of the training side; among equals, the one that comes first there."""
-    return Counter(example.answer for example in task.train).most_common(1)[0][0]
+    return _most_frequent(task.train)
 
 
 def majority_level(task: Task, queries: Sequence[Example]) -> Level:
@@ -61,8 +63,7 @@ def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence
     if len(seen) == 1:
         return _score(task, seen * len(queries), queries, "only one label seen, always answered")
     if not any(words(example.query.text) for example in demonstrations):
-        most_common = Counter(example.answer for example in demonstrations).most_common(1)[0][0]
-        return _score(task, [most_common] * len(queries), queries, "no words in the demonstrations")
+        return _score(task, [_most_frequent(demonstrations)] * len(queries), queries, "no words in the demonstrations")
     return _score(task, _tfidf_predictions(tuple(demonstrations), tuple(queries)), queries)
 
 
@@ -76,6 +77,50 @@ def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Examp
     pipeline = make_pipeline(TfidfVectorizer(analyzer=words), LogisticRegression(max_iter=1000))
     pipeline.fit([example.query.text for example in demonstrations], [example.answer for example in demonstrations])
     return tuple(str(label) for label in pipeline.predict([example.query.text for example in queries]))
+
+
+def nearest_level(task: Task, shown: Sequence[Example], test: Sequence[Example]) -> Level:
+    """Score of repeating the answer of the nearest example by BM25: what a model that copies from it would reach.
+
+    Defined for free answers too. A query that shares no word with any example gets their most frequent answer.
+
+    Args:
+        task: Names the metric.
+        shown: To choose from: the demonstrations of a prompt, or all that a query's own examples are drawn from.
+        test: Asked.
+    """
+    if task.choices_column is not None:
+        return Level(None, "each row has its own options")
+    if not shown:
+        return Level(None, "no demonstrations")
+    try:
+        answers = nearest_answers(shown, test)
+    except UserError as error:  # bm25s is an extra
+        return Level(None, str(error))
+    fallback = _most_frequent(shown)
+    num_alone = answers.count(None)
+    note = (
+        f"{num_alone} of {len(test)} queries share no word with any example and get the most frequent answer"
+        if num_alone
+        else ""
+    )
+    return _score(task, [fallback if answer is None else answer for answer in answers], test, note)
+
+
+def nearest_answers(shown: Sequence[Example], test: Sequence[Example]) -> list[str | None]:
+    """Return the answer of the example nearest to each query by BM25; None where none shares a word with it.
+
+    Raises:
+        UserError: If bm25s is not installed.
+    """
+    nearest = NearestExamples(shown, 1)
+    found = [nearest(example.query) for example in test]
+    return [examples[-1].answer if examples else None for examples in found]
+
+
+def _most_frequent(examples: Sequence[Example]) -> str:
+    """Return the most frequent answer; among equals, the one that comes first."""
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
 def _score(task: Task, predictions: Sequence[str], queries: Sequence[Example], note: str = "") -> Level:

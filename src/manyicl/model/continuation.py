@@ -84,7 +84,7 @@ class OwnKeys:
 
     def write(self, layer: int, line: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
         """Write the keys and values of new tokens, (1, key heads, T, head size), to their slots."""
-        if layer == len(self.keys):
+        while layer >= len(self.keys):
             shape = (self.num_sequences, key.shape[1], self.num_slots)
             # Slots that were never written are hidden, but NaN in them would pass through a weight of zero.
             self.keys.append(key.new_zeros(*shape, key.shape[3]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 from manyicl.errors import UserError
 from manyicl.model.attention import ATTENTION, packed_arguments
+from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
 # Measured differences are below 1e-5 in float32 where a model isolates and above 1e-2 where it does not; in
 # bfloat16 rounding alone reaches a few 1e-2 of the logits' own spread.
@@ -53,6 +56,30 @@ def attention_error(model: PreTrainedModel) -> float:
     return _relative_difference(ours, theirs)
 
 
+@torch.no_grad()
+def continuation_error(model: PreTrainedModel) -> float:
+    """Return the largest difference between logits of packed queries behind a prefix and of each whole text alone."""
+    queries = _segments(model)[:2]
+    prefix = max(_segments(model), key=lambda segment: segment.shape[1])
+    lengths = [query.shape[1] for query in queries]
+    was_training = model.training
+    model.eval()
+    try:
+        own = OwnKeys(1, prefix.shape[1])
+        _continue(model, [prefix], (), own)
+        block = Block(0, tuple(own.keys), tuple(own.values))
+        packed = _continue(model, queries, (block,))
+        alone = torch.cat(
+            [
+                _logits(model, torch.cat([prefix, query], dim=1))[0, -length:]
+                for query, length in zip(queries, lengths, strict=True)
+            ]
+        )
+    finally:
+        model.train(was_training)
+    return _relative_difference(packed, alone)
+
+
 def require_isolation(model: PreTrainedModel) -> None:
     """Refuse a model in which a packed episode sees its neighbours, or our attention scores otherwise than its own.
 
@@ -67,32 +94,59 @@ def require_isolation(model: PreTrainedModel) -> None:
             "whole text or a sliding window, as in Llama, Mistral, Qwen2, Qwen3 or Gemma."
         )
     tolerance = TOLERANCE.get(model.dtype, 1e-3)
+    attention_tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
     try:
-        packing, attention = packing_error(model), attention_error(model)
-    except (TypeError, ValueError, NotImplementedError) as failure:
+        packing = packing_error(model)
+        if not packing <= tolerance:
+            raise UserError(
+                f"{name} mixes the episodes of a packed row: its logits differ by {packing:.2g} standard deviations "
+                f"from each episode alone, at most {tolerance:g} is expected. Models with recurrent or linear "
+                "attention layers, or with learned absolute positions that ignore position ids, cannot be packed."
+            )
+        attention = attention_error(model)
+        if not attention <= attention_tolerance:
+            raise UserError(
+                f"{name} scores otherwise with this attention than with its own: logits differ by {attention:.2g} "
+                f"standard deviations, at most {attention_tolerance:g} is expected. Its attention has a term that is "
+                "not supported."
+            )
+        continuing = continuation_error(model)
+        if not continuing <= attention_tolerance:
+            raise UserError(
+                f"{name} does not continue a prefix as it reads the whole text: logits differ by {continuing:.2g} "
+                f"standard deviations, at most {attention_tolerance:g} is expected. Not all of its layers hand "
+                "their keys to the attention function that they are given."
+            )
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as failure:
         raise UserError(
             f"{name} cannot be called on packed episodes ({failure}). Expected a causal transformer with position "
             "ids, such as Llama, Mistral, Qwen or Gemma."
         ) from failure
-    if not packing <= tolerance:
-        raise UserError(
-            f"{name} mixes the episodes of a packed row: its logits differ by {packing:.2g} standard deviations from "
-            f"each episode alone, at most {tolerance:g} is expected. Models with recurrent or linear attention "
-            "layers, or with learned absolute positions that ignore position ids, cannot be packed."
-        )
-    attention_tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
-    if not attention <= attention_tolerance:
-        raise UserError(
-            f"{name} scores otherwise with this attention than with its own: logits differ by {attention:.2g} "
-            f"standard deviations, at most {attention_tolerance:g} is expected. Its attention has a term that is not "
-            "supported."
-        )
 
 
 def _segments(model: PreTrainedModel) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocabulary_size = model.config.get_text_config().vocab_size
     return [torch.randint(vocabulary_size, (1, n), generator=generator).to(model.device) for n in SEGMENT_LENGTHS]
+
+
+def _continue(
+    model: PreTrainedModel, sequences: Sequence[torch.Tensor], prefix: Sequence[Block], own: OwnKeys | None = None
+) -> torch.Tensor:
+    """Run sequences behind a prefix, packed, and return all logits, (T, V)."""
+    lengths = [ids.shape[1] for ids in sequences]
+    column = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+    continuation = Continuation(
+        prefix=prefix,
+        positions=column + (prefix[-1].end if prefix else 0),
+        sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device),
+        column=column,
+        num_sequences=len(lengths),
+        num_columns=max(lengths),
+        own=own,
+        slot=column,
+    )
+    return continue_model(model, torch.cat(sequences, dim=1)[0].tolist(), continuation, range(sum(lengths)))
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Template:
         source: As written.
         columns: The columns that it names, sorted.
         bare_column: The column, if the template is a column alone.
+        class_names: Of its columns, class number -> name.
     """
 
     def __init__(self, source: str, class_names: ClassNames | None = None) -> None:
@@ -46,7 +47,7 @@ class Template:
         self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
         self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
         self.bare_column: str | None = self.columns[0] if self.columns and _is_bare(syntax) else None
-        self._class_names = {column: names for column, names in (class_names or {}).items() if column in self.columns}
+        self.class_names = {column: names for column, names in (class_names or {}).items() if column in self.columns}
 
     def render(self, row: Mapping[str, object]) -> str:
         """Render one row.
@@ -62,7 +63,7 @@ class Template:
             )
         named = {
             **row,
-            **{column: _class_name(column, row[column], names) for column, names in self._class_names.items()},
+            **{column: _class_name(column, row[column], names) for column, names in self.class_names.items()},
         }
         variables: dict[str, object] = {name: value for name, value in named.items() if name not in GLOBALS}
         if self._reads_row:
@@ -84,7 +85,7 @@ class Template:
         return f"Template({self.source!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and other.source == self.source and other._class_names == self._class_names
+        return isinstance(other, Template) and other.source == self.source and other.class_names == self.class_names
 
     def __hash__(self) -> int:
         return hash(self.source)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from manyicl.errors import UserError
 from manyicl.model.load import DTYPES, load_model, max_positions
 from manyicl.model.manifest import TrainedTask
+from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
 from manyicl.training.from_scratch import new_config, new_model, require_loadable, train_tokenizer
 from manyicl.training.recipe import LoraSettings, Recipe
@@ -97,7 +98,7 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
                 f"model.base {recipe.model.base!r} is an adapter itself; an adapter over it would have a base that "
                 "is saved nowhere. Train on its own base, or leave out model.lora to train the merged model."
             )
-        model = cast(PreTrainedModel, adapter.merge_and_unload())
+        model = merge_adapter(adapter)
     if recipe.model.lora is not None:
         if is_local:
             # The name that PEFT writes into adapter_config.json.

@@ -1,0 +1,126 @@
+"""`manyicl compile`: demonstrations read once, kept in a file, and how the model did on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from manyicl.engine.compiled import CompiledTask
+    from manyicl.evaluation.uncertainty import Estimate
+
+BAR_CHARACTERS = 20
+# A difference of so many standard errors is called one: 95 % of a normal distribution.
+CLEAR_STANDARD_ERRORS = 1.96
+
+
+def compile_command(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task folder, or a file with two columns: `tickets.csv:text:label`.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the demonstrations and their order.")] = 0,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that data paths in the task start from.")] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
+) -> None:
+    """Read a task's demonstrations once and keep them, so that `manyicl predict --prefix` starts in no time.
+
+    From the same pass it tells how the model did on each demonstration, given those before it: whether it would have
+    given the answer, chosen token by token among the labels (of all tokens, for free answers). So before a single
+    query it shows whether this will work on the task, and whether more examples would help.
+
+    The file contains the demonstrations in recoverable form: whoever has it can read them. It works with the very
+    model it was made with.
+
+    Examples:
+
+        manyicl compile --model runs/one-model --task tasks/tickets --output tickets.prefix
+
+        manyicl predict --model runs/one-model --prefix tickets.prefix --input new.csv --output answers.csv
+    """
+    from rich.console import Console
+
+    from manyicl.engine.engine import Engine
+    from manyicl.errors import UserError
+    from manyicl.tasks.files import load_task
+
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"{str(output)!r} cannot be written: expected a file name in a folder that exists.")
+    console = Console(stderr=True)
+    loaded_task = load_task(task, data_root)
+    demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
+    engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_context_tokens=max_context_tokens)
+    with console.status(f"Reading {len(demonstrations)} demonstrations"):
+        compiled = engine.compile(loaded_task, demonstrations)
+        engine.save(compiled, output)
+    prefix = compiled.prefix
+    left_out = f"; {prefix.num_left_out} more did not fit the context" if prefix.num_left_out else ""
+    out = Console(highlight=False)
+    out.print(
+        f"{prefix.num_shots} demonstrations of {prefix.task.name!r}, {prefix.num_tokens:,} tokens{left_out}",
+        markup=False,
+    )
+    if compiled.answers:
+        print_observed(compiled, out)
+    out.print(
+        f"{output}, {output.stat().st_size / 2**20:,.1f} MiB. It contains the demonstrations in recoverable form.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_observed(compiled: CompiledTask, console: Console) -> None:
+    """Print how often the model was right on demonstrations, over the number of those before them."""
+    from rich.table import Table
+
+    from manyicl.engine.compiled import groups_of_shots
+    from manyicl.evaluation.uncertainty import mean_over_queries
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("shots before", "demonstrations", "right", "", "nats per answer"):
+        table.add_column(name, justify="left" if not name else "right")
+    estimates = []
+    for first, last, group in groups_of_shots(compiled.answers):
+        right = mean_over_queries([float(one.is_right) for one in group])
+        nats = -sum(one.log_probability for one in group) / len(group)
+        error = f" ± {right.standard_error:.2f}" if len(group) > 1 else ""
+        bar = "█" * round(BAR_CHARACTERS * right.mean)
+        shots = f"{first}" if first == last else f"{first}–{last}"
+        table.add_row(shots, f"{len(group)}", f"{right.mean:.2f}{error}", bar, f"{nats:.2f}")
+        estimates.append(right)
+    console.print(table)
+    most_common = Counter(example.answer for example in compiled.prefix.demonstrations).most_common(1)[0]
+    share = most_common[1] / compiled.prefix.num_shots
+    console.print(
+        f"Always answering {most_common[0]!r} would be right on {share:.2f} of them. {_tendency(estimates)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _tendency(estimates: Sequence[Estimate]) -> str:
+    """Say whether the last doubling of shots helped, as far as the numbers carry."""
+    if len(estimates) < 2 or estimates[-1].num_scores < 2:
+        return "Too few demonstrations to say whether more would help."
+    last, before = estimates[-1], estimates[-2]
+    gain = last.mean - before.mean
+    error = (last.standard_error**2 + before.standard_error**2) ** 0.5
+    change = f"{gain:+.2f} ± {error:.2f}"
+    if gain > CLEAR_STANDARD_ERRORS * error:
+        return f"Still rising at the last doubling ({change}): more examples should help."
+    return f"No clear rise at the last doubling ({change})."

@@ -1,0 +1,43 @@
+"""`manyicl export`: a model, or an adapter and its base, -> one folder for other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export_command(
+    model: Annotated[str, typer.Option(help="Model or adapter folder, `hf:owner/name`, or `builtin:nano`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base; adapters need it.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Save as float32, bfloat16 or float16. [default: as the weights, or those of the base, are saved]"
+        ),
+    ] = None,
+) -> None:
+    """Write a model as one standard folder that transformers and vLLM load, and PROMPT.md, which says how to ask it.
+
+    An adapter is merged in float32 and rounded once. The folder is read back, and what happened to the logits is said.
+
+    Examples:
+
+        manyicl export --model runs/one-model --output exported/one-model
+
+        manyicl export --model runs/adapter --merge --output exported/one-model --dtype bfloat16
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from manyicl.model.export import export_model
+    from manyicl.model.prompt_guide import GUIDE_FILE
+
+    logging.disable_progress_bar()
+    with Console(stderr=True).status("Loading, writing and reading back"):
+        exported = export_model(model, output, merge=merge, dtype=dtype)
+    typer.echo(f"{exported.num_parameters:,} parameters in {exported.dtype} are in {output}.")
+    typer.echo(exported.precision)
+    typer.echo(f"How to send a prompt: {output / GUIDE_FILE}")

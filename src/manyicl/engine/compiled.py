@@ -1,0 +1,368 @@
+"""Compiled tasks: a prefix on disk, with what the model made of its own demonstrations.
+
+One safetensors file holds keys, values and tokens, and in its header the task, the demonstrations, the text format and
+the model's fingerprint. It holds the demonstrations in recoverable form, as text and as keys and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from manyicl.engine.label_trie import ROOT, LabelTrie
+from manyicl.engine.packing import log_denominators
+from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.episode import Episode
+from manyicl.errors import MachineError, UserError
+from manyicl.model.continuation import Block
+from manyicl.model.load import LoadedModel
+from manyicl.model.manifest import library_versions
+from manyicl.tasks.task import Example, Family, Query, Task
+from manyicl.tasks.template import Template
+
+FORMAT_VERSION = 1
+HEADER_KEY, HASH_KEY = "manyicl_compiled_task", "sha256"
+# Observed demonstrations leave the logits of all their answers behind, so they are read in smaller chunks.
+OBSERVED_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedAnswer:
+    """What the model made of one demonstration's answer, given the demonstrations before it.
+
+    Attributes:
+        num_shots: Demonstrations before it.
+        log_probability: Of the answer, terminator included, in nats.
+        is_right: Whether its every token was the likeliest that the labels or choices allow, or of all tokens where
+            answers are free: the answer that the model would have given, chosen token by token.
+    """
+
+    num_shots: int
+    log_probability: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class CompiledTask:
+    """A prefix, and how the model did on its demonstrations while it was made."""
+
+    prefix: PrefixCache
+    answers: tuple[ObservedAnswer, ...]
+
+
+class DemonstrationWatch:
+    """Reads off the logits of a prefill how the model did on each demonstration."""
+
+    def __init__(self, task: Task, demonstrations: Sequence[Example], encoder: Encoder) -> None:
+        """Note which tokens of the prefix are answers, and what else could have stood in their place."""
+        episode = encoder.encode_episode(Episode(task.name, task.instruction(), tuple(demonstrations)))
+        self._answers = [ObservedAnswer(shot, 0.0, True) for shot in range(len(demonstrations))]
+        # Place whose logits are wanted -> shot, token that stands there, tokens that could; None for any.
+        self._wanted: dict[int, tuple[int, int, list[int] | None]] = {}
+        tries: dict[tuple[str, ...], LabelTrie] = {}
+        for shot, (example, (start, end)) in enumerate(zip(demonstrations, episode.answer_spans, strict=True)):
+            options = example.query.choices or task.labels
+            if options and options not in tries:
+                tries[options] = LabelTrie.of([encoder.answer_ids(option) for option in options])
+            trie, node = tries[options] if options else None, ROOT
+            for place in range(start, end):
+                token = episode.token_ids[place]
+                allowed = None
+                if trie is not None:
+                    by_token = {trie.tokens[child]: child for child in trie.children[node]}
+                    allowed, node = list(by_token), by_token[token]
+                self._wanted[place - 1] = (shot, token, allowed)
+
+    @property
+    def places(self) -> list[int]:
+        """Places of the prefix whose logits are wanted."""
+        return list(self._wanted)
+
+    @property
+    def answers(self) -> tuple[ObservedAnswer, ...]:
+        """What was observed."""
+        return tuple(self._answers)
+
+    def observe(self, places: Sequence[int], logits: Tensor) -> None:
+        """Take in the logits of some places, (S, V)."""
+        wanted = [self._wanted[place] for place in places]
+        tokens = torch.tensor([token for _, token, _ in wanted], device=logits.device)
+        scores = logits.gather(1, tokens[:, None])[:, 0].float()
+        log_probabilities = (scores - log_denominators(logits)).tolist()
+        highest = logits.max(dim=-1).values.float()
+        for row, (shot, _, allowed) in enumerate(wanted):
+            best = highest[row] if allowed is None else logits[row, allowed].float().max()
+            before = self._answers[shot]
+            self._answers[shot] = ObservedAnswer(
+                shot, before.log_probability + log_probabilities[row], before.is_right and bool(scores[row] >= best)
+            )
+
+
+class SavedTemplate(BaseModel):
+    """A template as written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    class_names: dict[str, dict[str, str]] = {}
+
+    @classmethod
+    def of(cls, template: Template) -> SavedTemplate:
+        """Take what a template was made of."""
+        names = {column: dict(named) for column, named in template.class_names.items()}
+        return cls(source=template.source, class_names=names)
+
+    def template(self) -> Template:
+        """Compile it again."""
+        return Template(self.source, self.class_names)
+
+
+class SavedExample(BaseModel):
+    """A demonstration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query: str
+    choices: tuple[str, ...] | None
+    answer: str
+    references: tuple[str, ...]
+    origin: str
+
+    @classmethod
+    def of(cls, example: Example) -> SavedExample:
+        """Take an example's content."""
+        return cls(
+            query=example.query.text,
+            choices=example.query.choices,
+            answer=example.answer,
+            references=example.references,
+            origin=example.origin,
+        )
+
+    def example(self) -> Example:
+        """Make the example again."""
+        return Example(Query(self.query, self.choices), self.answer, self.references, self.origin)
+
+
+class SavedTask(BaseModel):
+    """A task without its rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    family: Family
+    metric: str
+    labels: tuple[str, ...] | None
+    instruction: SavedTemplate | None
+    query: SavedTemplate
+    columns: tuple[str, ...]
+    choices_column: str | None
+    source: str
+    data_hash: str
+    max_answer_tokens: int | None
+
+
+class Header(BaseModel):
+    """What stands in the header of a compiled task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    model: str = Field(description="How the person named the model.")
+    model_fingerprint: str = Field(description="Hash of its weights, adapter included.")
+    base_fingerprint: str | None = Field(description="Of the base, where the model is an adapter.")
+    dtype: str = Field(description="Of keys and values, as the model computes.")
+    num_layers: int = Field(ge=1)
+    text_format: PlainFormat
+    task: SavedTask
+    demonstrations: tuple[SavedExample, ...]
+    num_left_out: int
+    answers: tuple[tuple[int, float, bool], ...]
+    versions: dict[str, str] = Field(default_factory=library_versions)
+
+
+def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_format: PlainFormat) -> None:
+    """Write a compiled task; an earlier file is replaced only once the new one is whole.
+
+    Raises:
+        UserError: If the file cannot stand there, or the prefix is empty.
+        MachineError: If the disk refuses.
+    """
+    prefix = compiled.prefix
+    if not prefix.blocks:
+        raise UserError(f"Task {prefix.task.name!r} has neither instruction nor demonstrations; nothing to compile.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{str(path)!r} cannot be written: expected a file name in a folder that exists.")
+    tensors = {"token_ids": torch.tensor(prefix.token_ids)}
+    num_layers = len(prefix.blocks[0].keys)
+    for layer in range(num_layers):
+        tensors[f"keys.{layer}"] = torch.cat([block.keys[layer] for block in prefix.blocks], dim=2)
+        tensors[f"values.{layer}"] = torch.cat([block.values[layer] for block in prefix.blocks], dim=2)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = Header(
+        model=loaded.reference,
+        model_fingerprint=loaded.fingerprint,
+        base_fingerprint=_base_fingerprint(loaded),
+        dtype=_dtype_name(prefix.blocks[0].keys[0].dtype),
+        num_layers=num_layers,
+        text_format=text_format,
+        task=_saved_task(prefix.task),
+        demonstrations=tuple(map(SavedExample.of, prefix.demonstrations)),
+        num_left_out=prefix.num_left_out,
+        answers=tuple((one.num_shots, one.log_probability, one.is_right) for one in compiled.answers),
+    ).model_dump_json()
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise MachineError(f"{str(path)!r} could not be written: {error}") from error
+
+
+def load_compiled(path: Path, loaded: LoadedModel, text_format: PlainFormat) -> CompiledTask:
+    """Read a compiled task for the model that it was compiled with.
+
+    Raises:
+        UserError: If the file is no compiled task, is truncated or altered, or belongs to another model, adapter,
+            precision, format or version; the sentence says which.
+    """
+    if not path.is_file():
+        raise UserError(f"The compiled task {str(path)!r} does not exist; make it with `manyicl compile`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = _checked_header(path, metadata)
+            _require_same_model(path, header, loaded, text_format)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a whole compiled task: {error}. Compile it again.") from error
+    if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
+        raise UserError(f"{str(path)!r} was altered after it was written: its hash differs. Compile it again.")
+    layers = range(header.num_layers)
+    block = Block(
+        0,
+        tuple(tensors[f"keys.{layer}"].to(loaded.model.device) for layer in layers),
+        tuple(tensors[f"values.{layer}"].to(loaded.model.device) for layer in layers),
+    )
+    demonstrations = tuple(saved.example() for saved in header.demonstrations)
+    token_ids = tuple(tensors["token_ids"].tolist())
+    prefix = PrefixCache(_task(header.task, demonstrations), demonstrations, header.num_left_out, token_ids, (block,))
+    return CompiledTask(prefix, tuple(ObservedAnswer(*answer) for answer in header.answers))
+
+
+def _checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
+    """Read the header, version first, so that a file of another version is called that."""
+    if HEADER_KEY not in metadata:
+        raise UserError(f"{str(path)!r} is not a compiled task; expected a file written by `manyicl compile`.")
+    try:
+        version = TypeAdapter(dict[str, Any]).validate_json(metadata[HEADER_KEY]).get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{str(path)!r} has format version {version!r}; this version of manyicl reads {FORMAT_VERSION}. "
+                "Compile it again."
+            )
+        return Header.model_validate_json(metadata[HEADER_KEY])
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "header"
+        raise UserError(
+            f"{str(path)!r} is not a whole compiled task: {where}: {problem['msg']}. Compile it again."
+        ) from error
+
+
+def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_format: PlainFormat) -> None:
+    """Refuse keys and values that another network made."""
+    dtype = _dtype_name(loaded.model.dtype)
+    if header.dtype != dtype:
+        raise UserError(
+            f"{str(path)!r} was compiled in {header.dtype}; the model is loaded in {dtype}. Load it with "
+            f"dtype={header.dtype!r}, or compile the task again."
+        )
+    if header.model_fingerprint != loaded.fingerprint:
+        base = _base_fingerprint(loaded)
+        another = "another adapter of the same base" if base and base == header.base_fingerprint else "another model"
+        raise UserError(
+            f"{str(path)!r} was compiled with {another}: {header.model!r} with fingerprint "
+            f"{header.model_fingerprint[:12]}; {loaded.reference!r} has {loaded.fingerprint[:12]}. Use the model it "
+            "was compiled with, or compile the task again."
+        )
+    if header.text_format != text_format:
+        raise UserError(
+            f"{str(path)!r} was compiled with another text format ({header.text_format.model_dump()}); the engine "
+            f"uses {text_format.model_dump()}. Compile the task again."
+        )
+
+
+def _base_fingerprint(loaded: LoadedModel) -> str | None:
+    """Name the base of an adapter; None for a model that stands alone."""
+    return loaded.manifest.base_fingerprint if loaded.manifest and hasattr(loaded.model, "peft_config") else None
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash the header and the content of every tensor."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _saved_task(task: Task) -> SavedTask:
+    return SavedTask(
+        name=task.name,
+        family=next(family for family in get_args(Family) if family == task.family),
+        metric=task.metric,
+        labels=task.labels,
+        instruction=SavedTemplate.of(task.instruction_template) if task.instruction_template else None,
+        query=SavedTemplate.of(task.query_template),
+        columns=task.columns,
+        choices_column=task.choices_column,
+        source=task.source,
+        data_hash=task.data_hash,
+        max_answer_tokens=task.max_answer_tokens,
+    )
+
+
+def _task(saved: SavedTask, demonstrations: tuple[Example, ...]) -> Task:
+    """Make the task again, with its demonstrations as the training side and no test side."""
+    return Task(
+        name=saved.name,
+        family=saved.family,
+        metric=saved.metric,
+        train=demonstrations,
+        test=(),
+        labels=saved.labels,
+        instruction_template=saved.instruction.template() if saved.instruction else None,
+        query_template=saved.query.template(),
+        columns=saved.columns,
+        choices_column=saved.choices_column,
+        source=saved.source,
+        data_hash=saved.data_hash,
+        dropped={},
+        max_answer_tokens=saved.max_answer_tokens,
+    )
+
+
+def groups_of_shots(answers: Sequence[ObservedAnswer]) -> Iterator[tuple[int, int, list[ObservedAnswer]]]:
+    """Group answers by the shots before them, 0, 1, 2-3, 4-7, 8-15, …; yield first, last and the group."""
+    first = 0
+    while first < len(answers):
+        behind = max(1, 2 * first)
+        yield first, min(behind, len(answers)) - 1, list(answers[first:behind])
+        first = behind

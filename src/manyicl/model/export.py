@@ -1,0 +1,338 @@
+"""Model or adapter -> one plain folder that other engines load, with a file that says how to ask it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from manyicl.episodes.encoding import Encoder
+from manyicl.errors import MachineError, UserError, did_you_mean
+from manyicl.model.load import (
+    DTYPES,
+    LoadedModel,
+    fingerprint,
+    load_model,
+    max_positions,
+    model_config,
+    resolve_reference,
+)
+from manyicl.model.merging import merge_adapter
+from manyicl.model.prompt_guide import GUIDE_FILE, GuideFacts, example_prompt, prompt_guide
+
+NUM_PROBE_TOKENS = 32
+# A merge may differ from its adapter by rounding alone: so much of what the adapter does, and of the logits.
+MERGE_TOLERANCE, LOGIT_TOLERANCE = 1e-2, 1e-3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what it did to the weights.
+
+    Attributes:
+        folder: Where it stands.
+        num_parameters: Weights of the model, a tied head counted once.
+        dtype: In which they are saved.
+        merged: True if an adapter went into its base.
+        rounded: True if the dtype does not hold all weights exactly.
+        logit_change: Largest difference of a logit on a probe, between the exported folder as plain transformers
+            reads it and the model that was given, both computed in float32.
+        adapter_effect: Largest difference that the adapter makes to a logit of its base; None without one.
+    """
+
+    folder: Path
+    num_parameters: int
+    dtype: str
+    merged: bool
+    rounded: bool
+    logit_change: float
+    adapter_effect: float | None
+
+    @property
+    def precision(self) -> str:
+        """Say what happened to the weights, in one or two sentences."""
+        if self.merged:
+            after = f"the weights were then rounded to {self.dtype}" if self.rounded else "no weight was rounded after"
+            done = f"The adapter was merged into its base in float32; {after}"
+        else:
+            done = f"The weights were rounded to {self.dtype}" if self.rounded else "No weight was changed"
+        compared = (
+            f"{done}. On a probe of {NUM_PROBE_TOKENS} tokens, computed in float32, logits differ by at most "
+            f"{self.logit_change:.2g} from those of the {'unmerged adapter' if self.merged else 'model exported'}"
+        )
+        if self.adapter_effect is None:
+            return f"{compared}."
+        return f"{compared}, which moves those of its base by up to {self.adapter_effect:.2g}."
+
+
+def export_model(reference: str, output: Path, *, merge: bool = False, dtype: str | None = None) -> Exported:
+    """Write a model as one plain folder, an adapter merged into its base, and read it back before it counts.
+
+    The folder is written beside its place and renamed into it last.
+
+    Args:
+        reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
+        output: A new or empty folder.
+        merge: Allow an adapter to be merged; nothing changes for a full model.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None for the one the weights, or those of the base, are
+            saved in.
+
+    Raises:
+        UserError: If the output is taken, the dtype is unknown or too narrow, the model cannot be loaded, is an
+            adapter and ``merge`` is not given, or is one that cannot be merged exactly.
+        MachineError: If the folder cannot be written, or reads back as something else than was written.
+    """
+    output = _free_folder(output)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    if _is_adapter(reference) and not merge:
+        raise UserError(f"{reference!r} is an adapter; give --merge to write it and its base as one model.")
+    with _written_whole(output) as part:
+        written = _write(reference, dtype, part)
+        # Only now, when the model that was written is gone: a large one is not held twice.
+        back = _read_back(part, written)
+        exported = Exported(
+            folder=output,
+            num_parameters=sum(weights.numel() for weights in back.model.parameters()),
+            dtype=written.dtype,
+            merged=written.adapter_effect is not None,
+            rounded=written.rounded,
+            logit_change=float((_logits(back.model, written.probe) - written.logits).abs().max()),
+            adapter_effect=written.adapter_effect,
+        )
+        facts = GuideFacts(output.name, exported.dtype, exported.precision, max_positions(back.model))
+        (part / GUIDE_FILE).write_text(prompt_guide(written.encoder, back.manifest, facts), encoding="utf-8")
+    return exported
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What must be found again in the folder.
+
+    Attributes:
+        encoder: Of the model's tokenizer and format.
+        fingerprint: Of the weights as they are saved.
+        probe: Tokens, (1, T).
+        logits: Of the model that was given, after them, (1, T, V).
+        dtype: In which the weights are saved.
+        rounded: True if that changed any.
+        adapter_effect: Largest difference that the adapter makes to a logit of its base; None without one.
+    """
+
+    encoder: Encoder
+    fingerprint: str
+    probe: Tensor
+    logits: Tensor
+    dtype: str
+    rounded: bool
+    adapter_effect: float | None
+
+
+def _write(reference: str, dtype: str | None, part: Path) -> _Written:
+    """Load a model, merge it if it is an adapter, round it, and write it with its tokenizer and manifest."""
+    loaded = _load(reference)
+    encoder = Encoder(loaded.tokenizer, loaded.manifest.text_format if loaded.manifest else None)
+    probe = _probe_ids(loaded)
+    logits = _logits(loaded.model, probe)
+    plain, adapter_effect = loaded.model, None
+    if _is_adapter(reference):
+        saved_in = dtype or _saved_dtype(loaded.model.config._name_or_path)
+        plain, adapter_effect = _merged(loaded, probe, logits)
+    else:
+        saved_in = dtype or _saved_dtype(resolve_reference(reference))
+    rounded = not _holds(saved_in, plain)
+    if rounded and dtype is None and adapter_effect is None:
+        # The file holds more than its configuration says.
+        saved_in, rounded = "float32", False
+    _round(plain, saved_in)
+    _save(plain, loaded.tokenizer, part)
+    if loaded.manifest is not None:
+        # All of it stays true: the base is what training began from, merged or not.
+        loaded.manifest.write(part)
+    return _Written(encoder, fingerprint(plain), probe, logits, saved_in, rounded, adapter_effect)
+
+
+def _is_adapter(reference: str) -> bool:
+    return (Path(resolve_reference(reference)) / "adapter_config.json").is_file()
+
+
+def _free_folder(output: Path) -> Path:
+    """Return where a link to the output leads, or refuse an output that is taken."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"The output {str(output)!r} is a file; expected a new or empty folder.")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"The output {str(output)!r} is not empty; give a new or empty folder.")
+    return output.resolve()
+
+
+def _load(reference: str) -> LoadedModel:
+    """Load in float32, which holds every narrower weight exactly."""
+    with warnings.catch_warnings():
+        # peft warns of what `merge_adapter` takes care of.
+        warnings.filterwarnings("ignore", module="peft")
+        loaded = load_model(reference, dtype="float32", device="cpu", check_isolation=False)
+    _require_exportable(loaded)
+    return loaded
+
+
+def _require_exportable(loaded: LoadedModel) -> None:
+    """Refuse what cannot become plain float weights.
+
+    Raises:
+        UserError: If the model is such.
+    """
+    model = cast(Any, loaded.model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(f"{loaded.reference!r} is quantized; expected float weights. Export what it was made from.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # So transformers loads an adapter of the Hub: its layers stand in the base, and peft does not see them.
+        raise UserError(
+            f"{loaded.reference!r} is an adapter that is not a local folder. Download it, and give the folder with "
+            "--merge."
+        )
+    if hasattr(model, "peft_config") and not hasattr(model.base_model, "merge_and_unload"):
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise UserError(
+            f"The adapter {loaded.reference!r} is of the kind {getattr(kind, 'value', kind)}, which has no weights to "
+            "merge; only an engine that knows such adapters can serve it."
+        )
+
+
+def _probe_ids(loaded: LoadedModel) -> Tensor:
+    """Return tokens from all over the vocabulary, (1, T)."""
+    embeddings = loaded.model.get_input_embeddings().weight
+    num_tokens = min(len(loaded.tokenizer), len(cast(Tensor, embeddings)))
+    return torch.linspace(0, num_tokens - 1, NUM_PROBE_TOKENS).long()[None]
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
+    """Return the logits of a probe, (1, T, V), in float32."""
+    logits: Tensor = model(input_ids=probe, use_cache=False).logits
+    return logits.float()
+
+
+def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrainedModel, float]:
+    """Merge an adapter into its base, and hold that the logits stay the same.
+
+    Args:
+        loaded: The adapter over its base, in float32; used up.
+        probe: Tokens to compare on, (1, T).
+        wanted: Logits of the adapter over its base, (1, T, V).
+
+    Returns:
+        The plain model, and how far the adapter moves a logit at most.
+
+    Raises:
+        UserError: If peft cannot merge it, or the merged model answers differently.
+    """
+    adapter = cast(Any, loaded.model)
+    with adapter.disable_adapter():
+        without = _logits(adapter, probe)
+    try:
+        plain = merge_adapter(adapter)
+    except (ValueError, RuntimeError, TypeError) as error:
+        if "memory" in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"The adapter {loaded.reference!r} cannot be merged: {reason}") from error
+    error_norm = (_logits(plain, probe) - wanted).norm()
+    allowed = MERGE_TOLERANCE * (wanted - without).norm() + LOGIT_TOLERANCE * wanted.norm()
+    if not error_norm <= allowed:
+        raise UserError(
+            f"The adapter {loaded.reference!r} answers differently once it is merged: logits of a probe move by "
+            f"{error_norm:.2g}, at most {allowed:.2g} is rounding. It does more than add to weights; serve it unmerged."
+        )
+    return plain, float((wanted - without).abs().max())
+
+
+def _saved_dtype(path: str) -> str:
+    """Return what a configuration says its weights are saved in; float32 if it does not say."""
+    reference = path if Path(path).is_dir() else f"hf:{path}"
+    saved = model_config(reference).dtype
+    return next((name for name, dtype in DTYPES.items() if saved in (dtype, name)), "float32")
+
+
+def _holds(dtype: str, model: PreTrainedModel) -> bool:
+    """Tell whether a dtype holds all weights exactly."""
+    return all(torch.equal(weights.to(DTYPES[dtype]).float(), weights) for weights in model.parameters())
+
+
+@torch.no_grad()
+def _round(model: PreTrainedModel, dtype: str) -> None:
+    """Cast weights in place; buffers are made anew by whoever loads.
+
+    Raises:
+        UserError: If a weight is too large for the dtype.
+    """
+    for name, weights in model.named_parameters():
+        rounded = weights.data.to(DTYPES[dtype])
+        if not torch.isfinite(rounded).all():
+            what = "is not finite" if not torch.isfinite(weights).all() else f"does not fit {dtype}; use bfloat16"
+            raise UserError(f"The weight {name!r} {what}. Nothing was written.")
+        weights.data = rounded
+
+
+@contextmanager
+def _written_whole(output: Path) -> Iterator[Path]:
+    """Yield a folder beside the output that takes its place at the end, or is removed."""
+    part = output.with_name(f"{output.name}.{secrets.token_hex(4)}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if output.exists():
+            # Still empty, or this fails.
+            output.rmdir()
+        part.rename(output)
+    except SafetensorError as error:
+        raise MachineError(f"The weights cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Path) -> None:
+    """Write weights, configuration and tokenizer; generation goes on with a cache."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = True
+    model.save_pretrained(str(part))
+    tokenizer.save_pretrained(str(part))
+    for weights in part.glob("*.safetensors"):
+        # They are written for their owner alone; a server may be somebody else.
+        weights.chmod((part / "config.json").stat().st_mode)
+    generation = part / "generation_config.json"
+    if generation.is_file():
+        # In the file, because transformers holds a changed object to rules that published ones break.
+        settings = json.loads(generation.read_text(encoding="utf-8"))
+        generation.write_text(json.dumps({**settings, "use_cache": True}, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_back(part: Path, written: _Written) -> LoadedModel:
+    """Load what was written, with transformers' own attention.
+
+    Raises:
+        MachineError: If weights or tokenizer are not those that were written.
+    """
+    back = load_model(str(part), dtype="float32", device="cpu", check_isolation=False)
+    if back.fingerprint != written.fingerprint:
+        raise MachineError("The written weights read back as others; nothing was kept. Check the disk.")
+    tokenizer = written.encoder.tokenizer
+    text, token_ids = example_prompt(written.encoder)
+    again = example_prompt(Encoder(back.tokenizer, written.encoder.format))[1]
+    if again != token_ids or back.tokenizer(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise MachineError(
+            f"The tokenizer reads back as {type(back.tokenizer).__name__}, which encodes differently from the "
+            f"{type(tokenizer).__name__} that was written; nothing was kept."
+        )
+    back.model.set_attn_implementation("eager")
+    return back

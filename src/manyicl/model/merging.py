@@ -1,0 +1,30 @@
+"""Adapter and base -> one plain model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def merge_adapter(adapter: Any) -> PreTrainedModel:
+    """Merge a peft model into its base, which is used up.
+
+    peft 0.21 adds an update of the head to the tensor that the head shares with the embeddings, and so to these as
+    well: measured logits were off by 1.3. Where an adapter changes either, the head gets weights of its own first;
+    peft then sees that the two differ, and says so in the configuration.
+
+    Raises:
+        ValueError: If peft cannot merge it, or a merged weight is not finite.
+    """
+    base = adapter.get_base_model()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and (hasattr(head, "base_layer") or hasattr(embeddings, "base_layer")):
+        head, embeddings = getattr(head, "base_layer", head), getattr(embeddings, "base_layer", embeddings)
+        if head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    with warnings.catch_warnings(action="ignore"):
+        plain: PreTrainedModel = adapter.merge_and_unload(safe_merge=True)
+    return plain

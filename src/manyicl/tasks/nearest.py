@@ -1,0 +1,112 @@
+"""Examples like a query, found by BM25: shown behind the shared demonstrations, each query its own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from manyicl.errors import UserError
+from manyicl.tasks.task import Example, Query
+from manyicl.tasks.words import words
+
+# Thai and Lao, Burmese, Khmer, Japanese and Chinese: written without spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_PIECE = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
+_CHARACTER = re.compile(f"[{_UNSPACED}]")
+
+
+class NearestExamples:
+    """Gives a query the examples that are most like it, the nearest last, so that it stands closest to the query.
+
+    Likeness is BM25 (Lucene's form, k1 1.5, b 0.75) between the texts of query and example; answers take no part.
+    An example that shares no word with the query is never shown, so a query may get fewer than ``num_examples``,
+    and none where nothing is like it: an arbitrary example would only pose as a near one. Among equals the one
+    given first counts as nearer.
+
+    Source: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework; Liu et al. 2022, arXiv:2101.06804,
+    for examples chosen by query and the nearest last.
+    """
+
+    def __init__(self, examples: Sequence[Example], num_examples: int, *, exclude: Iterable[Example] = ()) -> None:
+        """Index the examples once.
+
+        Args:
+            examples: To choose from, such as a task's training side. Equal ones count once.
+            num_examples: The most that a query gets.
+            exclude: Never shown, by content: those that stand in the shared prefix already.
+
+        Raises:
+            UserError: If ``num_examples`` is negative, no example is left to choose from, or bm25s is not installed.
+        """
+        if num_examples < 0:
+            raise UserError(f"num_examples is {num_examples}; expected 0 or more nearest examples.")
+        excluded = {(example.query, example.answer) for example in exclude}
+        by_content: dict[tuple[Query, str], Example] = {}
+        for example in examples:
+            by_content.setdefault((example.query, example.answer), example)
+        self.candidates = tuple(example for content, example in by_content.items() if content not in excluded)
+        if not self.candidates:
+            raise UserError(
+                f"No example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
+                "as those of a shared prefix are. Give more examples, or share fewer."
+            )
+        self.num_examples = num_examples
+        self._index = _index([terms(example.query.text) for example in self.candidates])
+
+    def __call__(self, query: Query) -> tuple[Example, ...]:
+        """Return up to ``num_examples`` examples that share a word with the query, the nearest last."""
+        if self._index is None:
+            return ()
+        known = self._index.get_tokens_ids(terms(query.text))
+        scores = self._index.get_scores_from_ids(known)
+        # A stable sort, unlike the partition behind bm25s' own `retrieve`, keeps equals in their given order.
+        ranked = (-scores).argsort(kind="stable")[: self.num_examples]
+        return tuple(self.candidates[position] for position in reversed(ranked) if scores[position] > 0)
+
+
+def terms(text: str) -> list[str]:
+    """Split a text into what likeness is counted in: words and, where a script has no spaces, its characters.
+
+    There each pair of neighbours is a term as well, as in Lucene's analysis of Chinese and Japanese: most words
+    are longer than a character, and a pair says more than two characters that stand apart.
+
+    >>> terms("Red box")
+    ['red', 'box']
+    >>> terms("赤い箱")
+    ['赤', 'い', '箱', '赤い', 'い箱']
+    """
+    pieces = [piece for word in words(text) for piece in _PIECE.findall(word)]
+    pairs = [one + other for one, other in pairwise(pieces) if _CHARACTER.match(one) and _CHARACTER.match(other)]
+    return pieces + pairs
+
+
+def _index(texts: Sequence[list[str]]) -> Any:
+    """Build the BM25 index of texts, given as terms; None if no text has any, which bm25s cannot index."""
+    bm25s = _bm25s()
+    if not any(texts):
+        return None
+    index = bm25s.BM25()
+    index.index(list(texts), create_empty_token=False, show_progress=False)
+    return index
+
+
+def _bm25s() -> Any:
+    """Import bm25s, kept quiet.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError as error:
+        raise UserError(
+            "Nearest examples are found with bm25s, which is not installed: pip install 'manyicl[retrieval]'"
+        ) from error
+    # On import it sets its logger to DEBUG, so that whoever logs anything would read of every index built.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s

@@ -1,0 +1,161 @@
+"""What compile writes, predict answers with; and one sentence for what does not fit together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.builders import byte_level_bpe, tiny_model
+from tests.cli.test_predict import run
+
+
+@pytest.fixture(name="model_folder", scope="module")
+def _model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(name="table")
+def _table(tmp_path: Path) -> Path:
+    path = tmp_path / "tickets.csv"
+    rows = "".join(f"film {i} was fine,{('good', 'bad')[i % 2]}\n" for i in range(40))
+    path.write_text("text,label\n" + rows, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(name="queries")
+def _queries(tmp_path: Path) -> Path:
+    path = tmp_path / "new.jsonl"
+    path.write_text("".join(json.dumps({"text": f"play {i} film"}) + "\n" for i in range(30)), encoding="utf-8")
+    return path
+
+
+def answers(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_compiled_task_answers_as_the_task_itself(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    queries: Path,
+    tmp_path: Path,
+) -> None:
+    task, prefix = f"{table}:text:label", tmp_path / "tickets.prefix"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 12, "--seed", 3) == 0
+    printed = capsys.readouterr().out
+    assert "12 demonstrations of 'tickets'" in printed
+    assert "8–11" in printed
+    assert "recoverable form" in printed
+    common = ["--model", model_folder, "--input", queries, "--scores"]
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert run(monkeypatch, "predict", *common, "--prefix", prefix, "--output", one) == 0
+    assert run(monkeypatch, "predict", *common, "--task", task, "--shots", 12, "--seed", 3, "--output", other) == 0
+    for a, b in zip(answers(one), answers(other), strict=True):
+        assert a["answer"] == b["answer"]
+        assert a["log_probability"] == pytest.approx(b["log_probability"], abs=1e-4)
+        assert sum(a["probabilities"].values()) == pytest.approx(1)  # type: ignore[attr-defined]
+
+
+def test_the_help_says_that_the_file_contains_the_examples(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "compile", "--help") == 0
+    assert "recoverable form" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_answers_below_the_threshold_are_left_empty_and_marked(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.csv"
+    common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
+    assert run(monkeypatch, "predict", *common, "--abstain-below", 1, "--output", output) == 0
+    rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
+    assert {(row["answer"], row["abstained"]) for row in rows} == {("", "True")}
+
+
+def test_nearest_rows_are_shown_to_each_query(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert run(monkeypatch, "predict", *common, "--output", one) == 0
+    assert run(monkeypatch, "predict", *common, "--nearest", 2, "--output", other) == 0
+    scores = [[row["log_probability"] for row in answers(path)] for path in (one, other)]
+    assert all(a != b for a, b in zip(*scores, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "either --task, or --prefix"),
+        (["--task", "TABLE", "--prefix", "PREFIX"], "either --task, or --prefix"),
+        (["--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
+        (["--prefix", "PREFIX", "--nearest", 3], "--nearest goes with --task"),
+        (["--prefix", "none.prefix"], "does not exist"),
+        (["--prefix", "INPUT"], "not a whole compiled task"),
+        (["--prefix", "PREFIX", "--max-context-tokens", 20], "max_context_tokens is 20"),
+        (["--prefix", "PREFIX", "--temperature", 1], "closed answer set"),
+        (["--prefix", "PREFIX", "--temperature", 0], "temperature is above 0"),
+        (["--prefix", "PREFIX", "--dtype", "bfloat16"], "compiled in float32"),
+        (["--prefix", "PREFIX", "--abstain-below", 2], "less than or equal to 1"),
+    ],
+)
+def test_what_does_not_fit_together_ends_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    queries: Path,
+    tmp_path: Path,
+    arguments: list[object],
+    sentence: str,
+) -> None:
+    prefix = tmp_path / "tickets.prefix"
+    task = f"{table}:text:label"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4) == 0
+    capsys.readouterr()
+    places = {"TABLE": task, "PREFIX": prefix, "INPUT": queries}
+    given = [places.get(one, one) if isinstance(one, str) else one for one in arguments]
+    assert run(monkeypatch, "predict", "--model", model_folder, "--input", queries, *given) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"--output": "."}, "cannot be written"),
+        ({"--output": "nowhere/x.prefix"}, "cannot be written"),
+        ({"--task": "nowhere.csv:text:label"}, "nowhere.csv"),
+        ({"--model": "runs/nowhere"}, "does not exist"),
+        ({"--shots": 0}, "nothing to compile"),
+        ({"--shots": 4000}, "4000"),
+    ],
+)
+def test_a_task_that_cannot_be_compiled_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    sentence: str,
+) -> None:
+    arguments = {"--model": model_folder, "--task": f"{table}:text:label", "--output": tmp_path / "x.prefix"}
+    flat = [part for pair in {**arguments, **change}.items() for part in pair]
+    assert run(monkeypatch, "compile", *flat) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.glob("*.part"))

@@ -1,0 +1,259 @@
+"""Saved and loaded = in memory; what the prefill observes = asking again; files that do not belong are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from manyicl.engine.compiled import HASH_KEY, HEADER_KEY, DemonstrationWatch, ObservedAnswer, groups_of_shots
+from manyicl.engine.engine import Engine
+from manyicl.episodes.encoding import PlainFormat
+from manyicl.errors import UserError
+from manyicl.model.manifest import Manifest
+from manyicl.tasks.task import Task
+from tests.builders import make_example, make_task, tiny_loaded
+
+LABELS = ("good", "good film", "bad", "a", "long and bad")
+
+
+def closed() -> Task:
+    rows = [make_example(f"film {i} was fine", LABELS[i % 5]) for i in range(40)]
+    return make_task(labels=LABELS, train=rows, instruction="Is it {{ labels | join(', ') }}?")
+
+
+def free() -> Task:
+    return make_task(labels=None, family="qa", metric="exact_match", max_answer_tokens=6)
+
+
+def choices() -> Task:
+    train = [make_example(f"film {i}", ("red", "long")[i % 2], ("red", "long", "box")) for i in range(9)]
+    return make_task("quiz", train, [], labels=None, family="qa", choices_column="options")
+
+
+TASKS: list[Callable[[], Task]] = [closed, free, choices]
+
+
+@pytest.mark.parametrize("make", TASKS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral"])
+def test_a_loaded_prefix_answers_exactly_as_the_one_in_memory(
+    architecture: str, make: Callable[[], Task], tmp_path: Path
+) -> None:
+    engine = Engine(tiny_loaded(architecture))
+    task = make()
+    compiled = engine.compile(task, task.train[:9])
+    engine.save(compiled, tmp_path / "task.prefix")
+    loaded = engine.load(tmp_path / "task.prefix")
+    assert loaded.answers == compiled.answers
+    assert loaded.prefix.token_ids == compiled.prefix.token_ids
+    assert loaded.prefix.demonstrations == compiled.prefix.demonstrations
+    rows: list[Any] = [{"text": "film", "options": ["door", "box"]}, {"text": "play 3", "options": ["red", "one"]}]
+    assert list(engine.predict(loaded.prefix, rows)) == list(engine.predict(compiled.prefix, rows))
+    again = engine.extend(loaded.prefix, task.train[9:10] if len(task.train) > 9 else task.train[:1])
+    assert again.num_shots == 10
+
+
+def test_the_prefix_of_a_compilation_is_that_of_a_prefill() -> None:
+    engine = Engine(tiny_loaded())
+    task = closed()
+    compiled, prefilled = engine.compile(task, task.train[:20]).prefix, engine.prefill(task, task.train[:20])
+    assert compiled.token_ids == prefilled.token_ids
+    for one, other in zip(engine.predict(compiled, ["film"]), engine.predict(prefilled, ["film"]), strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_observed_is_what_asking_after_the_shots_before_it_would_say(seed: int) -> None:
+    engine = Engine(tiny_loaded(seed=seed))
+    task = closed()
+    compiled = engine.compile(task, task.train[:12])
+    for shot, observed in enumerate(compiled.answers):
+        example = task.train[shot]
+        (asked,) = engine.predict(engine.prefill(task, task.train[:shot]), [example.query], scores="all")
+        assert asked.scores is not None
+        assert observed.num_shots == shot
+        expected = asked.scores.log_probabilities[example.answer]
+        assert observed.log_probability == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
+    """The judge walks the labels by itself, with one full pass per token."""
+    from tests.reference.slow_engine import full_pass_logits, plain_copy
+
+    engine = Engine(tiny_loaded(seed=1))
+    plain = plain_copy(engine.model)
+    task = closed()
+    label_ids = [engine.encoder.answer_ids(label) for label in LABELS]
+    rights = []
+    for shot, observed in enumerate(engine.compile(task, task.train[:25]).answers):
+        prefix = engine.prefill(task, task.train[:shot])
+        ids = [*prefix.token_ids, *engine.encoder.query_ids(task.train[shot].query.text, prefix.opens_sequence)]
+        chosen: tuple[int, ...] = ()
+        while chosen not in label_ids:
+            logits = full_pass_logits(plain, [*ids, *chosen])[-1]
+            allowed = [one[len(chosen)] for one in label_ids if one[: len(chosen)] == chosen]
+            chosen = (*chosen, max(allowed, key=lambda token: float(logits[token])))
+        assert observed.is_right == (chosen == engine.encoder.answer_ids(task.train[shot].answer))
+        rights.append(observed.is_right)
+    assert 0 < sum(rights) < len(rights)
+
+
+@pytest.mark.parametrize(("others", "is_right"), [((), True), ((2,), False), ((0, 1, 2), False)])
+def test_a_free_answer_is_right_where_its_every_token_is_the_likeliest(others: tuple[int, ...], is_right: bool) -> None:
+    encoder = Engine(tiny_loaded()).encoder
+    task = make_task(labels=None, train=[make_example("film", "good film")], family="qa", metric="exact_match")
+    watch = DemonstrationWatch(task, task.train, encoder)
+    answer = encoder.answer_ids("good film")
+    assert len(answer) >= 3
+    logits = torch.zeros(len(answer), len(encoder.tokenizer))
+    logits[range(len(answer)), list(answer)] = 3.0
+    for row in others:
+        logits[row, 7] = 3.5
+    # Two chunks of a prefill may tear an answer apart.
+    watch.observe(watch.places[:1], logits[:1])
+    watch.observe(watch.places[1:], logits[1:])
+    (observed,) = watch.answers
+    assert observed.is_right == is_right
+    expected = logits.log_softmax(-1)[range(len(answer)), list(answer)].sum()
+    assert observed.log_probability == pytest.approx(float(expected), abs=1e-5)
+
+
+def saved(tmp_path: Path, engine: Engine | None = None) -> Path:
+    engine = engine or Engine(tiny_loaded())
+    task = closed()
+    engine.save(engine.compile(task, task.train[:5]), tmp_path / "task.prefix")
+    return tmp_path / "task.prefix"
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change header or tensors and write them back under the old hash."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    header = json.loads(metadata[HEADER_KEY])
+    change(header, tensors)
+    save_file(tensors, path, {HEADER_KEY: json.dumps(header), HASH_KEY: metadata[HASH_KEY]})
+
+
+def later_version(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["format_version"] = 2
+
+
+def other_example(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["demonstrations"][0]["answer"] = "bad"
+
+
+def other_values(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["values.1"][0, 0, 0, 0] += 1
+
+
+def lost_key(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del header["task"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (later_version, "format version 2"),
+        (other_example, "was altered"),
+        (other_values, "was altered"),
+        (lost_key, "not a whole compiled task: task"),
+    ],
+)
+def test_an_altered_file_is_refused(
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], sentence: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path)
+    rewritten(path, change)
+    with pytest.raises(UserError, match=sentence):
+        Engine(tiny_loaded()).load(path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 400, 0.5, -1])
+def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match="not a whole compiled task"):
+        Engine(tiny_loaded()).load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    engine = Engine(tiny_loaded())
+    with pytest.raises(UserError, match="does not exist"):
+        engine.load(tmp_path / "none.prefix")
+    save_file({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="not a compiled task"):
+        engine.load(tmp_path / "weights.safetensors")
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(UserError, match="compiled with another model: 'tiny-llama'"):
+        Engine(tiny_loaded(seed=1)).load(path)
+
+
+# peft asks transformers for a property under its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_another_adapter_of_the_same_base_is_called_that(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from manyicl.model.load import fingerprint
+
+    engines = []
+    for seed in (0, 1):
+        loaded = tiny_loaded()
+        manifest = Manifest(max_context_tokens=256, base="base", base_fingerprint=fingerprint(loaded.model))
+        model: Any = get_peft_model(loaded.model, LoraConfig(r=2, target_modules="all-linear"))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weights in model.named_parameters():
+                if "lora_B" in name:
+                    weights.copy_(torch.randn(weights.shape, generator=generator))
+        model.eval()
+        engines.append(
+            Engine(
+                replace(loaded, model=model, manifest=manifest, fingerprint=fingerprint(model), reference=f"a{seed}")
+            )
+        )
+    path = saved(tmp_path, engines[0])
+    assert engines[0].load(path).prefix.num_shots == 5
+    with pytest.raises(UserError, match="another adapter of the same base: 'a0'"):
+        engines[1].load(path)
+
+
+def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(UserError, match="another text format"):
+        Engine(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
+    loaded = tiny_loaded()
+    loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="compiled in float32; the model is loaded in bfloat16"):
+        Engine(loaded).load(path)
+    with pytest.raises(UserError, match="max_context_tokens is 50"):
+        Engine(tiny_loaded(), max_context_tokens=50).load(path)
+
+
+def test_nothing_to_compile_and_no_place_to_write_are_refused(tmp_path: Path) -> None:
+    engine = Engine(tiny_loaded())
+    with pytest.raises(UserError, match="nothing to compile"):
+        engine.save(engine.compile(make_task(), ()), tmp_path / "task.prefix")
+    task = closed()
+    compiled = engine.compile(task, task.train[:2])
+    for place in (tmp_path, tmp_path / "none" / "task.prefix"):
+        with pytest.raises(UserError, match="cannot be written"):
+            engine.save(compiled, place)
+
+
+def test_shots_are_grouped_by_doubling() -> None:
+    answers = [ObservedAnswer(shot, -1.0, True) for shot in range(11)]
+    groups = [(first, last, len(group)) for first, last, group in groups_of_shots(answers)]
+    assert groups == [(0, 0, 1), (1, 1, 1), (2, 3, 2), (4, 7, 4), (8, 10, 3)]
