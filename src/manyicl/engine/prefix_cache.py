@@ -13,7 +13,7 @@ from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_mo
 from manyicl.tasks.task import Example, Task
 
 # Prefilling in chunks bounds the memory of activations; the result is the same for any chunk size.
-PREFILL_CHUNK_TOKENS = 2048
+PREFILL_CHUNK_TOKENS = 1024
 
 OnLogits = Callable[[Sequence[int], Tensor], None]
 

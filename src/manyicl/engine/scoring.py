@@ -20,9 +20,9 @@ from manyicl.engine.label_trie import ROOT, LabelTrie
 from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_probabilities
 from manyicl.model.continuation import Block
 
-# Up to so many inner nodes, all are read at once: a round more costs a pass over the weights, which these few tokens
-# do not. docs/performance.md has the measurement.
-FEW_INNER_NODES = 4
+# A pass costs what so many tokens cost on top of those it reads, measured on a CPU (docs/performance.md): up to so many
+# in all, reading every label of all queries at once costs no more than the second round that it may save.
+TOKENS_WORTH_A_PASS = 20
 
 Wanted = Literal["best", "all"]
 Strategy = Literal["best_first", "full_pass"]
@@ -35,7 +35,7 @@ class LabelSearch:
     Attributes:
         tries: The label set, cut so that each trie fits in memory.
         prune: Whether only the best label is wanted, so that what cannot beat it is left alone.
-        strategy: Read the likeliest nodes first, twice as many each round; or all of a trie at once.
+        strategy: Read the likeliest nodes first, each round twice as many; or all of a trie at once.
         trie: The trie under way.
         scores: Label number -> log-probability in nats, of the labels that were finished.
         num_read: Tokens of labels that went through the model.
@@ -79,15 +79,19 @@ class LabelSearch:
             self._reach(node, score)
         return True
 
-    def take(self) -> list[int]:
-        """Return the nodes to read in the next round, parents before children; none if this trie is done."""
+    def take(self, first_width: int) -> list[int]:
+        """Return the nodes to read in the next round, parents before children; none if this trie is done.
+
+        Args:
+            first_width: Tokens to read in the first round of a trie; each later one reads twice as many.
+        """
         taken: list[int] = []
         if self.strategy == "full_pass":
             if self._open and self._worth(self._open[0]):
                 taken = self.trie.inner_nodes
             self._open = []
             return taken
-        for _ in range(2**self._num_rounds):
+        while len(taken) < first_width * 2**self._num_rounds:
             if not self._open or not self._worth(self._open[0]):
                 self._open = []
                 break
@@ -120,10 +124,9 @@ class LabelSearch:
         return not self.prune or not self.scores or (-negative_score, -first_label) > self._best
 
 
-def strategy_for(tries: Sequence[LabelTrie], wanted: Wanted) -> Strategy:
-    """Choose how a label set is searched: all of it at once where all is wanted or it is small."""
-    few = len(tries) == 1 and len(tries[0].inner_nodes) <= FEW_INNER_NODES
-    return "full_pass" if wanted == "all" or few else "best_first"
+def strategy_for(num_inner_nodes: int, wanted: Wanted) -> Strategy:
+    """Choose how queries in flight are searched, by the inner nodes of all their tries together."""
+    return "full_pass" if wanted == "all" or num_inner_nodes <= TOKENS_WORTH_A_PASS else "best_first"
 
 
 @torch.no_grad()
@@ -150,15 +153,15 @@ def score_labels(
     Returns:
         One finished search per query.
     """
-    searches = [LabelSearch(tries, wanted == "best", strategy or strategy_for(tries, wanted)) for tries in label_tries]
-    most_inner = [max(len(trie.inner_nodes) for trie in tries) for tries in label_tries]
-    for chunk in memory.chunks([len(query) for query in queries], most_inner):
-        _search_together(
-            QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(most_inner[i] for i in chunk)),
-            [searches[i] for i in chunk],
-            memory,
-        )
-    return searches
+    sizes = [[len(trie.inner_nodes) for trie in tries] for tries in label_tries]
+    found: dict[int, LabelSearch] = {}
+    for chunk in memory.chunks([len(query) for query in queries], [max(own) for own in sizes]):
+        chosen = strategy or strategy_for(sum(sum(sizes[i]) for i in chunk), wanted)
+        searches = [LabelSearch(label_tries[i], wanted == "best", chosen) for i in chunk]
+        flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
+        _search_together(flight, searches, memory)
+        found.update(zip(chunk, searches, strict=True))
+    return [found[i] for i in range(len(queries))]
 
 
 def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], memory: WorkingMemory) -> None:
@@ -168,25 +171,24 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], m
     scores = iter(log_probabilities(flight.read(), rows, [token for tokens in firsts for token in tokens]))
     for search, tokens in zip(searches, firsts, strict=True):
         search.start({token: next(scores) for token in tokens})
-    waiting = list(range(len(searches)))
+    waiting = set(range(len(searches)))
     numbers: list[dict[int, int]] = [{ROOT: -1} for _ in searches]  # node -> its number among a query's later tokens
     taken: dict[int, list[int]] = {}
     while waiting or taken:
-        for query in waiting:
+        # With few queries in flight each reads more of its trie at a time, where it costs little beside the pass.
+        width = max(1, TOKENS_WORTH_A_PASS // (len(waiting) + len(taken)))
+        for query in sorted(waiting):
             # A trie that cannot hold the best label asks for nothing, and the next one is looked at.
             while searches[query].next_trie():
                 flight.forget(query)
                 numbers[query] = {ROOT: -1}
-                if nodes := searches[query].take():
+                if nodes := searches[query].take(width):
                     taken[query] = nodes
                     break
         _read_nodes(flight, searches, taken, numbers, memory)
-        waiting = []
-        for query in list(taken):
-            taken[query] = searches[query].take()
-            if not taken[query]:
-                del taken[query]
-                waiting.append(query)
+        taken = {query: searches[query].take(width) for query in taken}
+        waiting = {query for query, nodes in taken.items() if not nodes}
+        taken = {query: nodes for query, nodes in taken.items() if nodes}
 
 
 def _read_nodes(

@@ -146,7 +146,7 @@ def _continue(
         own=own,
         slot=column,
     )
-    return continue_model(model, torch.cat(sequences, dim=1)[0].tolist(), continuation, range(sum(lengths)))
+    return continue_model(model, torch.cat(list(sequences), dim=1)[0].tolist(), continuation, range(sum(lengths)))
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
