@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manyicl.engine.compiled import HASH_KEY, HEADER_KEY, DemonstrationWatch, ObservedAnswer, groups_of_shots
+from manyicl.engine.compiled import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
+from manyicl.engine.observed import DemonstrationWatch, ObservedAnswer, groups_of_shots
 from manyicl.episodes.encoding import PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest

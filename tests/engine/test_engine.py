@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,8 +14,18 @@ import torch
 from manyicl.engine.decoding import Sampling
 from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine
 from manyicl.errors import UserError
+from manyicl.model.load import LoadedModel
 from manyicl.tasks.task import Query, Task
-from tests.builders import ARCHITECTURES, make_example, make_task, sentencepiece_bpe, tiny_loaded, word_level
+from tests.builders import (
+    ARCHITECTURES,
+    byte_level_bpe,
+    make_example,
+    make_task,
+    sentencepiece_bpe,
+    tiny_loaded,
+    tiny_model,
+    word_level,
+)
 from tests.reference.slow_engine import plain_copy, slow_score
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
@@ -271,3 +283,49 @@ def test_queries_before_a_wrong_one_are_still_answered() -> None:
     assert [next(predictions).answer for _ in range(2)]
     with pytest.raises(UserError, match="Query 3"):
         next(predictions)
+
+
+def test_the_order_of_queries_and_the_working_memory_change_no_answer() -> None:
+    task = make_task(labels=LABELS)
+    shots = task.demonstrations(9)
+    queries = [Query("film " * (1 + i * i % 11) + str(i)) for i in range(40)]
+    engine = Engine(tiny_loaded("gemma3_text"))
+    together = engine.predict(engine.prefill(task, shots), queries, scores="all")
+    expected = [one.scores.log_probabilities for one in together if one.scores]
+    order = random.Random(0).sample(range(40), 40)
+    for mib in (None, 1):
+        other = Engine(tiny_loaded("gemma3_text"), working_memory_mib=mib)
+        shuffled = other.predict(other.prefill(task, shots), [queries[i] for i in order], scores="all")
+        for i, prediction in zip(order, shuffled, strict=True):
+            assert prediction.scores is not None
+            assert prediction.answer == prediction.scores.best
+            assert prediction.scores.log_probabilities == pytest.approx(expected[i], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_stays_as_near_to_float32_as_plain_transformers_does(architecture: str, tied: bool) -> None:
+    """Rounding differs from way to way; behind a prefix it must not be worse than over the whole text."""
+    labels = ("good", "bad", "long and bad")
+    task = make_task(labels=labels)
+    tokenizer = byte_level_bpe()
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    model = tiny_model(architecture, len(tokenizer), tie_word_embeddings=tied)
+    exact = Engine(LoadedModel(model, tokenizer, None, "exact", "exact"))
+    prefix = exact.prefill(task, task.train[:9])
+    queries = [example.query for example in task.test[:8]]
+    truth = [one.scores.log_probabilities for one in exact.predict(prefix, queries, scores="all") if one.scores]
+    rounded = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]
+    engine = Engine(LoadedModel(rounded, tokenizer, None, "rounded", "rounded"))
+    plain = plain_copy(rounded)
+    for query, right, one in zip(
+        queries, truth, engine.predict(engine.prefill(task, task.train[:9]), queries, scores="all"), strict=True
+    ):
+        assert one.scores is not None
+        before = [*prefix.token_ids, *engine.encoder.query_ids(query.text)]
+        for label in labels:
+            theirs = slow_score(plain, before, engine.encoder.answer_ids(label))
+            errors["ours"].append(abs(one.scores.log_probabilities[label] - right[label]))
+            errors["theirs"].append(abs(theirs - right[label]))
+    ours, theirs = (sum(values) / len(values) for values in errors.values())
+    assert ours < 1.5 * theirs + 0.05

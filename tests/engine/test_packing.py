@@ -118,6 +118,7 @@ def test_a_shared_beginning_is_a_view_of_the_longer_prefix() -> None:
 def test_chunks_hold_every_query_once_within_memory_and_hardly_pad() -> None:
     rng = random.Random(0)
     lengths = [int(rng.lognormvariate(3, 0.8)) + 1 for _ in range(256)]
+    assert max(lengths) > 20 * min(lengths)
     later = [rng.choice([0, 3, 9]) for _ in lengths]
     memory = WorkingMemory(limit=60_000, per_token=100, per_logits=300, per_slot=40)
     chunks = list(memory.chunks(lengths, later))

@@ -17,7 +17,7 @@ from manyicl.engine.scoring import LabelSearch, Strategy, Wanted, score_labels
 from manyicl.model.continuation import Block
 from tests.builders import ARCHITECTURES, tiny_model
 from tests.engine.test_label_trie import AWKWARD, random_labels
-from tests.reference.slow_engine import plain_copy, slow_score
+from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12)]
 WANTED: tuple[Wanted, ...] = ("best", "all")
@@ -62,6 +62,7 @@ def test_every_label_scores_as_alone_and_the_best_is_found(architecture: str) ->
     for found, best, slow in zip(everything, best_first, expected, strict=True):
         assert [found.scores[i] for i in range(len(AWKWARD))] == pytest.approx(slow, rel=1e-5, abs=1e-4)
         assert found.best == best.best == slow.index(max(slow))
+        assert found.greedy >= best.greedy
         assert best.scores[best.best] == pytest.approx(max(slow), rel=1e-5, abs=1e-4)
 
 
@@ -135,3 +136,15 @@ def test_ten_thousand_labels_are_searched_in_pieces() -> None:
     (everything, *_) = search(model, blocks, labels, "all", 200)
     assert len(everything.scores) == 10_000
     assert everything.best == best.best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_that_greedy_decoding_would_write_are_told(seed: int) -> None:
+    model, prefix = sharpened(seed=seed)
+    blocks = encode_behind(model, (), prefix)
+    plain = plain_copy(model)
+    (query, *_) = QUERIES
+    written, _ = slow_greedy(plain, [*prefix, *query], lambda answer: False, 4)
+    labels = [tuple(written), tuple(written[:2]), (*written[:3], written[3] + 1), (written[0] + 1,)]
+    (found, *_) = search(model, blocks, labels, "all")
+    assert found.greedy == {0, 1}

@@ -31,7 +31,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from manyicl.evaluation import harness
-from manyicl.evaluation.harness import HarnessModel, shared_beginnings
+from manyicl.evaluation.harness import HarnessModel
+from manyicl.evaluation.shared_contexts import shared_beginnings
 
 TOKENIZERS = {"byte_level_bpe": byte_level_bpe, "sentencepiece_bpe": sentencepiece_bpe}
 # A window of nine tokens, shorter than any text here, and a tokenizer that puts bos before every text.
@@ -231,7 +232,7 @@ def test_however_requests_are_read_the_scores_are_the_same(
 def test_little_working_memory_changes_nothing(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token a pass: queries are longer than a pass, and tries are cut."""
     small = WorkingMemory.of(both.ours.model, 1)
-    monkeypatch.setattr(both.ours, "_memory", lambda blocks: small)
+    monkeypatch.setattr(WorkingMemory, "behind", lambda model, blocks, mib: small)
     rng = random.Random(3)
     options = [f" {sentence(rng)}" for _ in range(12)]
     pairs = both.scorable([(f"the film was {word}", option) for word in ("good", "bad and long") for option in options])

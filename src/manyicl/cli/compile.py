@@ -88,7 +88,7 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
     """Print how often the model was right on demonstrations, over the number of those before them."""
     from rich.table import Table
 
-    from manyicl.engine.compiled import groups_of_shots
+    from manyicl.engine.observed import groups_of_shots
     from manyicl.evaluation.uncertainty import mean_over_queries
 
     table = Table(box=None, pad_edge=False)

@@ -9,16 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
 
-from manyicl.engine.compiled import (
-    OBSERVED_CHUNK_TOKENS,
-    CompiledTask,
-    DemonstrationWatch,
-    load_compiled,
-    save_compiled,
-)
+from manyicl.engine.compiled import CompiledTask, load_compiled, save_compiled
 from manyicl.engine.decoding import Generation, Sampling, generate
 from manyicl.engine.label_scores import LabelScores, mean_scores
-from manyicl.engine.label_trie import tries_of
+from manyicl.engine.label_trie import num_shared_tokens, tries_of
+from manyicl.engine.observed import OBSERVED_CHUNK_TOKENS, DemonstrationWatch
 from manyicl.engine.packing import WorkingMemory
 from manyicl.engine.prefix_cache import PrefixCache, encode_behind, shared_beginning
 from manyicl.engine.scoring import LabelSearch, Wanted, score_labels
@@ -32,8 +27,6 @@ from manyicl.tasks.task import Columns, Example, Query, Task
 DEFAULT_MAX_ANSWER_TOKENS = 64
 # Queries are read ahead so many at a time, so that those of like length can advance together.
 READ_AHEAD_QUERIES = 256
-# Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
-LEAST_WORKING_MEMORY_MIB = 64
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
@@ -307,10 +300,7 @@ class Engine:
 
     def working_memory(self, prefix: PrefixCache) -> WorkingMemory:
         """Return the bound on what queries in flight use, and what their tokens cost."""
-        least = LEAST_WORKING_MEMORY_MIB * 2**20
-        given = self.working_memory_mib
-        limit = given * 2**20 if given is not None else max(prefix.num_bytes // 2, least)
-        return WorkingMemory.of(self.model, limit)
+        return WorkingMemory.behind(self.model, prefix.blocks, self.working_memory_mib)
 
     def _predict(
         self,
@@ -449,11 +439,6 @@ class _AskedQuery:
     token_ids: tuple[int, ...]
     options: tuple[str, ...] | None
     option_ids: tuple[tuple[int, ...], ...]
-
-
-def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the tokens that two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _read_ahead(asked: Iterator[_AskedQuery], most: int) -> tuple[list[_AskedQuery], UserError | None]:

@@ -92,7 +92,7 @@ def tries_of(label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int) -> lis
     previous: tuple[int, ...] = ()
     for number in order:
         ids = label_ids[number]
-        added = len(ids) - 1 - _num_shared(ids[:-1], previous[:-1])
+        added = len(ids) - 1 - num_shared_tokens(ids[:-1], previous[:-1])
         if num_inner + added > most_inner_nodes:
             groups.append([])
             num_inner, added = 0, len(ids) - 1
@@ -102,11 +102,6 @@ def tries_of(label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int) -> lis
     return [LabelTrie.of([label_ids[number] for number in group], group) for group in groups]
 
 
-def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Count the tokens that two labels begin with alike."""
-    shared = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
+# Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
+LEAST_WORKING_MEMORY_MIB = 64
 # Queries that advance together differ so little in length that at most this share of their rectangle is empty.
 MOST_PADDING = 0.10
 # Normalising logits in float32 goes through so many bytes at a time.
@@ -36,6 +38,12 @@ class WorkingMemory:
     per_token: int
     per_logits: int
     per_slot: int
+
+    @classmethod
+    def behind(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> WorkingMemory:
+        """Bound what queries behind a prefix use: ``mib``, or half of what the prefix uses and at least 64 MiB."""
+        half = sum(block.num_bytes for block in prefix) // 2
+        return cls.of(model, mib * 2**20 if mib is not None else max(half, LEAST_WORKING_MEMORY_MIB * 2**20))
 
     @classmethod
     def of(cls, model: PreTrainedModel, limit: int) -> WorkingMemory:

@@ -8,7 +8,7 @@ path that has already fallen below the best finished label is left alone.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,10 @@ TOKENS_WORTH_A_PASS = 20
 
 Wanted = Literal["best", "all"]
 Strategy = Literal["best_first", "full_pass"]
+# Log-probability of a path, and whether its every token is the likeliest of the whole vocabulary.
+NodeScore = tuple[float, bool]
+# Log-probabilities of a node's children, and the likeliest token behind it.
+NodeRead = tuple[list[float], int]
 
 
 @dataclass
@@ -38,6 +42,7 @@ class LabelSearch:
         strategy: Read the likeliest nodes first, each round twice as many; or all of a trie at once.
         trie: The trie under way.
         scores: Label number -> log-probability in nats, of the labels that were finished.
+        greedy: Numbers of the finished labels whose every token is the likeliest of the whole vocabulary.
         num_read: Tokens of labels that went through the model.
     """
 
@@ -46,18 +51,20 @@ class LabelSearch:
     strategy: Strategy
     trie: LabelTrie = field(default_factory=LabelTrie)
     scores: dict[int, float] = field(default_factory=dict)
+    greedy: set[int] = field(default_factory=set)
     num_read: int = 0
     _best: tuple[float, int] = (float("-inf"), 0)
-    _node_scores: dict[int, float] = field(default_factory=dict)
+    _reached: dict[int, NodeScore] = field(default_factory=dict)
     _open: list[tuple[float, int, int]] = field(default_factory=list)
     _num_rounds: int = 0
-    _waiting: list[tuple[float, int, dict[int, float]]] = field(default_factory=list)
+    _waiting: list[tuple[float, int, dict[int, NodeScore]]] = field(default_factory=list)
 
-    def start(self, first_tokens: dict[int, float]) -> None:
-        """Begin with the log-probability of every first token of a label."""
+    def start(self, first_tokens: Mapping[int, float], likeliest: int) -> None:
+        """Begin with the log-probability of every first token of a label, and the likeliest token of all."""
         for number, trie in enumerate(self.tries):
-            scores = {node: first_tokens[trie.tokens[node]] for node in trie.children[ROOT]}
-            self._waiting.append((max(scores.values()), number, scores))
+            tokens = {node: trie.tokens[node] for node in trie.children[ROOT]}
+            scores = {node: (first_tokens[token], token == likeliest) for node, token in tokens.items()}
+            self._waiting.append((max(score for score, _ in scores.values()), number, scores))
         # The likeliest trie comes last, where it is taken from.
         self._waiting.sort(key=lambda entry: (entry[0], -entry[1]))
 
@@ -72,11 +79,11 @@ class LabelSearch:
             return False
         _, number, scores = self._waiting.pop()
         self.trie = self.tries[number]
-        self._node_scores = {}
+        self._reached = {}
         self._open = []
         self._num_rounds = 0
-        for node, score in scores.items():
-            self._reach(node, score)
+        for node, (score, is_greedy) in scores.items():
+            self._reach(node, score, is_greedy)
         return True
 
     def take(self, first_width: int) -> list[int]:
@@ -101,20 +108,24 @@ class LabelSearch:
         self._num_rounds += 1
         return taken
 
-    def learn(self, nodes: Sequence[int], child_scores: Sequence[Sequence[float]]) -> None:
-        """Take in the log-probabilities of the children of nodes that were read, in the order of `take`."""
-        read = set(nodes)
+    def learn(self, nodes: Sequence[int], read: Sequence[NodeRead]) -> None:
+        """Take in what follows nodes that were read, in the order of `take`."""
+        taken = set(nodes)
         self.num_read += len(nodes)
-        for node, scores in zip(nodes, child_scores, strict=True):
-            for child, score in zip(self.trie.children[node], scores, strict=True):
-                self._reach(child, self._node_scores[node] + score, is_read=child in read)
+        for node, (child_scores, likeliest) in zip(nodes, read, strict=True):
+            before, was_greedy = self._reached[node]
+            for child, score in zip(self.trie.children[node], child_scores, strict=True):
+                is_greedy = was_greedy and self.trie.tokens[child] == likeliest
+                self._reach(child, before + score, is_greedy, is_read=child in taken)
 
-    def _reach(self, node: int, score: float, is_read: bool = False) -> None:
+    def _reach(self, node: int, score: float, is_greedy: bool, is_read: bool = False) -> None:
         """Note the score of a path, finish the labels that end there, and open it if it goes on."""
-        self._node_scores[node] = score
+        self._reached[node] = score, is_greedy
         for label in self.trie.labels[node]:
             self.scores[label] = score
             self._best = max(self._best, (score, -label))
+            if is_greedy:
+                self.greedy.add(label)
         if self.trie.children[node] and not is_read:
             heapq.heappush(self._open, (-score, self.trie.first_label[node], node))
 
@@ -167,10 +178,8 @@ def score_labels(
 def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], memory: WorkingMemory) -> None:
     """Read the queries, then round after round the nodes that their searches ask for."""
     firsts = [sorted({trie.tokens[n] for trie in search.tries for n in trie.children[ROOT]}) for search in searches]
-    rows = [row for row, tokens in enumerate(firsts) for _ in tokens]
-    scores = iter(log_probabilities(flight.read(), rows, [token for tokens in firsts for token in tokens]))
-    for search, tokens in zip(searches, firsts, strict=True):
-        search.start({token: next(scores) for token in tokens})
+    for search, tokens, (scores, likeliest) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
+        search.start(dict(zip(tokens, scores, strict=True)), likeliest)
     waiting = set(range(len(searches)))
     numbers: list[dict[int, int]] = [{ROOT: -1} for _ in searches]  # node -> its number among a query's later tokens
     taken: dict[int, list[int]] = {}
@@ -201,34 +210,28 @@ def _read_nodes(
     """Read one round of nodes, in as many passes as memory asks for, and tell the searches what follows them."""
     step = memory.tokens_per_pass(num_logits_per_token=1)
     asked = [(query, node) for query in sorted(taken) for node in taken[query]]
-    learned: dict[int, list[list[float]]] = {query: [] for query in taken}
+    learned: dict[int, list[NodeRead]] = {query: [] for query in taken}
     for start in range(0, len(asked), step):
         part = asked[start : start + step]
+        tries = [searches[query].trie for query, _ in part]
         parents = []
-        for query, node in part:
-            parents.append(numbers[query][searches[query].trie.parents[node]])
+        for trie, (query, node) in zip(tries, part, strict=True):
+            parents.append(numbers[query][trie.parents[node]])
             numbers[query][node] = len(numbers[query]) - 1
-        logits = flight.follow(
-            [query for query, _ in part],
-            [searches[query].trie.tokens[node] for query, node in part],
-            parents,
-        )
-        _collect(logits, part, searches, learned)
-    for query, child_scores in learned.items():
-        searches[query].learn(taken[query], child_scores)
+        tokens = [trie.tokens[node] for trie, (_, node) in zip(tries, part, strict=True)]
+        logits = flight.follow([query for query, _ in part], tokens, parents)
+        children = [
+            [trie.tokens[child] for child in trie.children[node]] for trie, (_, node) in zip(tries, part, strict=True)
+        ]
+        for (query, _), read in zip(part, _read_off(logits, children), strict=True):
+            learned[query].append(read)
+    for query, reads in learned.items():
+        searches[query].learn(taken[query], reads)
 
 
-def _collect(
-    logits: Tensor,
-    part: Sequence[tuple[int, int]],
-    searches: Sequence[LabelSearch],
-    learned: dict[int, list[list[float]]],
-) -> None:
-    """Pick the log-probabilities of the children of each node that was read."""
-    children = [
-        [searches[query].trie.tokens[child] for child in searches[query].trie.children[node]] for query, node in part
-    ]
-    rows = [row for row, tokens in enumerate(children) for _ in tokens]
-    scores = iter(log_probabilities(logits, rows, [token for tokens in children for token in tokens]))
-    for (query, _), tokens in zip(part, children, strict=True):
-        learned[query].append([next(scores) for _ in tokens])
+def _read_off(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[NodeRead]:
+    """Return the log-probabilities of some tokens of each row of logits, (S, V), and each row's likeliest token."""
+    rows = [row for row, some in enumerate(tokens) for _ in some]
+    scores = iter(log_probabilities(logits, rows, [token for some in tokens for token in some]))
+    likeliest = logits.argmax(dim=-1).tolist()
+    return [([next(scores) for _ in some], best) for some, best in zip(tokens, likeliest, strict=True)]

@@ -26,21 +26,19 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
 
-from manyicl.engine.engine import LEAST_WORKING_MEMORY_MIB, num_shared_tokens
-from manyicl.engine.label_trie import ROOT, LabelTrie, tries_of
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_probabilities
+from manyicl.engine.label_trie import num_shared_tokens, tries_of
+from manyicl.engine.packing import QueriesInFlight, WorkingMemory
 from manyicl.engine.prefix_cache import encode_behind, shared_beginning
+from manyicl.engine.scoring import score_labels
 from manyicl.errors import UserError
+from manyicl.evaluation.shared_contexts import Answer, Pack, score_alone, shared_beginnings
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, load_model, max_positions
 
@@ -56,9 +54,6 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# A beginning that several contexts share is read before them where that spares so many tokens or more; a prefill of
-# its own costs a pass over the weights, which fewer tokens do not.
-LEAST_SPARED_TOKENS = 256
 # Longer continuations are read straight through, each alone: which token of a trie sees which is a square.
 MOST_TRIE_TOKENS = 256
 # lm-eval hands rolling windows over in batches of so many.
@@ -81,9 +76,6 @@ NOT_PLAIN_GREEDY = (
     "guidance_scale",
     "sequence_bias",
 )
-
-# Log-probability in nats, and whether greedy decoding would have written the continuation.
-Answer = tuple[float, bool]
 
 
 @dataclass
@@ -345,7 +337,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             num_known = num_shared_tokens(token_ids, read)
             blocks = encode_behind(self.model, shared_beginning(blocks, num_known), token_ids[num_known:])
             read = token_ids
-            memory = self._memory(blocks)
+            memory = WorkingMemory.behind(self.model, blocks, self.working_memory_mib)
             most = memory.tokens_per_pass()
             rests = {number: contexts[number][len(read) :] for number in beginning.contexts}
             together = [number for number, rest in rests.items() if len(rest) <= most]
@@ -357,22 +349,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                     own = encode_behind(self.model, blocks, rest[:-1], chunk_tokens=most)
                     yield Pack([number], own, [rest[-1:]], memory)
 
-    def _memory(self, blocks: Sequence[Block]) -> WorkingMemory:
-        """Return the bound on what queries in flight use."""
-        least = LEAST_WORKING_MEMORY_MIB * 2**20
-        given = self.working_memory_mib
-        limit = given * 2**20 if given is not None else max(sum(block.num_bytes for block in blocks) // 2, least)
-        return WorkingMemory.of(self.model, limit)
-
     def _score(self, pack: Pack, options: Sequence[Mapping[int, tuple[int, ...]]]) -> dict[int, Answer]:
         """Score the options of each query of a pack, numbered as they are asked for."""
         short = [{i: ids for i, ids in some.items() if len(ids) <= MOST_TRIE_TOKENS} for some in options]
         asked = [(query, some) for query, some in zip(pack.queries, short, strict=True) if some]
         tries = [self._tries(tuple(some.values()), pack.memory.slots_per_query()) for _, some in asked]
-        found = score_tries(self.model, pack.blocks, [query for query, _ in asked], tries, pack.memory)
+        found = score_labels(self.model, pack.blocks, [query for query, _ in asked], tries, pack.memory)
         answers: dict[int, Answer] = {}
-        for (_, some), scores in zip(asked, found, strict=True):
-            answers.update(zip(some, scores, strict=True))
+        for (_, some), search in zip(asked, found, strict=True):
+            answers.update({i: (search.scores[n], n in search.greedy) for n, i in enumerate(some)})
         for query, wanted in zip(pack.queries, options, strict=True):
             for i in wanted.keys() - answers.keys():
                 answers[i] = score_alone(self.model, pack.blocks, query, wanted[i], pack.memory)
@@ -407,185 +392,6 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             return answer[-1] in end_ids or any(criterion(token_ids, None) for criterion in criteria)
 
         return has_ended
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Contexts that are read in the same passes.
-
-    Attributes:
-        numbers: Which contexts they are.
-        blocks: What they begin with.
-        queries: What is left of each, at least one token.
-        memory: Bounds how many advance together.
-    """
-
-    numbers: Sequence[int]
-    blocks: Sequence[Block]
-    queries: Sequence[tuple[int, ...]]
-    memory: WorkingMemory
-
-
-@dataclass(frozen=True)
-class SharedBeginning:
-    """What several contexts begin with.
-
-    Attributes:
-        num_tokens: Its length, shorter than every context.
-        contexts: Numbers of the contexts behind it.
-    """
-
-    num_tokens: int
-    contexts: list[int] = field(default_factory=list)
-
-
-def shared_beginnings(
-    contexts: Sequence[tuple[int, ...]], least_spared: int = LEAST_SPARED_TOKENS
-) -> list[SharedBeginning]:
-    """Decide what is read before which contexts.
-
-    Sorted contexts that share a beginning stand side by side. It is read before them if that spares at least
-    ``least_spared`` tokens against reading it with each of them; part of them may share a longer one by the same rule.
-    A fixed block of examples is found this way in every task of a call, and so is a subject that some queries share.
-
-    Args:
-        contexts: Sorted, each once, each at least one token.
-        least_spared: Tokens not read twice that are worth a prefill of their own.
-
-    Returns:
-        Beginnings, every context behind one of them; those that begin alike follow each other.
-    """
-    # At least one token of a context is left to be read behind what it shares.
-    shared = [min(num_shared_tokens(one, other), len(one) - 1, len(other) - 1) for one, other in pairwise(contexts)]
-    root = SharedBeginning(0)
-    found = [root]
-    waiting = [(0, len(contexts), root)]
-    while waiting:
-        first, end, beginning = waiting.pop()
-        if end - first == 1:
-            beginning.contexts.append(first)
-        if end - first <= 1:
-            continue
-        num_tokens = min(shared[first : end - 1])
-        if (end - first - 1) * (num_tokens - beginning.num_tokens) >= least_spared:
-            beginning = SharedBeginning(num_tokens)
-            found.append(beginning)
-        cuts = [i + 1 for i in range(first, end - 1) if shared[i] == num_tokens]
-        waiting += [(a, b, beginning) for a, b in reversed(list(pairwise([first, *cuts, end])))]
-    return [beginning for beginning in found if beginning.contexts]
-
-
-class _Walk:
-    """A trie behind a query: of each node, the log-probability of its path, and whether greedy decoding takes it."""
-
-    def __init__(self, trie: LabelTrie) -> None:
-        self.trie = trie
-        # Later tokens of a query are numbered in the order they come; the root is the query itself.
-        self.order = {node: number for number, node in enumerate([ROOT, *trie.inner_nodes], start=-1)}
-        self.reached: list[Answer] = [(0.0, True)] * len(trie.tokens)
-
-    def answers(self) -> Iterator[tuple[int, Answer]]:
-        """Yield what was found of each option, once all nodes are reached."""
-        for node, numbers in enumerate(self.trie.labels):
-            for number in numbers:
-                yield number, self.reached[node]
-
-
-@torch.no_grad()
-def score_tries(
-    model: PreTrainedModel,
-    prefix: Sequence[Block],
-    queries: Sequence[tuple[int, ...]],
-    tries: Sequence[Sequence[LabelTrie]],
-    memory: WorkingMemory,
-) -> list[list[Answer]]:
-    """Score all options of queries behind a prefix, and tell which of them greedy decoding would write.
-
-    `manyicl.engine.scoring.score_labels` reads the same passes, but knows nothing of tokens outside the trie.
-
-    Args:
-        model: In evaluation mode.
-        prefix: Shared by all queries.
-        queries: Each at least one token, up to where an option begins.
-        tries: Of each query, from `tries_of`.
-        memory: Bounds how many queries advance together.
-
-    Returns:
-        Of each query, the answers of its options in order.
-    """
-    walks = [[_Walk(trie) for trie in some] for some in tries]
-    most_inner = [max(len(trie.inner_nodes) for trie in some) for some in tries]
-    for chunk in memory.chunks([len(query) for query in queries], most_inner):
-        flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(most_inner[i] for i in chunk))
-        first = flight.read()
-        for number in range(max(len(walks[i]) for i in chunk)):
-            lines = [line for line, i in enumerate(chunk) if number < len(walks[i])]
-            _read_walks(flight, first, lines, [walks[chunk[line]][number] for line in lines], memory)
-    found = [{number: answer for walk in some for number, answer in walk.answers()} for some in walks]
-    return [[answers[number] for number in range(len(answers))] for answers in found]
-
-
-def _read_walks(
-    flight: QueriesInFlight, first: Tensor, lines: Sequence[int], walks: Sequence[_Walk], memory: WorkingMemory
-) -> None:
-    """Read one trie behind each of some queries, in as many passes as memory asks for."""
-    for line in lines:
-        flight.forget(line)
-    _learn(first, lines, [(walk, ROOT) for walk in walks])
-    step = memory.tokens_per_pass(num_logits_per_token=1)
-    nodes = [(line, walk, node) for line, walk in zip(lines, walks, strict=True) for node in walk.trie.inner_nodes]
-    for start in range(0, len(nodes), step):
-        part = nodes[start : start + step]
-        logits = flight.follow(
-            [line for line, _, _ in part],
-            [walk.trie.tokens[node] for _, walk, node in part],
-            [walk.order[walk.trie.parents[node]] for _, walk, node in part],
-        )
-        _learn(logits, range(len(part)), [(walk, node) for _, walk, node in part])
-
-
-def _learn(logits: Tensor, rows: Sequence[int], read: Sequence[tuple[_Walk, int]]) -> None:
-    """Take in what follows the nodes that were read, each with its row of the logits, (S, V)."""
-    likeliest = logits.argmax(dim=-1).tolist()
-    asked = [
-        (row, walk, node, child)
-        for row, (walk, node) in zip(rows, read, strict=True)
-        for child in walk.trie.children[node]
-    ]
-    tokens = [walk.trie.tokens[child] for _, walk, _, child in asked]
-    scores = log_probabilities(logits, [row for row, *_ in asked], tokens)
-    for (row, walk, node, child), token, score in zip(asked, tokens, scores, strict=True):
-        before, is_greedy = walk.reached[node]
-        walk.reached[child] = (before + score, is_greedy and token == likeliest[row])
-
-
-def score_alone(
-    model: PreTrainedModel,
-    prefix: Sequence[Block],
-    query: tuple[int, ...],
-    option: tuple[int, ...],
-    memory: WorkingMemory,
-) -> Answer:
-    """Score one long option, read straight through behind a prefix and a query."""
-    begin = len(query) - 1
-    scores: list[float] = []
-    is_greedy = True
-
-    def take(places: Sequence[int], logits: Tensor) -> None:
-        nonlocal is_greedy
-        tokens = [option[place - begin] for place in places]
-        scores.extend(log_probabilities(logits, range(len(tokens)), tokens))
-        is_greedy = is_greedy and logits.argmax(dim=-1).tolist() == tokens
-
-    encode_behind(
-        model,
-        prefix,
-        (*query, *option[:-1]),
-        chunk_tokens=memory.tokens_per_pass(num_logits_per_token=1),
-        keep=range(begin, begin + len(option)),
-        on_logits=take,
-    )
-    return sum(scores), is_greedy
 
 
 @contextmanager
