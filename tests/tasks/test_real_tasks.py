@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from manyicl.tasks.files import load_task
 from manyicl.tasks.schema import TwoFiles, read_task_file
@@ -56,3 +57,20 @@ def test_a_real_task_loads_whole(file: Path) -> None:
     assert task.test
     assert not task.dropped
     assert task.instruction()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data folder beside the checkout")
+def test_every_set_of_the_data_folder_loads_whole_through_a_plain_task_file(tmp_path: Path) -> None:
+    from benchmarks.all_tasks import data_sets, task_file
+
+    from manyicl.tasks.files import load_tasks
+
+    sets = list(data_sets(DATA))
+    for one in sets:
+        (tmp_path / one.name).mkdir()
+        text = yaml.safe_dump(task_file(one, DATA), allow_unicode=True)
+        (tmp_path / one.name / "task.yaml").write_text(text, encoding="utf-8")
+    tasks = load_tasks([str(tmp_path)], DATA)
+    assert len(tasks) == len(sets) == 190
+    assert not any(task.dropped for task in tasks)
+    assert sum(len(task.train) + len(task.test) for task in tasks) == 214_419
