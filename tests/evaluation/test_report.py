@@ -180,3 +180,15 @@ def test_flags_are_counted_in_sentences() -> None:
 def test_zero_stands_one_doubling_before_the_first_shot() -> None:
     assert [shot_position(shots) for shots in (0, 1, 2, 8)] == [-1, 0, 1, 3]
     assert shot_position(0, smallest=16) == 3
+
+
+def test_a_page_without_examples_holds_no_text_of_any_row(folder: Path, tmp_path: Path) -> None:
+    texts = {
+        text for task in small_world() for one in (*task.train, *task.test) for text in (one.query.text, one.origin)
+    }
+    texts.discard("")
+    page = write_report(folder, tmp_path / "with.html").read_text(encoding="utf-8")
+    assert any(text in page for text in texts)
+    page = write_report(folder, tmp_path / "without.html", examples=False).read_text(encoding="utf-8")
+    assert not any(text in page for text in texts)
+    assert "Worked predictions" not in page

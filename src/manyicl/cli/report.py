@@ -15,6 +15,9 @@ def report_command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the curves as .svg, .png or .pdf.")] = None,
     title: Annotated[str, typer.Option(help="Head of the page.")] = "Shot curves",
+    examples: Annotated[
+        bool, typer.Option(help="Show worked predictions; without, no text of a query, answer or demonstration.")
+    ] = True,
     per_task: Annotated[bool, typer.Option("--per-task", help="Print a table for every task too.")] = False,
 ) -> None:
     """Draw tables and shot curves from the records that `manyicl evaluate` wrote.
@@ -28,6 +31,8 @@ def report_command(
         manyicl report results --output shot-curves.html --plot shot-curves.png
 
         manyicl report results --per-task
+
+        manyicl report results --no-examples --output to-share.html
     """
     from rich.console import Console
 
@@ -40,5 +45,5 @@ def report_command(
     if plot is not None:
         plot_shot_curves(records, plot)
         console.print(f"Curves: {plot}", markup=False, soft_wrap=True)
-    page = write_report(results, output or results / "report.html", title=title)
+    page = write_report(results, output or results / "report.html", title=title, examples=examples)
     console.print(f"Report: {page}", markup=False, soft_wrap=True)

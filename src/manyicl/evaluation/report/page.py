@@ -36,6 +36,7 @@ def write_report(
     only: Sequence[Result] | None = None,
     title: str = "Shot curves",
     lead: str | None = None,
+    examples: bool = True,
 ) -> Path:
     """Write one HTML page from records alone.
 
@@ -45,6 +46,7 @@ def write_report(
         only: Records to show, where a folder holds those of other runs too; None for all.
         title: Head of the page.
         lead: A sentence below it; None for one that counts models, tasks and results.
+        examples: Whether worked predictions, and with them texts of the tasks, may stand in it.
 
     Returns:
         The path of the page.
@@ -71,7 +73,7 @@ def write_report(
         tfidf_colour=TFIDF_COLOUR,
         sections=_sections(summary),
         panel=lambda group, wide=False: Markup(inline_panel(summary, group, wide=wide)),
-        worked=worked_tasks(summary, store) if store is not None else [],
+        worked=worked_tasks(summary, store) if store is not None and examples else [],
         notes=notes(summary),
         models=_models(summary),
         metric_of={record.task: record.metric for record in records},
