@@ -39,6 +39,40 @@ def test_list_names_family_labels_and_rows(folder: Path) -> None:
         assert word in output
 
 
+def test_list_shows_the_catalogue_without_loading_it() -> None:
+    output = run("list").output
+    for word in ("banking77", "hf:nyu-mll/glue cola", "summarization", "10,003", "3,080", "catalog:ag_news"):
+        assert word in output
+    assert "svamp" in run("list", "math").output
+    assert "banking77" not in run("list", "math", "catalog:anli_*").output
+    assert run("list", "anli_*").output.count("facebook/anli") == 3
+
+
+def test_list_searches_the_catalogue_and_offers_the_nearest() -> None:
+    output = run("list", "--search", "Voice Assistant").output
+    assert "massive_intent" in output
+    assert "2 tasks" in output
+    assert "rte" in run("list", "nli", "--search", "entailment").output
+    with pytest.raises(UserError, match="Did you mean 'nli'"):
+        run("list", "nly")
+    with pytest.raises(UserError, match=r"mentions 'bankin77'\. Did you mean 'banking77'"):
+        run("list", "--search", "bankin77")
+
+
+def test_list_says_what_stands_in_a_data_root_and_prefers_folders_to_families(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "svamp").mkdir()
+    lines = run("list", "math", "--data-root", tmp_path).output.splitlines()
+    assert ["yes" in line for line in lines if "svamp" in line or "gsm8k" in line] == [False, False, True]
+    (tmp_path / "math").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"The folder math holds no task\.yaml"):
+        run("list", "math")
+    with pytest.raises(UserError, match="--search looks through the catalogue; leave out 'math'"):
+        run("list", "math", "--search", "numbers")
+
+
 def test_check_reports_balance_lengths_and_shots(folder: Path) -> None:
     table = f"{folder}/tickets.csv:text:label"
     output = run("check", table, "--tokenizer", folder / "model", "--context", 512).output

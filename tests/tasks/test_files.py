@@ -103,6 +103,9 @@ def test_class_numbers_become_names_before_the_templates(tmp_path: Path, names: 
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     keys = CLASSIFICATION + f"class_names: {{label: {names}}}\n"
     assert answers(load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))) == ["positive", "negative"]
+    rows[1]["label"] = -1
+    write_task(tmp_path / "t", keys, train=rows, test=[])
+    assert "train.jsonl:2: the column 'label' is -1: the row has no label. Mend the row, or" in refusal(tmp_path / "t")
     rows[1]["label"] = 7
     write_task(tmp_path / "t", keys, train=rows, test=[])
     assert "train.jsonl:2: The column 'label' holds '7'" in refusal(tmp_path / "t")
@@ -118,9 +121,29 @@ def test_choices_are_the_rows_own_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"options": {"text": ["a", "b"]}}, "options.text"),
+        ({"first": "a", "second": "b"}, "first, second"),
+        ({"options.text": ["a", "b"], "options": {"text": ["x"]}}, "options.text"),
+    ],
+)
+def test_choices_stand_within_a_column_or_in_columns_of_their_own(
+    tmp_path: Path, options: dict[str, Any], where: str
+) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa") + f"choices: {where}\n"
+    rows = [{"text": "?", "label": "b", **options}]
+    task = load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))
+    assert task.train[0].query.choices == task.query(rows[0]).choices == ("a", "b")
+    write_task(tmp_path / "t", keys, train=[{"text": "?", "label": "b"}], test=[])
+    assert "train.jsonl:1: " in refusal(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
     ("row", "extra"),
     [
         ({"text": "q", "label": ["one", "uno", "one"]}, ""),
+        ({"text": "q", "label": "one", "also": {"text": ["one", "uno"]}}, "references: also.text\n"),
         ({"text": "q", "label": "one", "also": ["one", "uno"]}, "references: also\n"),
     ],
 )

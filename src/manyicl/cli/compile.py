@@ -24,7 +24,10 @@ CLEAR_STANDARD_ERRORS = 1.96
 def compile_command(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
     task: Annotated[
-        str, typer.Option("--task", "-t", help="Task folder, or a file with two columns: `tickets.csv:text:label`.")
+        str,
+        typer.Option(
+            "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
     shots: Annotated[

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
     tasks: Annotated[
-        list[str], typer.Option("--tasks", "-t", help="Task folder, task.yaml or pattern; may be repeated.")
+        list[str], typer.Option("--tasks", "-t", help="Task folder, catalog:NAME, task.yaml or pattern; repeatable.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")],
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",

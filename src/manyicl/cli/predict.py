@@ -35,7 +35,9 @@ def predict_command(
     ],
     task: Annotated[
         str | None,
-        typer.Option("--task", "-t", help="Task folder, or a file with two columns: `tickets.csv:text:label`."),
+        typer.Option(
+            "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
+        ),
     ] = None,
     prefix: Annotated[
         Path | None, typer.Option(help="What `manyicl compile` wrote, in place of --task, --shots and --seed.")

@@ -45,14 +45,29 @@ TaskPatterns = Annotated[
     list[str],
     typer.Argument(
         metavar="TASK...",
-        help="Task folders, task.yaml files, folders of task folders, globs, or a table with its columns, "
-        "as in tickets.csv:text:label.",
+        help="Task folders, task.yaml files, folders of task folders, globs, catalog:NAME, or a table with its "
+        "columns, as in tickets.csv:text:label.",
         show_default=False,
     ),
 ]
-OneTask = Annotated[str, typer.Argument(metavar="TASK", help="A task folder, or a table as in tickets.csv:text:label.")]
+ListedPatterns = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TASK...]",
+        help="A family, name or pattern of the catalogue, such as nli or tweet_*; or task folders, task.yaml files, "
+        "folders of task folders, globs and tables, which are loaded. [default: the whole catalogue]",
+        show_default=False,
+    ),
+]
+OneTask = Annotated[
+    str, typer.Argument(metavar="TASK", help="A task folder, catalog:NAME, or a table as in tickets.csv:text:label.")
+]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+    Path | None,
+    typer.Option(
+        help="Where data paths begin that are not found beside their task.yaml, and where copies of Hub datasets "
+        "stand, as NAME/train.jsonl."
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -68,14 +83,27 @@ Model = Annotated[
 
 @app.command(
     "list",
-    epilog="Examples:\n\nmanyicl tasks list tasks/\n\nmanyicl tasks list recipes/real/train --data-root ~/data",
+    epilog="Examples:\n\nmanyicl tasks list\n\nmanyicl tasks list nli\n\nmanyicl tasks list --search sentiment\n\n"
+    "manyicl tasks list tasks/\n\nmanyicl tasks list recipes/real/train --data-root ~/data",
 )
-def list_tasks(tasks: TaskPatterns, data_root: DataRoot = None) -> None:
-    """List tasks: family, metric, labels, rows, source."""
+def list_tasks(
+    tasks: ListedPatterns = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Of the catalogue, those whose name, family, description or Hub id hold this word."),
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """List the catalogue, or a family of it, without downloading; or load tasks and list labels, rows, source."""
     from rich.table import Table
 
     from manyicl.tasks.files import load_tasks
 
+    if not tasks or all(map(_is_of_catalog, tasks)):
+        _list_catalog(tasks or ["catalog:"], search, data_root)
+        return
+    if search is not None:
+        raise UserError(f"--search looks through the catalogue; leave out {tasks[0]!r}, or --search.")
     table = Table("task", "family", "metric")
     for heading in ("labels", "train", "test", "dropped"):
         table.add_column(heading, justify="right")
@@ -92,6 +120,49 @@ def list_tasks(tasks: TaskPatterns, data_root: DataRoot = None) -> None:
             task.source,
         )
     _console().print(table)
+
+
+def _is_of_catalog(pattern: str) -> bool:
+    """Tell a name, a family or a pattern of the catalogue from what stands on disk, which comes first."""
+    from glob import glob
+
+    if pattern.startswith("catalog:"):
+        return True
+    return all(letter.isalnum() or letter in "_*?[]-" for letter in pattern) and not glob(pattern)  # noqa: PTH207
+
+
+def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path | None) -> None:
+    """Print entries of the catalogue, as their task files describe them."""
+    from rich.table import Table
+
+    from manyicl.tasks.catalog import catalog_entries, search_catalog
+
+    entries = list({entry.name: entry for pattern in patterns for entry in catalog_entries(pattern)}.values())
+    if search is not None:
+        entries = list(search_catalog(entries, search))
+    table = Table("task", "family", "Hub")
+    for heading in ("train", "test"):
+        table.add_column(heading, justify="right")
+    table.add_column("description")
+    if data_root is not None:
+        table.add_column(f"in {data_root}")
+    for entry in entries:
+        cells = [entry.name, entry.spec.family, entry.hub, _size(entry.data.num_train), _size(entry.data.num_test)]
+        cells.append(entry.spec.description or "")
+        if data_root is not None:
+            cells.append("yes" if (data_root / entry.name).is_dir() else "")
+        table.add_row(*cells)
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{len(entries)} tasks of the catalogue. Name one as catalog:{entries[0].name} wherever a task is named.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _size(num_rows: int | None) -> str:
+    return f"{num_rows:,}" if num_rows is not None else "–"
 
 
 @app.command(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from manyicl.errors import UserError, did_you_mean
+from manyicl.tasks.listed import listed
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.sandbox import as_written
 from manyicl.tasks.schema import OneFile, TaskFile
@@ -20,6 +21,7 @@ from manyicl.tasks.template import Template
 
 ON_BOTH_SIDES = "training row that stands in test too"
 _BLANK_LINE = "\n\n"
+_UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 
 
 class _BadRowError(Exception):
@@ -145,19 +147,20 @@ class TaskBuilder:
 
     def _answers(self, row: LocatedRow) -> tuple[str, ...]:
         """Render every accepted answer, the canonical one first, without repeats."""
-        listed = row.columns.get(self.answer_column) if self.answer_column is not None else None
-        if isinstance(listed, list | tuple):
-            if not listed:
+        self._refuse_unlabelled(row)
+        values = row.columns.get(self.answer_column) if self.answer_column is not None else None
+        if isinstance(values, list | tuple):
+            if not values:
                 raise _BadRowError("empty answer", f"the answer column {self.answer_column!r} holds an empty list.")
             answers = [
-                self.answer_template.render({**row.columns, str(self.answer_column): answer}) for answer in listed
+                self.answer_template.render({**row.columns, str(self.answer_column): answer}) for answer in values
             ]
         else:
             answers = [self.answer_template.render(row.columns)]
         if self.closed:
             self._refuse_several_labels(answers, row)
         if self.spec.references is not None:
-            references = row.columns.get(self.spec.references)
+            references = listed(row.columns, self.spec.references)
             if not isinstance(references, list | tuple):
                 raise UserError(
                     f"the column {self.spec.references!r} lists the accepted answers; expected a list, "
@@ -165,6 +168,11 @@ class TaskBuilder:
                 )
             answers += [str(as_written(reference)) for reference in references]
         return tuple(dict.fromkeys(answer.strip() for answer in answers))
+
+    def _refuse_unlabelled(self, row: LocatedRow) -> None:
+        for column, names in self.answer_template.class_names.items():
+            if str(row.columns.get(column)) == _UNLABELLED and _UNLABELLED not in names:
+                raise _BadRowError("row without a label", f"the column {column!r} is -1: the row has no label.")
 
     def _refuse_several_labels(self, answers: Sequence[str], row: LocatedRow) -> None:
         """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""

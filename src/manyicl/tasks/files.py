@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import MachineError, UserError, did_you_mean
 from manyicl.tasks.building import TaskBuilder, require_column
+from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
 from manyicl.tasks.rows import (
     SUFFIXES,
     LoadDataset,
     LocatedRow,
+    find_split,
     nearest_path,
     read_hub_rows,
     read_rows,
     require_file,
 )
 from manyicl.tasks.sandbox import as_written
-from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, read_task_file
+from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, read_task_file
 from manyicl.tasks.task import Family, Task
 
 TASK_FILE = "task.yaml"
@@ -31,34 +33,44 @@ _MOST_LABELS_INFERRED = 100
 
 
 def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: LoadDataset | None = None) -> Task:
-    """Load one task: a folder with a ``task.yaml``, that file itself, or a table such as ``tickets.csv:text:label``.
+    """Load one task: a folder with a ``task.yaml``, that file itself, a table or an entry of the catalogue.
 
-    A relative data path in ``task.yaml`` is looked for beside that file first, then under ``data_root``. It may
+    A table is written ``tickets.csv:text:label``, an entry ``catalog:banking77``. A relative data path in
+    ``task.yaml`` is looked for beside that file first, then under ``data_root``; a Hub dataset in the folder of the
+    task's name under ``data_root``, as ``banking77/train.jsonl``, before the Hub is asked. A data path may
     be absolute or lead out of the folder with ``..``, because people keep data elsewhere: a task file can name
     any table that its user can read, so look at ``data`` in one that a stranger wrote.
 
     Args:
         path: What to load.
-        data_root: A second place where data paths may begin.
+        data_root: A second place where data paths may begin, and where copies of Hub datasets stand.
         load_dataset: Stands in for ``datasets.load_dataset``.
 
     Raises:
         UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
+        MachineError: If the rows are on the Hub and it cannot be reached.
     """
     if data_root is not None and not data_root.is_dir():
         raise UserError(f"The data root {data_root} is no folder.{nearest_path(data_root)}")
     table = _TABLE.fullmatch(str(path))
     if table is not None and not Path(path).exists():
         return _task_from_table(table["path"], table["columns"])
+    if str(path).startswith(CATALOG_PREFIX):
+        files = catalog_files(str(path))
+        if len(files) > 1:
+            names = ", ".join(file.parent.name for file in files[:5]) + (", …" if len(files) > 5 else ".")
+            raise UserError(f"{str(path)!r} stands for {len(files)} tasks; name one of them: {names}")
+        path = files[0]
     file = _task_file(Path(path))
     return _build_task(read_task_file(file), file, data_root, load_dataset)
 
 
 def load_tasks(patterns: Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
-    """Load tasks by folders, ``task.yaml`` files, folders of task folders, globs and tables, each once.
+    """Load tasks by folders, ``task.yaml`` files, folders of task folders, globs, tables and the catalogue, each once.
 
     Args:
-        patterns: Such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``.
+        patterns: Such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``,
+            ``catalog:banking77``, ``catalog:tweet_*``, ``catalog:nli``.
         data_root: A second place where data paths may begin; see ``load_task``.
 
     Raises:
@@ -89,6 +101,8 @@ def task_places(pattern: str | Path) -> list[str | Path]:
         UserError: If it stands for nothing.
     """
     path = Path(pattern)
+    if str(pattern).startswith(CATALOG_PREFIX):
+        return list(catalog_files(str(pattern)))
     if not path.exists():
         if _TABLE.fullmatch(str(pattern)):
             return [str(pattern)]
@@ -123,8 +137,8 @@ def _task_file(path: Path) -> Path:
         return path / TASK_FILE
     if not path.is_file():
         raise UserError(
-            f"The task {str(path)!r} does not exist.{nearest_path(path)} "
-            "`manyicl tasks list FOLDER` lists those of a folder."
+            f"The task {str(path)!r} does not exist.{nearest_path(path)}{catalog_hint(str(path))} "
+            "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
         )
     if path.suffix.lower() in SUFFIXES:
         raise UserError(
@@ -245,11 +259,46 @@ def _build_task(spec: TaskFile, file: Path, data_root: Path | None, load_dataset
             for paths in (data.train, data.test)
         )
     else:
+        train, test = _hub_sides(data, spec, builder.name, data_root, load_dataset)
+    return builder.two_sided_task(train, test)
+
+
+def _hub_sides(
+    data: HubData, spec: TaskFile, name: str, data_root: Path | None, load_dataset: LoadDataset | None
+) -> tuple[list[LocatedRow], list[LocatedRow]]:
+    """Read both splits of a Hub dataset: from the folder of the task's name under the data root, else from the Hub."""
+    folder = data_root / name if data_root is not None else None
+    if folder is not None and folder.is_dir():
         train, test = (
-            read_hub_rows(data.hf, split, config=data.config, revision=data.revision, load_dataset=load_dataset)
+            [row for path in find_split(folder, split) for row in read_rows(path)] for split in (data.train, data.test)
+        )
+        return train, test
+    try:
+        train, test = (
+            read_hub_rows(
+                data.hf,
+                split,
+                config=data.config,
+                revision=data.revision,
+                class_names=spec.class_names,
+                load_dataset=load_dataset,
+            )
             for split in (data.train, data.test)
         )
-    return builder.two_sided_task(train, test)
+    except MachineError as error:
+        raise MachineError(f"{error} {_local_copy(data, name, data_root)}") from error
+    return train, test
+
+
+def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
+    """Say where a copy of a Hub dataset is looked for."""
+    files = " and ".join(f"{name}/{split}.jsonl" for split in (data.train, data.test))
+    if data_root is None:
+        return (
+            f"With a copy of the rows, name its folder with --data-root; {files} are read there, CSV and Parquet too."
+        )
+    folders = [entry.name for entry in sorted(data_root.iterdir()) if entry.is_dir()]
+    return f"A copy may stand in {data_root}, as {files}, CSV or Parquet.{did_you_mean(name, folders)}"
 
 
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:

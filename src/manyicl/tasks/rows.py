@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +198,7 @@ def as_text(value: Any) -> Any:
 
 
 LoadDataset = Callable[..., Any]
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def read_hub_rows(
@@ -204,19 +207,25 @@ def read_hub_rows(
     *,
     config: str | None = None,
     revision: str | None = None,
+    class_names: Mapping[str, Mapping[str, str]] | None = None,
     load_dataset: LoadDataset | None = None,
 ) -> list[LocatedRow]:
     """Read one split of a Hub dataset through `datasets`; numbered classes become their names.
+
+    A private or gated dataset needs a token. The Hub's own library takes it from the environment (``HF_TOKEN``);
+    it is neither read nor passed on here, and cut out of what that library says.
 
     Args:
         name: ``owner/name`` on the Hub.
         split: A split of it, such as ``train`` or ``validation[:500]``.
         config: Its configuration, where it has several.
         revision: A branch, tag or commit, to fix what is read.
+        class_names: Columns that a task file names the classes of. Their numbers stay, so that its names are given,
+            and are compared with the Hub's: a wrong order would turn every label into another.
         load_dataset: Stands in for ``datasets.load_dataset``.
 
     Raises:
-        UserError: If the dataset, configuration or split does not exist.
+        UserError: If the dataset, configuration or split does not exist, or its classes are others.
         MachineError: If the Hub cannot be reached.
     """
     if load_dataset is None:
@@ -226,22 +235,70 @@ def read_hub_rows(
     place = f"hf:{name} {split}"
     try:
         dataset = load_dataset(name, config, split=split, revision=revision)
-    except (ValueError, OSError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, ConnectionError):
-            raise MachineError(f"{place}: the Hub cannot be reached, {first_line}") from error
-        raise UserError(f"{place}: cannot be loaded, {first_line}") from error
-    class_names = {
-        column: feature.names
+    except Exception as error:
+        if _is_unreachable(error):
+            offline = ", and HF_HUB_OFFLINE keeps this machine offline" if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise MachineError(f"{place}: the Hub cannot be reached{offline} ({_first_line(error)}).") from error
+        if not isinstance(error, ValueError | OSError | RuntimeError):
+            raise
+        hint = " Set HF_TOKEN in the environment if it is private or gated." if _wants_token(error) else ""
+        raise UserError(f"{place}: cannot be loaded, {_first_line(error)}.{hint}") from error
+    hub_names = {
+        column: list(feature.names)
         for column, feature in (getattr(dataset, "features", None) or {}).items()
         if getattr(feature, "names", None)
     }
+    for column, names in (class_names or {}).items():
+        if column in hub_names:
+            _require_same_classes(names, hub_names.pop(column), column, place)
     return [
         LocatedRow(
-            {column: as_text(_named(value, class_names.get(column))) for column, value in row.items()}, place, number
+            {column: as_text(_named(value, hub_names.get(column))) for column, value in row.items()}, place, number
         )
         for number, row in enumerate(dataset, start=1)
     ]
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Tell a Hub that does not answer from one that says no; `datasets` wraps the one in the other at times."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # httpx, which the Hub's library asks with, derives its errors from none of Python's own.
+        if isinstance(seen, ConnectionError | TimeoutError) or type(seen).__module__.startswith("httpx"):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _wants_token(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("gated", "private", "authenticat", "401", "403"))
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of what a library said, without its full stop and without any token."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+    for variable in _TOKENS:
+        if token := os.environ.get(variable):
+            line = line.replace(token, f"${variable}")
+    return line
+
+
+def _require_same_classes(names: Mapping[str, str], hub_names: list[str], column: str, place: str) -> None:
+    """Refuse class names of a task file that cannot be the Hub's: other numbers, or the same words in another order."""
+    numbers = {str(number) for number in range(len(hub_names))}
+    if set(names) != numbers:
+        raise UserError(
+            f"{place}: class_names of {column!r} names {len(names)} classes; the Hub has {len(hub_names)}: {hub_names}."
+        )
+    ours = [_letters(names[str(number)]) for number in range(len(hub_names))]
+    theirs = [_letters(name) for name in hub_names]
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise UserError(f"{place}: class_names of {column!r} stand in another order than on the Hub: {hub_names}.")
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _named(value: Any, names: list[str] | None) -> Any:
@@ -249,3 +306,22 @@ def _named(value: Any, names: list[str] | None) -> Any:
     if names is None or not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None
+
+
+def find_split(folder: Path, split: str) -> list[Path]:
+    """Find the files of one split in a folder: ``test.jsonl`` and the like, or the Hub's numbered Parquet files.
+
+    Raises:
+        UserError: If there is none, or several of different kinds.
+    """
+    whole = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    found = whole or sorted(folder.glob(f"{glob.escape(split)}-*-of-*.parquet"))
+    if len(whole) > 1:
+        raise UserError(f"{folder} holds {' and '.join(path.name for path in whole)}; keep one file of the split.")
+    if not found:
+        hint = did_you_mean(f"{split}.jsonl", sorted(entry.name for entry in folder.iterdir()))
+        others = ", ".join(suffix for suffix in SUFFIXES if suffix != ".jsonl")
+        raise UserError(
+            f"The split {split!r} is missing in {folder}; expected {folder / split}.jsonl, or {others}.{hint}"
+        )
+    return found

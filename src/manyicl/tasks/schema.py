@@ -58,6 +58,8 @@ class HubData(Section):
     revision: str | None = Field(None, description="Branch, tag or commit.")
     train: str = Field("train", description="Split whose rows may become demonstrations.")
     test: str = Field("test", description="Split whose rows are only ever asked.")
+    num_train: int | None = Field(None, ge=1, description="Rows of the train split as published; for listings alone.")
+    num_test: int | None = Field(None, ge=1, description="Rows of the test split as published; for listings alone.")
 
 
 class TaskFile(Section):
@@ -69,6 +71,7 @@ class TaskFile(Section):
 
     name: str | None = Field(None, description="Unique in a run; by default the name of the folder.")
     family: Family = Field(description="What kind of task it is.")
+    description: str | None = Field(None, description="One line for people who look for a task; no model sees it.")
     metric: Metric | None = Field(None, description="By default the usual one of the family.")
     query: str = Field(description="Template of what is asked.")
     answer: str = Field(description="Template of the answer; a column alone may hold a list of accepted ones.")
@@ -79,8 +82,14 @@ class TaskFile(Section):
     class_names: Mapping[str, Mapping[str, str]] = Field(
         default_factory=dict, description="Column -> class number -> name, applied before the templates."
     )
-    choices: str | None = Field(None, description="Column that holds the row's own list of options.")
-    references: str | None = Field(None, description="Column that lists every accepted answer.")
+    choices: str | None = Field(
+        None,
+        description="The row's own options: a column that lists them, column.key where the list stands within one, "
+        "or columns that hold one each, as in option1, option2.",
+    )
+    references: str | None = Field(
+        None, description="Column that lists every accepted answer, or column.key where the list stands within one."
+    )
     source: str | None = Field(
         None, description="What it was drawn from; tasks of one source are never unseen to each other."
     )

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from manyicl.errors import UserError
 from manyicl.tasks.demonstrations import Sampling, demonstration_order
+from manyicl.tasks.listed import listed
 from manyicl.tasks.template import Template
 
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
@@ -55,7 +56,7 @@ class Task:
         instruction_template: Renders with ``labels`` in scope; None when the task has no instruction.
         query_template: Renders a row's columns to the query text.
         columns: Columns that the query template names, so that a plain string can stand for a row with one.
-        choices_column: Column that holds a row's options, if the task is multiple choice.
+        choices_column: Where a row holds its options, if the task is multiple choice; see ``listed``.
         source: What the task was drawn from; tasks of one source are siblings and never unseen to each other.
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows left out when the task was read.
@@ -98,7 +99,7 @@ class Task:
             row = {self.columns[0]: row}
         choices = None
         if self.choices_column is not None:
-            value = row.get(self.choices_column)
+            value = listed(row, self.choices_column)
             if not isinstance(value, list | tuple) or not value:
                 raise UserError(
                     f"Task {self.name!r} takes its options from the column {self.choices_column!r}; "
