@@ -14,6 +14,7 @@ from rich.markup import escape
 import manyicl
 from manyicl.cli import tasks
 from manyicl.cli.compile import compile_command
+from manyicl.cli.doctor import doctor_command
 from manyicl.cli.evaluate import evaluate_command
 from manyicl.cli.export import export_command
 from manyicl.cli.predict import predict_command
@@ -42,6 +43,7 @@ app.command("predict")(predict_command)
 app.command("compile")(compile_command)
 app.command("report")(report_command)
 app.command("export")(export_command)
+app.command("doctor")(doctor_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,4 +91,5 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five retries without a network are ten lines
     warnings.filterwarnings("ignore", category=FutureWarning)

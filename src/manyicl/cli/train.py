@@ -61,9 +61,12 @@ def train_command(
     changes = [*(overrides or ()), *([f"training.seed={seed}"] if seed is not None else ())]
     read = Recipe.read(recipe, changes)
 
+    from manyicl.training.requirements import require_machine
     from manyicl.training.train import end_processes, is_main_process, load_recipe_tasks, train
 
     logging.disable_progress_bar()
+    if not dry_run:
+        require_machine(read)
     tasks = load_recipe_tasks(read)
     if dry_run:
         from manyicl.training.dry_run import dry_run as describe

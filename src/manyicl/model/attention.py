@@ -12,7 +12,7 @@ see follows from the order of keys alone:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +23,12 @@ from transformers import AttentionInterface
 
 from manyicl.errors import UserError
 from manyicl.model.continuation import Continuation
+from manyicl.model.machine import import_library
 
 ATTENTION = "manyicl"
+# transformers takes every name with "flash" in it for its own implementation.
+VARIABLE_LENGTH_ATTENTION = "manyicl_varlen"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 # What some architectures add to their scores; leaving it out in silence would change every result.
 UNKNOWN_TERMS = ("s_aux", "position_bias")
 
@@ -87,16 +91,7 @@ def isolated_attention(
     Raises:
         UserError: If the model insists on a mask, on bidirectional layers, or on terms that are not known here.
     """
-    if attention_mask is not None:
-        raise UserError(
-            f"{type(module).__name__} hands a mask to its attention; this attention follows segments alone. "
-            "Call the model without attention_mask."
-        )
-    for term in UNKNOWN_TERMS:
-        if kwargs.get(term) is not None:
-            raise UserError(f"{type(module).__name__} adds {term!r} to its attention, which is not supported.")
-    if getattr(module, "is_causal", True) is False:
-        raise UserError(f"{type(module).__name__} attends in both directions; expected a causal language model.")
+    _require_known_terms(module, attention_mask, kwargs)
     if continuation is not None:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         layer: Any = module.layer_idx
@@ -110,6 +105,84 @@ def isolated_attention(
         for a, b in pairwise(ends)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def variable_length_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    continuation: Continuation | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Do what `isolated_attention` does, all segments of a row in one call of flash-attn.
+
+    The arguments are those, too; what is no packed row, such as the continuation of a prefix, goes there. Tested with
+    a slow stand-in for the library's function; the kernel itself, for which a GPU is needed, we never ran.
+
+    Returns:
+        (1, T, heads, head size), and None in place of attention weights.
+
+    Raises:
+        UserError: As there, and if flash-attn cannot be imported or the model does not compute in 16 bits.
+    """
+    num_tokens = query.shape[2]
+    if continuation is not None or key.shape[2] != num_tokens or len(query) != 1:
+        return isolated_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            cu_seq_lens_q=cu_seq_lens_q,
+            continuation=continuation,
+            **kwargs,
+        )
+    _require_known_terms(module, attention_mask, kwargs)
+    if query.dtype not in KERNEL_DTYPES:
+        raise UserError(f"flash-attn computes in 16 bits and was handed {query.dtype}. Use model.dtype: bfloat16.")
+    kernel = import_library("flash_attn").flash_attn_varlen_func
+    ends = cu_seq_lens_q
+    if ends is None:
+        ends = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device)
+    longest = int(ends.diff().max())
+    attended: Tensor = kernel(
+        *(part[0].transpose(0, 1) for part in (query, key, value)),  # (T, heads, head size)
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        # Keys to the left and to the right of a token, itself not counted.
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return attended[None], None
+
+
+def _require_known_terms(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    if attention_mask is not None:
+        raise UserError(
+            f"{type(module).__name__} hands a mask to its attention; this attention follows segments alone. "
+            "Call the model without attention_mask."
+        )
+    for term in UNKNOWN_TERMS:
+        if others.get(term) is not None:
+            raise UserError(f"{type(module).__name__} adds {term!r} to its attention, which is not supported.")
+    if getattr(module, "is_causal", True) is False:
+        raise UserError(f"{type(module).__name__} attends in both directions; expected a causal language model.")
 
 
 def _causal_attention(
@@ -155,3 +228,4 @@ def visible_keys(num_tokens: int, num_keys: int, window: int | None, device: tor
 
 
 AttentionInterface.register(ATTENTION, isolated_attention)
+AttentionInterface.register(VARIABLE_LENGTH_ATTENTION, variable_length_attention)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from manyicl.errors import UserError
-from manyicl.model.attention import ATTENTION, packed_arguments
+from manyicl.model.attention import packed_arguments
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
 # Measured differences are below 1e-5 in float32 where a model isolates and above 1e-2 where it does not; in
@@ -43,17 +43,46 @@ def packing_error(model: PreTrainedModel) -> float:
 @torch.no_grad()
 def attention_error(model: PreTrainedModel) -> float:
     """Return the largest difference between our attention and transformers' own on one segment, as above."""
+    implementation = model.config._attn_implementation
+    ours = probe_logits(model)
+    try:
+        model.set_attn_implementation("eager")
+        theirs = probe_logits(model)
+    finally:
+        model.set_attn_implementation(implementation)
+    return _relative_difference(ours, theirs)
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the logits of one short text, (1, T, V), by which two ways to compute a model are compared."""
     ids = max(_segments(model), key=lambda segment: segment.shape[1])
     was_training = model.training
     model.eval()
     try:
-        ours = _logits(model, ids)
-        model.set_attn_implementation("eager")
-        theirs = _logits(model, ids)
+        return _logits(model, ids)
     finally:
-        model.set_attn_implementation(ATTENTION)
         model.train(was_training)
-    return _relative_difference(ours, theirs)
+
+
+def require_same_logits(model: PreTrainedModel, before: torch.Tensor, library: str) -> None:
+    """Refuse kernels that change what a model computes by more than rounding.
+
+    Args:
+        model: With the kernels.
+        before: `probe_logits` of the same model without them.
+        library: Where the kernels come from.
+
+    Raises:
+        UserError: If so.
+    """
+    tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
+    difference = _relative_difference(probe_logits(model), before)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{type(model).__name__} scores otherwise with the kernels of {library} than without: logits differ by "
+            f"{difference:.2g} standard deviations, at most {tolerance:g} is expected. Leave them out."
+        )
 
 
 @torch.no_grad()

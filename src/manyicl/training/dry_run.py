@@ -22,6 +22,7 @@ from manyicl.training.estimate import (
     sample_rows,
 )
 from manyicl.training.recipe import Recipe
+from manyicl.training.requirements import missing_here
 from manyicl.training.start import starting_point
 from manyicl.training.train import RecipeTasks, require_unseen_by_base, row_source
 
@@ -30,7 +31,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
     """Yield lines about a run: its size, its rows, and what it will cost on this machine.
 
     A small model that is at hand is run on a few rows. A large one, or one of the Hub, is estimated from its
-    configuration; where not even that is at hand, the lines say what cannot be known.
+    configuration; where not even that is at hand, the lines say what cannot be known. So they do where the recipe
+    asks for a library or a GPU that is not here: it is a run for another machine.
 
     Raises:
         UserError: If recipe, tasks and model do not go together.
@@ -44,14 +46,26 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
         f"Run: {recipe.num_steps:,} steps of {settings.rows_per_step} rows of at most "
         f"{recipe.rows.max_context_tokens:,} tokens."
     )
-    if recipe.model.base is not None and _is_only_described(recipe.model.base):
-        yield from _from_description(recipe, tasks)
+    missing = missing_here(recipe)
+    for sentence in missing:
+        yield f"Not on this machine: {sentence}"
+    if missing:
+        recipe = _without_kernels(recipe)
+    if recipe.model.base is not None and (
+        missing or recipe.model.quantize is not None or _is_only_described(recipe.model.base)
+    ):
+        yield from _from_description(recipe, tasks, is_for_this_machine=not missing)
         return
     start = starting_point(recipe, tasks.train)
     require_unseen_by_base(tasks.held_out, start)
     rows = row_source(recipe, tasks.train, start.tokenizer)
     statistics = sample_rows(rows, recipe.objective)
     yield from _run_lines(recipe, statistics)
+    if missing:
+        num_parameters = sum(weights.numel() for weights in start.model.parameters())
+        yield _size_line(num_parameters, start.num_trainable_parameters)
+        yield "Hours and memory cannot be known on this machine."
+        return
     if sum(weights.numel() for weights in start.model.parameters()) <= MOST_PARAMETERS_MEASURED:
         cost = measured_cost(recipe, start, rows)
     else:
@@ -68,7 +82,14 @@ def _is_only_described(base: str) -> bool:
     return sum(file.stat().st_size for file in weights) > 4 * MOST_PARAMETERS_MEASURED
 
 
-def _from_description(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
+def _without_kernels(recipe: Recipe) -> Recipe:
+    """Leave out what changes how a model is computed, not what it is; 4 bits stay, for they change its memory."""
+    model = recipe.model.model_copy(update={"attention": "split"})
+    training = recipe.training.model_copy(update={"liger": False})
+    return recipe.model_copy(update={"model": model, "training": training})
+
+
+def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine: bool) -> Iterator[str]:
     """Describe a run over a base whose weights are not looked at."""
     base = recipe.model.base
     assert base is not None
@@ -89,11 +110,19 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
     statistics = sample_rows(rows, recipe.objective)
     yield from _run_lines(recipe, statistics)
     try:
-        parameter_counts(recipe)
+        counts = parameter_counts(recipe)
     except UserError as error:
         yield f"Hours and memory cannot be known, because the configuration of {base!r} is not at hand: {error}"
         return
-    yield from _cost_lines(estimated_cost(recipe, statistics))
+    cost = estimated_cost(recipe, statistics)
+    if is_for_this_machine:
+        yield from _cost_lines(cost)
+    else:
+        yield _size_line(counts.total, counts.trainable)
+        yield (
+            f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration. Hours cannot be known on "
+            "this machine."
+        )
 
 
 def _can_be_had(repository: str) -> bool:
@@ -118,13 +147,16 @@ def _run_lines(recipe: Recipe, statistics: RowStatistics) -> Iterator[str]:
 
 
 def _cost_lines(cost: Cost) -> Iterator[str]:
-    yield (
-        f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained "
-        f"({cost.num_trainable / cost.num_parameters:.1%})."
-    )
+    yield _size_line(cost.num_parameters, cost.num_trainable)
     yield (
         f"About {_duration(cost.hours)} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory "
         f"({cost.how})."
+    )
+
+
+def _size_line(num_parameters: int, num_trainable: int) -> str:
+    return (
+        f"Model: {num_parameters:,} weights, {num_trainable:,} of them trained ({num_trainable / num_parameters:.1%})."
     )
 
 

@@ -26,6 +26,8 @@ NUM_MEASURED_ROWS = 2
 MOST_PARAMETERS_MEASURED = 300_000_000
 # Share of the measured matrix rate that a whole training step reaches; a rule of thumb, said where it is used.
 ASSUMED_EFFICIENCY = 0.4
+# Half a byte, a scale of one byte for 64 weights, and a second scale of four bytes for 256 of these.
+BYTES_PER_4_BIT_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,23 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def parameter_counts(recipe: Recipe) -> tuple[int, int]:
-    """Count all and trainable weights of a base from its configuration alone.
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Weights of a base and of an adapter over it.
+
+    Attributes:
+        total: All of them.
+        trainable: Those that training changes.
+        linear: Those of the base's linear layers, the head aside, which 4 bits can hold.
+    """
+
+    total: int
+    trainable: int
+    linear: int
+
+
+def parameter_counts(recipe: Recipe) -> ParameterCounts:
+    """Count the weights of a base from its configuration alone.
 
     Raises:
         UserError: If the configuration is not at hand.
@@ -177,21 +194,25 @@ def parameter_counts(recipe: Recipe) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     num_parameters = sum(weights.numel() for weights in model.parameters())
+    linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model))
     if recipe.model.lora is None:
-        return num_parameters, num_parameters
+        return ParameterCounts(num_parameters, num_parameters, linear)
     adapter = adapter_size(model, recipe.model.lora)
-    return num_parameters + adapter, adapter
+    return ParameterCounts(num_parameters + adapter, adapter, linear)
+
+
+def _inner_linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """List the linear layers of a model with their names, without its head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
 
 
 def adapter_size(model: nn.Module, lora: LoraSettings) -> int:
     """Count the weights of an adapter: rank x (inputs + outputs) of every linear layer it covers."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     covered = [
         part
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear)
-        and part is not head
-        and (lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules)
+        for name, part in _inner_linear_layers(model)
+        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
     ]
     return sum(lora.rank * (part.in_features + part.out_features) for part in covered)
 
@@ -206,7 +227,8 @@ def estimated_cost(recipe: Recipe, statistics: RowStatistics) -> Cost:
         UserError: If the configuration is not at hand.
     """
     assert recipe.model.base is not None
-    num_parameters, num_trainable = parameter_counts(recipe)
+    counts = parameter_counts(recipe)
+    num_parameters, num_trainable = counts.total, counts.trainable
     low_precision = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     rate = matrix_rate(torch.bfloat16 if low_precision else torch.float32)
     per_token = 4 * num_parameters + 2 * num_trainable
@@ -223,7 +245,9 @@ def estimated_cost(recipe: Recipe, statistics: RowStatistics) -> Cost:
     activations = num_kept * config.hidden_size * statistics.tokens * bytes_per_activation
     # Logits, their softmax and its gradient, in float32.
     activations += 3 * 4 * statistics.targets * config.vocab_size
-    weights = num_parameters * bytes_per_weight + num_trainable * (4 + 8)
+    weights = float(num_parameters * bytes_per_weight + num_trainable * (4 + 8))
+    if recipe.model.quantize is not None:
+        weights -= counts.linear * (bytes_per_weight - BYTES_PER_4_BIT_WEIGHT)
     return Cost(
         hours=seconds / 3600,
         memory_gib=(weights + activations) / 2**30,

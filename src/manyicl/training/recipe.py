@@ -69,6 +69,16 @@ class ModelSettings(Section):
     from_scratch: FromScratchSettings | None = Field(None, description="A new model instead of a base.")
     lora: LoraSettings | None = Field(None, description="Train an adapter; unset trains all weights.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="In which the weights are held.")
+    quantize: Literal["4bit"] | None = Field(
+        None,
+        description="4bit: hold the linear layers of the base in 4 bits under an adapter (QLoRA); needs bitsandbytes "
+        "and a CUDA GPU.",
+    )
+    attention: Literal["split", "flash"] = Field(
+        "split",
+        description="split: each episode of a row through torch's own kernels; flash: all in one call of flash-attn, "
+        "on a CUDA GPU in bfloat16.",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -79,12 +89,25 @@ class ModelSettings(Section):
             raise ValueError("from_scratch trains all weights; an adapter over it would have no base. Remove lora")
         return self
 
+    @model_validator(mode="after")
+    def _kernels_fit_the_weights(self) -> Self:
+        if self.quantize is not None and self.lora is None:
+            remedy = "Remove quantize" if self.from_scratch is not None else "Give lora, or remove quantize"
+            raise ValueError(f"quantize: {self.quantize} freezes the base, so only an adapter can be trained. {remedy}")
+        if self.attention == "flash" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"attention: flash computes in 16 bits; found dtype {self.dtype}. Use dtype: bfloat16, or "
+                "attention: split"
+            )
+        return self
+
 
 class TaskSettings(Section):
     """Which tasks are trained on, and which are only watched."""
 
     train: tuple[str, ...] = Field(
-        min_length=1, description="Task folders, task.yaml files or globs, relative to the working directory."
+        min_length=1,
+        description="Task folders, task.yaml files, catalog:NAME or globs; paths from the working directory.",
     )
     evaluate: tuple[str, ...] = Field(
         (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
@@ -148,6 +171,11 @@ class TrainingSettings(Section):
     bf16: bool = Field(False, description="Compute in bfloat16 (autocast) over float32 weights.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    liger: bool = Field(
+        False,
+        description="Use Liger's kernels for norms, rotary positions and gates; its losses stay out. Needs "
+        "liger-kernel and a CUDA GPU.",
     )
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     evaluate_every: int | None = Field(

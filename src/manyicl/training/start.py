@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,12 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from manyicl.errors import UserError
-from manyicl.model.load import DTYPES, load_model, max_positions
+from manyicl.model.kernels import use_flash_attention, use_liger_kernels
+from manyicl.model.load import DTYPES, LoadedModel, load_model, load_quantized, max_positions
 from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
 from manyicl.training.from_scratch import new_config, new_model, require_loadable, train_tokenizer
 from manyicl.training.recipe import LoraSettings, Recipe
+from manyicl.training.requirements import is_sharded, require_machine
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     """Load or make the model of a recipe, the same for the same seed.
 
     Raises:
-        UserError: If it cannot be loaded or made, or has fewer positions than a row has tokens.
+        UserError: If it cannot be loaded or made, asks for what this machine does not have, or has fewer positions
+            than a row has tokens.
     """
+    require_machine(recipe)
     set_seed(recipe.training.seed)
     start = _new_start(recipe, tasks) if recipe.model.from_scratch is not None else _start_from_base(recipe)
     positions = max_positions(start.model)
@@ -79,12 +83,13 @@ def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     require_loadable(tokenizer, config)
     model = new_model(settings, config, recipe.training.seed)
     torch.nn.Module.to(model, DTYPES[recipe.model.dtype])
+    _use_kernels(model, recipe)
     return StartingPoint(model, tokenizer, None, None)
 
 
 def _start_from_base(recipe: Recipe) -> StartingPoint:
     assert recipe.model.base is not None
-    loaded = load_model(recipe.model.base, dtype=recipe.model.dtype, device=training_device())
+    loaded = _loaded_base(recipe)
     base = recipe.model.base
     is_local = Path(base).is_dir()
     if is_local:
@@ -99,6 +104,7 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
                 "is saved nowhere. Train on its own base, or leave out model.lora to train the merged model."
             )
         model = merge_adapter(adapter)
+    _use_kernels(model, recipe)
     if recipe.model.lora is not None:
         if is_local:
             # The name that PEFT writes into adapter_config.json.
@@ -109,6 +115,33 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
         model.requires_grad_(True)
     base_tasks = loaded.manifest.tasks if loaded.manifest else ()
     return StartingPoint(model, loaded.tokenizer, base, loaded.fingerprint, base_tasks)
+
+
+def _loaded_base(recipe: Recipe) -> LoadedModel:
+    """Load the base as the recipe holds it; its fingerprint is that of the base as it is saved, in 4 bits as well.
+
+    So an adapter that was trained over 4 bits is loaded like any other, over the base in ``model.dtype``.
+    """
+    base, dtype = recipe.model.base, recipe.model.dtype
+    assert base is not None
+    if recipe.model.quantize is None:
+        return load_model(base, dtype=dtype, device=training_device())
+    loaded = load_model(base, dtype=dtype, device="cpu", check_isolation=False)
+    if isinstance(cast(object, loaded.model), PeftModel):
+        return loaded
+    return replace(loaded, model=load_quantized(base, dtype, training_device()))
+
+
+def _use_kernels(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Put the kernels of other libraries into a model, each compared with what stood there before."""
+    if recipe.model.attention == "split" and not recipe.training.liger:
+        return
+    if recipe.model.quantize is None:
+        torch.nn.Module.to(model, training_device())
+    if recipe.model.attention == "flash":
+        use_flash_attention(model)
+    if recipe.training.liger:
+        use_liger_kernels(model)
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
@@ -142,6 +175,6 @@ def _is_linear(part: torch.nn.Module) -> bool:
 
 def training_device() -> str:
     """Return where to load a base: this process's GPU; the CPU if there is none or FSDP will place it."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if not torch.cuda.is_available() or is_sharded():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

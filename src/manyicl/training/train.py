@@ -24,6 +24,7 @@ from manyicl.tasks.task import Task
 from manyicl.training.estimate import RowStatistics, sample_rows
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
+from manyicl.training.requirements import require_machine
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import StartingPoint, starting_point
 from manyicl.training.trainer import BEST_METRIC, ManyShotTrainer, Milestones
@@ -120,10 +121,11 @@ def train(
         console: Where progress is shown; None for standard error.
 
     Raises:
-        UserError: If recipe, tasks and model do not go together, or the output folder is taken.
+        UserError: If recipe, tasks, model and machine do not go together, or the output folder is taken.
         MachineError: If the loss is not a finite number.
     """
     console = console or Console(stderr=True, quiet=not is_main_process())
+    require_machine(recipe)
     if recipe.training.num_threads is not None:
         torch.set_num_threads(recipe.training.num_threads)
     folder = RunFolder(recipe.output)

@@ -1,0 +1,249 @@
+"""What this machine offers: cores, memory, GPUs, libraries and their versions, as plain data.
+
+The only place that looks. Nothing is imported until it is asked, and no network is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from manyicl.errors import UserError
+
+PROC = Path("/proc")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+CORE_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+OPTIONAL_LIBRARIES = ("bitsandbytes", "flash-attn", "liger-kernel", "bm25s", "lm-eval", "ray")
+
+# What Linux calls the instructions that decide how fast this package computes.
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bfloat16",
+    "amx_bf16": "AMX bfloat16",
+    "sve": "SVE",
+    "bf16": "Arm bfloat16",
+}
+_FAST_BFLOAT16 = frozenset({"AVX-512 bfloat16", "AMX bfloat16", "Arm bfloat16"})
+# Older GPUs (Volta, Turing) emulate bfloat16.
+_FIRST_WITH_BFLOAT16 = (8, 0)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The CPU.
+
+    Attributes:
+        name: As the system calls it.
+        num_physical_cores: None where the system does not say.
+        num_logical_cores: Hardware threads.
+        num_usable_cores: Those that this process may use, by affinity and by the quota of its container.
+        features: Instructions that matter here; empty where the system lists none.
+        fast_bfloat16: Whether it multiplies bfloat16 matrices itself, judged by ``features`` alone, never measured;
+            None where nothing is listed.
+    """
+
+    name: str
+    num_physical_cores: int | None
+    num_logical_cores: int
+    num_usable_cores: int
+    features: tuple[str, ...]
+    fast_bfloat16: bool | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device that torch can use.
+
+    Attributes:
+        name: Its model.
+        memory_gib: In all.
+        compute_capability: Major and minor.
+        bfloat16: Whether it computes in bfloat16 itself; older ones emulate it.
+    """
+
+    name: str
+    memory_gib: float
+    compute_capability: tuple[int, int]
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that a run can depend on.
+
+    Attributes:
+        system: Operating system and architecture.
+        python: Its version.
+        processor: The CPU.
+        memory_gib: That this process may use, by the machine and by the limit of its container.
+        available_memory_gib: Of the machine, not in use now.
+        num_torch_threads: CPU threads that torch uses unless told otherwise.
+        gpus: Those that torch sees.
+        cuda: CUDA version that torch is built for; None for a build without.
+        gpu_driver: Version of the NVIDIA driver that is loaded; None if none is.
+        libraries: Version of each library that is always there.
+        optional_libraries: Version of each that some features need; None where it is not installed.
+        hub_offline: Whether HF_HUB_OFFLINE keeps it from the Hub.
+        hub_token: Whether a token of the Hub is set; its value is never read out.
+    """
+
+    system: str
+    python: str
+    processor: Processor
+    memory_gib: float
+    available_memory_gib: float
+    num_torch_threads: int
+    gpus: tuple[Gpu, ...]
+    cuda: str | None
+    gpu_driver: str | None
+    libraries: dict[str, str | None]
+    optional_libraries: dict[str, str | None]
+    hub_offline: bool
+    hub_token: bool
+
+
+def this_machine() -> Machine:
+    """Look at everything. Imports torch."""
+    import torch
+    from huggingface_hub import constants, get_token
+
+    total, available = _memory_bytes()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        processor=processor(),
+        memory_gib=total / 2**30,
+        available_memory_gib=available / 2**30,
+        num_torch_threads=torch.get_num_threads(),
+        gpus=gpus(),
+        cuda=cuda_version(),
+        gpu_driver=_gpu_driver(),
+        libraries={name: library_version(name) for name in CORE_LIBRARIES},
+        optional_libraries={name: library_version(name) for name in OPTIONAL_LIBRARIES},
+        hub_offline=bool(constants.HF_HUB_OFFLINE),
+        hub_token=get_token() is not None,
+    )
+
+
+def library_version(name: str) -> str | None:
+    """Return the installed version of a distribution, without importing it; None where there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def import_library(module: str) -> Any:
+    """Import an optional library.
+
+    Raises:
+        UserError: If it is missing, or was built for another torch, as compiled ones often are.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        reason = (str(error).splitlines() or ["no reason is given"])[0]
+        raise UserError(
+            f"The library {module.partition('.')[0]} cannot be imported: {reason}. Install it for the torch that is "
+            "here, or leave out what needs it."
+        ) from error
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """List the devices that torch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return tuple(
+        Gpu(
+            name=device.name,
+            memory_gib=device.total_memory / 2**30,
+            compute_capability=(device.major, device.minor),
+            bfloat16=(device.major, device.minor) >= _FIRST_WITH_BFLOAT16,
+        )
+        for device in found
+    )
+
+
+def cuda_version() -> str | None:
+    """Return the CUDA version that torch is built for; None for builds for CPUs or other devices."""
+    import torch
+
+    return torch.version.cuda
+
+
+def processor() -> Processor:
+    """Look at the CPU."""
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    logical: int = os.cpu_count() or 1
+    features = _cpu_features()
+    return Processor(
+        name=_cpu_name(),
+        num_physical_cores=psutil.cpu_count(logical=False),
+        num_logical_cores=logical,
+        num_usable_cores=_num_usable_cores(logical),
+        features=features,
+        fast_bfloat16=bool(_FAST_BFLOAT16 & set(features)) if features else None,
+    )
+
+
+def _cpu_features() -> tuple[str, ...]:
+    """Return what the kernel lists of the instructions that matter; nothing is listed outside Linux."""
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _text(PROC / "cpuinfo"), re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    return tuple(name for flag, name in _FEATURES.items() if flag in flags)
+
+
+def _cpu_name() -> str:
+    match = re.search(r"^model name\s*:\s*(.*)$", _text(PROC / "cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _num_usable_cores(logical: int) -> int:
+    # Python has no affinity outside Linux.
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    quota, _, period = _control_group_limit("cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        return max(1, min(affinity, math.ceil(int(quota) / int(period))))
+    return affinity
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """Return the memory that this process may use, and what is available of the machine's."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = _control_group_limit("memory.max")
+    total = min(int(memory.total), int(limit)) if limit.isdigit() else int(memory.total)
+    return total, min(total, int(memory.available))
+
+
+def _control_group_limit(name: str) -> str:
+    """Return a limit of the control group (version 2) that a container runs in; ``max`` or nothing for none."""
+    match = re.search(r"^0::/(.*)$", _text(PROC / "self" / "cgroup"), re.MULTILINE)
+    own = _text(CONTROL_GROUPS / match[1] / name) if match else ""
+    return (own or _text(CONTROL_GROUPS / name)).strip()
+
+
+def _gpu_driver() -> str | None:
+    match = re.search(r"^NVRM version:.*?\s(\d+\.\d+[.\d]*)\s", _text(PROC / "driver/nvidia/version"), re.MULTILINE)
+    return match[1] if match else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
