@@ -9,6 +9,8 @@ import pytest
 from manyicl.cli.evaluate import evaluate_command, parse_shots
 from manyicl.errors import UserError
 from manyicl.evaluation.result import ResultStore
+from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.tasks.files import load_task
 from tests.builders import byte_level_bpe, tiny_model
 
 
@@ -57,3 +59,20 @@ def test_shots_that_are_no_whole_numbers_are_refused(text: str) -> None:
 def test_a_missing_model_is_a_persons_mistake(arguments: dict[str, object]) -> None:
     with pytest.raises(UserError, match="absent"):
         evaluate_command(**{**arguments, "model": "runs/absent"})  # type: ignore[arg-type]
+
+
+def test_data_that_changed_since_training_is_told(
+    arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load_task(str(arguments["tasks"][0]))  # type: ignore[index]
+    manifest = Manifest(max_context_tokens=256, tasks=(TrainedTask.of(task),))
+    manifest.write(tmp_path / "model")
+    evaluate_command(**arguments)  # type: ignore[arg-type]
+    assert "changed since" not in capsys.readouterr().out
+    table = tmp_path / "reviews.csv"
+    table.write_text(table.read_text(encoding="utf-8") + "one film more,good\n", encoding="utf-8")
+    evaluate_command(**arguments)  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    assert (
+        f"The data of 'reviews' changed since the model was trained on it: hash {task.data_hash[:12]} then" in printed
+    )

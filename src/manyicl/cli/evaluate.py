@@ -70,6 +70,14 @@ def evaluate_command(
         max_context_tokens=max_context_tokens,
         working_memory_mib=working_memory_mib,
     )
+    for then, now in engine.manifest.changed_tasks(loaded) if engine.manifest else ():
+        console.print(
+            f"The data of {now.name!r} changed since the model was trained on it: hash {then.data_hash[:12]} then, "
+            f"{now.data_hash[:12]} now.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     curves = measure_with_progress(engine, loaded, output, settings, name, console)
     print_table(curves.results, console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,12 @@ class Manifest(BaseModel):
     base_fingerprint: str | None = Field(None, description="Hash of the weights that training began from.")
     recipe: dict[str, Any] = Field(default_factory=dict, description="The resolved recipe.")
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+
+    def changed_tasks(self, tasks: Iterable[Task]) -> list[tuple[TrainedTask, Task]]:
+        """Pair the tasks that have the name of one in training, and other data, with what they were then."""
+        trained = {task.name: task for task in self.tasks}
+        named = ((trained[task.name], task) for task in tasks if task.name in trained)
+        return [(then, now) for then, now in named if then.data_hash != now.data_hash]
 
     def write(self, folder: Path) -> None:
         """Write manyicl.json into a model folder."""
