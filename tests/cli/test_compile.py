@@ -105,7 +105,7 @@ def test_nearest_rows_are_shown_to_each_query(
         (["--prefix", "INPUT"], "not a whole compiled task"),
         (["--prefix", "PREFIX", "--max-context-tokens", 20], "max_context_tokens is 20"),
         (["--prefix", "PREFIX", "--temperature", 1], "closed answer set"),
-        (["--prefix", "PREFIX", "--temperature", 0], "temperature is above 0"),
+        (["--prefix", "PREFIX", "--temperature", 0], "temperature is at least"),
         (["--prefix", "PREFIX", "--dtype", "bfloat16"], "compiled in float32"),
         (["--prefix", "PREFIX", "--abstain-below", 2], "less than or equal to 1"),
     ],
@@ -159,3 +159,59 @@ def test_a_task_that_cannot_be_compiled_is_refused(
     assert sentence in printed
     assert "Traceback" not in printed
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_tasks_own_rows_are_never_written_over(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    queries: Path,
+    tmp_path: Path,
+) -> None:
+    before, task = table.read_bytes(), f"{table}:text:label"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", table, "--shots", 4) == 2
+    assert "no compiled task" in capsys.readouterr().err
+    common = ["predict", "--model", model_folder, "--input", queries]
+    assert run(monkeypatch, *common, "--task", task, "--shots", 4, "--output", table) == 2
+    assert "holds rows of task 'tickets'" in capsys.readouterr().err
+    assert table.read_bytes() == before
+    prefix = tmp_path / "tickets.csv.jsonl"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4) == 0
+    assert run(monkeypatch, *common, "--prefix", prefix, "--output", prefix) == 2
+    assert "--prefix and --output are the same file" in capsys.readouterr().err
+
+
+def test_rows_that_did_not_fit_the_prefix_may_still_be_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    output = tmp_path / "answers.jsonl"
+    common = ["predict", "--model", model_folder, "--task", f"{table}:text:label,test_fraction=0", "--input", queries]
+    assert run(monkeypatch, *common, "--nearest", 2, "--max-context-tokens", 300, "--output", output) == 0
+    assert len(answers(output)) == 30
+
+
+def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late_one_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    tmp_path: Path,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "film"}\n{"text": " "}\n', encoding="utf-8")
+    common = ["predict", "--task", f"{table}:text:label", "--shots", 2, "--output", tmp_path / "answers.jsonl"]
+    assert run(monkeypatch, *common, "--model", "runs/nowhere", "--input", rows) == 2
+    assert "Query 2" in capsys.readouterr().err
+    rows.write_text("", encoding="utf-8")
+    assert run(monkeypatch, *common, "--model", "runs/nowhere", "--input", rows) == 2
+    assert "row" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film"}\n{"text": "a \\ud800"}\n'))
+    assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 2
+    printed = capsys.readouterr().err
+    assert "Query 2: it holds" in printed
+    assert "answers.jsonl.part" in printed
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film", "note": "\\ud800"}\n'))
+    assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 0
+    assert answers(tmp_path / "answers.jsonl")[0]["note"] == "\ud800"

@@ -258,3 +258,93 @@ def test_shots_are_grouped_by_doubling() -> None:
     answers = [ObservedAnswer(shot, -1.0, True) for shot in range(11)]
     groups = [(first, last, len(group)) for first, last, group in groups_of_shots(answers)]
     assert groups == [(0, 0, 1), (1, 1, 1), (2, 3, 2), (4, 7, 4), (8, 10, 3)]
+
+
+def lost_tensor(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["keys.1"]
+
+
+def no_tokens(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor[:, :, :0] if tensor.dim() == 4 else tensor[:0]).contiguous()
+
+
+def fewer_heads(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["values.0"] = tensors["values.0"][:, :1].contiguous()
+
+
+def other_precision(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["keys.2"] = tensors["keys.2"].bfloat16()
+
+
+def one_token_less(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["keys.2"] = tensors["keys.2"][:, :, 1:].contiguous()
+
+
+def other_tokens(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["token_ids"][3] += 1
+
+
+def other_demonstrations(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["demonstrations"] = header["demonstrations"][:2]
+
+
+def no_labels(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["task"]["labels"] = []
+
+
+def wrong_limit(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["task"]["max_answer_tokens"] = -5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lost_tensor,
+        no_tokens,
+        fewer_heads,
+        other_precision,
+        one_token_less,
+        other_tokens,
+        other_demonstrations,
+        no_labels,
+        wrong_limit,
+    ],
+)
+def test_a_forged_file_with_a_hash_that_fits_is_refused(
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], tmp_path: Path
+) -> None:
+    from manyicl.engine.compiled import _digest
+
+    path = saved(tmp_path)
+    rewritten(path, change)
+    tensors = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()[HEADER_KEY]
+    save_file(tensors, path, {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)})
+    with pytest.raises(UserError, match=r"not a whole compiled task|another tokenizer"):
+        Engine(tiny_loaded()).load(path)
+
+
+def test_the_same_weights_under_another_configuration_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    loaded = tiny_loaded()
+    loaded.model.config.rope_parameters = {**loaded.model.config.rope_parameters, "rope_theta": 123.0}
+    with pytest.raises(UserError, match="another configuration"):
+        Engine(loaded).load(path)
+
+
+def test_a_file_that_is_no_compiled_task_is_never_replaced(tmp_path: Path) -> None:
+    engine = Engine(tiny_loaded())
+    task = closed()
+    compiled = engine.compile(task, task.train[:2])
+    (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is there and no compiled task"):
+        engine.save(compiled, tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "text,label\n"
+    for _ in range(2):
+        engine.save(compiled, tmp_path / "task.prefix")
+    with pytest.raises(UserError, match="is a folder"):
+        engine.load(tmp_path)

@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 import torch
 
-from manyicl.engine.decoding import Generation, Sampling, _append, _draw
+from manyicl.engine.decoding import Generation, Sampling, _append, _draw, end_token_ids
 from manyicl.engine.engine import Engine
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
-from tests.builders import ARCHITECTURES, make_task, tiny_loaded
+from tests.builders import ARCHITECTURES, make_task, sentencepiece_bpe, tiny_loaded
 from tests.reference.slow_engine import plain_copy, slow_greedy
 
 QUERIES = ["film 3 was good", "box 3 was good", "a", "the long red box was by the door"]
@@ -72,9 +72,34 @@ def test_the_terminators_text_ends_an_answer_even_inside_a_longer_token(text: st
     generation = Generation()
     for token in encoder.piece_ids(text):
         if not generation.stopped:
-            _append(generation, token, -0.5, encoder)
+            _append(generation, token, -0.5, encoder, frozenset())
     assert generation.answer == text.partition("\n\n")[0]
     assert generation.stopped
+
+
+@pytest.mark.parametrize("text", ["日本語です", "สวัสดีครับ", "🎉🎉🎉", "é"])
+def test_a_terminator_of_byte_tokens_ends_an_answer_of_byte_tokens(text: str) -> None:
+    """Llama-2 style: a line break is a byte, and a tail may begin within a character."""
+    encoder = Encoder(sentencepiece_bpe(prepend_normalizer=True))
+    generation = Generation()
+    tokens = encoder.piece_ids(f"{text}\n\n")
+    for number, token in enumerate(tokens):
+        assert not generation.stopped, number
+        _append(generation, token, -0.5, encoder, frozenset())
+    assert generation.stopped
+    assert generation.answer == text
+
+
+def test_every_token_that_ends_a_text_ends_an_answer() -> None:
+    loaded = tiny_loaded()
+    loaded.model.generation_config.eos_token_id = [5, 9]
+    encoder = Encoder(loaded.tokenizer)
+    ends = end_token_ids(loaded.model, encoder)
+    assert ends == {5, 9, loaded.tokenizer.eos_token_id}
+    generation = Generation()
+    for token in (*encoder.piece_ids("so"), 9):
+        _append(generation, token, -0.5, encoder, ends)
+    assert (generation.answer, generation.stopped) == ("so", True)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.1}])

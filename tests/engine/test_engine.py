@@ -13,9 +13,11 @@ import torch
 
 from manyicl.engine.decoding import Sampling
 from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine
-from manyicl.errors import UserError
+from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.errors import MachineError, UserError
 from manyicl.model.load import LoadedModel
 from manyicl.tasks.task import Query, Task
+from manyicl.tasks.template import Template
 from tests.builders import (
     ARCHITECTURES,
     byte_level_bpe,
@@ -94,14 +96,14 @@ def test_prefixes_that_begin_alike_share_their_keys_and_answer_as_if_alone() -> 
     engine = Engine(tiny_loaded("mistral"))
     task = make_task()
     queries = [example.query for example in task.test[:5]]
-    first = engine.prefill(task, task.train[:9])
-    other = (*task.train[:6], *task.train[20:24])
+    first = engine.prefill(task, task.train[:20])
+    other = (*task.train[:16], *task.train[20:24])
     shared, alone = engine.prefill(task, other, reuse=first), engine.prefill(task, other)
     assert shared.token_ids == alone.token_ids
     assert shared.blocks[0].keys[0].data_ptr() == first.blocks[0].keys[0].data_ptr()
     for one, two in zip(engine.predict(shared, queries), engine.predict(alone, queries), strict=True):
         assert one.log_probability == pytest.approx(two.log_probability, abs=1e-5)
-    assert engine.prefill(task, task.train[:9], reuse=first).blocks == first.blocks
+    assert engine.prefill(task, task.train[:20], reuse=first).blocks == first.blocks
 
 
 def test_examples_of_its_own_stand_between_prefix_and_query() -> None:
@@ -201,6 +203,11 @@ def test_the_prior_is_the_mean_over_neutral_queries() -> None:
     expected = torch.tensor(slow).exp().mean().log()
     prior = engine.prior(prefix, ["N/A", "?"])
     assert prior.log_probabilities["bad"] == pytest.approx(float(expected), abs=1e-4)
+    framed = make_task(labels=LABELS, query_template=Template("Review: {{ text }}"))
+    prefix = engine.prefill(framed, task.demonstrations(5))
+    (asked,) = engine.predict(prefix, [{"text": "N/A"}], scores="all")
+    assert asked.scores is not None
+    assert engine.prior(prefix, ["N/A"]).log_probabilities == pytest.approx(asked.scores.log_probabilities, abs=1e-5)
     with pytest.raises(UserError, match="no closed label set"):
         engine.prior(engine.prefill(make_task(labels=None)))
 
@@ -213,6 +220,7 @@ def test_the_prior_is_the_mean_over_neutral_queries() -> None:
         (LABELS, {"abstain_below": 1.5, "scores": "all"}, "from 0 to 1"),
         (LABELS, {"sampling": Sampling()}, "closed answer set"),
         (None, {"abstain_below": 0.5, "scores": "all"}, "free answers"),
+        (None, {"scores": "all"}, "free answers"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
@@ -329,3 +337,46 @@ def test_bfloat16_stays_as_near_to_float32_as_plain_transformers_does(architectu
             errors["theirs"].append(abs(theirs - right[label]))
     ours, theirs = (sum(values) / len(values) for values in errors.values())
     assert ours < 1.5 * theirs + 0.05
+
+
+def test_queries_that_the_task_cannot_ask_are_refused_by_number() -> None:
+    engine = Engine(tiny_loaded())
+    train = [make_example(f"film {i}", ("red", "long")[i % 2], ("red", "long", "box")) for i in range(6)]
+    quiz = engine.prefill(make_task("quiz", train, [], labels=None, family="qa", choices_column="options"), train[:2])
+    closed = engine.prefill(make_task())
+    asked: list[tuple[PrefixCache, Any, str]] = [
+        (quiz, [Query("b"), Query("a", ("red", "long"))], "Query 1: task 'quiz' expects options of its own"),
+        (quiz, [Query("a", ("red", "long")), Query("b")], "Query 2: task 'quiz' expects options of its own"),
+        (quiz, [{"text": "a", "options": ["red", ""]}], "Query 1: An option .* is empty"),
+        (quiz, [{"text": "a", "options": ["red", None]}], "Query 1: An option .* is empty"),
+        (quiz, [{"text": "a", "options": ["red", "x\n\ny"]}], "Query 1: The answer .* contains the terminator"),
+        (closed, [Query("a", ("red",))], "Query 1: task 'toy' expects no options"),
+        (closed, ["film", "a \ud800"], "Query 2: it holds .*half of a character"),
+        (closed, [5], "Query 1: .*a mapping"),
+        (closed, ["film", " "], "Query 2: it is empty"),
+    ]
+    for prefix, rows, sentence in asked:
+        with pytest.raises(UserError, match=sentence):
+            list(engine.predict(prefix, rows))
+
+
+def test_scores_that_are_no_numbers_end_the_call() -> None:
+    engine = Engine(tiny_loaded())
+    for task in (make_task(), make_task(labels=None, family="qa", metric="exact_match")):
+        prefix = engine.prefill(task, task.train[:2])
+        norm = engine.model.get_parameter("model.norm.weight")
+        kept = norm.detach().clone()
+        with torch.no_grad():
+            norm.fill_(float("nan"))
+        with pytest.raises(MachineError, match="not numbers"):
+            list(engine.predict(prefix, ["film"]))
+        with torch.no_grad():
+            norm.copy_(kept)
+
+
+def test_a_stream_leaves_nothing_behind_in_the_encoder() -> None:
+    engine = Engine(tiny_loaded())
+    prefix = engine.prefill(make_task())
+    before = engine.encoder._piece_ids.cache_info().currsize
+    assert len(list(engine.predict(prefix, (f"film number {i}" for i in range(300))))) == 300
+    assert engine.encoder._piece_ids.cache_info().currsize <= before + 2

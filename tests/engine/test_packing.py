@@ -94,6 +94,15 @@ def test_a_prefix_in_any_blocks_and_chunks_scores_as_one(architecture: str, cuts
     assert_close(one, other)
 
 
+def test_steps_that_grow_smaller_end_in_few_blocks_too() -> None:
+    model = tiny_model()
+    blocks: tuple[Block, ...] = ()
+    for step in range(20, 0, -1):
+        blocks = encode_behind(model, blocks, ids(step, 0))
+    assert blocks[-1].end == 210
+    assert len(blocks) <= 8
+
+
 def test_many_small_steps_end_in_few_blocks() -> None:
     model = tiny_model()
     blocks: tuple[Block, ...] = ()

@@ -52,6 +52,10 @@ class OracleEngine:
     def max_answer_tokens(self, task: Task) -> int:
         return 8
 
+    @property
+    def dtype(self) -> str:
+        return "float32"
+
     def num_reserved_tokens(self, task: Task) -> int:
         return num_tokens_for_asking(task, self.encoder, 8, [example.query for example in task.test or task.train])
 

@@ -128,3 +128,22 @@ def test_a_model_whose_layers_do_not_pass_the_prefix_on_is_refused(monkeypatch: 
     assert continuation_error(model) > 1e-2
     with pytest.raises(UserError, match="does not continue a prefix"):
         require_isolation(model)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_longest_text_of_a_pass_are_refused(kind: str) -> None:
+    model = tiny_model("phi3")
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": kind}
+    with pytest.raises(UserError, match=kind):
+        require_isolation(model)
+
+
+def test_a_window_that_does_not_reach_the_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mistral", sliding_window=40)
+    require_isolation(model)
+    from manyicl.model import isolation
+
+    monkeypatch.setattr(isolation, "_windows_seen", lambda model: False)
+    with pytest.raises(UserError, match="sliding window that does not reach"):
+        require_isolation(model)
+    require_isolation(tiny_model("llama"))

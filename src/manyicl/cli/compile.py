@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from manyicl.evaluation.uncertainty import Estimate
 
 BAR_CHARACTERS = 20
+# Groups of fewer demonstrations are too small to be compared.
+FEWEST_COMPARED = 8
 # A difference of so many standard errors is called one: 95 % of a normal distribution.
 CLEAR_STANDARD_ERRORS = 1.96
 
@@ -58,12 +60,11 @@ def compile_command(
     """
     from rich.console import Console
 
+    from manyicl.engine.compiled import require_place
     from manyicl.engine.engine import Engine
-    from manyicl.errors import UserError
     from manyicl.tasks.files import load_task
 
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"{str(output)!r} cannot be written: expected a file name in a folder that exists.")
+    require_place(output)
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
@@ -118,12 +119,14 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
 
 def _tendency(estimates: Sequence[Estimate]) -> str:
     """Say whether the last doubling of shots helped, as far as the numbers carry."""
-    if len(estimates) < 2 or estimates[-1].num_scores < 2:
+    if len(estimates) < 2 or min(estimates[-1].num_scores, estimates[-2].num_scores) < FEWEST_COMPARED:
         return "Too few demonstrations to say whether more would help."
     last, before = estimates[-1], estimates[-2]
     gain = last.mean - before.mean
     error = (last.standard_error**2 + before.standard_error**2) ** 0.5
     change = f"{gain:+.2f} ± {error:.2f}"
+    if last.mean == 1:
+        return "Every one of the last was right."
     if gain > CLEAR_STANDARD_ERRORS * error:
         return f"Still rising at the last doubling ({change}): more examples should help."
     return f"No clear rise at the last doubling ({change})."

@@ -16,11 +16,12 @@ import typer
 from manyicl.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.prefix_cache import PrefixCache
-    from manyicl.tasks.task import Query, Task
+    from manyicl.tasks.nearest import NearestExamples
+    from manyicl.tasks.task import Example, Query, Task
 
 STANDARD_STREAM = Path("-")
 
@@ -88,17 +89,24 @@ def predict_command(
     from manyicl.engine.decoding import Sampling
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
-    from manyicl.tasks.nearest import NearestExamples
     from manyicl.tasks.rows import read_rows
 
     console = Console(stderr=True)
-    _require_one_source(task, prefix, {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root})
-    _require_writable(output, input_path)
+    only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
+    if temperature is None and top_p is None:
+        only_with_task["--seed"] = seed
+    _require_one_source(task, prefix, only_with_task)
+    _require_writable(output, {"--input": input_path, "--prefix": prefix})
     sampling = None
     if temperature is not None or top_p is not None:
         sampling = Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed or 0)
     rows = None if input_path == STANDARD_STREAM else [row.columns for row in read_rows(input_path)]
     loaded_task = load_task(task, data_root) if task is not None else None
+    if loaded_task is not None:
+        _require_no_rows_of(loaded_task, output)
+    queries = None if rows is None or loaded_task is None else _queries(loaded_task, rows)
+    if rows == []:
+        raise UserError(f"{input_path}: there is no row to answer.")
     engine = Engine.from_pretrained(
         model,
         dtype=dtype,
@@ -111,10 +119,11 @@ def predict_command(
         assert prefix is not None, "one of both is given"
         cache = engine.load(prefix).prefix
     else:
-        queries = None if rows is None else [_query(loaded_task, row, number) for number, row in enumerate(rows, 1)]
         demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed or 0)
-        near = NearestExamples(loaded_task.train, nearest, exclude=demonstrations) if nearest else None
-        cache = engine.prefill(loaded_task, demonstrations, queries, nearest=near)
+        if nearest:
+            cache, near = _prefill_with_nearest(engine, loaded_task, demonstrations, queries, nearest)
+        else:
+            cache = engine.prefill(loaded_task, demonstrations, queries)
     console.print(_described(engine, cache), markup=False, highlight=False)
     predictions = partial(
         engine.predict,
@@ -124,6 +133,7 @@ def predict_command(
         sampling=sampling,
         nearest=near,
     )
+    predictions([])  # options that contradict each other are refused before anything is written
     answered = _answered(predictions, _standard_input() if rows is None else rows, scores, abstain_below is not None)
     total = None if rows is None else len(rows)
     num_answers = _write(output, track(answered, description="Answering", total=total, console=console))
@@ -140,12 +150,38 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
         raise UserError(f"{given[0]} goes with --task; a compiled task holds its demonstrations already.")
 
 
-def _query(task: Task, row: dict[str, Any], number: int) -> Query:
-    """Render a row, or say which row of the input cannot be."""
-    try:
-        return task.query(row)
-    except UserError as error:
-        raise UserError(f"Query {number}: {error}") from error
+def _queries(task: Task, rows: Iterable[dict[str, Any]]) -> list[Query]:
+    """Render the rows of a file, or say which of them cannot be asked, before a model is loaded."""
+    queries = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            query = task.query(row)
+        except UserError as error:
+            raise UserError(f"Query {number}: {error}") from error
+        if not query.text.strip():
+            raise UserError(f"Query {number}: it is empty; expected a text to answer.")
+        queries.append(query)
+    return queries
+
+
+def _prefill_with_nearest(
+    engine: Engine, task: Task, demonstrations: Sequence[Example], queries: Sequence[Query] | None, num_nearest: int
+) -> tuple[PrefixCache, NearestExamples]:
+    """Prefill demonstrations and find the nearest among the rows that did not become any.
+
+    Which rows these are is known only once the demonstrations that fit are, and how many fit depends on the room that
+    the nearest need: so it is tried with the nearest of all rows first.
+    """
+    from manyicl.tasks.nearest import NearestExamples
+
+    near = NearestExamples(task.train, num_nearest)
+    cache: PrefixCache | None = None
+    while True:
+        earlier, cache = cache, engine.prefill(task, demonstrations, queries, nearest=near, reuse=cache)
+        near = NearestExamples(task.train, num_nearest, exclude=cache.demonstrations)
+        needed = cache.num_tokens + engine.num_reserved_tokens(task, queries, near)
+        if needed <= engine.max_context_tokens or (earlier and earlier.num_shots <= cache.num_shots):
+            return cache, near
 
 
 def _described(engine: Engine, prefix: PrefixCache) -> str:
@@ -158,7 +194,17 @@ def _described(engine: Engine, prefix: PrefixCache) -> str:
     return text
 
 
-def _require_writable(output: Path, input_path: Path) -> None:
+def _require_no_rows_of(task: Task, output: Path) -> None:
+    """Refuse to write over a file that has the name of one the task's rows came from."""
+    sources = {example.origin.rpartition(":")[0] for example in (*task.train, *task.test)}
+    if output.exists() and output.name in sources:
+        raise UserError(
+            f"The output {str(output)!r} has the name of a file that holds rows of task {task.name!r}; write the "
+            "answers to another one."
+        )
+
+
+def _require_writable(output: Path, read: Mapping[str, Path | None]) -> None:
     """Refuse an output before anything is computed."""
     if output == STANDARD_STREAM:
         return
@@ -168,17 +214,22 @@ def _require_writable(output: Path, input_path: Path) -> None:
         raise UserError(f"The output {str(output)!r} is a folder; expected a file.")
     if not output.parent.is_dir():
         raise UserError(f"The folder {str(output.parent)!r} of the output does not exist; make it first.")
-    if output.resolve() == input_path.resolve():
-        raise UserError(f"--input and --output are the same file {str(output)!r}; write the answers to another one.")
+    for name, path in read.items():
+        if path is not None and output.resolve() == path.resolve():
+            raise UserError(f"{name} and --output are the same file {str(output)!r}; write the answers to another one.")
 
 
 def _standard_input() -> Iterator[dict[str, Any]]:
     """Yield the queries of standard input as they come."""
     from manyicl.tasks.rows import parse_json_row
 
-    for number, line in enumerate(sys.stdin, start=1):
-        if line.strip():
-            yield parse_json_row(line, f"standard input:{number}")
+    number = 0
+    try:
+        for number, line in enumerate(sys.stdin, start=1):
+            if line.strip():
+                yield parse_json_row(line, f"standard input:{number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input:{number + 1}: not UTF-8, {error.reason}; send UTF-8.") from error
 
 
 def _answered(
@@ -227,9 +278,25 @@ def _opened(output: Path) -> Iterator[IO[str]]:
         return
     # An error half-way leaves an earlier output as it was, and the answers so far in the `.part` file.
     part = output.with_name(output.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as stream:
-        yield stream
+    try:
+        with part.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except UserError as error:
+        raise UserError(f"{error} The answers before it are in {part}.") from error
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; the answers so far are in {part}.", err=True)
+        raise
     part.replace(output)
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    """Write a row as JSON; half a character, which UTF-8 cannot hold, as the escape that it came as."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
 
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -240,7 +307,7 @@ def _write(output: Path, rows: Iterable[dict[str, Any]]) -> int:
         for row in rows:
             num_rows += 1
             if output.suffix != ".csv":
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(_json_line(row))
                 continue
             flat = {
                 column: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -7,6 +7,7 @@ the model's fingerprint. It holds the demonstrations in recoverable form, as tex
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
-from manyicl.episodes.encoding import PlainFormat
+from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.errors import MachineError, UserError
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel
@@ -29,6 +31,11 @@ from manyicl.tasks.task import Example, Family, Query, Task
 from manyicl.tasks.template import Template
 
 FORMAT_VERSION = 1
+# Keys of a configuration that change no result here.
+NOT_COMPUTED = frozenset(
+    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"}
+    | {"pad_token_id", "max_position_embeddings"}
+)
 HEADER_KEY, HASH_KEY = "manyicl_compiled_task", "sha256"
 
 
@@ -94,14 +101,14 @@ class SavedTask(BaseModel):
     name: str
     family: Family
     metric: str
-    labels: tuple[str, ...] | None
+    labels: tuple[str, ...] | None = Field(min_length=1)
     instruction: SavedTemplate | None
     query: SavedTemplate
     columns: tuple[str, ...]
     choices_column: str | None
     source: str
     data_hash: str
-    max_answer_tokens: int | None
+    max_answer_tokens: int | None = Field(ge=1)
 
 
 class Header(BaseModel):
@@ -113,8 +120,8 @@ class Header(BaseModel):
     model: str = Field(description="How the person named the model.")
     model_fingerprint: str = Field(description="Hash of its weights, adapter included.")
     base_fingerprint: str | None = Field(description="Of the base, where the model is an adapter.")
+    config_hash: str = Field(description="Hash of the network's configuration, which says how weights are used.")
     dtype: str = Field(description="Of keys and values, as the model computes.")
-    num_layers: int = Field(ge=1)
     text_format: PlainFormat
     task: SavedTask
     demonstrations: tuple[SavedExample, ...]
@@ -133,8 +140,7 @@ def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_
     prefix = compiled.prefix
     if not prefix.blocks:
         raise UserError(f"Task {prefix.task.name!r} has neither instruction nor demonstrations; nothing to compile.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{str(path)!r} cannot be written: expected a file name in a folder that exists.")
+    require_place(path)
     tensors = {"token_ids": torch.tensor(prefix.token_ids)}
     num_layers = len(prefix.blocks[0].keys)
     for layer in range(num_layers):
@@ -145,8 +151,8 @@ def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_
         model=loaded.reference,
         model_fingerprint=loaded.fingerprint,
         base_fingerprint=_base_fingerprint(loaded),
+        config_hash=_config_hash(loaded.model),
         dtype=_dtype_name(prefix.blocks[0].keys[0].dtype),
-        num_layers=num_layers,
         text_format=text_format,
         task=_saved_task(prefix.task),
         demonstrations=tuple(map(SavedExample.of, prefix.demonstrations)),
@@ -162,35 +168,87 @@ def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_
         raise MachineError(f"{str(path)!r} could not be written: {error}") from error
 
 
-def load_compiled(path: Path, loaded: LoadedModel, text_format: PlainFormat) -> CompiledTask:
+def require_place(path: Path) -> None:
+    """Refuse a place where a compiled task cannot be written, or would replace something else.
+
+    Raises:
+        UserError: If it is a folder, its folder does not exist, or a file that is no compiled task stands there.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{str(path)!r} cannot be written: expected a file name in a folder that exists.")
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                is_compiled = HEADER_KEY in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            is_compiled = False
+        if not is_compiled:
+            raise UserError(f"{str(path)!r} is there and no compiled task; give another name, or remove it.")
+
+
+def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> CompiledTask:
     """Read a compiled task for the model that it was compiled with.
+
+    Whoever can write the file can make up keys and values, as they could a model; what is checked here is that the
+    file is whole, belongs to this model, and says of its own text what the tokenizer says.
 
     Raises:
         UserError: If the file is no compiled task, is truncated or altered, or belongs to another model, adapter,
             precision, format or version; the sentence says which.
     """
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; expected a file written by `manyicl compile`.")
     if not path.is_file():
         raise UserError(f"The compiled task {str(path)!r} does not exist; make it with `manyicl compile`.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             header = _checked_header(path, metadata)
-            _require_same_model(path, header, loaded, text_format)
+            _require_same_model(path, header, loaded, encoder.format)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is not a whole compiled task: {error}. Compile it again.") from error
     if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
         raise UserError(f"{str(path)!r} was altered after it was written: its hash differs. Compile it again.")
-    layers = range(header.num_layers)
+    demonstrations = tuple(saved.example() for saved in header.demonstrations)
+    task = _task(header.task, demonstrations)
+    encoder.require_distinct(task)
+    token_ids = encoder.encode_prefix(task.instruction(), demonstrations)
+    _require_whole(path, tensors, token_ids, loaded)
+    layers = range(loaded.model.config.get_text_config().num_hidden_layers)
     block = Block(
         0,
         tuple(tensors[f"keys.{layer}"].to(loaded.model.device) for layer in layers),
         tuple(tensors[f"values.{layer}"].to(loaded.model.device) for layer in layers),
     )
-    demonstrations = tuple(saved.example() for saved in header.demonstrations)
-    token_ids = tuple(tensors["token_ids"].tolist())
-    prefix = PrefixCache(_task(header.task, demonstrations), demonstrations, header.num_left_out, token_ids, (block,))
+    prefix = PrefixCache(task, demonstrations, header.num_left_out, token_ids, (block,))
     return CompiledTask(prefix, tuple(ObservedAnswer(*answer) for answer in header.answers))
+
+
+def _require_whole(path: Path, tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], loaded: LoadedModel) -> None:
+    """Refuse tensors that are not those of this text in this network."""
+    config = loaded.model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    states = (1, key_heads, len(token_ids), head_size)
+    layers = range(config.num_hidden_layers)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    expected = {f"{kind}.{layer}": (states, loaded.model.dtype) for kind in ("keys", "values") for layer in layers}
+    expected["token_ids"] = ((len(token_ids),), torch.int64)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong or not token_ids:
+        name = wrong[0] if wrong else "token_ids"
+        raise UserError(
+            f"{str(path)!r} is not a whole compiled task: its tensor {name!r} is {found.get(name, 'missing')}, "
+            f"expected {expected.get(name, 'none')}. Compile it again."
+        )
+    if tuple(tensors["token_ids"].tolist()) != token_ids:
+        raise UserError(
+            f"{str(path)!r} was compiled with another tokenizer: its demonstrations are other tokens here. Compile it "
+            "again."
+        )
 
 
 def _checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
@@ -229,6 +287,11 @@ def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_fo
             f"{header.model_fingerprint[:12]}; {loaded.reference!r} has {loaded.fingerprint[:12]}. Use the model it "
             "was compiled with, or compile the task again."
         )
+    if header.config_hash != _config_hash(loaded.model):
+        raise UserError(
+            f"{str(path)!r} was compiled with another configuration of the same weights, such as other positions or "
+            "windows. Compile the task again."
+        )
     if header.text_format != text_format:
         raise UserError(
             f"{str(path)!r} was compiled with another text format ({header.text_format.model_dump()}); the engine "
@@ -239,6 +302,13 @@ def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_fo
 def _base_fingerprint(loaded: LoadedModel) -> str | None:
     """Name the base of an adapter; None for a model that stands alone."""
     return loaded.manifest.base_fingerprint if loaded.manifest and hasattr(loaded.model, "peft_config") else None
+
+
+def _config_hash(model: PreTrainedModel) -> str:
+    """Hash what a configuration says about how the network computes."""
+    config = model.config.get_text_config().to_dict()
+    told = {name: value for name, value in config.items() if name not in NOT_COMPUTED and not name.startswith("_")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators
+from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators, numbers_of
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.model.continuation import Block
+
+REPLACEMENT = "\ufffd"
+# Below it probabilities leave the range of floating point.
+LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature is above 0; found {self.temperature}. Leave sampling out for greedy answers.")
+        if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is at least {LEAST_TEMPERATURE}; found {self.temperature}. Leave it out for the "
+                "likeliest tokens."
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p lies above 0 and at most at 1; found {self.top_p}.")
 
@@ -46,7 +53,8 @@ class Generation:
 
     Attributes:
         token_ids: Generated so far.
-        log_probability: Of these tokens under the model, in nats; temperature and top_p leave it as it is.
+        log_probability: Of these tokens under the model, in nats; temperature and top_p leave it as it is, and an
+            end-of-sequence token, which ends an answer in place of the terminator, adds nothing.
         answer: The text before the terminator, once it has appeared or the limit is reached.
         stopped: True if the terminator or the end-of-sequence token was met, False at the limit.
     """
@@ -81,16 +89,17 @@ def generate(
         numbers: Of the queries in their stream, for ``sampling``; None for 0, 1, 2, …
     """
     generations = [Generation() for _ in queries]
+    ends = end_token_ids(model, encoder)
     numbers = range(len(queries)) if numbers is None else numbers
     chances = [random.Random(f"answer {sampling.seed if sampling else 0} {number}") for number in numbers]
-    for chunk in memory.chunks([len(query) for query in queries], [max_answer_tokens] * len(queries)):
-        flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max_answer_tokens)
+    for chunk in memory.chunks([len(query) for query in queries], [max_answer_tokens] * len(queries), in_line=True):
+        flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max_answer_tokens, in_line=True)
         live = list(range(len(chunk)))
         logits = flight.read()
         for place in range(max_answer_tokens):
-            tokens, log_probabilities = _choose(logits, sampling, [chances[chunk[i]] for i in live])
+            tokens, log_probabilities = _next_tokens(logits, sampling, [chances[chunk[i]] for i in live])
             for i, token, log_probability in zip(live, tokens, log_probabilities, strict=True):
-                _append(generations[chunk[i]], token, log_probability, encoder)
+                _append(generations[chunk[i]], token, log_probability, encoder, ends)
             live, tokens = _unfinished(live, tokens, [generations[chunk[i]] for i in live])
             if not live or place == max_answer_tokens - 1:
                 break
@@ -109,7 +118,7 @@ def _unfinished(
     return [i for i, _ in going], [token for _, token in going]
 
 
-def _choose(
+def _next_tokens(
     logits: Tensor, sampling: Sampling | None, chances: Sequence[random.Random]
 ) -> tuple[list[int], list[float]]:
     """Choose the next token of each query, (Q, V), and give its log-probability under the model."""
@@ -118,7 +127,7 @@ def _choose(
     else:
         chosen = torch.stack([_draw(row, sampling, chance) for row, chance in zip(logits, chances, strict=True)])
     picked = logits.gather(1, chosen[:, None])[:, 0].float() - log_denominators(logits)
-    return chosen.tolist(), picked.tolist()
+    return chosen.tolist(), numbers_of(picked)
 
 
 def _draw(logits: Tensor, sampling: Sampling, chance: random.Random) -> Tensor:
@@ -131,12 +140,19 @@ def _draw(logits: Tensor, sampling: Sampling, chance: random.Random) -> Tensor:
     return tokens[min(place, len(kept) - 1)]
 
 
-def _append(generation: Generation, token: int, log_probability: float, encoder: Encoder) -> None:
+def end_token_ids(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's, and those that the model's generation_config adds."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (encoder.tokenizer.eos_token_id, *listed) if token is not None)
+
+
+def _append(generation: Generation, token: int, log_probability: float, encoder: Encoder, ends: frozenset[int]) -> None:
     """Add a token, and stop where the terminator's text appears.
 
     Text decides, not token ids: in Llama-3-style vocabularies ``.`` and the blank line after it are one token.
     """
-    if token == encoder.tokenizer.eos_token_id:
+    if token in ends:
         generation.stopped = True
         generation.answer = encoder.decode(generation.token_ids)
         return
@@ -145,6 +161,7 @@ def _append(generation: Generation, token: int, log_probability: float, encoder:
     terminator = encoder.format.terminator
     # The end of the terminator lies in the newest token, so only so much needs decoding as may hold all of it.
     tail = encoder.decode(generation.token_ids[-4 * len(terminator) - 4 :])
-    if terminator in tail:
+    # A tail that begins within a character may decode to nothing but replacements, so then all is looked at.
+    if terminator in tail or (REPLACEMENT in tail and terminator in encoder.decode(generation.token_ids)):
         generation.stopped = True
         generation.answer = encoder.decode(generation.token_ids).partition(terminator)[0]

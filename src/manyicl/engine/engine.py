@@ -84,6 +84,8 @@ class Engine:
         saved_format = loaded.manifest.text_format if loaded.manifest else None
         self.encoder = Encoder(loaded.tokenizer, text_format or saved_format)
         self.trained_context_tokens = loaded.manifest.max_context_tokens if loaded.manifest else None
+        if max_context_tokens is not None and max_context_tokens < 1:
+            raise UserError(f"max_context_tokens is at least 1; found {max_context_tokens}.")
         allowed = max_positions(loaded.model)
         if max_context_tokens and allowed and max_context_tokens > allowed:
             raise UserError(
@@ -96,7 +98,8 @@ class Engine:
         if working_memory_mib is not None and working_memory_mib < 1:
             raise UserError(f"working_memory_mib is at least 1; found {working_memory_mib}.")
         self.working_memory_mib = working_memory_mib
-        self._tries = lru_cache(maxsize=1024)(tries_of)
+        # Label sets of tasks; choices per row seldom come again.
+        self._tries = lru_cache(maxsize=8)(tries_of)
 
     @classmethod
     def from_pretrained(
@@ -191,7 +194,7 @@ class Engine:
         Raises:
             UserError: If the file is not whole, or belongs to another model, adapter, precision, format or version.
         """
-        compiled = load_compiled(Path(path), self.loaded, self.encoder.format)
+        compiled = load_compiled(Path(path), self.loaded, self.encoder)
         if compiled.prefix.num_tokens > self.max_context_tokens:
             raise UserError(
                 f"{str(path)!r} holds {compiled.prefix.num_tokens:,} tokens; max_context_tokens is "
@@ -211,15 +214,28 @@ class Engine:
         reserve = self.num_reserved_tokens(task, queries, nearest)
         return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
 
-    def extend(self, prefix: PrefixCache, demonstrations: Sequence[Example]) -> PrefixCache:
+    def extend(
+        self,
+        prefix: PrefixCache,
+        demonstrations: Sequence[Example],
+        queries: Sequence[Query] | None = None,
+        *,
+        nearest: Nearest | None = None,
+    ) -> PrefixCache:
         """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.
+
+        Args:
+            prefix: Of this engine.
+            demonstrations: Shown behind those that are there.
+            queries: What will be asked, as for `prefill`; a loaded prefix knows no other rows than its demonstrations.
+            nearest: As for `prefill`.
 
         Raises:
             UserError: If the demonstrations do not all fit.
         """
         shown = (*prefix.demonstrations, *demonstrations)
         token_ids = self.encoder.encode_prefix(prefix.task.instruction(), shown)
-        room = self.max_context_tokens - self.num_reserved_tokens(prefix.task)
+        room = self.max_context_tokens - self.num_reserved_tokens(prefix.task, queries, nearest)
         if len(token_ids) > room:
             raise UserError(
                 f"{len(shown)} demonstrations of {prefix.task.name!r} need {len(token_ids):,} tokens; {room:,} of "
@@ -240,6 +256,11 @@ class Engine:
             else 0
         )
         return own_examples + num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task), queries)
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     def max_answer_tokens(self, task: Task) -> int:
         """Return where a free answer of this task is cut: the task's own limit, or a default."""
@@ -278,15 +299,17 @@ class Engine:
                 f"abstain_below is a probability among all labels, from 0 to 1, and needs scores='all'; found "
                 f"{abstain_below} with scores={scores!r}."
             )
-        is_closed = bool(prefix.task.labels or prefix.task.choices_column)
+        is_closed = _is_closed(prefix.task)
+        if scores == "all" and not is_closed:
+            raise UserError(f"Task {prefix.task.name!r} has free answers; scores='all' needs labels to score.")
         if sampling is not None and is_closed:
             raise UserError(f"Task {prefix.task.name!r} has a closed answer set, which is scored; sampling draws none.")
-        if abstain_below is not None and not is_closed:
-            raise UserError(f"Task {prefix.task.name!r} has free answers; abstain_below needs labels to choose from.")
         return self._predict(prefix, rows, scores, abstain_below, sampling, nearest)
 
     def prior(self, prefix: PrefixCache, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
         """Score the labels behind queries that say nothing, for `LabelScores.corrected`.
+
+        Every column of the query template holds the neutral text.
 
         Raises:
             UserError: If the task has no labels of its own.
@@ -295,7 +318,7 @@ class Engine:
         """
         if not prefix.task.labels:
             raise UserError(f"Task {prefix.task.name!r} has no closed label set; there is no prior to take.")
-        neutral = [Query(text) for text in neutral_queries]
+        neutral = [prefix.task.query(dict.fromkeys(prefix.task.columns, text)) for text in neutral_queries]
         return mean_scores([one.scores for one in self.predict(prefix, neutral, scores="all") if one.scores])
 
     def working_memory(self, prefix: PrefixCache) -> WorkingMemory:
@@ -311,10 +334,12 @@ class Engine:
         sampling: Sampling | None,
         nearest: Nearest | None,
     ) -> Iterator[Prediction]:
-        asked = (self._asked(prefix, row, number, nearest) for number, row in enumerate(rows, start=1))
+        labels = prefix.task.labels
+        label_ids = tuple(self.encoder.answer_ids(label) for label in labels) if labels else None
+        asked = (self._asked(prefix, row, number, nearest, label_ids) for number, row in enumerate(rows, start=1))
         while True:
             chunk, failure = _read_ahead(asked, READ_AHEAD_QUERIES)
-            if chunk and chunk[0].options is not None:
+            if chunk and _is_closed(prefix.task):
                 yield from self._choose(prefix, chunk, wanted, abstain_below)
             elif chunk:
                 yield from self._generate(prefix, chunk, sampling)
@@ -324,26 +349,30 @@ class Engine:
                 return
 
     def _asked(
-        self, prefix: PrefixCache, row: Columns | str | Query, number: int, nearest: Nearest | None
+        self,
+        prefix: PrefixCache,
+        row: Columns | str | Query,
+        number: int,
+        nearest: Nearest | None,
+        label_ids: tuple[tuple[int, ...], ...] | None,
     ) -> _AskedQuery:
         """Render and encode one row, and make sure that it fits behind the prefix."""
         try:
             query = row if isinstance(row, Query) else prefix.task.query(row)
+            _require_askable(query, prefix.task)
+            own_examples = tuple(nearest(query)) if nearest else ()
+            token_ids = self._continuation_ids(prefix, own_examples, query)
+            options = query.choices or prefix.task.labels
+            option_ids = label_ids or tuple(self.encoder.answer_ids(option) for option in options or ())
         except UserError as error:
             raise UserError(f"Query {number}: {error}") from error
-        if not query.text.strip():
-            raise UserError(f"Query {number} is empty; expected a text to answer.")
-        own_examples = tuple(nearest(query)) if nearest else ()
-        token_ids = self._continuation_ids(prefix, own_examples, query)
-        options = query.choices or prefix.task.labels
-        option_ids = tuple(self.encoder.answer_ids(option) for option in options or ())
         answer_tokens = max(map(len, option_ids)) if option_ids else self.max_answer_tokens(prefix.task)
         needed = prefix.num_tokens + len(token_ids) + answer_tokens
         if needed > self.max_context_tokens:
+            own = f" and {len(own_examples)} nearest" if own_examples else ""
             raise UserError(
-                f"Query {number} needs {needed:,} tokens with {prefix.num_shots + len(own_examples)} demonstrations "
-                f"and its answer; max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a "
-                "shorter query."
+                f"Query {number} needs {needed:,} tokens with {prefix.num_shots}{own} demonstrations and its answer; "
+                f"max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a shorter query."
             )
         return _AskedQuery(number, token_ids, options, option_ids)
 
@@ -354,7 +383,7 @@ class Engine:
             opens_sequence = prefix.opens_sequence and not token_ids
             token_ids += self.encoder.query_ids(example.query.text, opens_sequence)
             token_ids += self.encoder.answer_ids(example.answer)
-        token_ids += self.encoder.query_ids(query.text, prefix.opens_sequence and not token_ids)
+        token_ids += self.encoder.passing_query_ids(query.text, prefix.opens_sequence and not token_ids)
         # What opens a sequence, such as bos, is part of a prefix, and of no query.
         return tuple(token_ids)
 
@@ -363,7 +392,11 @@ class Engine:
     ) -> Iterator[Prediction]:
         """Find the best option of each query; the first of equals wins."""
         memory = self.working_memory(prefix)
-        tries = [self._tries(one.option_ids, memory.slots_per_query()) for one in asked]
+        most = memory.slots_per_query()
+        if prefix.task.labels:
+            tries = [self._tries(asked[0].option_ids, most)] * len(asked)
+        else:
+            tries = [tries_of(one.option_ids, most) for one in asked]
 
         def search(
             blocks: Sequence[Block], queries: Sequence[tuple[int, ...]], places: Sequence[int]
@@ -439,6 +472,26 @@ class _AskedQuery:
     token_ids: tuple[int, ...]
     options: tuple[str, ...] | None
     option_ids: tuple[tuple[int, ...], ...]
+
+
+def _is_closed(task: Task) -> bool:
+    """Tell whether the answers of a task are chosen from a set, its own or each row's."""
+    return bool(task.labels or task.choices_column)
+
+
+def _require_askable(query: Query, task: Task) -> None:
+    """Refuse a query without text, of characters that are none, or with options where the task has none."""
+    if not query.text.strip():
+        raise UserError("it is empty; expected a text to answer.")
+    try:
+        "".join((query.text, *(query.choices or ()))).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"it holds {error.object[error.start]!r}, half of a character; save the text as UTF-8."
+        ) from error
+    if bool(query.choices) != bool(task.choices_column):
+        expected = "options of its own" if task.choices_column else "no options of its own"
+        raise UserError(f"task {task.name!r} expects {expected}; found {query.choices!r}.")
 
 
 def _read_ahead(asked: Iterator[_AskedQuery], most: int) -> tuple[list[_AskedQuery], UserError | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from manyicl.errors import MachineError
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
 # Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
@@ -63,15 +65,21 @@ class WorkingMemory:
         return max(1, self.limit // (self.per_token + num_logits_per_token * self.per_logits))
 
     def slots_per_query(self) -> int:
-        """Return how many tokens may follow one query, so that 16 queries and more still advance together."""
-        return max(32, self.limit // (16 * self.per_slot))
+        """Return how many tokens may follow one query in a tree, so that about 8 queries still advance together.
 
-    def chunks(self, lengths: Sequence[int], num_later_slots: Sequence[int]) -> Iterator[list[int]]:
+        A sixteenth of the memory may go to its keys, and as much to the square that says which of them sees which.
+        """
+        return max(32, min(self.limit // (16 * self.per_slot), math.isqrt(self.limit // 16)))
+
+    def chunks(
+        self, lengths: Sequence[int], num_later_slots: Sequence[int], *, in_line: bool = False
+    ) -> Iterator[list[int]]:
         """Group queries, by length, so that each group fits in memory and hardly pads.
 
         Args:
             lengths: Tokens of each query.
             num_later_slots: Keys kept behind each query; 0 if none of its keys are kept.
+            in_line: Whether later tokens follow one another, as generated ones do, instead of in a tree.
 
         Yields:
             Positions of the queries of each group.
@@ -83,8 +91,8 @@ class WorkingMemory:
             columns = lengths[i] * (len(chunk) + 1)
             later = max(num_later, num_later_slots[i])
             slots = lengths[i] + later if later else 0
-            # Which later tokens see which is a square of bytes.
-            per_query = self.per_logits + slots * self.per_slot + later**2
+            # In a tree, which later tokens see which is a square of bytes.
+            per_query = self.per_logits + slots * self.per_slot + (0 if in_line else later**2)
             cost = tokens * self.per_token + (len(chunk) + 1) * per_query
             if chunk and (cost > self.limit or columns - tokens > MOST_PADDING * columns):
                 yield chunk
@@ -107,6 +115,8 @@ class QueriesInFlight:
         prefix: Sequence[Block],
         queries: Sequence[Sequence[int]],
         num_later_slots: int = 0,
+        *,
+        in_line: bool = False,
     ) -> None:
         """Take encoded queries.
 
@@ -115,6 +125,7 @@ class QueriesInFlight:
             prefix: Shared by all queries.
             queries: Each at least one token.
             num_later_slots: Most tokens that will follow a query at a time; 0 if none will.
+            in_line: Whether each of them follows the one before it; otherwise they may be a tree.
         """
         self.model = model
         self.prefix = prefix
@@ -126,7 +137,9 @@ class QueriesInFlight:
         # Of each query's later tokens: how many there are, how deep each stands, and which others each sees.
         self.num_later = np.zeros(len(queries), dtype=np.int64)
         self.depths = np.zeros((len(queries), num_later_slots), dtype=np.int64)
-        self.sees = np.zeros((len(queries), num_later_slots, num_later_slots), dtype=bool)
+        num_tree_slots = 0 if in_line else num_later_slots
+        self.sees = np.zeros((len(queries), num_tree_slots, num_tree_slots), dtype=bool)
+        self.in_line = in_line
 
     def read(self) -> Tensor:
         """Read the queries and return the logits behind each, (Q, V)."""
@@ -165,13 +178,17 @@ class QueriesInFlight:
         depth = np.empty(len(queries), dtype=np.int64)
         for i, (query, parent) in enumerate(zip(queries, parents, strict=True)):
             number = self.num_later[query]
-            if parent >= 0:
+            if self.in_line:
+                assert parent == number - 1, "tokens in a line each follow the last"
+                self.depths[query, number] = number
+            elif parent >= 0:
                 self.sees[query, number] = self.sees[query, parent]
                 self.depths[query, number] = self.depths[query, parent] + 1
             else:
                 self.sees[query, number] = False
                 self.depths[query, number] = 0
-            self.sees[query, number, number] = True
+            if not self.in_line:
+                self.sees[query, number, number] = True
             self.num_later[query] += 1
             column[i] = columns[line[i]]
             columns[line[i]] += 1
@@ -185,7 +202,11 @@ class QueriesInFlight:
             length, later = lengths[i], self.num_later[query]
             new = slice(later - columns[i], later)
             visible[i, : columns[i], :length] = True
-            visible[i, : columns[i], length : length + later] = self.sees[query, new, :later]
+            visible[i, : columns[i], length : length + later] = (
+                np.tri(columns[i], later, later - columns[i], dtype=bool)
+                if self.in_line
+                else self.sees[query, new, :later]
+            )
             slot_positions[i, : length + later] = np.concatenate(
                 [np.arange(length), length + self.depths[query, :later]]
             )
@@ -226,8 +247,21 @@ def log_probabilities(logits: Tensor, rows: Sequence[int], token_ids: Sequence[i
     """
     row = torch.tensor(rows, dtype=torch.long, device=logits.device)
     token = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
-    picked = logits[row, token].float() - log_denominators(logits)[row]
-    values: list[float] = picked.tolist()
+    return numbers_of(logits[row, token].float() - log_denominators(logits)[row])
+
+
+def numbers_of(log_probabilities: Tensor) -> list[float]:
+    """Take log-probabilities off the device.
+
+    Raises:
+        MachineError: If one is not a number: the model's weights or its precision are broken.
+    """
+    if bool(log_probabilities.isnan().any()):
+        raise MachineError(
+            "The model gives scores that are not numbers. Its weights are broken, or its precision too narrow: load it "
+            "in bfloat16 or float32."
+        )
+    values: list[float] = log_probabilities.tolist()
     return values
 
 

@@ -71,13 +71,13 @@ def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, .
 
 
 def longer(blocks: Sequence[Block], added: Block) -> tuple[Block, ...]:
-    """Put a block behind others, joining it with those before it that are no larger.
+    """Put a block behind others, joining it with those before it that are less than twice as large.
 
-    So P tokens lie in at most log2(P) blocks however small the steps they came in; each block costs a call of the
-    attention kernel per layer.
+    So every block is at least twice as large as the next, and P tokens lie in at most log2(P) + 1 blocks however small
+    the steps they came in; each block costs a call of the attention kernel per layer.
     """
     kept = list(blocks)
-    while kept and kept[-1].num_tokens <= added.num_tokens:
+    while kept and kept[-1].num_tokens < 2 * added.num_tokens:
         added = kept.pop().joined(added)
     return (*kept, added)
 

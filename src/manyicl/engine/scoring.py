@@ -8,6 +8,7 @@ path that has already fallen below the best finished label is left alone.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -53,7 +54,7 @@ class LabelSearch:
     scores: dict[int, float] = field(default_factory=dict)
     greedy: set[int] = field(default_factory=set)
     num_read: int = 0
-    _best: tuple[float, int] = (float("-inf"), 0)
+    _best: tuple[float, int] = (float("-inf"), -sys.maxsize)
     _reached: dict[int, NodeScore] = field(default_factory=dict)
     _open: list[tuple[float, int, int]] = field(default_factory=list)
     _num_rounds: int = 0

@@ -61,7 +61,10 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
 
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
     """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
-    longest_query = max((len(encoder.query_ids(query.text)) for query in queries), default=0)
+    # The first text of a sequence may be encoded with a leading marker, at most one token longer.
+    longest_query = max(
+        (max(len(encoder.query_ids(query.text, opens)) for opens in (False, True)) for query in queries), default=0
+    )
     if task.labels:
         return longest_query + max(len(encoder.answer_ids(label)) for label in task.labels)
     choices = {choice for query in queries for choice in query.choices or ()}

@@ -110,6 +110,10 @@ class Encoder:
         """Encode a query and the separator after it."""
         return self.piece_ids(self.format.query_piece(query), opens_sequence)
 
+    def passing_query_ids(self, query: str, opens_sequence: bool = False) -> tuple[int, ...]:
+        """Encode a query that will not come again, as `query_ids` without remembering it; streams have no end."""
+        return self._encode_piece(self.format.query_piece(query), opens_sequence)
+
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Encode an answer and the terminator after it."""
         return self.piece_ids(self.format.answer_piece(answer))

@@ -232,6 +232,7 @@ class _Curve:
         task, engine = self.asked.task, self.engine
         return {
             "model_fingerprint": engine.fingerprint,
+            "dtype": engine.dtype,
             "text_format": engine.encoder.format.model_dump(),
             "max_context_tokens": engine.max_context_tokens,
             "task": task.name,

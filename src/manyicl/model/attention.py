@@ -92,6 +92,7 @@ def isolated_attention(
         UserError: If the model insists on a mask, on bidirectional layers, or on terms that are not known here.
     """
     _require_known_terms(module, attention_mask, kwargs)
+    _note_window(sliding_window, kwargs)
     if continuation is not None:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         layer: Any = module.layer_idx
@@ -149,6 +150,7 @@ def variable_length_attention(
             **kwargs,
         )
     _require_known_terms(module, attention_mask, kwargs)
+    _note_window(sliding_window, kwargs)
     if query.dtype not in KERNEL_DTYPES:
         raise UserError(f"flash-attn computes in 16 bits and was handed {query.dtype}. Use model.dtype: bfloat16.")
     kernel = import_library("flash_attn").flash_attn_varlen_func
@@ -170,6 +172,13 @@ def variable_length_attention(
         softcap=softcap or 0.0,
     )
     return attended[None], None
+
+
+def _note_window(sliding_window: int | None, others: Mapping[str, Any]) -> None:
+    """Note that a layer handed over a window, where the comparison at load asks for it with ``windows_seen``."""
+    seen: list[int] | None = others.get("windows_seen")
+    if seen is not None and sliding_window is not None:
+        seen.append(sliding_window)
 
 
 def _require_known_terms(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torc
 # were off by 1.9 (sinks) and 4.9 (chunks) in float32 already.
 ATTENTION_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.25}
 SEGMENT_LENGTHS = (7, 31, 12)
+# transformers chooses their factors anew in every pass, by its highest position.
+POSITION_DEPENDENT_ROPE = ("longrope", "dynamic")
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -122,6 +124,12 @@ def require_isolation(model: PreTrainedModel) -> None:
             f"{name} has layers of type {sorted(layer_types - KNOWN_LAYER_TYPES)[0]!r}; expected attention over the "
             "whole text or a sliding window, as in Llama, Mistral, Qwen2, Qwen3 or Gemma."
         )
+    if (scaling := _rope_type(model)) in POSITION_DEPENDENT_ROPE:
+        raise UserError(
+            f"{name} scales its rotary positions by {scaling!r}, which depends on the longest text of a pass: what is "
+            "packed or read in chunks would score otherwise than alone. Use a model with a fixed scaling, such as the "
+            "version of it for shorter contexts."
+        )
     tolerance = TOLERANCE.get(model.dtype, 1e-3)
     attention_tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
     try:
@@ -131,6 +139,11 @@ def require_isolation(model: PreTrainedModel) -> None:
                 f"{name} mixes the episodes of a packed row: its logits differ by {packing:.2g} standard deviations "
                 f"from each episode alone, at most {tolerance:g} is expected. Models with recurrent or linear "
                 "attention layers, or with learned absolute positions that ignore position ids, cannot be packed."
+            )
+        if _has_window(model) and not _windows_seen(model):
+            raise UserError(
+                f"{name} has layers with a sliding window that does not reach its attention function; beyond the "
+                "window it would score otherwise than with its own. Expected a model such as Mistral, Qwen2 or Gemma."
             )
         attention = attention_error(model)
         if not attention <= attention_tolerance:
@@ -146,11 +159,40 @@ def require_isolation(model: PreTrainedModel) -> None:
                 f"standard deviations, at most {attention_tolerance:g} is expected. Not all of its layers hand "
                 "their keys to the attention function that they are given."
             )
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as failure:
+    except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError, RuntimeError) as failure:
+        if "memory" in str(failure):
+            raise
         raise UserError(
             f"{name} cannot be called on packed episodes ({failure}). Expected a causal transformer with position "
             "ids, such as Llama, Mistral, Qwen or Gemma."
         ) from failure
+
+
+def _rope_type(model: PreTrainedModel) -> str | None:
+    """Return how a model scales its rotary positions, if it says so."""
+    config = model.config.get_text_config()
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    found = {kind.get("rope_type", kind.get("type")) for kind in kinds}
+    return next((kind for kind in found if kind in POSITION_DEPENDENT_ROPE), None)
+
+
+def _has_window(model: PreTrainedModel) -> bool:
+    """Tell whether a configuration gives some layer a sliding window."""
+    config = model.config.get_text_config()
+    if not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False:
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    return layer_types is None or "sliding_attention" in layer_types
+
+
+@torch.no_grad()
+def _windows_seen(model: PreTrainedModel) -> bool:
+    """Tell whether a window reaches the attention function."""
+    seen: list[int] = []
+    ids = _segments(model)[0]
+    model(input_ids=ids, use_cache=False, windows_seen=seen, **packed_arguments([ids.shape[1]], model.device))
+    return bool(seen)
 
 
 def _segments(model: PreTrainedModel) -> list[torch.Tensor]:

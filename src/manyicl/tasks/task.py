@@ -97,6 +97,10 @@ class Task:
                     "Give a mapping with these keys."
                 )
             row = {self.columns[0]: row}
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"Task {self.name!r} is asked with a mapping of the columns {list(self.columns)}; found {row!r}."
+            )
         choices = None
         if self.choices_column is not None:
             value = listed(row, self.choices_column)
@@ -105,6 +109,8 @@ class Task:
                     f"Task {self.name!r} takes its options from the column {self.choices_column!r}; "
                     f"expected a non-empty list there, found {value!r}."
                 )
+            if any(choice is None or not str(choice).strip() for choice in value):
+                raise UserError(f"An option in the column {self.choices_column!r} is empty: {list(value)!r}.")
             choices = tuple(str(choice).strip() for choice in value)
         return Query(self.query_template.render(row), choices)
 
