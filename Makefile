@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run one process per core with one thread each, which is faster here than threads that wait for each other.
 PYTEST_PROCESSES ?= auto
 
-.PHONY: quickstart test test-slow setup format clean
+.PHONY: quickstart test test-slow docs setup format clean
 
 quickstart: .venv/.installed
 	$(BIN)/manyicl quickstart
@@ -18,6 +18,10 @@ test: .venv/.installed
 # Checks that take minutes each.
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow
+
+# The pages of docs/ as a site that opens from the folder site/, without a network.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: .venv/.installed
 
@@ -33,4 +37,4 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist site src/*.egg-info
