@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from manyicl.cli.main import main
 from manyicl.model import export
+from tests.cli.test_predict import run
 from tests.model.exports import adapter_logits, logits, save_adapter, save_model
 
 # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
@@ -26,16 +26,6 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(name="adapter", scope="module")
 def _adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return save_adapter(tmp_path_factory.mktemp("adapter"), base)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command as a shell would, and return its exit code."""
-    monkeypatch.setattr("sys.argv", ["manyicl", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as leave:
-        return int(leave.code or 0)
-    return 0
 
 
 def test_an_adapter_becomes_one_folder_and_the_command_says_what_it_cost(

@@ -24,7 +24,7 @@ from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
 from manyicl.episodes.encoding import Encoder, PlainFormat
 from manyicl.errors import MachineError, UserError
-from manyicl.model.continuation import Block
+from manyicl.model.continuation import Block, key_shape
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.task import Example, Family, Query, Task
@@ -227,12 +227,9 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
 
 def _require_whole(path: Path, tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], loaded: LoadedModel) -> None:
     """Refuse tensors that are not those of this text in this network."""
-    config = loaded.model.config.get_text_config()
-    heads: int = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads, head_size = key_shape(loaded.model)
     states = (1, key_heads, len(token_ids), head_size)
-    layers = range(config.num_hidden_layers)
+    layers = range(loaded.model.config.get_text_config().num_hidden_layers)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
     expected = {f"{kind}.{layer}": (states, loaded.model.dtype) for kind in ("keys", "values") for layer in layers}
     expected["token_ids"] = ((len(token_ids),), torch.int64)

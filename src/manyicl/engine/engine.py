@@ -14,7 +14,7 @@ from manyicl.engine.decoding import Generation, Sampling, generate
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens, tries_of
 from manyicl.engine.observed import OBSERVED_CHUNK_TOKENS, DemonstrationWatch
-from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.packing import WorkingMemory, require_bounds
 from manyicl.engine.prefix_cache import PrefixCache, encode_behind, shared_beginning
 from manyicl.engine.scoring import LabelSearch, Wanted, score_labels
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
@@ -84,19 +84,11 @@ class Engine:
         saved_format = loaded.manifest.text_format if loaded.manifest else None
         self.encoder = Encoder(loaded.tokenizer, text_format or saved_format)
         self.trained_context_tokens = loaded.manifest.max_context_tokens if loaded.manifest else None
-        if max_context_tokens is not None and max_context_tokens < 1:
-            raise UserError(f"max_context_tokens is at least 1; found {max_context_tokens}.")
-        allowed = max_positions(loaded.model)
-        if max_context_tokens and allowed and max_context_tokens > allowed:
-            raise UserError(
-                f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions."
-            )
-        limit = max_context_tokens or allowed or self.trained_context_tokens
+        require_bounds(loaded, max_context_tokens, working_memory_mib)
+        limit = max_context_tokens or max_positions(loaded.model) or self.trained_context_tokens
         if limit is None:
             raise UserError(f"{loaded.reference!r} does not say how long its context is; give max_context_tokens.")
         self.max_context_tokens: int = limit
-        if working_memory_mib is not None and working_memory_mib < 1:
-            raise UserError(f"working_memory_mib is at least 1; found {working_memory_mib}.")
         self.working_memory_mib = working_memory_mib
         # Label sets of tasks; choices per row seldom come again.
         self._tries = lru_cache(maxsize=8)(tries_of)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.errors import MachineError
-from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
+from manyicl.errors import MachineError, UserError
+from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model, key_shape
+from manyicl.model.load import LoadedModel, max_positions
 
 # Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
 LEAST_WORKING_MEMORY_MIB = 64
@@ -20,6 +21,22 @@ LEAST_WORKING_MEMORY_MIB = 64
 MOST_PADDING = 0.10
 # Normalising logits in float32 goes through so many bytes at a time.
 NORMALISING_BYTES = 8 * 2**20
+
+
+def require_bounds(loaded: LoadedModel, max_context_tokens: int | None, working_memory_mib: int | None) -> None:
+    """Refuse bounds below 1, and a context longer than the model allows; None is no bound of the person's own.
+
+    Raises:
+        UserError: If so.
+    """
+    for name, value in (("max_context_tokens", max_context_tokens), ("working_memory_mib", working_memory_mib)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is at least 1; found {value}.")
+    allowed = max_positions(loaded.model)
+    if max_context_tokens and allowed and max_context_tokens > allowed:
+        raise UserError(
+            f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions."
+        )
 
 
 @dataclass(frozen=True)
@@ -53,8 +70,7 @@ class WorkingMemory:
         config = model.config.get_text_config()
         size = torch.empty(0, dtype=model.dtype).element_size()
         heads: int = config.num_attention_heads
-        head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-        key_heads: int = getattr(config, "num_key_value_heads", None) or heads
+        key_heads, head_size = key_shape(model)
         # Residual, norms, query, keys and values, outputs of the parts in float32, and the gated inner layer.
         per_token = size * (8 * config.hidden_size + 4 * config.intermediate_size) + 4 * 4 * heads * head_size
         per_slot = size * 2 * config.num_hidden_layers * key_heads * head_size

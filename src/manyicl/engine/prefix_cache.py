@@ -54,11 +54,6 @@ class PrefixCache:
         """Whether a query behind this prefix is the first text of its sequence."""
         return not self.demonstrations and not self.task.instruction()
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(block.num_bytes for block in self.blocks)
-
 
 def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, ...]:
     """Return views of the blocks' first ``num_tokens`` tokens; nothing is copied."""

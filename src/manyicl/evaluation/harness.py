@@ -34,13 +34,13 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from manyicl.engine.label_trie import num_shared_tokens, tries_of
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory
+from manyicl.engine.packing import QueriesInFlight, WorkingMemory, require_bounds
 from manyicl.engine.prefix_cache import encode_behind, shared_beginning
 from manyicl.engine.scoring import score_labels
 from manyicl.errors import UserError
 from manyicl.evaluation.shared_contexts import Answer, Pack, score_alone, shared_beginnings
 from manyicl.model.continuation import Block
-from manyicl.model.load import LoadedModel, load_model, max_positions
+from manyicl.model.load import LoadedModel, load_model
 
 try:
     from lm_eval.api.instance import Instance
@@ -122,14 +122,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             UserError: If the model allows fewer positions, the tokenizer has no token that may stand for an empty
                 context, or a bound is below 1.
         """
-        allowed = max_positions(loaded.model)
-        for name, value in (("max_context_tokens", max_context_tokens), ("working_memory_mib", working_memory_mib)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is at least 1; found {value}.")
-        if max_context_tokens and allowed and max_context_tokens > allowed:
-            raise UserError(
-                f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions."
-            )
+        require_bounds(loaded, max_context_tokens, working_memory_mib)
         if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer of {loaded.reference!r} has neither a bos nor an eos token; lm-eval puts one of them "

@@ -237,6 +237,15 @@ class Continuation:
         return lines[self.sequence, :, self.column].transpose(0, 1)[None]
 
 
+def key_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the key heads of a layer and the size of each, from the network's configuration."""
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    key_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return key_heads, head_size
+
+
 def continue_model(
     model: PreTrainedModel, token_ids: Sequence[int], continuation: Continuation, keep: Sequence[int]
 ) -> Tensor:
