@@ -25,7 +25,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 TABLE = re.compile(r"<!-- keys of (?P<section>[\w.]+) -->\n\n.*?\n\n<!-- end -->", re.DOTALL)
 TOP_LEVEL = "recipe"
 BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
-KINDS: Mapping[Any, str] = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text", Path: "path"}
+KINDS: Mapping[Any, str] = {
+    bool: "`true` or `false`",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    Any: "value",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _cell(text: str) -> str:

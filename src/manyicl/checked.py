@@ -5,20 +5,47 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from annotated_types import Le
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, did_you_mean, shortened, shown
 
-_MOST_SHOWN = 200
+# No recipe or task file comes near these; a few lines of aliases of aliases stand for billions of values.
+MOST_YAML_VALUES = 100_000
+MOST_YAML_LEVELS = 50
+# What torch takes as a number of threads, rows or steps.
+MOST_COUNTED = 2**31 - 1
 
 
 class Section(BaseModel):
     """A part of a file: cannot change once read, and knows no other keys than its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse ``true`` where a number is meant, which Python counts as 1, and numbers too large to count with."""
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        numbers = [part for part in parts if isinstance(part, int)]
+        field = cls.model_fields[str(info.field_name)]
+        kinds = set(_kinds_in(field.annotation)) if numbers else set()
+        if any(isinstance(number, bool) for number in numbers) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"expected a number; found {value!r}")
+        has_bound = any(isinstance(rule, Le) for rule in field.metadata)
+        if any(abs(number) > MOST_COUNTED for number in numbers) and int in kinds and not has_bound:
+            raise ValueError(f"expected a number of at most {MOST_COUNTED:,}; found {shown(value)}")
+        return value
+
+
+def _kinds_in(annotation: Any) -> Iterable[Any]:
+    """Yield the types that an annotation is made of, such as those of ``tuple[int, int] | None``."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds_in(part)
 
 
 def read_text(path: Path) -> str:
@@ -27,7 +54,7 @@ def read_text(path: Path) -> str:
     The whole file is read into memory, so that the line of a wrong byte can be named.
 
     Raises:
-        UserError: If the file cannot be opened or is not UTF-8.
+        UserError: If the file cannot be opened, is not UTF-8, or holds NUL bytes, which no text does.
     """
     try:
         content = path.read_bytes()
@@ -42,11 +69,47 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}:{line}: not UTF-8, the byte 0x{content[error.start]:02x} cannot be read; save the file as UTF-8."
         ) from error
+    if (position := content.find(b"\0")) >= 0:
+        line = content.count(b"\n", 0, position) + 1
+        raise UserError(f"{path}:{line}: a NUL byte stands there, so this is no UTF-8 text; save the file as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML in which a key is a text that stands only once; each kind of file adds how it reads values."""
+    """Plain YAML in which a key is a text that stands only once; each kind of file adds how it reads values.
+
+    Values are what JSON has, too: dates, sets and bytes would not read back as what they were.
+    """
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document.
+
+        Raises:
+            yaml.constructor.ConstructorError: If it is nested too deeply, or its aliases stand for too many values.
+        """
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _require_bounded(node, {}, MOST_YAML_LEVELS)
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Read a text.
+
+        Raises:
+            yaml.constructor.ConstructorError: If it holds NUL, which no path can, or half a character, which no
+                file or tokenizer can.
+        """
+        value = super().construct_scalar(node)
+        if unfit := _UNFIT.search(str(value)):
+            problem = f"a text holds {unfit[0]!r}, which is no whole character; leave it out"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping.
@@ -61,10 +124,35 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 problem = "a key is a list or a mapping; put text that begins with a brace or a bracket in quotes"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
-                problem = f"the key {key.value!r} stands twice"
+                problem = f"the key {key.value!r} stands twice; keep one of them"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _require_bounded(node: yaml.Node, sizes: dict[int, int], levels_left: int) -> int:
+    """Count the values of a node, an alias as often as it stands.
+
+    Args:
+        node: The values, which may be held in several places.
+        sizes: Of the nodes that were counted, by identity.
+        levels_left: How deeply it may be nested; aliases may also lead round in a circle.
+
+    Raises:
+        yaml.constructor.ConstructorError: If they are too many, or nested too deeply.
+    """
+    if id(node) not in sizes:
+        if levels_left < 0:
+            problem = f"values are nested more than {MOST_YAML_LEVELS} deep; no key takes so many levels"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_require_bounded(part, sizes, levels_left - 1) for part in parts)
+    if sizes[id(node)] > MOST_YAML_VALUES:
+        problem = f"aliases and all, it holds more than {MOST_YAML_VALUES:,} values; write them out, without aliases"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return sizes[id(node)]
 
 
 def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
@@ -78,12 +166,24 @@ def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{place}:{mark.line + 1}" if mark is not None and "\n" in text else place
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML, {problem}.") from error
-    except (ValueError, LookupError) as error:  # a value of a tag that it does not fit, such as the date 2024-13-01
+        raise UserError(f"{where}: not valid YAML, {_yaml_problem(error)}.") from error
+    except (ValueError, LookupError, OverflowError) as error:
+        # A value of a tag that it does not fit, as in `!!int one`, or the number of no character, as in "\Uffffffff".
         raise UserError(f"{place}: not valid YAML, {error}.") from error
     except RecursionError as error:
         raise UserError(f"{place}: the YAML is nested too deeply.") from error
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say what is wrong with YAML, and what to do about what is wrong most often."""
+    problem: str = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if problem.startswith("but "):
+        problem = f"{getattr(error, 'context', '')}, {problem}"
+    if "'\\t'" in problem:
+        problem += "; indent with spaces"
+    if "constructor for the tag" in problem:
+        problem += "; leave the tag out"
+    return problem
 
 
 def read_yaml(path: Path, loader: type[UniqueKeyLoader]) -> Any:
@@ -95,6 +195,8 @@ def read_yaml(path: Path, loader: type[UniqueKeyLoader]) -> Any:
     return parse_yaml(read_text(path), str(path), loader)
 
 
+# NUL, and the halves of characters that YAML may write as escapes.
+_UNFIT = re.compile("[\\0\\ud800-\\udfff]")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -116,18 +218,23 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     # A misspelt key says more than the required key that it leaves missing.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     location = _written_location(first["loc"])
+    if first["type"] == "extra_forbidden":
+        location = [*_written_location(first["loc"][:-1]), first["loc"][-1]]  # any text may be a person's key
     key = ".".join(map(str, location))
-    found = _shortened(repr(first["input"]))
+    found = shortened(repr(first["input"]))
     if first["type"] == "extra_forbidden":
         known = list(_innermost_section(model, first["loc"]).model_fields)
         return f"unknown key {key!r}.{did_you_mean(str(location[-1]), known) or f' Known here: {known}.'}"
     if first["type"] == "missing":
-        return f"the key {key!r} is missing."
+        meaning = _description(model, first["loc"])
+        return f"the key {key!r} is missing{f', {meaning[:1].lower()}{meaning[1:]}' if meaning else '.'}"
     is_union = len(location) < len(first["loc"])
-    if is_union and (description := _description(model, first["loc"])):
+    if (is_union or first["type"] == "string_pattern_mismatch") and (description := _description(model, first["loc"])):
         return f"{key}: found {found}; expected: {description}"
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
+    for pythons, ours in (("tuple", "list"), ("valid dictionary", "mapping"), (" after validation", "")):
+        reason = reason.replace(pythons, ours)
     if first["type"] != "value_error":
         reason += f"; found {found}"
     hint = ""
@@ -163,7 +270,3 @@ def _written_location(location: Iterable[int | str]) -> list[int | str]:
 
 
 _BRANCHES = frozenset({"int", "str", "float", "bool"})
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"

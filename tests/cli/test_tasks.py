@@ -10,8 +10,9 @@ from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
 from manyicl.cli.tasks import app, draw_pieces, draw_tokens
-from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from tests.builders import byte_level_bpe, make_example
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 from manyicl.cli.train import held_out_evaluation, resume_command, train_command, watched
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.building import normalised
+from manyicl.training.checkpoint import RunInterrupted, SavingFailedError
 from manyicl.training.recipe import Recipe
+from manyicl.training.run_folder import RunFolder
 from manyicl.training.train import load_recipe_tasks
 from tests.builders import make_example, make_task, tiny_loaded
 from tests.training.recipes import TEXT
@@ -57,7 +62,7 @@ def test_a_held_out_task_is_watched_by_rows_of_its_training_side_that_are_not_sh
     assert {*asked.test, *asked.train} <= {*task.train}
     half = watched(make_task(), 1000, seed=1)
     assert len(half.test) == len(half.train) == 20
-    with pytest.raises(UserError, match="'toy' has 1 training rows; at least 2"):
+    with pytest.raises(UserError, match="'toy' has 1 training row; at least 2"):
         watched(make_task(train=rows[:1]), 10, seed=1)
 
 
@@ -82,29 +87,120 @@ def test_mistakes_are_user_errors(recipe: Path) -> None:
         assert isinstance(result.exception, UserError)
 
 
-def test_the_command_that_resumes_repeats_what_was_set() -> None:
+def test_the_command_that_resumes_repeats_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     command = resume_command(Path("my recipe.yaml"), ["output=a b", "training.seed=1"])
     assert command == "manyicl train 'my recipe.yaml' --set 'output=a b' --set training.seed=1 --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    command = resume_command(Path("recipe.yaml"), [])
+    assert command == "torchrun --nproc-per-node 2 --no-python manyicl train recipe.yaml --resume"
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_prints_the_command_that_resumes(recipe: Path) -> None:
-    log = recipe.parent / "log"
-    changes = ["--set", "training.num_steps=100000", "--set", "training.log_every=1"]
+def command(recipe: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command as a person does, its screen in a file."""
     code = "from manyicl.cli.main import main; main()"
-    with log.open("w", encoding="utf-8") as screen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, "train", str(recipe), *changes],
+    with (recipe.parent / "log").open("w", encoding="utf-8") as screen:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "train", str(recipe), *arguments],
             stdout=screen,
             stderr=screen,
             env={**os.environ, "COLUMNS": "200"},
         )
-        deadline = time.monotonic() + 120
-        while "step 3/" not in log.read_text(encoding="utf-8") and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text(encoding="utf-8")
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_prints_the_command_that_resumes(recipe: Path, number: signal.Signals) -> None:
+    log = recipe.parent / "log"
+    process = command(recipe, "--set", "training.num_steps=100000", "--set", "training.log_every=1")
+    deadline = time.monotonic() + 120
+    while "step 3/" not in log.read_text(encoding="utf-8") and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
     text = log.read_text(encoding="utf-8")
     assert "a checkpoint is saved. Resume with" in text
     assert f"manyicl train {recipe} --set training.num_steps=100000 --set training.log_every=1 --resume" in text
-    assert list((recipe.parent / "run" / "checkpoints").glob("checkpoint-*"))
+    assert list((recipe.parent / "run" / "checkpoints").glob("checkpoint-*/seal.json"))
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def raises(*arguments: object, **options: object) -> None:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "arguments", "said"),
+    [
+        ("load_recipe_tasks", KeyboardInterrupt(), [], "Stopped before training; no run has begun. The same command"),
+        ("load_recipe_tasks", KeyboardInterrupt(), ["--resume"], "Stopped before training; nothing has changed. The"),
+        ("load_recipe_tasks", KeyboardInterrupt(), ["--dry-run"], "Stopped; nothing was written."),
+        ("train", RunInterrupted(None), [], "Stopped at once. There is no checkpoint yet. Resume with\n\n  manyicl"),
+        ("train", RunInterrupted(Path("checkpoint-4")), ["--seed", "3"], "checkpoint is checkpoint-4. Resume with"),
+    ],
+)
+def test_a_command_that_is_ended_at_once_says_what_it_leaves(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr(f"manyicl.training.train.{place}", raising(error))
+    result = CliRunner().invoke(app, [str(recipe), *arguments])
+    assert result.exit_code == 130
+    assert said in result.output
+    if "--seed" in arguments:
+        assert f"manyicl train {recipe} --set training.seed=3 --resume" in result.output
+    assert not (recipe.parent / "run").exists()
+
+
+def test_sigterm_before_training_is_ctrl_c(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("manyicl.training.train.load_recipe_tasks", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(app, [str(recipe)])
+    assert (result.exit_code, signal.getsignal(signal.SIGTERM)) == (130, before)
+
+
+def test_a_checkpoint_that_cannot_be_saved_ends_with_the_command_that_resumes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyicl.training.train.train", raising(SavingFailedError("No room.")))
+    result = CliRunner().invoke(app, [str(recipe), "--set", "training.log_every=1"])
+    assert isinstance(result.exception, MachineError)
+    assert str(result.exception) == (
+        f"No room. Resume with\n\n  manyicl train {recipe} --set training.log_every=1 --resume"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_command_killed_fifty_times_ends_as_one_that_was_left_alone(recipe: Path) -> None:
+    changes = ["--set", "training.num_steps=40", "--set", "training.evaluate_every=7", "--set", "training.save_every=2"]
+
+    def started(output: Path, *more: str) -> subprocess.Popen[bytes]:
+        resume = ["--resume"] if RunFolder(output).is_begun else []
+        return command(recipe, *changes, "--set", f"output={output}", *resume, *more)
+
+    unbroken, clock = recipe.parent / "unbroken", time.monotonic()
+    assert started(unbroken).wait() == 0
+    seconds = time.monotonic() - clock
+    rng = random.Random(50)
+    num_killed = num_runs = 0
+    while num_killed < 50:
+        output = recipe.parent / f"run{num_runs}"
+        num_runs += 1
+        while not RunFolder(output).is_finished:
+            process, clock = started(output), time.monotonic()
+            if num_killed < 50:
+                # The first third of a command is imports, where nothing can go wrong.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(rng.uniform(0.3 * seconds, seconds))
+                process.kill()
+            status = process.wait()
+            assert status in (0, -signal.SIGKILL), (recipe.parent / "log").read_text(encoding="utf-8")
+            num_killed += status == -signal.SIGKILL
+            # Where the machine has less to do than before, a run ends before it is killed.
+            seconds = min(seconds, time.monotonic() - clock) if status == 0 else seconds
+        assert (output / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    print(f"{num_killed} kills over {num_runs} runs; one that is left alone takes {seconds:.1f} s")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from manyicl.engine.compiled import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
 from manyicl.engine.observed import DemonstrationWatch, ObservedAnswer, groups_of_shots
-from manyicl.episodes.encoding import PlainFormat
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Task
@@ -94,7 +94,8 @@ def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
     rights = []
     for shot, observed in enumerate(engine.compile(task, task.train[:25]).answers):
         prefix = engine.prefill(task, task.train[:shot])
-        ids = [*prefix.token_ids, *engine.encoder.query_ids(task.train[shot].query.text, prefix.opens_sequence)]
+        place = engine.encoder.place("", shot)
+        ids = [*prefix.token_ids, *engine.encoder.query_ids(task.train[shot].query.text, place)]
         chosen: tuple[int, ...] = ()
         while chosen not in label_ids:
             logits = full_pass_logits(plain, [*ids, *chosen])[-1]

@@ -37,8 +37,8 @@ def full_pass_score(engine: Engine, task: Task, num_shots: int, query: str, labe
     """The judge: plain transformers over the whole text, summed over the answer's tokens."""
     demonstrations = task.demonstrations(num_shots)
     prefix = engine.encoder.encode_prefix(task.instruction(), demonstrations)
-    opens = engine.encoder.opens_sequence(task.instruction(), num_shots)
-    before = (*prefix, *engine.encoder.query_ids(query, opens))
+    place = engine.encoder.place(task.instruction(), num_shots)
+    before = (*prefix, *engine.encoder.query_ids(query, place))
     return slow_score(plain_copy(engine.model), before, engine.encoder.answer_ids(label))
 
 
@@ -377,6 +377,6 @@ def test_scores_that_are_no_numbers_end_the_call() -> None:
 def test_a_stream_leaves_nothing_behind_in_the_encoder() -> None:
     engine = Engine(tiny_loaded())
     prefix = engine.prefill(make_task())
-    before = engine.encoder._piece_ids.cache_info().currsize
+    before = engine.encoder._query_ids.cache_info().currsize
     assert len(list(engine.predict(prefix, (f"film number {i}" for i in range(300))))) == 300
-    assert engine.encoder._piece_ids.cache_info().currsize <= before + 2
+    assert engine.encoder._query_ids.cache_info().currsize <= before + 2

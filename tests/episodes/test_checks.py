@@ -7,7 +7,7 @@ import pytest
 from manyicl.episodes.checks import Lengths, check_task
 from manyicl.episodes.encoding import Encoder
 from manyicl.tasks.building import ON_BOTH_SIDES
-from tests.builders import byte_level_bpe, make_example, make_task
+from tests.builders import byte_level_bpe, make_example, make_task, word_level
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_repeats_and_contradictions_are_counted(encoder: Encoder) -> None:
     train = [make_example(*pair) for pair in [("a b", "good"), ("A  b", "good"), ("a b", "bad"), ("c", "bad")]]
     check = check_task(make_task(train=train), encoder, 2048)
     assert (check.num_repeated, check.num_contradictions) == (2, 1)
-    assert "1 training rows repeat a query with another answer" in said(*check.problems)
+    assert "A query comes again with another answer in 1 training row." in said(*check.problems)
 
 
 def test_labels_that_begin_one_another_are_paired_as_text_and_as_tokens(encoder: Encoder) -> None:
@@ -82,7 +82,7 @@ def test_a_label_never_shown_and_a_lopsided_test_side_are_problems(encoder: Enco
 def test_examples_that_a_context_cannot_hold_are_problems(encoder: Encoder) -> None:
     train = [make_example("word " * 200, "good"), *make_task().train]
     check = check_task(make_task(train=train), encoder, 120)
-    assert "1 training rows are longer than 120 tokens" in said(*check.problems)
+    assert "Too long for 120 tokens, and never shown: 1 training row." in said(*check.problems)
     assert check.shots_that_fit.guaranteed == 0
 
 
@@ -99,3 +99,11 @@ def test_a_task_without_test_rows_can_be_checked(encoder: Encoder) -> None:
     check = check_task(make_task(test=()), encoder, 2048)
     assert check.majority_share is None
     assert "can be used, not evaluated" in said(*check.problems)
+
+
+def test_labels_that_are_the_same_tokens_are_not_said_to_be_kept_apart() -> None:
+    rows = [make_example(f"film {i}", ("first", "second")[i % 2]) for i in range(6)]
+    task = make_task(train=rows, test=rows, labels=("first", "second"))
+    check = check_task(task, Encoder(word_level(["film"])), 1000)
+    assert "'first' and 'second' are the same to this tokenizer" in said(*check.problems)
+    assert check.labels_in_labels_as_tokens == ()

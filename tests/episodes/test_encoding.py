@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
 
@@ -63,7 +64,7 @@ def test_training_tokens_equal_engine_tokens(encoder: Encoder, instruction: str,
     trained = encoder.encode_episode(Episode("toy", instruction, examples)).token_ids
     asked = (
         *encoder.encode_prefix(instruction, examples[:num_shots]),
-        *encoder.query_ids(examples[-1].query.text, encoder.opens_sequence(instruction, num_shots)),
+        *encoder.query_ids(examples[-1].query.text, encoder.place(instruction, num_shots)),
         *encoder.answer_ids(examples[-1].answer),
     )
     assert asked == trained
@@ -72,7 +73,7 @@ def test_training_tokens_equal_engine_tokens(encoder: Encoder, instruction: str,
 def test_a_shot_costs_as_many_tokens_as_it_adds(encoder: Encoder) -> None:
     for instruction in ("", "the film"):
         counted = encoder.num_opening_tokens(instruction) + sum(
-            encoder.num_shot_tokens(example, encoder.opens_sequence(instruction, shot))
+            encoder.num_shot_tokens(example, encoder.place(instruction, shot))
             for shot, example in enumerate(EPISODE.examples)
         )
         assert counted == len(encoder.encode_episode(Episode("toy", instruction, EPISODE.examples)).token_ids)
@@ -92,17 +93,17 @@ def test_sentencepiece_answers_survive_unchanged(text: str) -> None:
 
 def test_an_answer_with_the_terminator_inside_is_refused() -> None:
     with pytest.raises(UserError, match="contains the terminator"):
-        PlainFormat().answer_piece("first\n\nsecond")
+        PlainFormat().answer("first\n\nsecond")
 
 
 def test_an_empty_answer_is_refused() -> None:
     with pytest.raises(UserError, match="empty"):
-        PlainFormat().answer_piece("")
+        PlainFormat().answer("")
 
 
 def test_an_answer_that_ends_in_a_line_break_is_refused_because_it_would_end_early() -> None:
     with pytest.raises(UserError, match="terminator"):
-        PlainFormat().answer_piece("line\n")
+        PlainFormat().answer("line\n")
 
 
 def test_a_tokenizer_that_loses_line_breaks_is_refused() -> None:

@@ -98,8 +98,8 @@ def test_worked_predictions_show_the_context_and_every_models_answer(folder: Pat
     worked = page[page.index('id="worked"') : page.index('id="provenance"')]
     task = small_world()[0]
     for example in task.demonstrations(4, seed=0):
-        assert f'<div class="text">{example.query.text}</div>' in worked
-    assert worked.count("<dt>base</dt>") == worked.count("<dt>tuned</dt>") == 2 * 5
+        assert f'<div class="text" dir="auto">{example.query.text}</div>' in worked
+    assert worked.count('<dt dir="auto">base</dt>') == worked.count('<dt dir="auto">tuned</dt>') == 2 * 5
 
 
 def test_texts_of_tasks_and_names_of_models_cannot_write_markup(tmp_path: Path) -> None:

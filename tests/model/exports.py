@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from manyicl.episodes.encoding import PlainFormat
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.model.load import load_model
 from manyicl.model.manifest import Manifest, TrainedTask
 from tests.builders import byte_level_bpe, make_task, tiny_model

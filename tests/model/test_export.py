@@ -9,6 +9,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from manyicl.engine.decoding import Sampling
 from manyicl.engine.engine import DEFAULT_MAX_ANSWER_TOKENS, Engine
+from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError
 from manyicl.model import export, prompt_guide
@@ -29,6 +31,7 @@ from manyicl.model.manifest import Manifest
 from manyicl.tasks.files import load_task
 from manyicl.tasks.task import Query
 from tests.builders import byte_level_bpe, make_task, sentencepiece_bpe, tiny_loaded, unigram
+from tests.episodes.chat_templates import FAMILIES
 from tests.model.exports import FORMAT, adapter_logits, logits, save_adapter, save_model
 
 # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
@@ -534,3 +537,27 @@ def test_the_guide_says_whether_text_and_pieces_give_the_same_ids() -> None:
     assert (int(found[1]), int(found[2])) == (len(ids), len(server))
     assert list(ids[:num_same]) == server[:num_same]
     assert ids[num_same] != server[num_same]
+
+
+@pytest.mark.parametrize("name", ["Llama 3.1 with a fixed date", "Gemma 2", "Llama 2", "Mistral Small 3"])
+def test_the_guide_of_a_chat_model_asks_by_messages_that_its_template_turns_into_the_same_text(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    manifest = Manifest(max_context_tokens=256, text_format=ChatTemplate(tokenizer, family.arguments).cut())
+    guide = guide_of(replace(tiny_loaded(tokenizer=tokenizer), manifest=manifest))
+    [body] = map(json.loads, blocks(guide, "json"))
+    prompt, _ = prompt_guide.example_prompt(Encoder(tokenizer, manifest.text_format))
+    arguments = body.get("chat_template_kwargs", {})
+    assert arguments == family.arguments
+    served = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True, **arguments)
+    assert served == prompt
+    assert body["stop_token_ids"] == [tokenizer.eos_token_id if "Llama" in name else ids_of_end(tokenizer, manifest)]
+    [pieces] = blocks(guide, "text")
+    assert "".join(json.loads(line[line.index('"') :]) for line in pieces.splitlines()) == prompt
+    assert "/v1/chat/completions" in guide
+
+
+def ids_of_end(tokenizer: PreTrainedTokenizerFast, manifest: Manifest) -> int:
+    found = tokenizer.convert_tokens_to_ids(manifest.text_format.terminator)
+    assert isinstance(found, int)
+    return found

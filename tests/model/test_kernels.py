@@ -202,7 +202,7 @@ def test_a_base_in_4_bits_is_asked_for_as_qlora_describes_it(monkeypatch: pytest
 
     def from_pretrained(path: str, **options: Any) -> tuple[object, dict[str, list[str]]]:
         asked.update(options)
-        return plain, {"missing_keys": []}
+        return plain, {"missing_keys": [], "mismatched_keys": []}
 
     monkeypatch.setattr("transformers.BitsAndBytesConfig", lambda **options: options)
     monkeypatch.setattr("manyicl.model.load.AutoModelForCausalLM.from_pretrained", from_pretrained)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.text_format import PlainFormat, text_of
 from manyicl.errors import UserError
 from manyicl.training.from_scratch import train_tokenizer
 from manyicl.training.recipe import TokenizerSettings
@@ -23,7 +24,7 @@ def test_every_piece_of_a_training_row_comes_back_exactly(settings: TokenizerSet
     task = make_task(train=[make_example("a film\nin two lines\nis long", "good and bad")], instruction="good or bad")
     encoder = Encoder(train_tokenizer([task], settings, PlainFormat()))
     (example,) = task.train
-    text = encoder.format.query_piece(example.query.text) + encoder.format.answer_piece(example.answer)
+    text = text_of((*encoder.format.query(example.query.text), *encoder.format.answer(example.answer)))
     ids = (*encoder.query_ids(example.query.text), *encoder.answer_ids(example.answer))
     assert encoder.decode(ids) == text
     assert encoder.decode(encoder.answer_ids(example.answer)) == "good and bad\n\n"

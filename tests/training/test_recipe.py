@@ -112,7 +112,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Pa
     ("text", "sentence"),
     [
         ("model: {base: x}\n? [a, b]\n: c\n", "my.yaml:2: not valid YAML, a key is a list or a mapping"),
-        ("output: 2024-13-45\n", "my.yaml: not valid YAML, month must be in 1..12"),
+        ("output: !!int 2024-13-45\n", "my.yaml: not valid YAML, invalid literal for int()"),
         ("a: \x00\n", "my.yaml: not valid YAML, "),
         ("[" * 5000, "my.yaml: "),
         (RECIPE + "1: 2\n", "my.yaml: "),

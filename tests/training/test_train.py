@@ -5,7 +5,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,21 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.model.manifest import Manifest
 from manyicl.training.batch import row_counts
+from manyicl.training.checkpoint import RunInterrupted
 from manyicl.training.counts import RowCounts
+from manyicl.training.loss import row_loss
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, row_source, train
 from tests.builders import make_task
 from tests.training.recipes import small_recipe, small_tasks
-
-SAVE_EVERY_STEP = "training.save_every=1"
 
 
 def run(recipe: Recipe, **arguments: Any) -> TrainedRun:
@@ -99,7 +101,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_without_interruption(tmp
     run(small_recipe(whole, *changes), evaluation=lambda loaded: {"score": float(next(best_is_last))})
     stopped = run(small_recipe(parts, *changes), evaluation=stop_in_step(2))
     assert not stopped.finished
-    assert stopped.num_steps == 3
+    assert stopped.num_steps == 2
     assert not (parts / "manyicl.json").exists()
     resumed = run(
         small_recipe(parts, *changes), evaluation=lambda loaded: {"score": float(next(best_is_last))}, resume=True
@@ -109,20 +111,129 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_without_interruption(tmp
     assert_equal_weights(whole, parts)
 
 
-def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path / "run", SAVE_EVERY_STEP, "training.keep_checkpoints=4")
-    run(recipe)
-    folder = RunFolder(recipe.output)
-    last = folder.last_whole_checkpoint(1)
-    assert last is not None
-    assert last.name == "checkpoint-4"
-    (last / "trainer_state.json").write_text("{", encoding="utf-8")
-    (folder.checkpoints / "checkpoint-3" / "optimizer.pt").unlink()
-    (folder.checkpoints / "checkpoint-9").mkdir()
-    whole = folder.last_whole_checkpoint(1)
-    assert whole is not None
-    assert whole.name == "checkpoint-2"
-    assert folder.last_whole_checkpoint(2) is None, "the states of two processes' generators are not there"
+@contextmanager
+def at_row(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the loss of one row of a run, four to a step."""
+    calls = 0
+
+    def changed(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return act(row_loss(*arguments)) if calls == number else row_loss(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("manyicl.training.trainer.row_loss", changed)
+        yield
+
+
+def with_signal(loss: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+
+def test_a_signal_in_a_step_that_is_to_be_evaluated_lets_it_be_evaluated_and_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = ("training.evaluate_every=2", "training.num_steps=6")
+    scores = iter([0.7, 0.2, 0.1])
+    with at_row(monkeypatch, 6, with_signal):
+        stopped = run(small_recipe(tmp_path / "run", *changes), evaluation=lambda loaded: {"score": next(scores)})
+    assert (stopped.finished, stopped.num_steps, stopped.best_step) == (False, 2, 2)
+    assert "Stopping once this step, and its evaluation if one is due, is saved." in capfd.readouterr().err
+    done = run(small_recipe(tmp_path / "run", *changes), evaluation=lambda loaded: {"score": next(scores)}, resume=True)
+    assert (done.finished, done.best_score, done.best_step) == (True, 0.7, 2)
+
+
+def test_a_second_signal_ends_a_run_at_once_and_names_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyicl.training.trainer.SECONDS_OF_ONE_REQUEST", -1.0)
+    recipe = small_recipe(tmp_path / "run", "training.save_every=1")
+    with at_row(monkeypatch, 6, lambda loss: with_signal(with_signal(loss))), pytest.raises(RunInterrupted) as ended:
+        run(recipe)
+    assert ended.value.checkpoint == recipe.output / "checkpoints" / "checkpoint-1"
+    assert run(recipe, resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("act", "problem"),
+    [
+        (lambda loss: loss * float("nan"), "The loss became nan in step 2, in a row with tasks"),
+        (
+            # Nothing is added to the loss, and what is not a number to its gradient.
+            lambda loss: loss + (loss - loss.detach()).sqrt(),
+            "The norm of the gradient became (nan|inf) in step 2, in rows with tasks one, two",
+        ),
+    ],
+)
+def test_what_is_not_a_number_ends_the_run_before_it_is_in_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Tensor], Tensor], problem: str
+) -> None:
+    recipe = small_recipe(tmp_path / "run", "training.save_every=1", "training.log_every=1")
+    expected = rf"^{problem}.*\. The last good checkpoint is .*/run/checkpoints/checkpoint-1\. Resuming would meet"
+    with at_row(monkeypatch, 6, act), pytest.raises(MachineError, match=expected):
+        run(recipe)
+    assert [path.name for path in recipe.output.glob("checkpoints/checkpoint-*")] == ["checkpoint-1"]
+    saved = weights_in(recipe.output / "checkpoints" / "checkpoint-1")
+    assert all(torch.isfinite(weights).all() for weights in saved.values())
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path) -> None:
+    def spoiling(loaded: LoadedModel) -> Mapping[str, float]:
+        with torch.no_grad():
+            next(loaded.model.parameters()).fill_(float("inf"))
+        return {"score": 0.0}
+
+    with pytest.raises(MachineError, match=r"not a finite number after step 4, so no .* There is no checkpoint yet"):
+        run(small_recipe(tmp_path / "run"), evaluation=spoiling)
+
+
+def test_intervals_that_change_when_a_run_is_resumed_hold(tmp_path: Path) -> None:
+    changes = ("training.num_steps=8", "training.keep_checkpoints=9")
+    run(small_recipe(tmp_path / "run", *changes, "training.evaluate_every=1"), evaluation=stop_in_step(2))
+    seen: list[int] = []
+    changed = small_recipe(tmp_path / "run", *changes, "training.evaluate_every=3", "training.log_every=1")
+
+    def evaluation(loaded: LoadedModel) -> Mapping[str, float]:
+        seen.append(len(seen))
+        return {"score": 0.0}
+
+    run(changed, evaluation=evaluation, resume=True)
+    assert len(seen) == 3, "after the steps 3, 6 and 8"
+
+
+def test_a_folder_that_was_moved_is_resumed_with_its_best_model(tmp_path: Path) -> None:
+    changes = ("training.evaluate_every=1", "training.num_steps=6")
+    scores = iter([0.5, 0.9, 0.1, 0.1, 0.1, 0.1])
+    run(small_recipe(tmp_path / "whole", *changes), evaluation=lambda loaded: {"score": next(scores)})
+    scores = iter([0.5, 0.9])
+
+    def two_steps(loaded: LoadedModel) -> Mapping[str, float]:
+        score = next(scores)
+        if score == 0.9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"score": score}
+
+    run(small_recipe(tmp_path / "parts", *changes), evaluation=two_steps)
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    done = run(small_recipe(tmp_path / "moved", *changes), evaluation=lambda loaded: {"score": 0.1}, resume=True)
+    assert (done.best_score, done.best_step) == (0.9, 2)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_best_model_that_was_damaged_during_the_run_is_not_replaced_by_the_last_one(tmp_path: Path) -> None:
+    calls = 0
+    recipe = small_recipe(tmp_path / "run", "training.evaluate_every=1")
+
+    def damaging(loaded: LoadedModel) -> Mapping[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            (recipe.output / "checkpoints" / "checkpoint-1" / "model.safetensors").write_bytes(b"")
+        return {"score": -float(calls)}
+
+    with pytest.raises(MachineError, match=r"best model is that of checkpoint-1, which differs from its seal in model"):
+        run(recipe, evaluation=damaging)
 
 
 def test_checkpoints_are_saved_between_evaluations(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.episodes.text_format import FormatKind
+from manyicl.errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -36,9 +39,15 @@ def compile_command(
         int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the demonstrations and their order.")] = 0,
-    data_root: Annotated[Path | None, typer.Option(help="Folder that data paths in the task start from.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+    ] = None,
     max_context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+    ] = None,
+    text_format: Annotated[
+        FormatKind | None,
+        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
@@ -68,15 +77,17 @@ def compile_command(
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
-    engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_context_tokens=max_context_tokens)
-    with console.status(f"Reading {len(demonstrations)} demonstrations"):
+    engine = Engine.from_pretrained(
+        model, dtype=dtype, device=device, text_format=text_format, max_context_tokens=max_context_tokens
+    )
+    with console.status(f"Reading {counted(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations)
         engine.save(compiled, output)
     prefix = compiled.prefix
     left_out = f"; {prefix.num_left_out} more did not fit the context" if prefix.num_left_out else ""
     out = Console(highlight=False)
     out.print(
-        f"{prefix.num_shots} demonstrations of {prefix.task.name!r}, {prefix.num_tokens:,} tokens{left_out}",
+        f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens{left_out}",
         markup=False,
     )
     if compiled.answers:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.errors import UserError
+from manyicl.episodes.text_format import FormatKind
+from manyicl.errors import UserError, counted, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,9 @@ def evaluate_command(
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
     seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Test rows asked of each task.")] = 200,
-    data_root: Annotated[Path | None, typer.Option(help="Where relative data paths of tasks begin.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+    ] = None,
     working_memory_mib: Annotated[
         int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
     ] = None,
@@ -34,6 +37,10 @@ def evaluate_command(
     name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
     max_context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+    ] = None,
+    text_format: Annotated[
+        FormatKind | None,
+        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
@@ -67,6 +74,7 @@ def evaluate_command(
         model,
         dtype=dtype,
         device=device,
+        text_format=text_format,
         max_context_tokens=max_context_tokens,
         working_memory_mib=working_memory_mib,
     )
@@ -82,7 +90,9 @@ def evaluate_command(
     print_table(curves.results, console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
     console.print(
-        f"{len(curves.results)} results in {output}{found}. Next: manyicl report {output}", markup=False, soft_wrap=True
+        f"{counted(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -111,6 +121,9 @@ def measure_with_progress(
         return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
 
 
+_MOST_DIGITS = 9
+
+
 def parse_shots(text: str) -> tuple[int, ...]:
     """Read ``0,1,4`` as ascending shot counts.
 
@@ -118,9 +131,10 @@ def parse_shots(text: str) -> tuple[int, ...]:
         UserError: If a part is not a whole number of at least 0.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = next((part for part in parts if not part.isdecimal()), None)
+    wrong = next((part for part in parts if not part.isdecimal() or len(part) > _MOST_DIGITS), None)
     if wrong is not None or not parts:
         raise UserError(
-            f"--shots expects whole numbers from 0 separated by commas, such as 0,1,4,16; found {wrong or text!r}."
+            "--shots expects whole numbers from 0 separated by commas, such as 0,1,4,16; found "
+            f"{shortened(repr(wrong or text))}."
         )
     return tuple(sorted({int(part) for part in parts}))

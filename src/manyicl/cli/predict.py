@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyicl.errors import UserError
+from manyicl.episodes.text_format import FormatKind
+from manyicl.errors import QueryError, UserError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.prefix_cache import PrefixCache
     from manyicl.tasks.nearest import NearestExamples
+    from manyicl.tasks.rows import LocatedRow
     from manyicl.tasks.task import Example, Query, Task
 
 STANDARD_STREAM = Path("-")
@@ -62,10 +64,16 @@ def predict_command(
     top_p: Annotated[
         float | None, typer.Option(help="Draw free answers among tokens that together reach this probability.")
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder that data paths in the task start from.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+    ] = None,
     max_context_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prefix and query together.")] = None,
     working_memory_mib: Annotated[
         int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    ] = None,
+    text_format: Annotated[
+        FormatKind | None,
+        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
@@ -84,7 +92,7 @@ def predict_command(
         cat new.jsonl | manyicl predict --model runs/one-model --task tickets.csv:text:label --shots 64 --input -
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from manyicl.engine.decoding import Sampling
     from manyicl.engine.engine import Engine
@@ -100,10 +108,12 @@ def predict_command(
     sampling = None
     if temperature is not None or top_p is not None:
         sampling = Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed or 0)
-    rows = None if input_path == STANDARD_STREAM else [row.columns for row in read_rows(input_path)]
+    rows = None if input_path == STANDARD_STREAM else read_rows(input_path)
     loaded_task = load_task(task, data_root) if task is not None else None
+    demonstrations: Sequence[Example] = ()
     if loaded_task is not None:
         _require_no_rows_of(loaded_task, output)
+        demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed or 0)
     queries = None if rows is None or loaded_task is None else _queries(loaded_task, rows)
     if rows == []:
         raise UserError(f"{input_path}: there is no row to answer.")
@@ -111,6 +121,7 @@ def predict_command(
         model,
         dtype=dtype,
         device=device,
+        text_format=text_format,
         max_context_tokens=max_context_tokens,
         working_memory_mib=working_memory_mib,
     )
@@ -119,7 +130,6 @@ def predict_command(
         assert prefix is not None, "one of both is given"
         cache = engine.load(prefix).prefix
     else:
-        demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed or 0)
         if nearest:
             cache, near = _prefill_with_nearest(engine, loaded_task, demonstrations, queries, nearest)
         else:
@@ -134,11 +144,15 @@ def predict_command(
         nearest=near,
     )
     predictions([])  # options that contradict each other are refused before anything is written
-    answered = _answered(predictions, _standard_input() if rows is None else rows, scores, abstain_below is not None)
+    asked = _standard_input() if rows is None else (row.columns for row in rows)
+    answered = _answered(predictions, asked, scores, abstain_below is not None)
+    if rows is not None:
+        answered = _with_places(answered, rows)
     total = None if rows is None else len(rows)
-    num_answers = _write(output, track(answered, description="Answering", total=total, console=console))
+    with Progress(console=console) as progress:
+        num_answers = _write(output, progress.track(answered, total=total, description="Answering"))
     if output != STANDARD_STREAM:
-        console.print(f"{num_answers:,} answers written to {output}", markup=False, highlight=False)
+        console.print(f"{counted(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
@@ -150,18 +164,27 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
         raise UserError(f"{given[0]} goes with --task; a compiled task holds its demonstrations already.")
 
 
-def _queries(task: Task, rows: Iterable[dict[str, Any]]) -> list[Query]:
+def _queries(task: Task, rows: Iterable[LocatedRow]) -> list[Query]:
     """Render the rows of a file, or say which of them cannot be asked, before a model is loaded."""
+    from manyicl.engine.engine import require_askable
+
     queries = []
     for number, row in enumerate(rows, start=1):
         try:
-            query = task.query(row)
+            query = task.query(row.columns)
+            require_askable(query, task)
         except UserError as error:
-            raise UserError(f"Query {number}: {error}") from error
-        if not query.text.strip():
-            raise UserError(f"Query {number}: it is empty; expected a text to answer.")
+            raise UserError(f"{row.place}: Query {number}: {error}") from error
         queries.append(query)
     return queries
+
+
+def _with_places(answered: Iterator[dict[str, Any]], rows: Sequence[LocatedRow]) -> Iterator[dict[str, Any]]:
+    """Name file and line of a query that cannot be asked."""
+    try:
+        yield from answered
+    except QueryError as error:
+        raise UserError(f"{rows[error.number - 1].place}: {error}") from error
 
 
 def _prefill_with_nearest(
@@ -186,7 +209,7 @@ def _prefill_with_nearest(
 
 def _described(engine: Engine, prefix: PrefixCache) -> str:
     """Say what stands before every query, and what a reader should know of it."""
-    text = f"{prefix.num_shots} demonstrations of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
+    text = f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
     if prefix.num_left_out:
         text += f"; {prefix.num_left_out} more did not fit the context of {engine.max_context_tokens:,}"
     if engine.trained_context_tokens and prefix.num_tokens > engine.trained_context_tokens:

@@ -109,7 +109,7 @@ def _fine_tune(recipe: Recipe, console: Console, *, fresh: bool) -> None:
     if folder.is_finished and same_recipe and _trained_over_this_base(recipe) and not fresh:
         console.print(f"The finished model of an earlier run stands in {folder.path}; --fresh trains anew.")
         return
-    goes_on = same_recipe and not folder.is_finished and not fresh
+    goes_on = same_recipe and folder.is_begun and not folder.is_finished and not fresh
     run = train(recipe, resume=goes_on, overwrite=not goes_on, console=console)
     if not run.finished:
         raise KeyboardInterrupt

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from manyicl.errors import UserError
+
 
 def report_command(
     results: Annotated[Path, typer.Argument(help="Folder of results; folders inside it are read too.")],
@@ -41,9 +43,22 @@ def report_command(
 
     console = Console()
     records = ResultStore(results).load()
+    page = output or results / "report.html"
+    for path in filter(None, (page, plot)):
+        _require_place(path)
     print_table(records, console, per_task=per_task)
     if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         plot_shot_curves(records, plot)
         console.print(f"Curves: {plot}", markup=False, soft_wrap=True)
-    page = write_report(results, output or results / "report.html", title=title, examples=examples)
+    write_report(results, page, title=title, examples=examples)
     console.print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+def _require_place(path: Path) -> None:
+    """Refuse a place where no file can be written, before anything is drawn."""
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; expected the name of a file to write.")
+    taken = next(place for place in path.absolute().parents if place.exists())
+    if not taken.is_dir():
+        raise UserError(f"{str(path)!r} would lie below {taken.name!r}, which is a file; name another place.")

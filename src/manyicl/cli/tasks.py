@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.episodes.text_format import FormatKind
 from manyicl.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from manyicl.episodes.checks import Lengths, TaskCheck
-    from manyicl.episodes.encoding import Encoder, PlainFormat
+    from manyicl.episodes.encoding import Encoder
     from manyicl.episodes.episode import EncodedEpisode, Episode
+    from manyicl.episodes.text_format import PlainFormat
     from manyicl.tasks.task import Task
 
 DEFAULT_CONTEXT_TOKENS = 2048
 WIDTH_WITHOUT_TERMINAL = 160
+MOST_LABELS_SHOWN = 100
 ASKED = ("default", "default dim")
 SUPERVISED = ("black on green", "black on bright_green")
+NO_MODEL_TO_FORMAT = "--format is how a model is asked; name it with --model, or leave --format out."
 _OF_TOKENS_ALONE = (
     "labels_in_labels_as_tokens",
     "joined_share",
@@ -78,6 +82,10 @@ Model = Annotated[
         "tokens.",
         show_default=False,
     ),
+]
+TextFormat = Annotated[
+    FormatKind | None,
+    typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
 ]
 
 
@@ -174,6 +182,7 @@ def check_tasks(
     tasks: TaskPatterns,
     data_root: DataRoot = None,
     model: Model = None,
+    text_format: TextFormat = None,
     context: Annotated[
         int | None,
         typer.Option(min=8, help="Context in tokens to fit shots in; by default what the model was trained with."),
@@ -185,6 +194,8 @@ def check_tasks(
 
     if model is None and context is not None:
         raise UserError("--context is in tokens; name the model that counts them with --model.")
+    if model is None and text_format is not None:
+        raise UserError(NO_MODEL_TO_FORMAT)
     loaded = load_tasks(tasks, data_root)
     if model is None:
         checks = [_check_in_characters(task) for task in loaded]
@@ -192,7 +203,7 @@ def check_tasks(
     else:
         from manyicl.episodes.checks import check_task
 
-        encoder, trained_context = _encoder(model)
+        encoder, trained_context = _encoder(model, text_format, loaded)
         max_context_tokens = context or trained_context or DEFAULT_CONTEXT_TOKENS
         checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
     if as_json:
@@ -215,23 +226,21 @@ def check_tasks(
 def _check_in_characters(task: Task) -> TaskCheck:
     """Check a task as if every character were a token and no context too short: all that needs no tokenizer."""
     from manyicl.episodes.checks import check_task
-    from manyicl.episodes.encoding import Encoder, PlainFormat
+    from manyicl.episodes.encoding import Encoder
+    from manyicl.episodes.text_format import Piece, PlainFormat
 
     class Characters(Encoder):
         """Every character is a token, its number the character's own."""
 
         def __init__(self) -> None:
-            self.format = PlainFormat()
-            self.opening_ids = ()
+            self.bos_ids = ()
+            self._write_in(PlainFormat())
 
-        def piece_ids(self, text: str, opens_sequence: bool = False) -> tuple[int, ...]:
-            return tuple(map(ord, text))
+        def _encode_piece(self, piece: Piece, opens_sequence: bool) -> tuple[int, ...]:
+            return tuple(map(ord, piece.text))
 
         def decode(self, token_ids: Iterable[int]) -> str:
             return "".join(map(chr, token_ids))
-
-        def joined_ids(self, episode: Episode) -> tuple[int, ...]:
-            return self.piece_ids(self.joined_text(episode))
 
     return check_task(task, Characters(), sys.maxsize)
 
@@ -270,15 +279,18 @@ def show_task(
     shots: Annotated[int, typer.Option(min=1, help="Examples in the episode.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Which examples, in which order.")] = 0,
     model: Model = None,
+    text_format: TextFormat = None,
 ) -> None:
     """Show an episode as the model sees it; what is supervised is coloured, without colour it stands in «».
 
     With --model it is drawn token by token.
     """
-    from manyicl.episodes.encoding import PlainFormat
     from manyicl.episodes.episode import Episode
+    from manyicl.episodes.text_format import PlainFormat
     from manyicl.tasks.files import load_task
 
+    if model is None and text_format is not None:
+        raise UserError(NO_MODEL_TO_FORMAT)
     loaded = load_task(task, data_root)
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
     console = _console()
@@ -287,7 +299,7 @@ def show_task(
         drawn = draw_pieces(episode, PlainFormat(), with_marks)
         supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
     else:
-        encoder, _ = _encoder(model)
+        encoder, _ = _encoder(model, text_format, [loaded])
         encoded = encoder.encode_episode(episode)
         drawn = draw_tokens(encoded, encoder, with_marks)
         num_supervised = sum(end - start for start, end in encoded.answer_spans)
@@ -311,11 +323,13 @@ def draw_pieces(episode: Episode, text_format: PlainFormat, with_marks: bool) ->
     """
     from rich.text import Text
 
+    from manyicl.episodes.text_format import text_of
+
     drawn = Text()
-    _draw(drawn, [text_format.instruction_piece(episode.instruction)], ASKED)
+    _draw(drawn, [text_of(text_format.opening(episode.instruction))], ASKED)
     for example in episode.examples:
-        _draw(drawn, [text_format.query_piece(example.query.text)], ASKED)
-        _draw_supervised(drawn, [text_format.answer_piece(example.answer)], with_marks)
+        _draw(drawn, [text_of(text_format.query(example.query.text))], ASKED)
+        _draw_supervised(drawn, [text_of(text_format.answer(example.answer))], with_marks)
     return drawn
 
 
@@ -335,6 +349,7 @@ def draw_tokens(episode: EncodedEpisode, encoder: Encoder, with_marks: bool) -> 
         _draw(drawn, _token_texts(encoder, episode.token_ids[position:start]), ASKED)
         _draw_supervised(drawn, _token_texts(encoder, episode.token_ids[start:end]), with_marks)
         position = end
+    _draw(drawn, _token_texts(encoder, episode.token_ids[position:]), ASKED)
     return drawn
 
 
@@ -346,8 +361,10 @@ def _draw_supervised(drawn: Text, texts: Iterable[str], with_marks: bool) -> Non
 
 def _draw(drawn: Text, texts: Iterable[str], shades: tuple[str, str]) -> None:
     """Append texts in two shades by turns, their line breaks visible."""
+    from manyicl.printing import printable
+
     for number, text in enumerate(texts):
-        *lines, rest = text.split("\n")
+        *lines, rest = printable(text).split("\n")
         style = shades[number % 2]
         for line in lines:
             drawn.append(f"{line}⏎", style)
@@ -367,18 +384,17 @@ def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
         pending = []
 
 
-def _encoder(reference: str) -> tuple[Encoder, int | None]:
+def _encoder(reference: str, kind: FormatKind | None, tasks: Sequence[Task]) -> tuple[Encoder, int | None]:
     """Load a model's tokenizer and format, and the context it was trained with if it says so."""
     from manyicl.episodes.encoding import Encoder
     from manyicl.model.load import load_tokenizer, resolve_reference
-    from manyicl.model.manifest import Manifest
+    from manyicl.model.manifest import Manifest, format_to_ask_in
 
     tokenizer = load_tokenizer(reference)
     folder = Path(resolve_reference(reference))
     manifest = Manifest.read(folder) if folder.is_dir() else None
-    if manifest is None:
-        return Encoder(tokenizer), None
-    return Encoder(tokenizer, manifest.text_format), manifest.max_context_tokens
+    encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, tasks))
+    return encoder, manifest.max_context_tokens if manifest else None
 
 
 def _console() -> Console:
@@ -428,13 +444,19 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
 def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
     """Print what the table has no room for: balance of labels, beginnings, dropped rows."""
     from rich.table import Table
+    from rich.text import Text
+
+    from manyicl.printing import printable
 
     if check.labels:
         balance = Table("label", title="Balance")
         for heading in ("train", "test"):
             balance.add_column(heading, justify="right")
-        for label in check.labels:
-            balance.add_row(label.label, f"{label.num_train:,}", f"{label.num_test:,}")
+        for label in check.labels[:MOST_LABELS_SHOWN]:
+            balance.add_row(Text(printable(label.label)), f"{label.num_train:,}", f"{label.num_test:,}")
+        if others := check.labels[MOST_LABELS_SHOWN:]:
+            sums = (sum(label.num_train for label in others), sum(label.num_test for label in others))
+            balance.add_row(f"{len(others):,} other labels", *(f"{number:,}" for number in sums), style="dim")
         console.print(balance)
     kinds = {"text": check.labels_in_labels, "tokens": check.labels_in_labels_as_tokens if in_tokens else ()}
     for kind, pairs in kinds.items():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
+from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError, counted
 
 if TYPE_CHECKING:
     from manyicl.tasks.task import Task
@@ -51,19 +56,27 @@ def train_command(
 
     Ctrl-C finishes the step, saves a checkpoint and prints the command that resumes.
     """
-    from rich.console import Console
-    from transformers.utils import logging
-
-    from manyicl.training.recipe import Recipe
-
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them.")
     changes = [*(overrides or ()), *([f"training.seed={seed}"] if seed is not None else ())]
-    read = Recipe.read(recipe, changes)
+    with _terminated_as_by_ctrl_c():
+        try:
+            _train(recipe, changes, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        except KeyboardInterrupt as interruption:
+            _tell(_after_interruption(interruption, recipe, changes, resume=resume, dry_run=dry_run))
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
+
+def _train(recipe: Path, changes: list[str], *, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from manyicl.training.checkpoint import SavingFailedError
+    from manyicl.training.recipe import Recipe
     from manyicl.training.requirements import require_machine
     from manyicl.training.train import end_processes, is_main_process, load_recipe_tasks, train
 
+    read = Recipe.read(recipe, changes)
     logging.disable_progress_bar()
     if not dry_run:
         require_machine(read)
@@ -78,22 +91,64 @@ def train_command(
     console = Console(stderr=True, quiet=not is_main_process())
     try:
         run = train(read, tasks, evaluation=evaluation, resume=resume, overwrite=overwrite, console=console)
+    except SavingFailedError as error:
+        raise SavingFailedError(f"{error} Resume with\n\n  {resume_command(recipe, changes)}") from error
     finally:
         end_processes()
     if not run.finished:
-        if is_main_process():
-            typer.echo(f"Stopped after step {run.num_steps:,}; a checkpoint is saved. Resume with\n")
-            typer.echo("  " + resume_command(recipe, changes))
+        stopped = f"Stopped after step {run.num_steps:,}; a checkpoint is saved."
+        _tell(f"{stopped} Resume with\n\n  {resume_command(recipe, changes)}")
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
-    if is_main_process():
-        best = f" It is the model after step {run.best_step:,}, the best on held-out tasks" if run.best_step else ""
-        score = f" with a score of {run.best_score:.3f}." if best and run.best_score is not None else ""
-        typer.echo(f"The model is in {run.folder} after {run.num_steps:,} steps.{best}{score}")
+    best = f" It is the model after step {run.best_step:,}, the best on held-out tasks" if run.best_step else ""
+    score = f" with a score of {run.best_score:.3f}." if best and run.best_score is not None else ""
+    _tell(f"The model is in {run.folder} after {run.num_steps:,} steps.{best}{score}")
+
+
+def _tell(text: str) -> None:
+    """Print from one process of a run; an interruption may come before torch is there to be asked."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)
+
+
+def _after_interruption(
+    interruption: KeyboardInterrupt, recipe: Path, changes: list[str], *, resume: bool, dry_run: bool
+) -> str:
+    """Say what a command that was ended at once leaves behind, and how to go on."""
+    from manyicl.training.checkpoint import RunInterrupted
+
+    if dry_run:
+        return "Stopped; nothing was written."
+    if not isinstance(interruption, RunInterrupted):
+        left = "nothing has changed" if resume else "no run has begun"
+        return f"Stopped before training; {left}. The same command starts it again."
+    checkpoint = interruption.checkpoint
+    left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    return f"Stopped at once. {left}. Resume with\n\n  {resume_command(recipe, changes)}"
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, from the first moment on; outside the main thread, leave it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def resume_command(recipe: Path, overrides: list[str]) -> str:
-    """Return the command that goes on where a run was stopped."""
-    parts = ["manyicl", "train", str(recipe)]
+    """Return the command that goes on where a run was stopped, with as many processes."""
+    num_processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["torchrun", "--nproc-per-node", num_processes, "--no-python"] if num_processes != "1" else []
+    parts = [*launcher, "manyicl", "train", str(recipe)]
     for override in overrides:
         parts += ["--set", override]
     return shlex.join([*parts, "--resume"])
@@ -154,8 +209,8 @@ def watched(task: Task, num_queries: int, seed: int) -> Task:
 
     if len(task.train) < 2:
         raise UserError(
-            f"tasks.evaluate: {task.name!r} has {len(task.train)} training rows; at least 2 are needed, because "
-            "training watches a task by rows of its training side. Add rows, or leave it out."
+            f"tasks.evaluate: {task.name!r} has {counted(len(task.train), 'training row')}; at least 2 are needed, "
+            "because training watches a task by rows of its training side. Add rows, or leave it out."
         )
     order = list(task.train)
     random.Random(f"watched {seed}").shuffle(order)

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
-from manyicl.episodes.encoding import Encoder, PlainFormat
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import MachineError, UserError
 from manyicl.model.continuation import Block, key_shape
 from manyicl.model.load import LoadedModel
@@ -122,7 +123,7 @@ class Header(BaseModel):
     base_fingerprint: str | None = Field(description="Of the base, where the model is an adapter.")
     config_hash: str = Field(description="Hash of the network's configuration, which says how weights are used.")
     dtype: str = Field(description="Of keys and values, as the model computes.")
-    text_format: PlainFormat
+    text_format: AnyFormat
     task: SavedTask
     demonstrations: tuple[SavedExample, ...]
     num_left_out: int
@@ -130,7 +131,7 @@ class Header(BaseModel):
     versions: dict[str, str] = Field(default_factory=library_versions)
 
 
-def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_format: PlainFormat) -> None:
+def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_format: AnyFormat) -> None:
     """Write a compiled task; an earlier file is replaced only once the new one is whole.
 
     Raises:
@@ -268,7 +269,7 @@ def _checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
         ) from error
 
 
-def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_format: PlainFormat) -> None:
+def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_format: AnyFormat) -> None:
     """Refuse keys and values that another network made."""
     dtype = _dtype_name(loaded.model.dtype)
     if header.dtype != dtype:

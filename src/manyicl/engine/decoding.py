@@ -106,7 +106,7 @@ def generate(
             logits = flight.follow(live, tokens, [place - 1] * len(live))
         for i in chunk:
             if generations[i].answer is None:
-                generations[i].answer = encoder.decode(generations[i].token_ids)
+                generations[i].answer = encoder.decode_answer(generations[i].token_ids)
     return generations
 
 
@@ -141,10 +141,11 @@ def _draw(logits: Tensor, sampling: Sampling, chance: random.Random) -> Tensor:
 
 
 def end_token_ids(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
-    """Return the tokens that end a text: the tokenizer's, and those that the model's generation_config adds."""
+    """Return the tokens that end a text: the tokenizer's, the model's generation_config's, and a turn's own."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (encoder.tokenizer.eos_token_id, *listed) if token is not None)
+    ends = (encoder.tokenizer.eos_token_id, encoder.answer_end_id, *listed)
+    return frozenset(token for token in ends if token is not None)
 
 
 def _append(generation: Generation, token: int, log_probability: float, encoder: Encoder, ends: frozenset[int]) -> None:
@@ -152,16 +153,17 @@ def _append(generation: Generation, token: int, log_probability: float, encoder:
 
     Text decides, not token ids: in Llama-3-style vocabularies ``.`` and the blank line after it are one token.
     """
-    if token in ends:
-        generation.stopped = True
-        generation.answer = encoder.decode(generation.token_ids)
-        return
     generation.token_ids.append(token)
-    generation.log_probability += log_probability
     terminator = encoder.format.terminator
     # The end of the terminator lies in the newest token, so only so much needs decoding as may hold all of it.
     tail = encoder.decode(generation.token_ids[-4 * len(terminator) - 4 :])
     # A tail that begins within a character may decode to nothing but replacements, so then all is looked at.
-    if terminator in tail or (REPLACEMENT in tail and terminator in encoder.decode(generation.token_ids)):
+    terminated = terminator in tail or (REPLACEMENT in tail and terminator in encoder.decode(generation.token_ids))
+    if token in ends and not terminated:
+        # Ends an answer in place of the terminator. In a chat the terminator itself is often such a token.
+        generation.token_ids.pop()
+    else:
+        generation.log_probability += log_probability
+    if token in ends or terminated:
         generation.stopped = True
-        generation.answer = encoder.decode(generation.token_ids).partition(terminator)[0]
+        generation.answer = encoder.decode_answer(generation.token_ids)

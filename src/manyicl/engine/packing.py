@@ -35,7 +35,8 @@ def require_bounds(loaded: LoadedModel, max_context_tokens: int | None, working_
     allowed = max_positions(loaded.model)
     if max_context_tokens and allowed and max_context_tokens > allowed:
         raise UserError(
-            f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions."
+            f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions. "
+            "Use no more, or another model."
         )
 
 

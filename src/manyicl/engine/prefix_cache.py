@@ -49,11 +49,6 @@ class PrefixCache:
         """Demonstrations before a query."""
         return len(self.demonstrations)
 
-    @property
-    def opens_sequence(self) -> bool:
-        """Whether a query behind this prefix is the first text of its sequence."""
-        return not self.demonstrations and not self.task.instruction()
-
 
 def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, ...]:
     """Return views of the blocks' first ``num_tokens`` tokens; nothing is copied."""

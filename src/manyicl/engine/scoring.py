@@ -165,7 +165,8 @@ def score_labels(
     Returns:
         One finished search per query.
     """
-    sizes = [[len(trie.inner_nodes) for trie in tries] for tries in label_tries]
+    sizes_of = {id(tries): [len(trie.inner_nodes) for trie in tries] for tries in label_tries}
+    sizes = [sizes_of[id(tries)] for tries in label_tries]
     found: dict[int, LabelSearch] = {}
     for chunk in memory.chunks([len(query) for query in queries], [max(own) for own in sizes]):
         chosen = strategy or strategy_for(sum(sum(sizes[i]) for i in chunk), wanted)
@@ -178,7 +179,12 @@ def score_labels(
 
 def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], memory: WorkingMemory) -> None:
     """Read the queries, then round after round the nodes that their searches ask for."""
-    firsts = [sorted({trie.tokens[n] for trie in search.tries for n in trie.children[ROOT]}) for search in searches]
+    # Most queries share their labels, and with them a list of thousands of tries.
+    of_tries = {id(search.tries): search.tries for search in searches}
+    first_of = {
+        key: sorted({trie.tokens[n] for trie in tries for n in trie.children[ROOT]}) for key, tries in of_tries.items()
+    }
+    firsts = [first_of[id(search.tries)] for search in searches]
     for search, tokens, (scores, likeliest) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
         search.start(dict(zip(tokens, scores, strict=True)), likeliest)
     waiting = set(range(len(searches)))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.sampling import DrawnEpisode
+from manyicl.episodes.text_format import Place
+from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
 
 
@@ -43,8 +46,7 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
     for example in drawn.examples:
         if drawn.num_examples is not None and len(examples) == drawn.num_examples:
             break
-        opens_sequence = encoder.opens_sequence(drawn.instruction, len(examples))
-        num_shot_tokens = encoder.num_shot_tokens(example, opens_sequence)
+        num_shot_tokens = encoder.num_shot_tokens(example, encoder.place(drawn.instruction, len(examples)))
         if opening + num_shot_tokens > max_context_tokens:
             num_too_long += 1
         elif num_tokens + num_shot_tokens > room:
@@ -61,16 +63,38 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
 
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
     """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
-    # The first text of a sequence may be encoded with a leading marker, at most one token longer.
+    # The first text of a sequence may be encoded with a leading marker, or begin otherwise than behind a shot.
     longest_query = max(
-        (max(len(encoder.query_ids(query.text, opens)) for opens in (False, True)) for query in queries), default=0
+        (max(len(encoder.query_ids(query.text, place)) for place in Place) for query in queries), default=0
     )
     if task.labels:
-        return longest_query + max(len(encoder.answer_ids(label)) for label in task.labels)
+        return longest_query + _longest_answer(encoder, task.labels)
     choices = {choice for query in queries for choice in query.choices or ()}
     if choices:
         return longest_query + max(len(encoder.answer_ids(choice)) for choice in choices)
     return longest_query + max_answer_tokens
+
+
+@lru_cache(maxsize=4)
+def _longest_answer(encoder: Encoder, answers: tuple[str, ...]) -> int:
+    """Count the tokens of the longest answer; kept, because a task of thousands of labels asks for every test row."""
+    return max(len(encoder.answer_ids(answer)) for answer in answers)
+
+
+def require_room_behind_instruction(task: Task, encoder: Encoder, max_context_tokens: int) -> int:
+    """Return how many tokens stand before the first query.
+
+    Raises:
+        UserError: If they fill the context, as an instruction that lists thousands of labels may.
+    """
+    opening = encoder.num_opening_tokens(task.instruction())
+    if opening >= max_context_tokens:
+        labels = f" (the task has {len(task.labels):,} labels)" if task.labels else ""
+        raise UserError(
+            f"The instruction of task {task.name!r}{labels} alone needs {opening:,} tokens; max_context_tokens is "
+            f"{max_context_tokens:,}. Shorten it, or use a longer context."
+        )
+    return opening
 
 
 def fit_demonstrations(
@@ -91,11 +115,14 @@ def fit_demonstrations(
 
     Returns:
         The demonstrations that fit, in their given order, and how many were left out.
+
+    Raises:
+        UserError: If the instruction alone fills the context.
     """
     instruction = task.instruction()
-    room = max_context_tokens - reserve - encoder.num_opening_tokens(instruction)
+    room = max_context_tokens - reserve - require_room_behind_instruction(task, encoder, max_context_tokens)
     costs = [
-        encoder.num_shot_tokens(example, encoder.opens_sequence(instruction, shot))
+        encoder.num_shot_tokens(example, encoder.place(instruction, shot))
         for shot, example in enumerate(demonstrations)
     ]
     if sum(costs) <= room:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median_low
 
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from manyicl.errors import counted
 from manyicl.tasks.building import ON_BOTH_SIDES, normalised
 from manyicl.tasks.task import Example, Task
+from manyicl.tasks.words import folded, without_invisible
 
 FEW_TEST_ROWS = 30
 ONE_SIDED_SHARE = 0.9
+# Labels, or pairs of them, that a sentence is made of; what is left is counted.
+MOST_NAMED = 5
+
+# Zero-width spaces, direction marks, soft hyphens, byte order marks; joiners, which scripts need, at an end alone.
+_UNSEEN = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class TaskCheck:
         num_on_both_sides: Training rows left out because their query stands in test.
         dropped: Reason -> rows left out when the task was read.
         labels_in_labels: Pairs of labels of which the first begins the second, as text.
-        labels_in_labels_as_tokens: The same among their tokens, without the terminator.
+        labels_in_labels_as_tokens: The same among their tokens, which only the terminator keeps apart.
         joined_share: Share of examined examples whose pieces equal the tokens of the joined text.
         num_altered_answers: Examined answers that their tokens do not give back.
         num_examined: Examples encoded for the two figures above.
@@ -109,9 +118,12 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     query_lengths = [len(encoder.query_ids(example.query.text)) for example in everything]
     answer_lengths = [len(encoder.answer_ids(example.answer)) for example in everything]
     shot_lengths = [q + a for q, a in zip(query_lengths, answer_lengths, strict=True)][: len(task.train)]
-    examined = _evenly_chosen(everything, num_examined)
+    examined = evenly_chosen(everything, num_examined)
     num_repeated, num_contradictions = _repeats(task.train)
     labels = task.labels or ()
+    alike = _beginnings({label: encoder.answer_ids(label) for label in labels})
+    set_of_alike = set(alike)
+    in_tokens = _beginnings({label: encoder.piece_ids(label) for label in labels})
     check = TaskCheck(
         name=task.name,
         family=task.family,
@@ -126,7 +138,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         num_on_both_sides=task.dropped.get(ON_BOTH_SIDES, 0),
         dropped=task.dropped,
         labels_in_labels=_beginnings({label: label for label in labels}),
-        labels_in_labels_as_tokens=_beginnings({label: encoder.piece_ids(label) for label in labels}),
+        labels_in_labels_as_tokens=tuple(pair for pair in in_tokens if pair not in set_of_alike),
         joined_share=_joined_share(task, examined, encoder),
         num_altered_answers=sum(encoder.decode(encoder.piece_ids(e.answer)) != e.answer for e in examined),
         num_examined=len(examined),
@@ -135,39 +147,113 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     )
     opening = encoder.num_opening_tokens(task.instruction())
     num_too_long = sum(opening + length > max_context_tokens for length in shot_lengths)
-    alike = _beginnings({label: encoder.answer_ids(label) for label in labels})
-    return replace(check, problems=tuple(_problems(check, max_context_tokens, num_too_long, alike)))
+    if opening >= max_context_tokens:
+        problems = [
+            f"The instruction alone needs {opening:,} tokens and fills the context of {max_context_tokens:,}; no "
+            "query can be asked behind it."
+        ]
+        num_too_long = 0
+    else:
+        problems = []
+    problems += _problems(check, max_context_tokens, num_too_long, alike)
+    return replace(check, problems=tuple(problems))
 
 
 def _problems(
     check: TaskCheck, max_context_tokens: int, num_too_long: int, alike: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
     """Say what a person should look at; ``alike`` are labels whose tokens, terminator included, do not differ."""
-    for label in check.labels:
-        if label.num_train == 0:
-            yield f"The label {label.label!r} stands in no training row, so no demonstration can show it."
+    never_shown = [label.label for label in check.labels if label.num_train == 0]
+    for label in never_shown if len(never_shown) <= MOST_NAMED else ():
+        yield f"The label {label!r} stands in no training row, so no demonstration can show it."
+    if len(never_shown) > MOST_NAMED:
+        named = ", ".join(map(repr, never_shown[:MOST_NAMED]))
+        yield (
+            f"{len(never_shown):,} labels stand in no training row, so no demonstration can show them: {named} and "
+            f"{len(never_shown) - MOST_NAMED:,} more."
+        )
     if check.majority_share is not None and check.majority_share >= ONE_SIDED_SHARE:
         yield f"{check.majority_share:.0%} of the test rows have one label; accuracy says little, prefer macro_f1."
-    for first, second in alike:
+    for first, second in alike[:MOST_NAMED]:
         yield f"The labels {first!r} and {second!r} are the same to this tokenizer; rename one."
+    if len(alike) > MOST_NAMED:
+        yield f"{len(alike) - MOST_NAMED:,} more pairs of labels are the same to this tokenizer."
+    yield from _first_of(look_alikes([label.label for label in check.labels]), "labels look like another one")
+    yield from _first_of(unseen_characters([label.label for label in check.labels]), "labels hold invisible characters")
     if check.num_test == 0:
         yield "There are no test rows; the task can be used, not evaluated."
     elif check.num_test < FEW_TEST_ROWS:
-        yield f"There are only {check.num_test} test rows; scores will have wide intervals."
+        verb = "is" if check.num_test == 1 else "are"
+        yield f"There {verb} only {counted(check.num_test, 'test row')}; scores will have wide intervals."
     if check.num_contradictions:
-        yield f"{check.num_contradictions} training rows repeat a query with another answer."
+        rows = counted(check.num_contradictions, "training row")
+        yield f"A query comes again with another answer in {rows}."
     if check.num_altered_answers:
         yield (
-            f"{check.num_altered_answers} of {check.num_examined} answers come back altered from their tokens; "
-            "this tokenizer loses characters."
+            f"Of {counted(check.num_examined, 'answer')}, {check.num_altered_answers} would come back altered from "
+            "their tokens; this tokenizer loses characters."
         )
     if num_too_long:
-        yield f"{num_too_long} training rows are longer than {max_context_tokens:,} tokens and can never be shown."
+        rows = counted(num_too_long, "training row")
+        yield f"Too long for {max_context_tokens:,} tokens, and never shown: {rows}."
     if check.shots_that_fit.guaranteed == 0:
         yield f"In {max_context_tokens:,} tokens, some queries leave no room for the longest demonstration."
 
 
-def _evenly_chosen(examples: Sequence[Example], most: int) -> tuple[Example, ...]:
+def look_alikes(labels: Iterable[str]) -> list[str]:
+    """Say which labels a person may take for one another: two that differ in nothing that is easily seen.
+
+    They stay two labels. Which of them is meant only the person knows.
+    """
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        groups[" ".join(folded(label).split())].append(label)
+    return [
+        f"The labels {first!r} and {second!r} are two, and differ only in {_difference(first, second)}."
+        for group in groups.values()
+        for first, second in pairwise(sorted(group))
+    ]
+
+
+def _difference(first: str, second: str) -> str:
+    """Name what two labels that look alike differ in, and the code points where they do."""
+    kinds = {
+        "case": (first.casefold(), second.casefold()),
+        "how letters are composed": (unicodedata.normalize("NFC", first), unicodedata.normalize("NFC", second)),
+        "invisible characters": (without_invisible(first), without_invisible(second)),
+        "white space": (" ".join(first.split()), " ".join(second.split())),
+    }
+    kind = next((name for name, (one, other) in kinds.items() if one == other), "the form of their characters")
+    start = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    ends = zip(first[start:][::-1], second[start:][::-1], strict=False)
+    end = next((i for i, (a, b) in enumerate(ends) if a != b), min(len(first), len(second)) - start)
+    one, other = (_code_points(label[start : len(label) - end]) for label in (first, second))
+    return f"{kind}: {one} and {other}"
+
+
+def unseen_characters(labels: Iterable[str]) -> list[str]:
+    """Say which labels hold characters that nobody sees and whoever types the label leaves out."""
+    return [
+        f"The label {label!r} holds invisible characters: {_code_points(found)}."
+        for label in labels
+        if (found := "".join(_UNSEEN.findall(label)))
+    ]
+
+
+def _code_points(text: str) -> str:
+    return " ".join(f"U+{ord(character):04X}" for character in text) or "nothing"
+
+
+def _first_of(sentences: Sequence[str], what: str) -> Iterator[str]:
+    """Yield the first sentences, and one that counts the others."""
+    yield from sentences[:MOST_NAMED]
+    if len(sentences) > MOST_NAMED:
+        yield f"{len(sentences) - MOST_NAMED:,} more {what}."
+
+
+def evenly_chosen(examples: Sequence[Example], most: int) -> tuple[Example, ...]:
     """Choose examples at even distances, so that both sides and all of a sorted file are seen."""
     if len(examples) <= most:
         return tuple(examples)
@@ -224,11 +310,17 @@ def _beginnings(spelled: Mapping[str, Sequence[object]]) -> tuple[tuple[str, str
 
 
 def _joined_share(task: Task, examples: Sequence[Example], encoder: Encoder) -> float:
-    """Share of examples whose pieces, as second shot of an episode, equal the tokens of the joined text."""
+    """Share of examples whose pieces, as second shot of an episode, equal the tokens of the joined text.
+
+    Instruction and first shot are the same for all and are compared once: an instruction may list 10,000 labels.
+    """
     opening = task.train[0]
+    beginning = Episode(task.name, task.instruction(), (opening,))
+    if encoder.encode_episode(beginning).token_ids != encoder.joined_ids(beginning):
+        return 0.0
     num_equal = 0
     for example in examples:
-        episode = Episode(task.name, task.instruction(), (opening, example))
+        episode = Episode(task.name, "", (opening, example))
         num_equal += encoder.encode_episode(episode).token_ids == encoder.joined_ids(episode)
     return num_equal / len(examples)
 

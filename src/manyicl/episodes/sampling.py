@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import regex  # type: ignore[import-untyped]
+from pydantic import Field, field_validator
 
+from manyicl.checked import Section
 from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.demonstrations import Sampling, demonstration_order
 from manyicl.tasks.task import Example, Task
 
+# Letters and their marks, between white space; without the marks, Hindi would have no words.
+_PLAIN_WORD = regex.compile(r"(?<!\S)\p{L}[\p{L}\p{M}]{1,13}(?!\S)")
 
-class EpisodeSettings(BaseModel):
+
+class EpisodeSettings(Section):
     """How the examples of a training episode are drawn."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples_per_episode: Literal["fill"] | int | tuple[int, int] = Field(
         "fill",
@@ -45,10 +47,8 @@ class EpisodeSettings(BaseModel):
         return wanted
 
 
-class Mixture(BaseModel):
+class Mixture(Section):
     """How often each training task is drawn."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["uniform", "weights", "size"] = Field(
         "uniform", description="Every task alike, by `weights`, or by number of training rows."
@@ -154,7 +154,7 @@ def label_replacement_words(tasks: Sequence[Task], num_queries_per_task: int = 2
     words: set[str] = set()
     for task in tasks:
         for example in task.train[:num_queries_per_task]:
-            words.update(re.findall(r"(?<!\S)[^\W\d_]{2,14}(?!\S)", example.query.text))
+            words.update(_PLAIN_WORD.findall(example.query.text))
     return sorted(words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from statistics import fmean
 
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
-from manyicl.tasks.nearest import NearestExamples
+from manyicl.tasks.nearest import NearestExamples, terms
 from manyicl.tasks.task import Example, Task
-from manyicl.tasks.words import words
+
+# Labels x terms that a logistic regression is fitted for: its solver keeps some twenty copies of them, 1.6 GB here.
+MOST_WEIGHTS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,9 @@ def chance_level(task: Task, queries: Sequence[Example]) -> Level:
 def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:
     """Score of TF-IDF with logistic regression trained on exactly the demonstrations the model is shown.
 
-    Both with scikit-learn's default settings, words of any script: what a person would try first. Where only
-    one label was seen it is always answered; without demonstrations nothing is defined.
+    Both with scikit-learn's default settings: what a person would try first. Terms are words of any script; where a
+    script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. Where only one label
+    was seen it is always answered; without demonstrations nothing is defined.
     """
     if task.labels is None:
         return Level(None, "needs a closed label set")
@@ -62,7 +66,10 @@ def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence
     seen = list(dict.fromkeys(example.answer for example in demonstrations))
     if len(seen) == 1:
         return _score(task, seen * len(queries), queries, "only one label seen, always answered")
-    if not any(words(example.query.text) for example in demonstrations):
+    seen_terms = {term for example in demonstrations for term in terms(example.query.text)}
+    if len(seen) * len(seen_terms) > MOST_WEIGHTS:
+        return Level(None, f"{len(seen):,} labels x {len(seen_terms):,} terms are too many to fit")
+    if not seen_terms:
         return _score(task, [_most_frequent(demonstrations)] * len(queries), queries, "no words in the demonstrations")
     return _score(task, _tfidf_predictions(tuple(demonstrations), tuple(queries)), queries)
 
@@ -74,8 +81,11 @@ def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Examp
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    pipeline = make_pipeline(TfidfVectorizer(analyzer=words), LogisticRegression(max_iter=1000))
-    pipeline.fit([example.query.text for example in demonstrations], [example.answer for example in demonstrations])
+    pipeline = make_pipeline(TfidfVectorizer(analyzer=terms), LogisticRegression(max_iter=1000))
+    with warnings.catch_warnings():
+        # Of labels with one or two demonstrations each, it asks whether they are numbers.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        pipeline.fit([example.query.text for example in demonstrations], [example.answer for example in demonstrations])
     return tuple(str(label) for label in pipeline.predict([example.query.text for example in queries]))
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
+
+import regex  # type: ignore[import-untyped]
 
 from manyicl.errors import UserError, did_you_mean
 from manyicl.evaluation.numbers import last_number, only_number, same_number
 from manyicl.evaluation.words import WordTokenizer
 from manyicl.tasks.task import Task
+from manyicl.tasks.words import folded, parts
 
 References = Sequence[str]
+
+_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+_ARTICLE = regex.compile(r"(?<![\w\p{M}])(?:a|an|the)(?![\w\p{M}])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class Metric:
 def accuracy(prediction: str, references: References) -> float:
     """Score 1 if the answer is an accepted one, white space at its ends aside.
 
+    Every other difference counts, one of composition (NFC, NFD) too: labels are told apart by their characters.
+
     >>> accuracy("world", ("world",))
     1.0
     """
@@ -73,28 +81,29 @@ def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> fl
     """Mean F1 over all labels that occur among answers or predictions (scikit-learn's default).
 
     Where several answers are accepted, a prediction that is one of them counts as that label, any other
-    against the first.
+    against the first. White space at the ends is no part of a label.
     """
     from sklearn.metrics import f1_score
 
-    pairs = [
-        (prediction if prediction in accepted else accepted[0], prediction)
-        for prediction, accepted in zip(predictions, references, strict=True)
-    ]
+    pairs = []
+    for prediction, references_of_one in zip(predictions, references, strict=True):
+        answer, accepted = prediction.strip(), [reference.strip() for reference in references_of_one]
+        pairs.append((answer if answer in accepted else accepted[0], answer))
     truth, answered = zip(*pairs, strict=True)
     return float(f1_score(truth, answered, average="macro", zero_division=0.0))
 
 
 def squad_normalised(text: str) -> str:
-    """Lower-case, without ASCII punctuation, English articles and extra white space.
+    """Lower-case, without punctuation, English articles and extra white space.
 
-    Source: Rajpurkar et al. 2016, the official SQuAD script. Departure: a text of which nothing is left, such
-    as the option "A", is only lower-cased, else "A" and "the" would be the same answer.
+    Source: Rajpurkar et al. 2016, the official SQuAD script; the same on ASCII, with one departure: a text of which
+    nothing is left, such as the option "A", is only lower-cased, else "A" and "the" would be the same answer. In other
+    scripts punctuation is theirs too, and letters are folded (see ``manyicl.tasks.words.folded``), where the script
+    takes away ASCII punctuation alone. English articles go in every language.
     """
-    lowered = text.lower()
-    bare = "".join(character for character in lowered if character not in string.punctuation)
-    kept = " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-    return kept or " ".join(lowered.split())
+    plain = folded(text)
+    kept = " ".join(_ARTICLE.sub(" ", _PUNCTUATION.sub("", plain)).split())
+    return kept or " ".join((plain if plain.strip() else text).split())
 
 
 def exact_match(prediction: str, references: References) -> float:
@@ -111,6 +120,8 @@ def exact_match(prediction: str, references: References) -> float:
 def token_f1(prediction: str, references: References) -> float:
     """F1 over words in SQuAD's normalisation, the best over accepted answers.
 
+    In scripts without spaces between words, such as Chinese and Thai, each character is a word.
+
     >>> token_f1("the big red dog", ("red dog",))
     0.8
     """
@@ -118,7 +129,7 @@ def token_f1(prediction: str, references: References) -> float:
 
 
 def _token_f1(prediction: str, reference: str) -> float:
-    shown, wanted = prediction.split(), reference.split()
+    shown, wanted = ([part for word in text.split() for part in parts(word)] for text in (prediction, reference))
     if not shown or not wanted:
         return float(shown == wanted)
     shared = sum((Counter(shown) & Counter(wanted)).values())
@@ -143,8 +154,8 @@ def _rouge(kind: str) -> Callable[[str, References], float]:
 def numeric_match(prediction: str, references: References) -> float:
     """Score 1 if the last number of the prediction is the number an accepted answer means.
 
-    An answer that means no single number ("none of these", "2^11 - 1") is compared as text, case and spaces
-    aside. See ``manyicl.evaluation.numbers`` for how numbers are read.
+    An answer that means no single number ("none of these", "2^11 - 1"), and one that can be read in two ways
+    ("3,14"), is compared as text, case and spaces aside. See ``manyicl.evaluation.numbers`` for how numbers are read.
 
     >>> numeric_match("So she pays $1,000.00", ("1000",))
     1.0
@@ -154,16 +165,15 @@ def numeric_match(prediction: str, references: References) -> float:
     value = last_number(prediction)
     for reference in references:
         wanted = only_number(reference)
-        if wanted is None:
-            if _without_spaces(prediction) == _without_spaces(reference):
-                return 1.0
-        elif value is not None and same_number(value, wanted):
+        if wanted is not None and value is not None and same_number(value, wanted):
+            return 1.0
+        if not isinstance(wanted, Fraction) and _without_spaces(prediction) == _without_spaces(reference):
             return 1.0
     return 0.0
 
 
 def _without_spaces(text: str) -> str:
-    return "".join(text.casefold().split())
+    return "".join(folded(text).split()) or text
 
 
 METRICS: dict[str, Metric] = {
@@ -171,12 +181,26 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", accuracy, "share of answers that are right"),
         Metric("macro_f1", None, "mean F1 over labels", macro_f1),
-        Metric("exact_match", exact_match, "share of answers equal in SQuAD's normalisation"),
-        Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation"),
-        Metric("rouge1", _rouge("rouge1"), "ROUGE-1 F1, words of any script"),
-        Metric("rouge2", _rouge("rouge2"), "ROUGE-2 F1, words of any script"),
-        Metric("rougeL", _rouge("rougeL"), "ROUGE-L F1, words of any script"),
-        Metric("numeric_match", numeric_match, "share of answers with the right number"),
+        Metric(
+            "exact_match", exact_match, "share of answers equal in SQuAD's normalisation, in other scripts Unicode's"
+        ),
+        Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation, characters where a script has no spaces"),
+        Metric(
+            "rouge1",
+            _rouge("rouge1"),
+            "ROUGE-1 F1 without stemming, words of any script, characters where it has no spaces",
+        ),
+        Metric(
+            "rouge2",
+            _rouge("rouge2"),
+            "ROUGE-2 F1 without stemming, words of any script, characters where it has no spaces",
+        ),
+        Metric(
+            "rougeL",
+            _rouge("rougeL"),
+            "ROUGE-L F1 without stemming, words of any script, characters where it has no spaces",
+        ),
+        Metric("numeric_match", numeric_match, "share of answers with the right number, in the digits of any script"),
     )
 }
 

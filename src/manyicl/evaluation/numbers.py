@@ -1,39 +1,77 @@
-"""Numbers as people write them: 1,000 = 1000 = 1000.0, 3/4 = 0.75, -$5, 32 %."""
+"""Numbers as people write them: 1,000 = 1000 = 1000.0, 3/4 = 0.75, -$5, 32 %, 1.234,56, ١٢٫٥.
+
+Digits of any script are read, and the thousands marks of other countries where they leave no doubt. One that can be
+read in two ways, as ``3,14``, is no guess: it equals what is written the same way, and nothing else.
+"""
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from fractions import Fraction
+from functools import lru_cache
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
-_NUMBER = re.compile(
+import regex  # type: ignore[import-untyped]
+
+from manyicl.tasks.words import without_invisible
+
+# What a number means, or, where that is not clear, how it is written.
+Number = Fraction | str
+
+# Between digits alone: points, commas, apostrophes, and the spaces that do not break before exactly three digits.
+_RUN = r"\d+(?:[.,'\u2019]\d+|[\u00a0\u2009\u202f]\d{3}(?!\d))*"
+_DECIMAL = rf"(?:{_RUN}|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+_NUMBER = regex.compile(
     r"(?P<sign>^\s*-\s*|(?<![\w)\]}%.])-)?"
-    r"[$€£¥₹]?\s?"
-    r"(?<![A-Za-z\d_^/√])"
+    r"\p{Sc}?\s?"
+    r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}\d_^/√])"
     rf"(?:\\[dt]?frac\{{(?P<upper>\d+)\}}\{{(?P<lower>\d+)\}}"
     r"|(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<parts>\d+)"
     rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
 )
-_RESULT_FOLLOWS = re.compile(r"####|=|\banswer\s*(?:is\b|:)", re.IGNORECASE)
+_PLAIN = regex.compile(r"\d*\.?\d+")
+_GROUPED = tuple(
+    (regex.compile(form), marks)
+    for form, marks in (
+        (r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", ","),  # 1,234,567.89
+        (r"[1-9]\d?(?:,\d{2})+,\d{3}(?:\.\d+)?", ","),  # 12,34,567.89, as in India
+        (
+            r"[1-9]\d{0,2}(?:(?P<mark>[\u00a0\u2009\u202f'\u2019])\d{3})(?:(?P=mark)\d{3})*(?:[.,]\d+)?",
+            "\u00a0\u2009\u202f'\u2019",
+        ),
+        (r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}", "."),  # 1.234.567,89
+    )
+)
+_RESULT_FOLLOWS = regex.compile(r"####|=|\banswer\s*(?:is\b|:)", regex.IGNORECASE)
 
+# Signs of other scripts and keyboards that stand for one of ASCII's in a number.
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u066b\uff0e", "."),  # the Arabic decimal mark
+        **dict.fromkeys("\u066c\u060c\uff0c", ","),  # the Arabic thousands mark
+        **dict.fromkeys("\u2044\u2215\uff0f", "/"),
+        "\uff1d": "=",
+        "\uff05": "%",
+        "\uff0b": "+",
+    }
+)
 # Python refuses to read integers of more than 4,300 digits; a looping model writes them.
 _MAX_NUMBER_CHARACTERS = 300
 _RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
 
-def last_number(text: str) -> Fraction | None:
+def last_number(text: str) -> Number | None:
     """Return the last number of a text, which is where a worked solution states its result; None without one.
 
-    A comma groups digits only before exactly three of them; elsewhere it parts numbers. A percent sign, a
-    currency and any other unit are passed over: ``50%`` is 50, not 0.5. A minus counts as a sign where nothing
-    that could be subtracted from stands before it.
+    A comma groups digits only before exactly three of them, or as in India; one between other digits without a
+    space is not clear. A percent sign, a currency and any other unit are passed over: ``50%`` is 50, not 0.5. A minus
+    counts as a sign where nothing that could be subtracted from stands before it.
     """
     found = _numbers(text)
     return found[-1] if found else None
 
 
-def only_number(text: str) -> Fraction | None:
+def only_number(text: str) -> Number | None:
     """Return the number a reference means, or None where it means something else.
 
     A reference with one number means it; with several, the part behind its last ``####``, ``=`` or "answer is"
@@ -41,40 +79,69 @@ def only_number(text: str) -> Fraction | None:
     """
     found = _numbers(text)
     if len(found) > 1:
-        found = _numbers(_RESULT_FOLLOWS.split(text)[-1])
+        found = _numbers(_RESULT_FOLLOWS.split(_plain(text))[-1])
     return found[0] if len(found) == 1 else None
 
 
-def same_number(a: Fraction, b: Fraction) -> bool:
-    """Tell whether two numbers are equal: whole numbers exactly, others to one part in a million."""
+def same_number(a: Number, b: Number) -> bool:
+    """Tell whether two numbers are equal: whole ones exactly, others to one part in a million, unclear as written."""
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
     if a == b or (a.denominator == 1 and b.denominator == 1):
         return a == b
     return abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b))
 
 
-def _numbers(text: str) -> list[Fraction]:
+def _plain(text: str) -> str:
+    """Write digits, signs and fractions of any script as ASCII does."""
+    if text.isascii():
+        return text
+    return "".join(map(_plain_character, without_invisible(text).translate(_SIGNS)))
+
+
+@lru_cache(maxsize=10_000)
+def _plain_character(character: str) -> str:
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        # With a space before it, so that 1½ is one and a half, not 11/2.
+        return " " + unicodedata.normalize("NFKC", character).translate(_SIGNS)
+    return character
+
+
+def _numbers(text: str) -> list[Number]:
     """Return all numbers of a text in order."""
-    plain = text.replace("\N{MINUS SIGN}", "-")
-    values = (_value(match) for match in _NUMBER.finditer(plain))
+    values = (_value(match) for match in _NUMBER.finditer(_plain(text)))
     return [value for value in values if value is not None]
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
+def _value(match: regex.Match[str]) -> Number | None:
     """Read one match of ``_NUMBER``; None for a division by zero and for numbers of absurd length."""
     if len(match.group()) > _MAX_NUMBER_CHARACTERS:
         return None
-    part = {name: Fraction(text.replace(",", "")) for name, text in match.groupdict().items() if _digits(text)}
+    part = {name: _read(text) for name, text in match.groupdict().items() if text and name != "sign"}
+    clear = {name: value for name, value in part.items() if value is not None}
+    if len(clear) < len(part):
+        return "".join(match.group().split())
     try:
-        if "upper" in part:
-            value = part["upper"] / part["lower"]
-        elif "whole" in part:
-            value = part["whole"] + part["part"] / part["parts"]
+        if "upper" in clear:
+            value = clear["upper"] / clear["lower"]
+        elif "whole" in clear:
+            value = clear["whole"] + clear["part"] / clear["parts"]
         else:
-            value = part["top"] / part.get("bottom", Fraction(1))
+            value = clear["top"] / clear.get("bottom", Fraction(1))
     except ZeroDivisionError:
         return None
     return -value if match["sign"] else value
 
 
-def _digits(text: str | None) -> bool:
-    return text is not None and any(character.isdigit() for character in text)
+def _read(written: str) -> Fraction | None:
+    """Read digits with marks between them; None where they can be read in two ways."""
+    digits, exponent, power = written.lower().partition("e")
+    if not _PLAIN.fullmatch(digits):
+        marks = next((marks for form, marks in _GROUPED if form.fullmatch(digits)), None)
+        if marks is None:
+            return None
+        # What groups is taken out, what is left parts off the decimals.
+        digits = "".join(character for character in digits if character not in marks).replace(",", ".")
+    return Fraction(digits + exponent + power)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, shown
 from manyicl.tasks.task import Family
 
 RECORD_ENDING = ".result.json"
@@ -201,8 +201,12 @@ class ResultStore:
         if path is None or not path.stat().st_size:
             return []
         records = []
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8. Delete the result and evaluate again.") from error
         # Not splitlines: answers may contain line separators that JSON leaves as they are.
-        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
             try:
                 records.append(kind.model_validate_json(line))
             except ValidationError as error:
@@ -226,7 +230,7 @@ def read_record(path: Path) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        problem = f"{place}: {first['msg']}" if place else first["msg"]
+        problem = f"{place}: {first['msg']}, found {shown(first['input'])}" if place else first["msg"]
     raise UserError(f"{path} is not a whole result record of this version ({problem}). Delete it and evaluate again.")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from manyicl.episodes.budget import fit_demonstrations
+from manyicl.episodes.budget import fit_demonstrations, require_room_behind_instruction
 from manyicl.errors import UserError
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
@@ -154,15 +154,15 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
     """Take the first ``num_queries`` test rows of a seeded order that the context can hold.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or the instruction alone fills the context.
     """
+    opening = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
     chosen: list[Example] = []
     num_left_out = 0
     for position in query_order(task, settings.seed):
         if len(chosen) == settings.num_queries:
             break
         alone = replace(task, test=(task.test[position],))
-        opening = engine.encoder.num_opening_tokens(task.instruction())
         if opening + engine.num_reserved_tokens(alone) <= engine.max_context_tokens:
             chosen.append(task.test[position])
         else:
@@ -336,8 +336,8 @@ class _Curve:
         engine, task = self.engine, self.asked.task
         encoder = engine.encoder
         prefix_ids = encoder.encode_prefix(task.instruction(), shown)
-        opens_sequence = encoder.opens_sequence(task.instruction(), len(shown))
-        query_ids = (encoder.query_ids(one.query.text, opens_sequence) for one in self.asked.queries)
+        place = encoder.place(task.instruction(), len(shown))
+        query_ids = (encoder.query_ids(one.query.text, place) for one in self.asked.queries)
         trained_tokens = engine.trained_context_tokens
         trained_shots = engine.manifest.max_trained_shots if engine.manifest else None
         num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)

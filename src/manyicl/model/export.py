@@ -169,8 +169,10 @@ def _is_adapter(reference: str) -> bool:
 
 def _free_folder(output: Path) -> Path:
     """Return where a link to the output leads, or refuse an output that is taken."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"The output {str(output)!r} is a file; expected a new or empty folder.")
+    taken = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not taken.is_dir():
+        below = "" if taken == output else f" would lie below {str(taken)!r}, which"
+        raise UserError(f"The output {str(output)!r}{below} is a file; expected a new or empty folder.")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"The output {str(output)!r} is not empty; give a new or empty folder.")
     return output.resolve()

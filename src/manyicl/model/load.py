@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, shortened
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
@@ -166,7 +167,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     """Load a whole model with our attention.
 
     Raises:
-        UserError: If it cannot be loaded, or tensors are missing.
+        UserError: If it cannot be loaded, or tensors are missing or of another shape.
     """
     with _as_user_error(reference, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -175,9 +176,16 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
             attn_implementation=ATTENTION,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the sizes
             **quantization,
         )
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise UserError(
+            f"The weights of {reference!r} are not those of its config.json: {name!r} has the shape {tuple(found)}, "
+            f"expected {tuple(expected)}. Restore the folder."
+        )
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"The weights of {reference!r} lack {len(missing)} tensors that its config.json asks for, such as "
@@ -218,7 +226,8 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
             f"The adapter {reference!r} was trained over a base with fingerprint {manifest.base_fingerprint[:12]}; "
             f"{base_reference!r} now has {base.fingerprint[:12]}. Restore the base it was trained on."
         )
-    with _as_user_error(reference, "adapter"):
+    # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
+    with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
         model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder)))
     if isinstance(torch_dtype, torch.dtype):
         torch.nn.Module.to(model, dtype=torch_dtype)
@@ -268,7 +277,8 @@ def _checked_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"The device {device!r} is not to be had here: {str(error).splitlines()[0]} Use cpu, or leave it out."
+            f"The device {device!r} is not to be had here: {str(error).splitlines()[0].rstrip('.')}. Use cpu, or "
+            "leave it out."
         ) from error
     return device
 
@@ -298,5 +308,10 @@ def _as_user_error(reference: str, what: str) -> Iterator[None]:
         # Broken weights, configurations and tokenizers end in a dozen kinds of exception.
         offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"The {what} of {reference!r} cannot be loaded: {reason}{offline}") from error
+        first = lines[0] if lines else type(error).__name__
+        # A list of possible reasons follows a colon.
+        reason = (shortened(" ".join(lines)) if first.endswith(":") else first).rstrip(".")
+        if isinstance(error, KeyError):
+            reason = f"the key {error} is missing in a file of it"
+        remedy = " Restore the folder, or name another model." if Path(reference).is_dir() else ""
+        raise UserError(f"The {what} of {reference!r} cannot be loaded: {reason}.{offline}{remedy}") from error

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedTokenizerBase
 
-from manyicl.episodes.encoding import PlainFormat
-from manyicl.errors import UserError
+from manyicl.episodes.chat_template import chosen_format
+from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, PlainFormat
+from manyicl.errors import UserError, shown
 from manyicl.tasks.task import Task
 
 FILE_NAME = "manyicl.json"
@@ -39,7 +41,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    text_format: PlainFormat = Field(PlainFormat(), description="How examples become text.")
+    text_format: AnyFormat = Field(PlainFormat(), description="How examples become text.")
     max_context_tokens: int = Field(ge=1, description="Longest row in training; the engine flags what exceeds it.")
     max_trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training.")
     tasks: tuple[TrainedTask, ...] = Field((), description="What the model was fine-tuned on.")
@@ -74,10 +76,36 @@ class Manifest(BaseModel):
         except (ValidationError, UnicodeDecodeError) as error:
             problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(str(part) for part in problem["loc"])
+            found = f", found {shown(problem['input'])}" if where else ""
             raise UserError(
-                f"{path} is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}. "
+                f"{path} is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}{found}. "
                 "Use the version that wrote the model, or fine-tune again."
             ) from error
+
+
+def format_to_ask_in(
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest | None,
+    kind: FormatKind | None = None,
+    tasks: Iterable[Task] = (),
+) -> AnyFormat:
+    """Return the format that a model was taught; one that was not fine-tuned here may be asked in either kind.
+
+    Args:
+        tokenizer: Of the model.
+        manifest: What it remembers of its fine-tuning; None where it was not fine-tuned here.
+        kind: What is asked for.
+        tasks: Whose rows a chat template and the pieces cut from it must write alike.
+
+    Raises:
+        UserError: If it was taught another kind, or has no chat template that can be used.
+    """
+    if manifest is None:
+        return chosen_format(FormatSettings(kind=kind or "plain"), tokenizer, tasks)
+    taught = manifest.text_format.kind
+    if kind not in (None, taught):
+        raise UserError(f"The model was fine-tuned in the {taught} format; found format {kind}. Leave it out.")
+    return manifest.text_format
 
 
 def library_versions() -> dict[str, str]:

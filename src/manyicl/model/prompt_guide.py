@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from manyicl import __version__
+from manyicl.episodes.chat_template import messages_of
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from manyicl.episodes.text_format import AnyFormat, ChatFormat, text_of
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Example, Query
 
@@ -53,15 +55,8 @@ def prompt_guide(encoder: Encoder, manifest: Manifest | None, facts: GuideFacts)
         manifest: What the model remembers of its fine-tuning; None where it was not fine-tuned with manyicl.
         facts: Of the folder.
     """
-    text_format, folder = encoder.format, shlex.quote(facts.folder_name)
+    folder = shlex.quote(facts.folder_name)
     text, token_ids = example_prompt(encoder)
-    body = {
-        "model": facts.folder_name,
-        "prompt": text,
-        "max_tokens": MAX_ANSWER_TOKENS,
-        "temperature": 0,
-        "stop": [text_format.terminator],
-    }
     origin = (
         "The format is the one that this model was fine-tuned with, from `manyicl.json`."
         if manifest
@@ -81,21 +76,11 @@ Instruction, demonstrations and the query follow one another without anything be
 {_pieces(encoder)}
 ```
 
-The strings are JSON literals. After a query stands the separator `{json.dumps(text_format.separator)}`, after an
-answer and after the instruction the terminator `{json.dumps(text_format.terminator)}`. A task without instruction
-begins with its first query. The prompt ends with the separator; the model writes the answer, then the terminator.
+{_meeting_points(encoder.format)}
 Queries, answers and labels are spelled as the task's templates render them: `manyicl tasks show TASK` prints an
 episode.
 
-The same as a request to `/v1/completions`:
-
-```json
-{json.dumps(body, indent=2)}
-```
-
-- `/v1/completions`, not `/v1/chat/completions`: the latter would wrap the text in a chat template.
-- `stop` is the terminator as text; the text that comes back is the answer without it. Token ids would not do: a
-  tokenizer may write the end of an answer and the terminator as one token.
+{_request(encoder, facts, text)}
 - `max_tokens` must be stated, because vLLM's default is 16 here. `manyicl` allows {MAX_ANSWER_TOKENS}, or the task's
   `max_answer_tokens`. An answer with `finish_reason` `length` is cut off.
 - `temperature` 0 takes the likeliest token each time, as `manyicl` does unless it is asked to sample. The default is
@@ -121,17 +106,16 @@ vllm serve {folder} --enable-prefix-caching --generation-config vllm --dtype {fa
 
 ## Exact token ids
 
-`manyicl` encodes every piece by itself, in training as in its engine: instruction with terminator, query with
-separator, answer with terminator. A server encodes the whole text, and its tokenizer may join characters of two
-pieces, or place a space marker elsewhere. It also turns a text such as `</s>` in a query into the control token, where
-`manyicl` keeps the characters. {_comparison(encoder.tokenizer, text, token_ids)}
+`manyicl` encodes every piece by itself, in training as in its engine. A server encodes the whole text, and its
+tokenizer may join characters of two pieces, or place a space marker elsewhere. It also turns a text such as `</s>` in
+a query into the control token, where `manyicl` keeps the characters. {_comparison(encoder, text, token_ids)}
 `manyicl tasks check TASK --model {folder}` says for how many examples of a task both are the same, in the
 column `joined`.
 
 To be exact, send `prompt` as a list of token ids, which vLLM takes as they are:
 
 ```python
-{_code(facts.folder_name)}
+{_code(facts.folder_name, _stop(encoder))}
 ```
 
 `prefix` is the same for all queries of a task; only `query` changes.
@@ -152,18 +136,89 @@ Saved in {facts.dtype}. {facts.precision}
 
 def example_prompt(encoder: Encoder) -> tuple[str, tuple[int, ...]]:
     """Return the guide's example up to where its answer begins: the text, and the ids that the engine would use."""
-    text = encoder.joined_text(Episode("", INSTRUCTION, DEMONSTRATIONS)) + encoder.format.query_piece(ASKED)
+    asked = text_of(encoder.format.query(ASKED))
+    text = encoder.joined_text(Episode("", INSTRUCTION, DEMONSTRATIONS)) + asked
     return text, (*encoder.encode_prefix(INSTRUCTION, DEMONSTRATIONS), *encoder.query_ids(ASKED))
 
 
 def _pieces(encoder: Encoder) -> str:
     text_format = encoder.format
-    pieces = [("instruction, terminator", text_format.instruction_piece(INSTRUCTION))]
-    for example in DEMONSTRATIONS:
-        pieces.append(("query, separator", text_format.query_piece(example.query.text)))
-        pieces.append(("answer, terminator", text_format.answer_piece(example.answer)))
-    pieces.append(("query, separator", text_format.query_piece(ASKED)))
+    opening, turn = ("instruction, terminator", "query, separator")
+    if isinstance(text_format, ChatFormat):
+        opening, turn = ("opening, instruction", "query, its turn's end")
+    pieces = [(opening, text_of(text_format.opening(INSTRUCTION)))]
+    for shot, example in enumerate(DEMONSTRATIONS):
+        query = text_format.query(example.query.text, encoder.place(INSTRUCTION, shot))
+        pieces.append((turn, text_of(query)))
+        pieces.append(("answer, terminator", text_of(text_format.answer(example.answer))))
+        if text_format.between:
+            pieces.append(("opening of a turn", text_of(text_format.between)))
+    pieces.append((turn, text_of(text_format.query(ASKED))))
     return "\n".join(f"{name:<25}{json.dumps(piece)}" for name, piece in pieces)
+
+
+def _meeting_points(text_format: AnyFormat) -> str:
+    """Say what stands where two pieces meet."""
+    terminator = json.dumps(text_format.terminator)
+    if not isinstance(text_format, ChatFormat):
+        return (
+            f"The strings are JSON literals. After a query stands the separator `{json.dumps(text_format.separator)}`, "
+            f"after an\nanswer and after the instruction the terminator `{terminator}`. A task without instruction\n"
+            "begins with its first query. The prompt ends with the separator; the model writes the answer, then the "
+            "terminator."
+        )
+    given = f", given {json.dumps(text_format.template_arguments)}" if text_format.template_arguments else ""
+    place = "the system turn"
+    if text_format.instruction_in == "first_turn":
+        place = "the beginning of the first user turn, with a blank line behind it"
+    return (
+        f"The strings are JSON literals: what the chat template of this folder writes{given}, cut into pieces. Each\n"
+        f"demonstration is a turn of the user and one of the assistant; the instruction is {place}.\nAn answer ends in "
+        f"the terminator `{terminator}`."
+    )
+
+
+def _stop(encoder: Encoder) -> dict[str, list[str] | list[int]]:
+    """Return where a server stops: at the terminator's text, or at the control token in which it ends."""
+    if encoder.answer_end_id is not None:
+        return {"stop_token_ids": [encoder.answer_end_id]}
+    return {"stop": [encoder.format.terminator]}
+
+
+def _request(encoder: Encoder, facts: GuideFacts, text: str) -> str:
+    """Write the example as a request, and say why it is written so."""
+    text_format = encoder.format
+    limits = {"max_tokens": MAX_ANSWER_TOKENS, "temperature": 0, **_stop(encoder)}
+    if not isinstance(text_format, ChatFormat):
+        body = {"model": facts.folder_name, "prompt": text, **limits}
+        return f"""The same as a request to `/v1/completions`:
+
+```json
+{json.dumps(body, indent=2)}
+```
+
+- `/v1/completions`, not `/v1/chat/completions`: the latter would wrap the text in a chat template.
+- `stop` is the terminator as text; the text that comes back is the answer without it. Token ids would not do: a
+  tokenizer may write the end of an answer and the terminator as one token."""
+    turns = [(example.query.text, example.answer) for example in DEMONSTRATIONS]
+    messages = messages_of(text_format, INSTRUCTION, [*turns, (ASKED, "")])[:-1]
+    chat: dict[str, Any] = {"model": facts.folder_name, "messages": messages, **limits}
+    if text_format.template_arguments:
+        chat["chat_template_kwargs"] = text_format.template_arguments
+    trimmed = ""
+    if text_format.trimmed:
+        trimmed = (
+            f"\n- The template takes white space off the ends of {', '.join(text_format.trimmed)}, in some turns at "
+            "least;\n  `manyicl` does so in all."
+        )
+    return f"""The same as a request to `/v1/chat/completions`:
+
+```json
+{json.dumps(chat, indent=2)}
+```
+
+- The stop in it is where the terminator ends. The text that comes back is the answer; white space around it is none of
+  it.{trimmed}"""
 
 
 def _lengths(manifest: Manifest | None, facts: GuideFacts) -> str:
@@ -179,9 +234,14 @@ def _lengths(manifest: Manifest | None, facts: GuideFacts) -> str:
 def _special_tokens(encoder: Encoder) -> str:
     """Say what the tokenizer adds to a text by itself, and who adds it when."""
     tokenizer = encoder.tokenizer
+    if not encoder.format.begins_with_bos:
+        return (
+            "The chat template itself writes all of them, and `/v1/chat/completions` adds none. A request to "
+            "`/v1/completions` with the\ntext would need `add_special_tokens` false."
+        )
     with_special = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    opening = list(encoder.opening_ids)
+    opening = list(encoder.bos_ids)
     if with_special != [*opening, *plain]:
         tokens = " ".join(tokenizer.convert_ids_to_tokens(with_special))
         first = f"`{tokenizer.bos_token}` alone" if opening else "nothing"
@@ -202,9 +262,9 @@ def _special_tokens(encoder: Encoder) -> str:
     )
 
 
-def _comparison(tokenizer: PreTrainedTokenizerBase, text: str, token_ids: tuple[int, ...]) -> str:
+def _comparison(encoder: Encoder, text: str, token_ids: tuple[int, ...]) -> str:
     """Compare the example's pieces with what a server would make of its text."""
-    server_ids = tuple(tokenizer(text)["input_ids"])
+    server_ids = tuple(encoder.tokenizer(text, add_special_tokens=encoder.format.begins_with_bos)["input_ids"])
     if server_ids == token_ids:
         return f"For the example above both give the same {len(token_ids)} ids."
     same = next(
@@ -217,7 +277,7 @@ def _comparison(tokenizer: PreTrainedTokenizerBase, text: str, token_ids: tuple[
     )
 
 
-def _code(folder_name: str) -> str:
+def _code(folder_name: str, stop: Mapping[str, object]) -> str:
     return f"""import json
 
 from manyicl import load_task
@@ -232,13 +292,13 @@ manifest = read_manifest(folder)
 encoder = Encoder(load_tokenizer(folder), manifest.text_format if manifest else None)
 instruction = task.instruction()
 prefix = encoder.encode_prefix(instruction, demonstrations)
-opens = encoder.opens_sequence(instruction, len(demonstrations))
-query = encoder.query_ids(task.query({{"text": "I lost my card"}}).text, opens)
+place = encoder.place(instruction, len(demonstrations))
+query = encoder.query_ids(task.query({{"text": "I lost my card"}}).text, place)
 body = {{
     "model": folder,
     "prompt": [*prefix, *query],
     "max_tokens": task.max_answer_tokens or {MAX_ANSWER_TOKENS},
     "temperature": 0,
-    "stop": [encoder.format.terminator],
+    {json.dumps(stop)[1:-1]},
 }}
 print(json.dumps(body))"""

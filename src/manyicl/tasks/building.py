@@ -6,17 +6,19 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, counted, did_you_mean, shortened
 from manyicl.tasks.listed import listed
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.sandbox import as_written
 from manyicl.tasks.schema import OneFile, TaskFile
-from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.task import EmptyOptionError, Example, Query, Task
 from manyicl.tasks.template import Template
 
 ON_BOTH_SIDES = "training row that stands in test too"
@@ -56,6 +58,7 @@ class TaskBuilder:
         self.answer_column = self.answer_template.bare_column
         labels = spec.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
+        self.label_set = frozenset(self.labels or ())
         self.closed = labels is not None
         # The query of a row must be the same text here and in the engine, so both ask the task itself.
         self.shell = Task(
@@ -90,9 +93,12 @@ class TaskBuilder:
         except UserError as error:
             raise UserError(f"{self.place}: {key}: {error}") from error
 
-    def two_sided_task(self, train: Iterable[LocatedRow], test: Iterable[LocatedRow]) -> Task:
+    def two_sided_task(self, train: Sequence[LocatedRow], test: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that come with their sides."""
-        return self._finish(_Sides(self._render_all(train), self._render_all(test)))
+        sides = _Sides(self._render_all(train), self._render_all(test))
+        if test and not sides.test:
+            self._refuse_no_test_rows()
+        return self._finish(sides)
 
     def split_task(self, rows: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that are split here."""
@@ -134,16 +140,35 @@ class TaskBuilder:
         try:
             query = self.shell.query(row.columns)
             answers = self._answers(row)
+        except EmptyOptionError as error:
+            raise _BadRowError("empty option", str(error)) from error
         except UserError as error:
+            self._require_short_columns(row)
             raise UserError(f"{row.place}: {error}") from error
-        for text in (query.text, *(query.choices or ()), *answers):
-            _require_text(text)
+        for what, texts in (("query", (query.text,)), ("option", query.choices or ()), ("answer", answers)):
+            for text in texts:
+                self._require_short(f"the {what}", len(text))
+                _require_text(text)
         if not query.text.strip():
             raise _BadRowError("empty query", "the query is empty.")
         for answer in (*answers, *(query.choices or ())):
             _require_answer(answer)
         self._require_known(answers[0], query, row)
         return Example(query, answers[0], answers, row.origin)
+
+    def _require_short_columns(self, row: LocatedRow) -> None:
+        """Say that a row is too long where a template failed on it: it may be bad, and the template good for others."""
+        read = {*self.query_template.columns, *self.answer_template.columns}
+        for column in sorted(read & row.columns.keys()):
+            self._require_short(f"the column {column!r}", _num_characters(row.columns[column]))
+
+    def _require_short(self, what: str, num_characters: int) -> None:
+        most = self.spec.max_characters
+        if num_characters > most:
+            raise _BadRowError(
+                "text too long",
+                f"{what} has {counted(num_characters, 'character')}; max_characters is {most:,}.",
+            )
 
     def _answers(self, row: LocatedRow) -> tuple[str, ...]:
         """Render every accepted answer, the canonical one first, without repeats."""
@@ -193,21 +218,23 @@ class TaskBuilder:
             if isinstance(value, list | tuple) and answer not in map(str, value):
                 return set(map(str, value))
         parts = {part.strip() for part in re.split(r"[,;|]", answer)}
-        return parts if self.labels and answer not in self.labels and parts <= set(self.labels) else {answer}
+        return parts if self.labels and answer not in self.label_set and parts <= self.label_set else {answer}
 
     def _require_known(self, answer: str, query: Query, row: LocatedRow) -> None:
         """Hold an answer to the row's options or to the closed set."""
         if query.choices is not None and answer not in query.choices:
             raise _BadRowError(
                 "answer is no option",
-                f"the answer {answer!r} is none of the row's options {list(query.choices)}.",
+                f"the answer {shortened(answer)!r} is none of the row's options "
+                f"{shortened(repr(list(query.choices)))}.",
             )
-        if self.labels is not None and answer not in self.labels:
+        if self.labels is not None and answer not in self.label_set:
             shown = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
+            # Where rows are dropped nobody reads it, and among thousands of labels it takes a tenth of a second.
+            hint = did_you_mean(shortened(answer), self.labels) if self.spec.bad_rows == "refuse" else ""
             raise _BadRowError(
                 "label outside the closed set",
-                f"{answer!r} is no label of task {self.name!r}; its labels are {shown}."
-                f"{did_you_mean(answer, self.labels)}",
+                f"{shortened(answer)!r} is no label of task {self.name!r}; its labels are {shown}.{hint}",
             )
 
     def _finish(self, sides: _Sides) -> Task:
@@ -226,12 +253,15 @@ class TaskBuilder:
                 )
             test = self._with_known_labels(test, labels)
         if sides.test and not test:
-            raise UserError(f"{self.place}: task {self.name!r} has no test rows{self._dropped_note()}.")
+            self._refuse_no_test_rows()
         task = replace(self.shell, train=train, test=test, labels=labels, dropped=dict(self.dropped))
         try:
             return replace(task, data_hash=hash_content(task))
         except UserError as error:  # of the instruction, which alone is rendered here: it needs all labels
             raise UserError(f"{self.place}: instruction: {error}") from error
+
+    def _refuse_no_test_rows(self) -> NoReturn:
+        raise UserError(f"{self.place}: task {self.name!r} has no test rows{self._dropped_note()}.")
 
     def _dropped_note(self) -> str:
         if not self.dropped:
@@ -239,23 +269,33 @@ class TaskBuilder:
         return " left; dropped: " + ", ".join(f"{count} ({reason})" for reason, count in self.dropped.items())
 
     def _without_test_rows(self, sides: _Sides) -> tuple[Example, ...]:
-        asked = {normalised(example.query.text) for example in sides.test}
+        asked = {normalised(example.query.text): example for example in reversed(sides.test)}
         train = tuple(example for example in sides.train if normalised(example.query.text) not in asked)
-        if len(train) < len(sides.train):
-            self.dropped[ON_BOTH_SIDES] += len(sides.train) - len(train)
+        if num_repeats := len(sides.train) - len(train):
+            if self.spec.on_both_sides == "refuse":
+                first = next(example for example in sides.train if normalised(example.query.text) in asked)
+                twin = asked[normalised(first.query.text)]
+                raise UserError(
+                    f"{self.place}: task {self.name!r} has {counted(num_repeats, 'training row')} whose query stands "
+                    f"in test too; the first is {first.origin}, like {twin.origin}. Take such rows off one side, or "
+                    "set `on_both_sides: drop`, which takes them off the training side."
+                )
+            self.dropped[ON_BOTH_SIDES] += num_repeats
         return train
 
     def _with_known_labels(self, test: tuple[Example, ...], labels: tuple[str, ...]) -> tuple[Example, ...]:
-        unknown = [example for example in test if example.answer not in labels]
+        known = frozenset(labels)
+        unknown = [example for example in test if example.answer not in known]
         if unknown and self.spec.bad_rows == "refuse":
             raise UserError(
                 f"{self.place}: {unknown[0].origin}: no training row of task {self.name!r} has the label "
-                f"{unknown[0].answer!r}, which {len(unknown)} test rows have.{did_you_mean(unknown[0].answer, labels)} "
+                f"{unknown[0].answer!r}, which stands in {counted(len(unknown), 'test row')}."
+                f"{did_you_mean(unknown[0].answer, labels)} "
                 "List all labels under `labels:`, take another family if answers are free, or set `bad_rows: drop`."
             )
         if unknown:
             self.dropped["label that no training row has"] += len(unknown)
-        return tuple(example for example in test if example.answer in labels)
+        return tuple(example for example in test if example.answer in known)
 
 
 def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
@@ -275,8 +315,13 @@ def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
 
 
 def normalised(query_text: str) -> str:
-    """Return what makes two queries the same: case folded, white space collapsed."""
-    return " ".join(query_text.casefold().split())
+    """Return what makes two queries the same: letters composed, case folded, white space collapsed.
+
+    Composed and decomposed letters (NFC, NFD) are the same text by Unicode's own rule, and look it. Compatibility
+    folding (NFKC) would go on to make ``x²`` the same as ``x2``, and would change which rows of a Chinese task a split
+    puts on which side, for the order of these texts decides that.
+    """
+    return " ".join(unicodedata.normalize("NFC", query_text).casefold().split())
 
 
 def hash_content(task: Task) -> str:
@@ -335,6 +380,13 @@ def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str],
     )
 
 
+def _num_characters(value: object) -> int:
+    """Count the characters of a value, lists and mappings counted through."""
+    if isinstance(value, Mapping):
+        return _num_characters([*value.keys(), *value.values()])
+    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else len(str(value))
+
+
 def _require_text(text: str) -> None:
     """Refuse half characters: JSON may hold lone surrogates, which no tokenizer or file can."""
     try:
@@ -350,7 +402,7 @@ def _require_answer(answer: str) -> None:
     if not answer:
         raise _BadRowError("empty answer", "an answer or option is empty.")
     if _BLANK_LINE in answer:
-        shown = answer if len(answer) <= 60 else answer[:59] + "…"
+        shown = shortened(answer, 60)
         raise _BadRowError(
             "blank line in answer",
             f"the answer {shown!r} holds a blank line, which ends an answer; collapse it in the answer "

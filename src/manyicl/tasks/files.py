@@ -17,6 +17,7 @@ from manyicl.tasks.rows import (
     SUFFIXES,
     LoadDataset,
     LocatedRow,
+    exists,
     find_split,
     nearest_path,
     read_hub_rows,
@@ -50,10 +51,10 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
         UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
         MachineError: If the rows are on the Hub and it cannot be reached.
     """
-    if data_root is not None and not data_root.is_dir():
+    if data_root is not None and not (exists(data_root) and data_root.is_dir()):
         raise UserError(f"The data root {data_root} is no folder.{nearest_path(data_root)}")
     table = _TABLE.fullmatch(str(path))
-    if table is not None and not Path(path).exists():
+    if table is not None and not exists(Path(path)):
         return _task_from_table(table["path"], table["columns"])
     if str(path).startswith(CATALOG_PREFIX):
         files = catalog_files(str(path))
@@ -103,7 +104,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     path = Path(pattern)
     if str(pattern).startswith(CATALOG_PREFIX):
         return list(catalog_files(str(pattern)))
-    if not path.exists():
+    if not exists(path):
         if _TABLE.fullmatch(str(pattern)):
             return [str(pattern)]
         if glob.has_magic(str(pattern)):
@@ -131,7 +132,7 @@ def _matching_places(pattern: str) -> list[str | Path]:
 
 def _task_file(path: Path) -> Path:
     """Find the task.yaml that a path names."""
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         if not (path / TASK_FILE).is_file():
             raise UserError(f"The folder {path} holds no {TASK_FILE}.{did_you_mean(TASK_FILE, _names_in(path))}")
         return path / TASK_FILE
@@ -149,7 +150,7 @@ def _task_file(path: Path) -> Path:
 
 
 def _names_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
 
 
 def _task_from_table(path: str, columns: str) -> Task:
@@ -306,7 +307,7 @@ def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_ro
     candidates = [task_file.parent / written]
     if data_root is not None:
         candidates.append(data_root / written)
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    path = next((candidate for candidate in candidates if exists(candidate)), None)
     if path is None:
         looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))
         hint = nearest_path(candidates[-1])
@@ -314,4 +315,7 @@ def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_ro
             hint = " If the data lies elsewhere, name that folder with --data-root."
         raise UserError(f"{task_file}: the data file {looked} does not exist.{hint}")
     require_file(path)
-    return read_rows(path, delimiter=data.delimiter, quotes=data.quotes)
+    rows = read_rows(path, delimiter=data.delimiter, quotes=data.quotes)
+    if not rows and not (isinstance(data, TwoFiles) and written in data.test):
+        raise UserError(f"{path} holds no rows; add some, or leave the file out of {task_file}.")
+    return rows

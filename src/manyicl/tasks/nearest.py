@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query
-from manyicl.tasks.words import words
-
-# Thai and Lao, Burmese, Khmer, Japanese and Chinese: written without spaces between words.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_PIECE = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
-_CHARACTER = re.compile(f"[{_UNSPACED}]")
+from manyicl.tasks.words import is_unspaced, words
 
 
 class NearestExamples:
@@ -80,9 +72,10 @@ def terms(text: str) -> list[str]:
     >>> terms("赤い箱")
     ['赤', 'い', '箱', '赤い', 'い箱']
     """
-    pieces = [piece for word in words(text) for piece in _PIECE.findall(word)]
-    pairs = [one + other for one, other in pairwise(pieces) if _CHARACTER.match(one) and _CHARACTER.match(other)]
-    return pieces + pairs
+    single = words(text)
+    if text.isascii():
+        return single
+    return single + [one + other for one, other in pairwise(single) if is_unspaced(one) and is_unspaced(other)]
 
 
 def _index(texts: Sequence[list[str]]) -> Any:

@@ -21,6 +21,9 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 SUFFIXES: tuple[str, ...] = (*JSON_LINES, *DELIMITERS, *PARQUET)
+_DELIMITERS_SEEN = (";", "\t", "|", ",")
+# Far more than rows have, and far fewer than Python can write out again.
+_MOST_LEVELS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +84,41 @@ def require_file(path: Path) -> None:
     Raises:
         UserError: If there is no such file.
     """
+    if not exists(path):
+        raise UserError(f"The file {path} does not exist.{nearest_path(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a file of rows ({', '.join(SUFFIXES)}).")
     if not path.is_file():
-        raise UserError(f"The file {path} does not exist.{nearest_path(path)}")
+        raise UserError(f"{path} is no plain file; save its rows as one ({', '.join(SUFFIXES)}).")
+
+
+def exists(path: Path) -> bool:
+    """Tell whether there is something at a path that a person wrote.
+
+    Raises:
+        UserError: If it cannot be looked for: its name is too long, or a folder above it may not be entered.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{str(path)[:200]}: cannot be looked for, {reason}; expected the path of a file.") from error
 
 
 def nearest_path(path: Path) -> str:
-    """Return ``" Did you mean '…'?"`` for the first part of a path that does not exist, or an empty string."""
+    """Return ``" Did you mean '…'?"`` for the first part of a path that does not exist, or an empty string.
+
+    Of a link that leads nowhere, or round in a circle, it returns that.
+    """
     existing = path
     missing = path.name
     while not existing.is_dir() and existing != existing.parent:
         missing = existing.name
         existing = existing.parent
+    if (existing / missing).is_symlink():
+        return f" {existing / missing} is a link that leads nowhere."
+    if (existing / missing).exists():
+        return ""
     return did_you_mean(missing, sorted(entry.name for entry in existing.iterdir()))
 
 
@@ -108,18 +133,49 @@ def parse_json_row(text: str, place: str) -> dict[str, Any]:
     """Read one JSON object, its numbers as the text that stands there.
 
     Raises:
-        UserError: If the text is no JSON object; it begins with ``place``.
+        UserError: If the text is no JSON object, or a key stands twice in one; it begins with ``place``.
     """
     try:
-        row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: broken JSON at character {error.colno}, {error.msg}.") from error
+        raise UserError(
+            f"{place}: broken JSON at character {error.colno}, {error.msg}; expected one object a line."
+        ) from error
+    except _RepeatedKeyError as error:
+        raise UserError(
+            f"{place}: the key {str(error)!r} stands twice in one JSON object; keep one of them."
+        ) from error
     except RecursionError as error:
         raise UserError(f"{place}: the JSON is nested too deeply.") from error
+    if text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS:
+        raise UserError(f"{place}: the JSON is nested more than {_MOST_LEVELS} deep; expected a row of columns.")
     if not isinstance(row, dict):
-        found = type(row).__name__
-        raise UserError(f'{place}: expected one JSON object a line, such as {{"text": …}}; found a {found}.')
+        found = {list: "a list", str: "a text or number", bool: "true or false"}.get(type(row), "null")
+        raise UserError(f'{place}: expected one JSON object a line, such as {{"text": …}}; found {found}.')
     return row
+
+
+class _RepeatedKeyError(Exception):
+    """A key that stands twice in one JSON object."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; Python would keep the last of equal keys and say nothing."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return columns
+
+
+def _num_levels(value: Any) -> int:
+    """Count how deeply lists and objects are nested."""
+    level, num_levels = [value], 0
+    while level:
+        nested = [part for part in level if isinstance(part, list | dict)]
+        level = [inner for part in nested for inner in (part.values() if isinstance(part, dict) else part)]
+        num_levels += bool(nested)
+    return num_levels
 
 
 def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
@@ -144,7 +200,7 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
         if not fields:
             continue
         if header is None:
-            header = _checked_header(fields, f"{path}:{line}")
+            header = _checked_header(fields, delimiter, f"{path}:{line}")
         elif len(fields) != len(header):
             raise UserError(
                 f"{path}:{line}: expected {len(header)} fields as in the header, found {len(fields)}; "
@@ -154,13 +210,18 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
             yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
 
 
-def _checked_header(fields: list[str], place: str) -> list[str]:
+def _checked_header(fields: list[str], delimiter: str, place: str) -> list[str]:
     """Return the column names of a first line.
 
     Raises:
-        UserError: If a name is empty or stands twice.
+        UserError: If a name is empty or stands twice, or the fields stand between other delimiters.
     """
     names = [field.strip() for field in fields]
+    if len(names) == 1 and (other := next((mark for mark in _DELIMITERS_SEEN if mark in fields[0].strip(" ")), None)):
+        raise UserError(
+            f"{place}: expected fields between {delimiter!r}, found the one column {names[0]!r}; set "
+            f"`delimiter: {json.dumps(other)}` under `data` in the task file, or save the file with {delimiter!r}."
+        )
     for name in names:
         if not name:
             raise UserError(f"{place}: a column has no name; the first line must name every column.")
@@ -179,6 +240,9 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
     import pyarrow.parquet
 
     try:
+        names = pyarrow.parquet.read_schema(path).names
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{path}: the column {repeated!r} stands twice; keep one of them.")
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file, {str(error).splitlines()[0]}.") from error

@@ -8,6 +8,7 @@ operation takes long, and as there are few operations, neither do all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isfinite
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, nodes, pass_context
@@ -160,7 +161,10 @@ def _counted_filter(name: str) -> Callable[..., Any]:
         else:
             _require_bounded(name, value, [*args, *kwargs.values()])
         value = budget.made(value)
-        return budget.made(_PLAIN.call_filter(name, value, args, kwargs, context=context))
+        try:
+            return budget.made(_PLAIN.call_filter(name, value, args, kwargs, context=context))
+        except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
+            raise SecurityError(f"{name}: {error}") from error
 
     return counted
 
@@ -211,6 +215,8 @@ class _Counted(NodeTransformer):
             raise TemplateSyntaxError(
                 "macros, blocks, includes and recursive loops are not for task files", node.lineno
             )
+        if isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+            raise TemplateSyntaxError("a number is too large", node.lineno)
         if isinstance(node, nodes.Name) and node.name == "self":
             raise TemplateSyntaxError("a column named self is written row['self']", node.lineno)
         super().generic_visit(node, *args, **kwargs)
@@ -295,6 +301,7 @@ def _require_bounded_result(operator: str, left: Any, right: Any) -> None:
 
 
 _PLAIN = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-ENVIRONMENT = _Environment(undefined=StrictUndefined, keep_trailing_newline=False, finalize=_written)
+# Not optimized: that computes constants before anything is counted, and writes an endless one as a name.
+ENVIRONMENT = _Environment(undefined=StrictUndefined, optimized=False, finalize=_written)
 ENVIRONMENT.globals = {name: ENVIRONMENT.globals[name] for name in sorted(GLOBALS)}
 ENVIRONMENT.filters = {name: _counted_filter(name) for name in _FILTERS} | {_MADE: _made, _TURNS: _turns}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from manyicl.checked import Section, UniqueKeyLoader, read_yaml, validated
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, did_you_mean, shortened, shown
 from manyicl.tasks.rows import Quotes
+from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.task import Family
 
+Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
 METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
     "qa": "exact_match",
     "summarization": "rougeL",
@@ -28,7 +30,9 @@ class TwoFiles(Section):
 
     train: tuple[str, ...] = Field(min_length=1, description="Rows that may become demonstrations.")
     test: tuple[str, ...] = Field((), description="Rows that are only ever asked; may be left out.")
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="Between CSV fields.")
+    delimiter: Delimiter | None = Field(
+        None, description="Between CSV fields: one character, no double quote or line break."
+    )
     quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
 
     @field_validator("train", "test", mode="before")
@@ -46,7 +50,9 @@ class OneFile(Section):
     group: str | None = Field(
         None, description="Column whose rows stay on one side together, such as a customer or a document."
     )
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="Between CSV fields.")
+    delimiter: Delimiter | None = Field(
+        None, description="Between CSV fields: one character, no double quote or line break."
+    )
     quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
 
 
@@ -97,13 +103,22 @@ class TaskFile(Section):
     bad_rows: Literal["refuse", "drop"] = Field(
         "refuse", description="refuse a row that breaks a rule, or drop and count it."
     )
+    on_both_sides: Literal["drop", "refuse"] = Field(
+        "drop", description="drop training rows whose query stands in test too, and count them, or refuse them."
+    )
+    max_characters: int = Field(
+        1_000_000,
+        ge=1,
+        le=MOST_CHARACTERS,
+        description="Most characters of a query, an option or an answer; a row with a longer one is a bad row.",
+    )
     data: TwoFiles | OneFile | HubData = Field(description="Where the rows are.")
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name.strip() or any(c in name for c in "/\\,:\n\t ")):
-            raise ValueError("a name has no spaces, slashes, commas or colons")
+        if name is not None and (not name.isprintable() or not name or any(c in name for c in "/\\,: ")):
+            raise ValueError(f"a name has no spaces, slashes, commas, colons or control characters; found {name!r}")
         return name
 
     @field_validator("class_names", mode="before")
@@ -127,11 +142,13 @@ class TaskFile(Section):
         stripped = tuple(label.strip() for label in labels)
         if len(stripped) < 2:
             raise ValueError(f"expected two labels at least, found {list(stripped)}")
+        seen: set[str] = set()
         for label in stripped:
             if not label or "\n\n" in label:
                 raise ValueError(f"a label is empty or holds a blank line: {label!r}")
-            if stripped.count(label) > 1:
+            if label in seen:
                 raise ValueError(f"{label!r} stands twice")
+            seen.add(label)
         return stripped
 
     @model_validator(mode="after")
@@ -167,7 +184,7 @@ def read_task_file(path: Path) -> TaskFile:
     """
     content = read_yaml(path, _TextLoader)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys such as family, query, answer and data; found {content!r}.")
+        raise UserError(f"{path}: expected keys such as family, query, answer and data; found {shown(content)}.")
     content = {key: value for key, value in content.items() if value is not None}
     data = content.get("data")
     if data is not None:
@@ -178,13 +195,14 @@ def read_task_file(path: Path) -> TaskFile:
 def _kind_of_data(data: object, path: Path) -> type[TwoFiles] | type[OneFile] | type[HubData]:
     """Tell by its keys how a task names its rows."""
     if not isinstance(data, dict):
-        raise UserError(f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found {data!r}.")
+        raise UserError(f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found {shown(data)}.")
     for key, kind in (("hf", HubData), ("file", OneFile), ("train", TwoFiles)):
         if key in data:
             return kind
     nearest = next((hint for key in data if (hint := did_you_mean(str(key), ("train", "file", "hf")))), "")
     raise UserError(
-        f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found {sorted(map(str, data))}.{nearest}"
+        f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found "
+        f"{shortened(str(sorted(map(str, data))))}.{nearest}"
     )
 
 

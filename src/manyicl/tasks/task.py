@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, counted, shown
 from manyicl.tasks.demonstrations import Sampling, demonstration_order
 from manyicl.tasks.listed import listed
 from manyicl.tasks.template import Template
@@ -15,6 +15,10 @@ Family = Literal["classification", "nli", "qa", "summarization", "generation", "
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 Columns = Mapping[str, object]
+
+
+class EmptyOptionError(UserError):
+    """A row has no options, or an empty one: the mistake of this row, not of the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +103,21 @@ class Task:
             row = {self.columns[0]: row}
         if not isinstance(row, Mapping):
             raise UserError(
-                f"Task {self.name!r} is asked with a mapping of the columns {list(self.columns)}; found {row!r}."
+                f"Task {self.name!r} is asked with a mapping of the columns {list(self.columns)}; found {shown(row)}."
             )
         choices = None
         if self.choices_column is not None:
             value = listed(row, self.choices_column)
             if not isinstance(value, list | tuple) or not value:
-                raise UserError(
+                error = EmptyOptionError if value == [] else UserError
+                raise error(
                     f"Task {self.name!r} takes its options from the column {self.choices_column!r}; "
-                    f"expected a non-empty list there, found {value!r}."
+                    f"expected a non-empty list there, found {shown(value)}."
                 )
             if any(choice is None or not str(choice).strip() for choice in value):
-                raise UserError(f"An option in the column {self.choices_column!r} is empty: {list(value)!r}.")
+                raise EmptyOptionError(
+                    f"An option in the column {self.choices_column!r} is empty: {shown(list(value))}."
+                )
             choices = tuple(str(choice).strip() for choice in value)
         return Query(self.query_template.render(row), choices)
 
@@ -124,7 +131,7 @@ class Task:
             raise UserError(f"num_shots is {num_shots}; expected 0 or more demonstrations of task {self.name!r}.")
         if num_shots > len(self.train):
             raise UserError(
-                f"Task {self.name!r} has {len(self.train)} training examples; {num_shots} demonstrations were "
+                f"Task {self.name!r} has {counted(len(self.train), 'training example')}; {num_shots} were "
                 "asked for. Use fewer shots or add rows."
             )
         order = demonstration_order([example.answer for example in self.train], seed, sampling)

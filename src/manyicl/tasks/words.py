@@ -3,26 +3,75 @@
 from __future__ import annotations
 
 import unicodedata
-from functools import lru_cache
 
-# Scripts written without spaces: each character counts as a word, as is usual for ROUGE in Chinese and Japanese.
-_UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+# Unlike `re` it knows scripts, pictographs and the characters that a reader sees as one. Transformers needs it too.
+import regex  # type: ignore[import-untyped]
+
+# Written without spaces between words: Chinese and Japanese, Thai, Lao, Khmer, Burmese and Tibetan. A character with
+# its marks, such as the vowel above a Thai consonant, counts as a word.
+_UNSPACED = (
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\u3006\u30fc]\p{M}*"
+)
+# A pictograph with all that joins it to one picture: skin tone, family, the second half of a flag. Characters of
+# private use, and those younger than the tables of Unicode here, stand alone as well.
+_PICTURE = r"(?=[\p{So}\p{RI}\p{Extended_Pictographic}\p{Co}\p{Cn}])\X"
+_WORD = regex.compile(rf"{_PICTURE}|(?=[\p{{L}}\p{{M}}\p{{N}}]){_UNSPACED}|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
+_PART = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED}).)+", regex.DOTALL)
+_STARTS_UNSPACED = regex.compile(_UNSPACED)
+_INVISIBLE = regex.compile(r"(?P<picture>(?=[\p{RI}\p{Extended_Pictographic}])\X)|\p{Default_Ignorable_Code_Point}+")
+_VARIATION_SELECTORS = dict.fromkeys(map(ord, "\ufe0e\ufe0f"))
 
 
 def words(text: str) -> list[str]:
-    """Split a text into lower-case words of letters, marks and digits; emoji and Han characters stand alone.
+    """Split a text into folded words of letters, marks and digits.
 
-    On ASCII this is rouge-score's own tokenizer. That one deletes every other letter, so that two identical
-    Russian texts score 0.
+    An emoji stands alone, and so does each character of a script that is written without spaces between words. On
+    ASCII this is rouge-score's own tokenizer. That one deletes every other letter, so that two identical Russian
+    texts score 0.
+
+    >>> words("The caf\u00e9, \u8d64\u3044\u7bb1")
+    ['the', 'café', '赤', 'い', '箱']
     """
-    normal = unicodedata.normalize("NFC", text.lower())
-    return "".join(map(_spaced, normal)).split()
+    found: list[str] = _WORD.findall(folded(text))
+    return found
 
 
-@lru_cache(maxsize=50_000)
-def _spaced(character: str) -> str:
-    """Return a character with the spaces that part it from its neighbours."""
-    category = unicodedata.category(character)
-    if category == "So" or any(low <= ord(character) <= high for low, high in _UNSPACED):
-        return f" {character} "
-    return character if category[0] in "LMN" else " "
+def folded(text: str) -> str:
+    """Return a text without differences that readers overlook: case, width and composition of letters, the unseen.
+
+    ASCII is only lower-cased. Else it is Unicode's compatibility folding (NFKC with full case folding): ``ｶﾞ`` is
+    ``ガ``, ``ﬁ`` is ``fi``, ``Straße`` is ``strasse``. Emoji keep what joins them.
+    """
+    if text.isascii():
+        return text.lower()
+    once = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return without_invisible(once)
+
+
+def without_invisible(text: str) -> str:
+    """Return a text without zero-width and other invisible characters, those within an emoji aside.
+
+    They are Unicode's default ignorable characters: zero-width spaces and joiners, direction marks, soft hyphens,
+    byte order marks, selectors between the text and the colour form of a sign.
+    """
+    if text.isascii():
+        return text
+    seen: str = _INVISIBLE.sub(lambda found: (found["picture"] or "").translate(_VARIATION_SELECTORS), text)
+    return seen
+
+
+def parts(word: str) -> list[str]:
+    """Split what stands between spaces where its script has none: each such character, and what stands between.
+
+    >>> parts("ok\u5927\u5b66")
+    ['ok', '大', '学']
+    """
+    if word.isascii():
+        return [word]
+    found: list[str] = _PART.findall(word)
+    return found
+
+
+def is_unspaced(word: str) -> bool:
+    """Tell whether a word begins in a script that is written without spaces between words."""
+    return not word.isascii() and _STARTS_UNSPACED.match(word) is not None

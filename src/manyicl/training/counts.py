@@ -1,4 +1,4 @@
-"""What a run trained on and what it left out, counted row by row as they are consumed."""
+"""What a run adds up as it goes and its checkpoints keep: its rows, what was left out of them, and its losses."""
 
 from __future__ import annotations
 
@@ -63,3 +63,28 @@ class RunCounts(TrainerCallback, ExportableState):
         # In a new run these are our own zeros. The entry must exist, or saving a checkpoint fails.
         saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         self.total = RowCounts(**saved.setdefault(type(self).__name__, self.state())["attributes"]["total"])
+
+
+class RunLoss(TrainerCallback, ExportableState):
+    """The sums behind the logged losses, kept in checkpoints, so that a resumed run logs what an unbroken one does.
+
+    Attributes:
+        since_log: Summed loss of the steps since the last log line.
+        logged_step: After which step that line was.
+        before_log: Summed loss of all steps up to it.
+    """
+
+    def __init__(self) -> None:
+        self.since_log = 0.0
+        self.logged_step = 0
+        self.before_log = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": dict(vars(self))}
+
+    def restore(self, state: TrainerState) -> None:
+        """Take over what the checkpoint kept; without one, or with one of an older version, begin at its step."""
+        saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        self.logged_step = state.global_step
+        vars(self).update(saved.setdefault(type(self).__name__, self.state())["attributes"])

@@ -10,6 +10,8 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from manyicl.episodes.chat_template import describe
+from manyicl.episodes.row import RowSource
 from manyicl.errors import UserError
 from manyicl.model.load import HUB_PREFIX, load_tokenizer
 from manyicl.training.estimate import (
@@ -60,7 +62,7 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
     require_unseen_by_base(tasks.held_out, start)
     rows = row_source(recipe, tasks.train, start.tokenizer)
     statistics = sample_rows(rows, recipe.objective)
-    yield from _run_lines(recipe, statistics)
+    yield from _run_lines(recipe, statistics, rows)
     if missing:
         num_parameters = sum(weights.numel() for weights in start.model.parameters())
         yield _size_line(num_parameters, start.num_trainable_parameters)
@@ -108,7 +110,7 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
         return
     rows = row_source(recipe, tasks.train, tokenizer)
     statistics = sample_rows(rows, recipe.objective)
-    yield from _run_lines(recipe, statistics)
+    yield from _run_lines(recipe, statistics, rows)
     try:
         counts = parameter_counts(recipe)
     except UserError as error:
@@ -137,8 +139,9 @@ def _can_be_had(repository: str) -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def _run_lines(recipe: Recipe, statistics: RowStatistics) -> Iterator[str]:
+def _run_lines(recipe: Recipe, statistics: RowStatistics, rows: RowSource) -> Iterator[str]:
     yield statistics.sentence()
+    yield from describe(rows.encoder.format)
     yield (
         f"In all about {statistics.tokens * recipe.num_rows:,.0f} tokens and "
         f"{statistics.answers * recipe.num_rows:,.0f} supervised answers; up to {statistics.most_shots:,} shots before "

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from manyicl.episodes.encoding import PlainFormat
+from manyicl.episodes.text_format import PlainFormat, text_of
 from manyicl.errors import UserError, did_you_mean
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
@@ -49,11 +49,11 @@ def train_tokenizer(
 def training_pieces(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator[str]:
     """Yield the texts that training rows are made of; test rows are never looked at."""
     for task in tasks:
-        yield text_format.instruction_piece(task.instruction())
-        yield from (text_format.answer_piece(label) for label in task.labels or ())
+        yield text_of(text_format.opening(task.instruction()))
+        yield from (text_of(text_format.answer(label)) for label in task.labels or ())
         for example in task.train:
-            yield text_format.query_piece(example.query.text)
-            yield text_format.answer_piece(example.answer)
+            yield text_of(text_format.query(example.query.text))
+            yield text_of(text_format.answer(example.answer))
 
 
 def _word_level(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Trainer]:
@@ -147,7 +147,7 @@ def new_config(
     }
     try:
         return AutoConfig.for_model(settings.architecture, **(derived | settings.config))
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, StrictDataclassError) as error:
         raise UserError(f"model.from_scratch.config: {_last_line(error)}") from error
 
 
@@ -160,7 +160,7 @@ def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
         raise UserError(
             f"model.from_scratch: {settings.architecture} cannot be made with this config: {_last_line(error)}"
         ) from error
@@ -174,5 +174,6 @@ def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int
 
 def _last_line(error: Exception) -> str:
     """Return the cause at the end of what a library says, without the name of its exception."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+    lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line))]
+    last = lines[-1] if lines else type(error).__name__
+    return last.removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".") + "."

@@ -11,9 +11,10 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, validated
-from manyicl.episodes.encoding import PlainFormat
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
-from manyicl.errors import UserError
+from manyicl.episodes.text_format import FormatSettings
+from manyicl.errors import UserError, shortened, shown
+from manyicl.tasks.rows import exists, nearest_path
 
 
 class LoraSettings(Section):
@@ -112,7 +113,11 @@ class TaskSettings(Section):
     evaluate: tuple[str, ...] = Field(
         (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
     )
-    data_root: Path | None = Field(None, description="Folder that the tasks' data paths are relative to.")
+    data_root: Path | None = Field(
+        None,
+        description="Where data paths begin that are not found beside their task.yaml, and where copies of Hub "
+        "datasets stand.",
+    )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
 
 
@@ -153,7 +158,7 @@ class TrainingSettings(Section):
     """How long and how fast."""
 
     num_tokens: int | None = Field(
-        None, ge=1, description="Length of the run in context tokens, rounded up to whole steps."
+        None, ge=1, le=10**15, description="Length of the run in context tokens, rounded up to whole steps."
     )
     num_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps, instead.")
     rows_per_step: int = Field(
@@ -196,7 +201,7 @@ class TrainingSettings(Section):
         None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
     )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, the best one among them.")
-    seed: int = Field(0, ge=0, description="Of rows, new weights and dropout.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of rows, new weights and dropout.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; unset: torch's choice.")
 
     @field_validator("adam_betas")
@@ -227,7 +232,7 @@ class Recipe(Section):
     model: ModelSettings
     tasks: TaskSettings
     rows: RowSettings = Field(default_factory=RowSettings)
-    format: PlainFormat = Field(default_factory=PlainFormat)
+    format: FormatSettings = Field(default_factory=FormatSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: TrainingSettings
     output: Path = Field(description="Folder of the finished model, its logs and checkpoints.")
@@ -239,6 +244,15 @@ class Recipe(Section):
             raise ValueError(
                 f"training.save_every is {every}, training.evaluate_every {evaluations}; each evaluation makes a "
                 "checkpoint already, so that the best model has one. Use a smaller save_every for more, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chat_needs_a_base(self) -> Self:
+        if self.format.kind == "chat" and self.model.from_scratch is not None:
+            raise ValueError(
+                "format.kind: chat takes turns from the chat template of an instruct model; found model.from_scratch. "
+                "Use kind: plain, or a base"
             )
         return self
 
@@ -263,8 +277,10 @@ class Recipe(Section):
             UserError: If the file is missing or does not parse, or a key or value is wrong.
         """
         path = Path(path)
+        if not exists(path):
+            raise UserError(f"There is no recipe at {str(path)!r}.{nearest_path(path)}")
         if not path.is_file():
-            raise UserError(f"There is no recipe at {str(path)!r}.")
+            raise UserError(f"{str(path)!r} is no file; expected a recipe, one YAML file.")
         return cls.parse(read_text(path), str(path), overrides)
 
     @classmethod
@@ -276,7 +292,7 @@ class Recipe(Section):
         """
         content = parse_yaml(text, name, _Loader)
         if not isinstance(content, dict):
-            raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {content!r}.")
+            raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {shown(content)}.")
         for override in overrides:
             content = _override(content, override)
         return validated(cls, content, name)
@@ -287,7 +303,12 @@ class Recipe(Section):
 
 
 class _Loader(UniqueKeyLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2."""
+    """YAML in which 1e-4 is a number, as in YAML 1.2, and 2024-01-01 and = are texts."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
@@ -299,15 +320,16 @@ def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     """Return ``content`` with one ``section.key=value`` put over it; the value is YAML."""
     dotted, equals, value = override.partition("=")
     keys = dotted.strip().split(".")
+    place = f"--set {shortened(' '.join(override.split()))}"
     if not equals or not all(keys):
-        raise UserError(f"--set {override}: expected section.key=value, such as training.learning_rate=1e-4.")
+        raise UserError(f"{place}: expected section.key=value, such as training.learning_rate=1e-4.")
     changed = dict(content)
     inner = changed
     for key in keys[:-1]:
         below = inner.get(key)
         if below is not None and not isinstance(below, dict):
-            raise UserError(f"--set {override}: {key!r} holds {below!r}, which has no keys of its own.")
+            raise UserError(f"{place}: {key!r} holds {shown(below)}, which has no keys of its own.")
         inner[key] = dict(below or {})
         inner = inner[key]
-    inner[keys[-1]] = parse_yaml(value, f"--set {override}", _Loader)
+    inner[keys[-1]] = parse_yaml(value, place, _Loader)
     return changed

@@ -1,18 +1,20 @@
-"""The folder of a run: what stands in it, when it may be used, and which checkpoint counts.
+"""The folder of a run: what stands in it, and when it may be used.
 
 ::
 
     runs/x/
       recipe.yaml            resolved, written when the run starts
-      checkpoints/           transformers' checkpoints, and run.json: what the run is made of
+      checkpoints/           whole checkpoints, and run.json: what the run is made of
       logs/                  TensorBoard
       config.json …          the finished model or adapter with its tokenizer
       manyicl.json           written last
+
+A run has begun once run.json stands there and is finished once manyicl.json does; each appears in one step. While an
+old run is being replaced, ``.replacing`` stands there too and nothing else counts.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,13 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from manyicl.checked import validated
 from manyicl.errors import UserError
 from manyicl.model.manifest import FILE_NAME, Manifest
 from manyicl.tasks.files import task_places
+from manyicl.training.durable import sync_folder, write_whole
 from manyicl.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 IDENTITY_FILE = "run.json"
+REPLACING_FILE = ".replacing"
 
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
 # training tasks themselves are compared by name, data and order.
@@ -63,12 +70,20 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """True once the finished model stands here."""
-        return (self.path / FILE_NAME).is_file()
+        return (self.path / FILE_NAME).is_file() and not self._is_being_replaced
+
+    @property
+    def is_begun(self) -> bool:
+        """True once a run can go on from here."""
+        return self._identity_file.is_file() and not self._is_being_replaced
 
     @property
     def is_run(self) -> bool:
         """True if a run of ours was begun here; a recipe alone may lie in anybody's project."""
-        return (self.path / RECIPE_FILE).is_file() and (self._identity_file.is_file() or self.is_finished)
+        if (self.path / RECIPE_FILE).is_file():
+            return self._identity_file.is_file() or (self.path / FILE_NAME).is_file() or self._is_being_replaced
+        # A kill just after the beginning leaves only this, in the middle of a replacement only the marker.
+        return self._identity() is not None or self._is_being_replaced
 
     def require_free(self, recipe: Recipe, *, overwrite: bool) -> None:
         """Refuse a folder in which this run cannot begin.
@@ -77,9 +92,8 @@ class RunFolder:
             UserError: If something stands there already and ``overwrite`` is not asked for, is no run, or is
                 what the new run would read.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output {str(self.path)!r} is a file; expected a folder.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        _require_possible(self.path)
+        if not self.path.is_dir() or self._is_empty:
             return
         if not overwrite:
             remedies = "--resume to go on, --overwrite to start anew, or " if self.is_run else ""
@@ -104,11 +118,24 @@ class RunFolder:
             UserError: As `require_free` does.
         """
         self.require_free(recipe, overwrite=overwrite)
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        self.checkpoints.mkdir(parents=True)
-        (self.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        self._identity_file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if self.path.is_dir() and not self._is_empty:
+            self._remove_run()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_whole(self._identity_file, manifest.model_dump_json(indent=2) + "\n")
+        write_whole(self.path / RECIPE_FILE, recipe.to_yaml())
+
+    def _remove_run(self) -> None:
+        """Empty the folder so that a kill at any moment leaves what --overwrite takes up again, and no half model."""
+        marker = self.path / REPLACING_FILE
+        marker.touch()
+        sync_folder(self.path)
+        (self.path / FILE_NAME).unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != marker:
+                path.unlink()
+        marker.unlink()
 
     def require_same_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume what is not there, is finished, or would go on by another recipe.
@@ -116,11 +143,16 @@ class RunFolder:
         Raises:
             UserError: If so.
         """
-        if not (self.path / RECIPE_FILE).is_file() or not self._identity_file.is_file():
+        if self._is_being_replaced:
+            raise UserError(
+                f"--resume: the run in {str(self.path)!r} was being replaced and the new one has not begun. Start it "
+                "with --overwrite."
+            )
+        if not self.is_begun:
             raise UserError(f"--resume: output {str(self.path)!r} holds no run. Start it without --resume.")
         if self.is_finished:
             raise UserError(f"--resume: the run in {str(self.path)!r} is finished. Use --overwrite to start anew.")
-        begun = Recipe.read(self.path / RECIPE_FILE)
+        begun = self._recipe()
         difference = first_difference(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if difference is not None:
             key, old, new = difference
@@ -130,27 +162,75 @@ class RunFolder:
             )
 
     def require_same_start(self, manifest: Manifest) -> None:
-        """Refuse to resume over other tasks or another base than the run began with.
+        """Refuse to resume over other tasks, another base or another chat template than the run began with.
 
         Raises:
             UserError: If so.
         """
-        known = Manifest.model_validate_json(self._identity_file.read_text(encoding="utf-8"))
+        known = self._require_identity()
         if known.base_fingerprint != manifest.base_fingerprint:
             raise UserError(f"--resume: the weights of the base {manifest.base!r} changed since the run began.")
+        if known.text_format != manifest.text_format:
+            raise UserError(
+                "--resume: the chat template changed since the run began. Restore it, or start anew with --overwrite."
+            )
         began = [(task.name, task.data_hash) for task in known.tasks]
         now = [(task.name, task.data_hash) for task in manifest.tasks]
         if began != now:
             raise UserError(f"--resume: {_changed_tasks(began, now)}. Restore that, or start anew with --overwrite.")
 
+    def _recipe(self) -> Recipe:
+        """Return the recipe that the run began with; a kill may have come before its own file was written."""
+        path = self.path / RECIPE_FILE
+        return Recipe.read(path) if path.is_file() else validated(Recipe, self._require_identity().recipe, str(path))
+
+    def write_recipe_if_missing(self) -> None:
+        """Write recipe.yaml where a kill came before it."""
+        if not (self.path / RECIPE_FILE).is_file():
+            write_whole(self.path / RECIPE_FILE, self._recipe().to_yaml())
+
     @property
     def _identity_file(self) -> Path:
         return self.checkpoints / IDENTITY_FILE
 
-    def last_whole_checkpoint(self, num_processes: int) -> Path | None:
-        """Return the newest checkpoint from which a run goes on exactly; None where there is none."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if _is_whole(path, num_processes)]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    def _identity(self) -> Manifest | None:
+        try:
+            return Manifest.model_validate_json(self._identity_file.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _require_identity(self) -> Manifest:
+        known = self._identity()
+        if known is None:
+            raise UserError(
+                f"--resume: {str(self._identity_file)!r} is not what this version of manyicl writes. Resume with the "
+                "version that began the run, or start anew with --overwrite."
+            )
+        return known
+
+    @property
+    def _is_being_replaced(self) -> bool:
+        return (self.path / REPLACING_FILE).is_file()
+
+    @property
+    def _is_empty(self) -> bool:
+        """True if nothing stands here, or only what a kill at the very beginning of a run leaves."""
+        part = self._identity_file.with_name(f"{IDENTITY_FILE}.part")
+        return all(
+            path == self.checkpoints and path.is_dir() and all(inner == part for inner in path.iterdir())
+            for path in self.path.iterdir()
+        )
+
+
+def _require_possible(path: Path) -> None:
+    """Refuse a path that cannot become a folder."""
+    for part in (path, *path.parents):
+        try:
+            if part.exists() and not part.is_dir():
+                below = "" if part == path else f", so {str(path)!r} cannot stand below it"
+                raise UserError(f"output {str(part)!r} is a file{below}; expected a folder.")
+        except OSError as error:
+            raise UserError(f"output {str(path)!r} cannot be a folder: {str(error.strerror).lower()}.") from error
 
 
 def _read_paths(recipe: Recipe) -> Iterator[tuple[str, Path]]:
@@ -196,20 +276,3 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         else:
             return name, before, after
     return None
-
-
-def _is_whole(checkpoint: Path, num_processes: int) -> bool:
-    """Tell whether a checkpoint has all its parts; transformers would resume from less without a word."""
-    states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
-    if not all((checkpoint / name).is_file() for name in ("scheduler.pt", *states)):
-        return False
-    # Sharded runs (FSDP) keep optimizer and weights in folders of their own.
-    if not any(checkpoint.glob("optimizer*")) or not (
-        any(checkpoint.glob("*.safetensors*")) or any(checkpoint.glob("pytorch_model*"))
-    ):
-        return False
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.row import RowSource
+from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import UserError
 from manyicl.model.load import LoadedModel
-from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.model.manifest import FILE_NAME, Manifest, TrainedTask
 from manyicl.tasks.files import load_tasks
 from manyicl.tasks.task import Task
+from manyicl.training.checkpoint import Checkpoints, ResumePoint, RunInterrupted, is_full_disk
+from manyicl.training.durable import move_whole
 from manyicl.training.estimate import RowStatistics, sample_rows
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
@@ -122,7 +128,8 @@ def train(
 
     Raises:
         UserError: If recipe, tasks, model and machine do not go together, or the output folder is taken.
-        MachineError: If the loss is not a finite number.
+        MachineError: If loss or gradient is not a finite number, or the disk is full.
+        RunInterrupted: If a second signal, or one while the finished model is saved, ends a run that has begun.
     """
     console = console or Console(stderr=True, quiet=not is_main_process())
     require_machine(recipe)
@@ -137,43 +144,70 @@ def train(
     for task in tasks.held_out:
         # Else the engine would refuse to ask it when the first evaluation is due.
         rows.encoder.require_distinct(task)
+    require_rows_as_written(recipe.format, start.tokenizer, rows.encoder.format, tasks.held_out)
     statistics = sample_rows(rows, recipe.objective)
     console.print(statistics.sentence(), highlight=False, soft_wrap=True)
-    manifest = run_manifest(recipe, tasks.train, start, statistics)
-    checkpoint = _prepare_folder(folder, recipe, manifest, console, resume=resume, overwrite=overwrite)
+    for line in describe(rows.encoder.format):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    manifest = run_manifest(recipe, tasks.train, start, rows.encoder.format, statistics)
+    # The processes find each other here, before one of them chooses where the run goes on.
+    arguments = training_arguments(recipe, folder, evaluates=evaluation is not None)
+    with _explained_ends(folder):
+        checkpoint = _prepare_folder(folder, recipe, manifest, console, resume=resume, overwrite=overwrite)
 
-    def figures(model: PreTrainedModel) -> Mapping[str, float]:
-        assert evaluation is not None
-        return evaluation(LoadedModel(model, start.tokenizer, manifest, "in training", str(recipe.output)))
+        def figures(model: PreTrainedModel) -> Mapping[str, float]:
+            assert evaluation is not None
+            return evaluation(LoadedModel(model, start.tokenizer, manifest, "in training", str(recipe.output)))
 
-    evaluates = evaluation is not None
-    use_cache = start.model.config.use_cache
-    trainer = ManyShotTrainer(
-        start.model,
-        training_arguments(recipe, folder, evaluates=evaluates),
-        rows,
-        recipe.objective,
-        figures if evaluates else None,
-        _callbacks(recipe, folder, console, evaluates=evaluates),
-    )
-    finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
-    console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
-    if finished:
-        start.model.config.use_cache = use_cache
-        # Until now it held the most of a sample. A checkpoint of an older version brings no counts along.
-        most_shots = max(statistics.most_shots, trainer.counts.most_shots)
-        _save(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
+        evaluates = evaluation is not None
+        use_cache = start.model.config.use_cache
+        trainer = ManyShotTrainer(
+            start.model,
+            arguments,
+            rows,
+            recipe.objective,
+            figures if evaluates else None,
+            _callbacks(recipe, folder, console, checkpoint, evaluates=evaluates),
+        )
+        finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
+        console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
+        if finished:
+            start.model.config.use_cache = use_cache
+            # Until now it held the most of a sample.
+            most_shots = max(statistics.most_shots, trainer.counts.most_shots)
+            _save(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
     state = trainer.state
     return TrainedRun(
         recipe.output, finished, state.global_step, state.best_metric, state.best_global_step if evaluates else None
     )
 
 
+@contextmanager
+def _explained_ends(folder: RunFolder) -> Iterator[None]:
+    """Let a run that ends early, by Ctrl-C or because a log finds the disk full, say what it leaves behind.
+
+    Raises:
+        RunInterrupted: Instead of KeyboardInterrupt, once the run has begun.
+        SavingFailedError: Instead of OSError, if the disk is full.
+    """
+    checkpoints = Checkpoints(folder.checkpoints)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not folder.is_begun:
+            raise
+        raise RunInterrupted(checkpoints.newest()) from None
+    except OSError as error:
+        if not folder.is_begun or not is_full_disk(error):
+            raise
+        raise checkpoints.failure("The log", error, is_full=True) from error
+
+
 def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTokenizerBase) -> RowSource:
     """Make the rows of a whole run."""
     return RowSource(
         tasks,
-        Encoder(tokenizer, recipe.format),
+        Encoder(tokenizer, chosen_format(recipe.format, tokenizer, tasks)),
         max_context_tokens=recipe.rows.max_context_tokens,
         num_rows=recipe.num_rows,
         seed=recipe.training.seed,
@@ -182,11 +216,13 @@ def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTok
     )
 
 
-def run_manifest(recipe: Recipe, tasks: tuple[Task, ...], start: StartingPoint, statistics: RowStatistics) -> Manifest:
+def run_manifest(
+    recipe: Recipe, tasks: tuple[Task, ...], start: StartingPoint, text_format: AnyFormat, statistics: RowStatistics
+) -> Manifest:
     """Collect what manyicl.json remembers; tasks that the base was trained on are seen, too."""
     own = tuple(TrainedTask.of(task) for task in tasks)
     return Manifest(
-        text_format=recipe.format,
+        text_format=text_format,
         max_context_tokens=recipe.rows.max_context_tokens,
         max_trained_shots=statistics.most_shots,
         tasks=own + tuple(task for task in start.base_tasks if task not in own),
@@ -296,28 +332,60 @@ def _prepare_folder(
             folder.begin(recipe, manifest, overwrite=overwrite)
         return None
     folder.require_same_start(manifest)
-    checkpoint = folder.last_whole_checkpoint(world_size())
-    where = f"from {checkpoint}" if checkpoint else "from the beginning: there is no whole checkpoint yet"
-    console.print(f"Resuming {where}.", highlight=False, soft_wrap=True)
-    return checkpoint
+    point = _resume_point(folder)
+    console.print(point.sentence(), highlight=False, soft_wrap=True)
+    return point.checkpoint
 
 
-def _callbacks(recipe: Recipe, folder: RunFolder, console: Console, *, evaluates: bool) -> list[TrainerCallback]:
+def _resume_point(folder: RunFolder) -> ResumePoint:
+    """Let one process read the checkpoints and sweep, and all of them go on from the one it chose."""
+    found: list[ResumePoint | UserError | None] = [None]
+    if is_main_process():
+        folder.write_recipe_if_missing()
+        try:
+            found = [Checkpoints(folder.checkpoints).resume_point(world_size())]
+        except UserError as error:
+            found = [error]
+    if world_size() > 1:
+        broadcast_object_list(found)
+    point = found[0]
+    if isinstance(point, UserError):
+        raise point
+    assert point is not None
+    return point
+
+
+def _callbacks(
+    recipe: Recipe, folder: RunFolder, console: Console, checkpoint: Path | None, *, evaluates: bool
+) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [Milestones(recipe.training.save_every, evaluates)]
     if is_main_process():
-        callbacks += [TrainingProgress(console), TensorBoardCallback(SummaryWriter(str(folder.logs)))]
+        # What was logged after the checkpoint will be logged again.
+        first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0
+        writer = SummaryWriter(str(folder.logs), purge_step=first_step)
+        callbacks += [TrainingProgress(console), TensorBoardCallback(writer)]
     return callbacks
 
 
 def _save(trainer: ManyShotTrainer, start: StartingPoint, manifest: Manifest, folder: RunFolder) -> None:
-    """Write the finished model with save_pretrained, and manyicl.json last.
+    """Write the finished model with save_pretrained, first aside; then put its files in place, manyicl.json last.
 
     ``Trainer.save_model`` would add a pickle of its arguments. Sharded weights are gathered first.
+
+    Raises:
+        SavingFailedError: If it cannot be written; the checkpoint of the last step stays.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if not is_main_process():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(str(folder.path), state_dict=state)
-    start.tokenizer.save_pretrained(str(folder.path))
-    manifest.write(folder.path)
+    checkpoints = trainer.checkpoints
+    with checkpoints.saving("The finished model"):
+        checkpoints.clear_partial()
+        aside = checkpoints.partial / "model"
+        aside.mkdir(parents=True)
+        model.save_pretrained(str(aside), state_dict=state)
+        start.tokenizer.save_pretrained(str(aside))
+        manifest.write(aside)
+        move_whole(aside, folder.path, last=FILE_NAME)
+    checkpoints.clear_partial()

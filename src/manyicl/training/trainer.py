@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -25,12 +27,15 @@ from transformers import (
 from manyicl.episodes.row import RowSource
 from manyicl.errors import MachineError
 from manyicl.training.batch import Batch, Collator
-from manyicl.training.counts import RowCounts, RunCounts
+from manyicl.training.checkpoint import Checkpoints
+from manyicl.training.counts import RowCounts, RunCounts, RunLoss
 from manyicl.training.loss import row_loss
 from manyicl.training.recipe import ObjectiveSettings
 
 # Name of the figure that picks the best model, in what an evaluation returns.
 BEST_METRIC = "score"
+
+STOPPING = b"\nStopping once this step, and its evaluation if one is due, is saved. Ctrl-C again ends at once.\n"
 
 # Under torchrun one Ctrl-C arrives twice: from the terminal, and handed on by torchrun.
 SECONDS_OF_ONE_REQUEST = 2.0
@@ -39,12 +44,13 @@ MetricFunction = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
 class ManyShotTrainer(Trainer):
-    """Trains on packed rows with `answer_loss`; checkpoints, schedules and sharding are transformers'.
+    """Trains on packed rows with `answer_loss`; steps, schedules and sharding are transformers'.
 
-    Two things differ from the library's own step. The loss is divided by the summed weight of the targets of the
-    whole step, gathered over processes, and multiplied by the number of processes, because their gradients are
-    then averaged: so accumulation and processes give the update of one large batch. And a loss that is not a
-    number ends the run instead of being logged as zero.
+    Three things differ from the library. The loss is divided by the summed weight of the targets of the whole step,
+    gathered over processes, and multiplied by the number of processes, because their gradients are then averaged: so
+    accumulation and processes give the update of one large batch. A loss or gradient that is not a number ends the
+    run before it reaches the weights. And a checkpoint is written aside, sealed and put in its place, before an older
+    one goes.
     """
 
     def __init__(
@@ -74,11 +80,14 @@ class ManyShotTrainer(Trainer):
             # transformers refuses to evaluate without a data set; our evaluation brings its own queries.
             eval_dataset=rows if evaluation else None,
             data_collator=cast(Any, Collator(objective)),
-            callbacks=[run := RunCounts(), *(callbacks or ())],
+            callbacks=[run := RunCounts(), loss := RunLoss(), RestoreState(self), *(callbacks or ())],
         )
         self.remove_callback(PrinterCallback)
+        self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
         self._evaluation = evaluation
         self._run = run
+        self._run_loss = loss
+        self._step_tasks: set[str] = set()
         self._since_log = RowCounts()
         self._logged_at = time.perf_counter()
         # 5.23 asks the first, 5.17 the second, whether the loss still has to be divided by the accumulation steps.
@@ -90,6 +99,7 @@ class ManyShotTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """Take the rows of one optimizer step; sum the weights of their targets, and counts, over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
         counts = sum((batch["counts"] for batch in batches), RowCounts())
         if self.accelerator.num_processes > 1:
@@ -123,12 +133,97 @@ class ManyShotTrainer(Trainer):
         batch = cast(Batch, inputs)
         loss = row_loss(model, batch, num_items_in_batch)
         if not torch.isfinite(loss):
-            names = ", ".join(sorted(set(batch["task_names"])))
-            raise MachineError(
-                f"The loss became {loss.item()} in step {self.state.global_step + 1}, in a row with tasks {names}. "
-                "Lower training.learning_rate, lengthen the warm-up, or look at these tasks with `manyicl tasks check`."
-            )
+            raise self._not_a_number(f"The loss became {loss.item()}", "a row", set(batch["task_names"]))
         return cast(Tensor, loss * self.accelerator.num_processes)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+            raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "rows", self._step_tasks)
+        return norm
+
+    def _not_a_number(self, what: str, where: str, tasks: set[str]) -> MachineError:
+        return MachineError(
+            f"{what} in step {self.state.global_step + 1}, in {where} with tasks {', '.join(sorted(tasks))}. "
+            f"{self.checkpoints.last_good()} Resuming would meet the same rows again: lower training.learning_rate or "
+            "lengthen the warm-up and start anew with --overwrite, or look at these tasks with `manyicl tasks check`."
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Say where transformers writes a checkpoint: not where whole ones stand."""
+        return str(self.checkpoints.partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Save a checkpoint aside, seal it, put it in its place, and only then let an older one go.
+
+        Raises:
+            MachineError: If it cannot be written, or a weight is not a finite number.
+        """
+        step = self.state.global_step
+        self._require_finite_weights()
+        self._run_loss.since_log = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        self._run_loss.logged_step = self._globalstep_last_logged
+        self._run_loss.before_log = self._total_loss_scalar
+        writes = self.is_world_process_zero()
+        with self.checkpoints.saving(f"checkpoint-{step}"):
+            if writes:
+                self.checkpoints.clear_partial()
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.point_to_best()
+            self.accelerator.wait_for_everyone()
+            if writes:
+                # transformers has written where the best one stood while it was being saved.
+                self.state.save_to_json(str(self.checkpoints.partial / f"checkpoint-{step}" / "trainer_state.json"))
+                self.checkpoints.seal(step, self.accelerator.num_processes, self.state.best_global_step)
+        if writes:
+            self.checkpoints.rotate(self.args.save_total_limit or step)
+        self.accelerator.wait_for_everyone()
+
+    def point_to_best(self) -> None:
+        """Say where the best checkpoint stands, or will; a run folder may have moved since."""
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(self.checkpoints.place(best)) if best else None
+
+    def _load_best_model(self) -> None:
+        """Load the best model.
+
+        Raises:
+            MachineError: If its checkpoint is gone or not as it was saved; transformers would keep the last model.
+        """
+        best = self.state.best_global_step
+        assert best is not None
+        if flaw := self.checkpoints.flaw(best):
+            raise MachineError(
+                f"The best model is that of checkpoint-{best}, which {flaw}, so the run cannot end as it should. "
+                "Restore it and go on with --resume, or start anew with --overwrite."
+            )
+        super()._load_best_model()
+
+    def _require_finite_weights(self) -> None:
+        assert self.model is not None
+        for name, weights in self.model.named_parameters():
+            if not weights.requires_grad:
+                continue
+            local = weights.to_local() if hasattr(weights, "to_local") else weights
+            # Both are NaN where any weight is; no copy is made.
+            if local.numel() and not torch.isfinite(torch.stack(local.detach().aminmax())).all():
+                raise MachineError(
+                    f"A weight of {name} is not a finite number after step {self.state.global_step}, so no checkpoint "
+                    f"is saved. {self.checkpoints.last_good()} Lower training.learning_rate or lengthen the warm-up, "
+                    "and start anew with --overwrite."
+                )
+
+    def restore(self) -> None:
+        """Take over from a checkpoint what transformers leaves out: sums of losses, intervals, and the best one."""
+        self._run_loss.restore(self.state)
+        self._tr_loss += self._run_loss.since_log
+        self._total_loss_scalar = self._run_loss.before_log
+        self._globalstep_last_logged = self._run_loss.logged_step
+        # It goes by those of the checkpoint, though the recipe may say something else now.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.point_to_best()
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
@@ -161,12 +256,15 @@ class ManyShotTrainer(Trainer):
             self._since_log, self._logged_at = RowCounts(), now
         if "train_loss" in logs:
             logs.update(asdict(self.counts))
+            # transformers takes the mean over the part since the run was resumed.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def train_until_stopped(self, checkpoint: str | None = None) -> bool:
         """Train from the start or a checkpoint; return False if a signal ended the run early.
 
-        The first Ctrl-C (or SIGTERM) lets the step finish and saves a checkpoint; a second one ends it at once.
+        The first Ctrl-C (or SIGTERM) lets the step and a due evaluation finish and saves a checkpoint; a second one
+        ends it at once.
         """
         stop = StopAfterStep(self.accelerator.num_processes)
         self.add_callback(stop)
@@ -174,6 +272,19 @@ class ManyShotTrainer(Trainer):
             self._logged_at = time.perf_counter()
             self.train(resume_from_checkpoint=checkpoint)
         return not stop.stopped
+
+
+class RestoreState(TrainerCallback):
+    """Lets the trainer finish its state, once transformers has restored what it restores."""
+
+    def __init__(self, trainer: ManyShotTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the rest."""
+        self._trainer.restore()
 
 
 class StopAfterStep(TrainerCallback):
@@ -201,19 +312,35 @@ class StopAfterStep(TrainerCallback):
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
+            if int(os.environ.get("RANK", "0")) == 0:
+                # Python's own streams may be in the middle of a write when a signal arrives.
+                os.write(2, STOPPING)
         elif now - self._asked_at > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Stop all processes at the same step, if any of them was asked to."""
-        if self._any_process_asked(args.device) and state.global_step < state.max_steps:
-            self.stopped = True
+        """Stop all processes at the same step, if any of them was asked to.
+
+        An evaluation that is due still runs: left out, the best model could be another one.
+        """
+        if self._stops(args, state, control):
             control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
         return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop at a checkpoint that was due anyway, if the signal came during its evaluation."""
+        self._stops(args, state, control)
+        return control
+
+    def _stops(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+        if state.global_step >= state.max_steps or not self._any_process_asked(args.device):
+            return False
+        self.stopped = control.should_training_stop = True
+        return True
 
     def _any_process_asked(self, device: torch.device) -> bool:
         if self._num_processes == 1:

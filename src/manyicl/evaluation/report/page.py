@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import regex  # type: ignore[import-untyped]
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -112,9 +113,21 @@ def _signed(value: float | None) -> str:
 
 
 def _shortened(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
-    """Cut a long text for display and say how much is hidden."""
-    hidden = len(text) - limit
-    return text if hidden <= 0 else f"{text[:limit]} … ({hidden:,} more characters)"
+    """Cut a long text for display, never within what a reader sees as one character, and say how much is hidden."""
+    if len(text) <= limit:
+        return _in_html(text)
+    ends = (cluster.end() for cluster in regex.finditer(r"\X", text[: limit + 100]))
+    kept = max((end for end in ends if end <= limit), default=limit)
+    return f"{_in_html(text[:kept])} … ({len(text) - kept:,} more characters)"
+
+
+def _in_html(text: str) -> str:
+    """Show control characters, which no HTML may hold, as the pictures that Unicode has of them."""
+    return text.translate(_CONTROL_PICTURES)
+
+
+# All below a space but tab and line feed, and delete.
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
 
 
 def _lead(summary: Summary) -> str:

@@ -6,17 +6,21 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from manyicl.errors import UserError
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
+from manyicl.printing import printable
 
 # Distinct for colour-blind readers, and of middle lightness so that they stand on white and on near-black.
 MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a")
@@ -79,11 +83,36 @@ def plot_shot_curves(
         for ax in axes[len(groups) :]:
             ax.set_visible(False)
         handles, labels = _legend_entries(axes[: len(groups)])
+        drawable = _as_text if path.suffix.lower() == ".svg" else _with_escapes
+        labels = [drawable(label) for label in labels]
         figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
         if title:
-            figure.suptitle(title)
+            figure.suptitle(drawable(title))
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        figure.savefig(path, dpi=160, metadata=metadata, facecolor="white")
+        with _without_glyph_warnings():
+            figure.savefig(path, dpi=160, metadata=metadata, facecolor="white")
+
+
+@contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """Pass over letters that this machine has no font for: an SVG holds them as text, for the fonts of its reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+        yield
+
+
+def _as_text(name: str) -> str:
+    """Return a name that matplotlib takes as it stands: no formula between dollars, no line of a hidden curve."""
+    plain = printable(name).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def _with_escapes(name: str) -> str:
+    r"""Return a name for a picture of pixels or outlines: what its font cannot draw is an escape, as ``\u6a21``."""
+    font = get_font(findfont(FontProperties(family=["sans-serif"])))
+    known = font.get_charmap()
+    return _as_text("".join(c if ord(c) in known else c.encode("unicode_escape").decode("ascii") for c in name))
 
 
 def inline_panel(summary: Summary, group: str, *, wide: bool = False) -> str:
@@ -165,8 +194,9 @@ def _panels(summary: Summary) -> tuple[str, ...]:
 def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     entries: dict[str, Any] = {}
     for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+        # Not `get_legend_handles_labels`, which leaves out a model whose name begins with an underscore.
+        for line in ax.get_lines():
+            entries.setdefault(str(line.get_label()), line)
     return list(entries.values()), list(entries)
 
 

@@ -10,9 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
+from manyicl.printing import printable
 
 
 def print_table(records: Iterable[Result], console: Console | None = None, *, per_task: bool = False) -> Summary:
@@ -29,7 +31,7 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
         for task in summary.families:
             console.print(_task_table(summary, task))
     for note in notes(summary):
-        console.print(Text(note, style="dim"))
+        console.print(Text(printable(note), style="dim"))
     return summary
 
 
@@ -37,11 +39,11 @@ def _group_table(summary: Summary, group: str) -> Table:
     num_tasks = len(summary.members(group))
     table = _empty(f"{group} ({num_tasks} {'task' if num_tasks == 1 else 'tasks'})", summary.shots)
     for model in summary.models:
-        table.add_row(escape(model), *(shown(summary.score(model, group, shots)) for shots in summary.shots))
+        table.add_row(_safe(model), *(shown(summary.score(model, group, shots)) for shots in summary.shots))
     for other in summary.models[1:]:
         base = summary.models[0]
         differences = [summary.difference(base, other, group, shots) for shots in summary.shots]
-        table.add_row(escape(f"{other} − {base}"), *(shown(one, signed=True) for one in differences), style="bold")
+        table.add_row(_safe(f"{other} − {base}"), *(shown(one, signed=True) for one in differences), style="bold")
     for name, label in (("majority", "majority answer"), ("tfidf", "TF-IDF + log. reg.")):
         levels = [summary.level(name, group, shots) for shots in summary.shots]
         if any(level is not None for level in levels):
@@ -53,7 +55,7 @@ def _task_table(summary: Summary, task: str) -> Table:
     metric = next(record.metric for record in summary.records if record.task == task)
     table = _empty(f"{task} ({summary.families[task]}, {metric})", summary.shots)
     for model in summary.models:
-        table.add_row(escape(model), *(shown(summary.tasks.get((model, task, shots))) for shots in summary.shots))
+        table.add_row(_safe(model), *(shown(summary.tasks.get((model, task, shots))) for shots in summary.shots))
     for name, label in (("majority", "majority answer"), ("tfidf", "TF-IDF + log. reg.")):
         levels = [summary.task_level(name, task, shots) for shots in summary.shots]
         if any(level is not None for level in levels):
@@ -61,8 +63,13 @@ def _task_table(summary: Summary, task: str) -> Table:
     return table
 
 
+def _safe(text: str) -> str:
+    """Return a name as rich prints it: no markup, nothing that would steer the terminal."""
+    return escape(printable(text))
+
+
 def _empty(title: str, shots: Iterable[int]) -> Table:
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_safe(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("shots", min_width=14, overflow="fold")
     for count in shots:
         table.add_column(str(count), justify="right", no_wrap=True)
@@ -108,6 +115,9 @@ def notes(summary: Summary) -> list[str]:
         flagged = sum(bool(getattr(record, field)) for record in records)
         if flagged:
             lines.append(f"{flagged} of {len(records)} results {what}.")
+    # Not every ROUGE is the same: a figure says which one it is.
+    named = dict.fromkeys(record.metric for record in records if record.metric in METRICS)
+    lines += [f"{name}: {METRICS[name].description}." for name in sorted(named) if name != "accuracy"]
     if summary.not_compared:
         lines.append(f"In no mean, because some model lacks a shot count there: {', '.join(summary.not_compared)}.")
     if summary.num_superseded:

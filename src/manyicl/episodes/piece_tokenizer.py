@@ -1,0 +1,169 @@
+"""One piece -> token ids, and back: markers before words, control tokens, bytes of broken characters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from manyicl.episodes.text_format import Piece
+from manyicl.errors import UserError
+
+REPLACEMENT = "\ufffd"
+
+
+class PieceTokenizer:
+    """Encodes pieces by themselves so that their tokens join to those of the whole text.
+
+    SentencePiece-style tokenizers put a leading space marker before every text they are given. Here only the first
+    piece of a sequence gets one, which a copy of the backend tokenizer with that marker switched off takes care of.
+    Control tokens are recognised in control pieces alone: a row that spells out ``</s>`` means these characters.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, constants: Sequence[Piece]) -> None:
+        """Copy the backend of a fast tokenizer.
+
+        Args:
+            tokenizer: Of the model; stays as it is.
+            constants: All that the format itself writes.
+
+        Raises:
+            UserError: If the tokenizer has no `tokenizers` backend, or loses characters of the constants.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"{type(tokenizer).__name__} has no fast backend; expected a tokenizer with a tokenizer.json."
+            )
+        written = "".join(piece.text for piece in constants if piece.is_control)
+        description = _with_special_tokens(json.loads(backend.to_str()), written)
+        self._first = _copy(description)
+        self._inner = _copy(_without_leading_marker(description))
+        self._added = tuple(token["content"] for token in description["added_tokens"])
+        control = [token for token in description["added_tokens"] if token["content"] in written]
+        self._strips = any(token["lstrip"] or token["rstrip"] for token in control)
+        self._byte_of_token = _byte_of_token(backend, description)
+        if written:
+            self._control_first = _copy(description, with_control_tokens=True)
+            self._control_inner = _copy(_without_leading_marker(description), with_control_tokens=True)
+        for piece in constants:
+            self._require_kept(piece)
+
+    def _require_kept(self, piece: Piece) -> None:
+        """Refuse a tokenizer that loses a piece of the format."""
+        decoded = self.decode(self.encode(piece))
+        if piece.is_control and self._strips:
+            # Some control tokens take the white space beside them along, in the template's own text as well.
+            same = "".join(decoded.split()) == "".join(piece.text.split())
+        else:
+            same = decoded == piece.text
+        if not same:
+            remedy = "or another separator and terminator" if not piece.is_control else "or format.kind: plain"
+            raise UserError(
+                f"The tokenizer does not keep {piece.text!r}, which the format needs: it decodes to {decoded!r}. "
+                f"Use a tokenizer that keeps line breaks, {remedy}."
+            )
+
+    def encode(self, piece: Piece, opens_sequence: bool = False) -> tuple[int, ...]:
+        """Encode one piece; ``opens_sequence`` says that no text stands before it."""
+        if piece.is_control:
+            # Some tokenizers put their marker behind every control token, so they decide what follows one.
+            decides = opens_sequence or piece.text.startswith(self._added)
+            backend = self._control_first if decides else self._control_inner
+        else:
+            backend = self._first if opens_sequence else self._inner
+        return tuple(backend.encode(piece.text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Turn tokens back into text, special tokens included.
+
+        The tokens are decoded behind a known beginning that is cut off again, because decoders drop a leading
+        space at the start of a text.
+        """
+        token_ids = list(token_ids)
+        text = self._decode_behind_lead(token_ids)
+        if REPLACEMENT not in text or not self._byte_of_token:
+            return text
+        # The decoder gives up a whole run of byte tokens of which one is wrong, the line breaks behind it too.
+        runs = ((is_byte, list(run)) for is_byte, run in groupby(token_ids, self._byte_of_token.__contains__))
+        return "".join(
+            bytes(map(self._byte_of_token.__getitem__, run)).decode(errors="replace")
+            if is_byte
+            else self._decode_behind_lead(run)
+            for is_byte, run in runs
+        )
+
+    def _decode_behind_lead(self, token_ids: list[int]) -> str:
+        lead = self._inner.encode("\n", add_special_tokens=False).ids
+        lead_text = self._inner.decode(lead, skip_special_tokens=False)
+        text = self._inner.decode([*lead, *token_ids], skip_special_tokens=False)
+        return text[len(lead_text) :]
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that the tokenizer itself puts before a text: its ``bos``, or nothing."""
+    with_special = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and with_special[:1] == [bos] else ()
+
+
+def _copy(description: dict[str, Any], *, with_control_tokens: bool = False) -> Tokenizer:
+    """Make a backend tokenizer without truncation or padding, so that nothing is cut in silence."""
+    copy = Tokenizer.from_str(json.dumps(description))
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = not with_control_tokens
+    return copy
+
+
+def _with_special_tokens(description: dict[str, Any], written: str) -> dict[str, Any]:
+    """Mark the added tokens that a format writes as special; in other texts they are characters then."""
+    tokens = [
+        {**token, "special": token["special"] or (bool(token["content"].strip()) and token["content"] in written)}
+        for token in description["added_tokens"]
+    ]
+    return {**description, "added_tokens": tokens}
+
+
+def _byte_of_token(backend: Tokenizer, description: dict[str, Any]) -> dict[int, int]:
+    """Return the byte that each token such as ``<0x0A>`` stands for; empty where a tokenizer has no such tokens."""
+    if '"ByteFallback"' not in json.dumps(description.get("decoder")):
+        return {}
+    tokens = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return {token: byte for byte, token in tokens.items() if token is not None}
+
+
+def _without_leading_marker(description: dict[str, Any]) -> dict[str, Any]:
+    """Describe a backend tokenizer that adds no space marker before a text."""
+    return {
+        **description,
+        "normalizer": _drop_prepend(description.get("normalizer")),
+        "pre_tokenizer": _never_prepend(description.get("pre_tokenizer")),
+    }
+
+
+def _drop_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Remove `Prepend` (Llama-2's way to add the marker) from a normalizer's description."""
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = [part for part in map(_drop_prepend, normalizer["normalizers"]) if part is not None]
+        return {**normalizer, "normalizers": kept}
+    return normalizer
+
+
+def _never_prepend(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Set `Metaspace` and `ByteLevel` in a pre-tokenizer's description to add no leading space."""
+    if pre_tokenizer is None:
+        return None
+    if pre_tokenizer["type"] == "Metaspace":
+        return {**pre_tokenizer, "prepend_scheme": "never"}
+    if pre_tokenizer["type"] == "ByteLevel":
+        return {**pre_tokenizer, "add_prefix_space": False}
+    if "pretokenizers" in pre_tokenizer:
+        return {**pre_tokenizer, "pretokenizers": [_never_prepend(part) for part in pre_tokenizer["pretokenizers"]]}
+    return pre_tokenizer

@@ -1,0 +1,451 @@
+"""Mistakes in queries, in options, and in folders of results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.case import Case, accepted, meet, run, table_of
+from tests.bad_input.files import DATA, KEYS, lines, spoilt, task
+
+PREDICT = "predict --model MODEL --task t --input new.jsonl --output answers.jsonl"
+EVALUATE = "evaluate --model MODEL --tasks t --output results"
+QUERIES = lines({"text": "film 3"}, {"text": "play 4"})
+FREE = spoilt("classification", "generation", KEYS) + DATA
+ANSWERED = ("answers.jsonl.part",)
+
+
+def asking(queries: str | bytes, name: str = "new.jsonl") -> dict[str, str | bytes]:
+    """The task and a file of queries."""
+    return {**task(), name: queries}
+
+
+ASKED = [
+    Case("queries that do not exist", PREDICT, ("The file new.jsonl does not exist",), task()),
+    Case(
+        "misspelt queries",
+        PREDICT,
+        ("The file new.jsonl does not exist. Did you mean 'news.jsonl'?",),
+        asking(QUERIES, "news.jsonl"),
+    ),
+    Case(
+        "a folder for queries", spoilt("new.jsonl", "t", PREDICT), ("t is a folder; expected a file of rows",), task()
+    ),
+    Case("no queries", PREDICT, ("new.jsonl: there is no row to answer",), asking("\n\n")),
+    Case(
+        "a query without its column",
+        PREDICT,
+        ("new.jsonl:2: Query 2: Template '{{ text }}' names the column 'text'", "Did you mean 'txt'?"),
+        asking(lines({"text": "a"}, {"txt": "b"})),
+    ),
+    Case(
+        "an empty query among others",
+        PREDICT,
+        ("new.jsonl:3: Query 2: it is empty; expected a text to answer",),
+        asking(lines({"text": "a"}) + "\n" + lines({"text": " "})),
+    ),
+    Case(
+        "a query that is null",
+        PREDICT,
+        ("new.jsonl:1: Query 1: it is empty; expected a text to answer",),
+        asking(lines({"text": None})),
+    ),
+    Case(
+        "a query of half a character",
+        PREDICT,
+        ("new.jsonl:2: Query 2: it holds '\\ud83d', half of a character",),
+        asking(lines({"text": "a"}, {"text": "\ud83d"})),
+        leaves=ANSWERED,
+    ),
+    Case(
+        "a query of a megabyte",
+        PREDICT,
+        ("new.jsonl:2: Query 2 needs", "tokens", "max_context_tokens is 512", "answers.jsonl.part"),
+        asking(lines({"text": "a"}, {"text": "film " * 200_000})),
+        leaves=ANSWERED,
+    ),
+    Case(
+        "a query of ten megabytes",
+        PREDICT,
+        ("new.jsonl:1: ", "more than 4,000,000 characters"),
+        {
+            **asking(lines({"text": "film " * 2_000_000})),
+            "t/task.yaml": spoilt("{{ text }}", "{{ text | trim }}", KEYS) + DATA,
+        },
+    ),
+    Case("queries of broken JSON", PREDICT, ("new.jsonl:2: broken JSON",), asking('{"text": "a"}\n{"text": \n')),
+    Case(
+        "queries with a key twice",
+        PREDICT,
+        ("new.jsonl:1: the key 'text' stands twice",),
+        asking('{"text": "a", "text": "b"}\n'),
+    ),
+    Case("queries in Latin-1", PREDICT, ("new.jsonl:1: not UTF-8",), asking('{"text": "é"}\n'.encode("latin-1"))),
+    Case(
+        "queries between semicolons",
+        "predict --model MODEL --task t --input new.csv",
+        ("new.csv:1: expected fields between ','", "save the file with ','"),
+        asking("id;text\n1;a\n", "new.csv"),
+    ),
+    Case(
+        "a query with a field too many",
+        "predict --model MODEL --task t --input new.csv",
+        ("new.csv:3: expected 2 fields as in the header, found 3",),
+        asking("id,text\n1,a\n2,b,c\n", "new.csv"),
+    ),
+    Case(
+        "queries in a spreadsheet",
+        "predict --model MODEL --task t --input new.xlsx",
+        ("found the suffix '.xlsx'",),
+        asking("", "new.xlsx"),
+    ),
+    Case(
+        "a list on standard input",
+        "predict --model MODEL --task t --input -",
+        ("standard input:1: expected one JSON object a line", "found a list"),
+        task(),
+        stdin="[1]\n",
+    ),
+    Case(
+        "broken JSON on standard input",
+        "predict --model MODEL --task t --input -",
+        ("standard input:3: broken JSON",),
+        task(),
+        stdin=QUERIES + "{\n",
+    ),
+    Case(
+        "a query without its column on standard input",
+        "predict --model MODEL --task t --input -",
+        ("Query 1: Template", "'text'"),
+        task(),
+        stdin='{"txt": "a"}\n',
+    ),
+    Case(
+        "an answer file of another kind",
+        spoilt("answers.jsonl", "answers.txt", PREDICT),
+        ("Answers are written as .jsonl or .csv; found 'answers.txt'",),
+        asking(QUERIES),
+    ),
+    Case(
+        "an answer file in a folder that is not there",
+        spoilt("answers.jsonl", "out/answers.jsonl", PREDICT),
+        ("The folder 'out' of the output does not exist; make it first",),
+        asking(QUERIES),
+    ),
+    Case(
+        "a folder for the answers",
+        spoilt("answers.jsonl", "out.jsonl", PREDICT),
+        ("The output 'out.jsonl' is a folder; expected a file",),
+        {**asking(QUERIES), "out.jsonl/x": ""},
+    ),
+    Case(
+        "answers over the queries",
+        spoilt("answers.jsonl", "./new.jsonl", PREDICT),
+        ("--input and --output are the same file",),
+        asking(QUERIES),
+    ),
+    Case(
+        "answers over the rows of the task",
+        spoilt("answers.jsonl", "t/train.jsonl", PREDICT),
+        ("has the name of a file that holds rows of task 't'",),
+        asking(QUERIES),
+    ),
+    Case(
+        "rows of other columns in a CSV of answers",
+        spoilt("answers.jsonl", "answers.csv", PREDICT),
+        ("Query 2 has the columns", "Write to .jsonl"),
+        asking(lines({"text": "a"}, {"text": "b", "id": 1})),
+        leaves=("answers.csv.part",),
+    ),
+    Case(
+        "more shots than rows",
+        f"{PREDICT} --shots 9",
+        ("Task 't' has 8 training examples; 9 were asked for",),
+        asking(QUERIES),
+    ),
+    Case(
+        "a threshold for free answers",
+        f"{PREDICT} --abstain-below 0.5",
+        ("Task 't' has free answers; scores='all' needs labels",),
+        {**task(FREE), "new.jsonl": QUERIES},
+    ),
+    Case(
+        "a draw among labels",
+        f"{PREDICT} --temperature 1",
+        ("Task 't' has a closed answer set, which is scored; sampling draws none",),
+        asking(QUERIES),
+    ),
+    Case(
+        "a temperature of nothing",
+        f"{PREDICT} --temperature 0",
+        ("temperature", "0"),
+        {**task(FREE), "new.jsonl": QUERIES},
+    ),
+    Case(
+        "a temperature that is no number",
+        f"{PREDICT} --temperature nan",
+        ("temperature",),
+        {**task(FREE), "new.jsonl": QUERIES},
+    ),
+    Case("a share above one", f"{PREDICT} --top-p 1.5", ("top_p",), {**task(FREE), "new.jsonl": QUERIES}),
+    Case(
+        "a task that is broken",
+        PREDICT,
+        ("t/task.yaml:2: not valid YAML",),
+        {**task(spoilt("'{{ text }}'", "{{ text }}", KEYS) + DATA), "new.jsonl": QUERIES},
+    ),
+]
+
+OPTIONS = [
+    Case("shots below zero", f"{EVALUATE} --shots=-1", ("--shots expects whole numbers from 0", "found '-1'"), task()),
+    Case("shots in letters", f"{EVALUATE} --shots a", ("--shots expects whole numbers", "found 'a'"), task()),
+    Case("no shots", f"{EVALUATE} --shots ''", ("--shots expects whole numbers", "found ''"), task()),
+    Case("shots of commas", f"{EVALUATE} --shots ,,", ("--shots expects whole numbers", "found ',,'"), task()),
+    Case("half a shot", f"{EVALUATE} --shots 0,1.5", ("--shots expects whole numbers", "found '1.5'"), task()),
+    Case(
+        "shots between semicolons",
+        f"{EVALUATE} --shots '0;4'",
+        ("--shots expects whole numbers", "found '0;4'"),
+        task(),
+    ),
+    Case("shots in other digits", f"{EVALUATE} --shots ²", ("--shots expects whole numbers", "found '²'"), task()),
+    Case("shots of five thousand digits", f"{EVALUATE} --shots {'9' * 5000}", ("--shots",), task()),
+    Case("no seeds", f"{EVALUATE} --seeds 0", ("--seeds", "Invalid value"), task(), is_option=True),
+    Case(
+        "no queries asked",
+        f"{EVALUATE} --queries 0",
+        ("--queries", "Invalid value"),
+        task(),
+        is_option=True,
+    ),
+    Case(
+        "seeds in letters",
+        f"{EVALUATE} --seeds three",
+        ("--seeds", "Invalid value"),
+        task(),
+        is_option=True,
+    ),
+    Case("an option that there is not", f"{EVALUATE} --sede 1", ("No such option: --sede",), task(), is_option=True),
+    Case("a command that there is not", "evalute", ("No such command 'evalute'",), is_option=True),
+    Case(
+        "a model left out", "evaluate --tasks t --output results", ("Missing option '--model'",), task(), is_option=True
+    ),
+    Case(
+        "a context of a few tokens",
+        "tasks check t --model MODEL --context 4",
+        ("--context", "Invalid value"),
+        task(),
+        is_option=True,
+    ),
+    Case(
+        "an episode of nothing",
+        "tasks show t --shots 0",
+        ("--shots", "Invalid value"),
+        task(),
+        is_option=True,
+    ),
+    Case(
+        "an episode longer than the task",
+        "tasks show t --shots 9",
+        ("Task 't' has 8 training examples; 9 were asked for",),
+        task(),
+    ),
+    Case(
+        "a nano world that there is not",
+        "tasks nano world --split test",
+        ("split", "'test'", "base"),
+    ),
+]
+
+RESULTS = [
+    Case(
+        "a task without a test side",
+        EVALUATE,
+        ("Task 't' has no test rows to ask; give it some, or split its file",),
+        task(f"{KEYS}data: {{train: train.jsonl}}\n"),
+    ),
+    Case(
+        "results in the place of a file",
+        EVALUATE,
+        ("Results go to a folder; 'results' is a file",),
+        {**task(), "results": "x"},
+    ),
+    Case(
+        "results below a file",
+        spoilt("results", "results/new", EVALUATE),
+        ("Results go to a folder; 'results' is a file",),
+        {**task(), "results": "x"},
+    ),
+    Case(
+        "test rows longer than the context",
+        f"{EVALUATE} --max-context-tokens 5",
+        ("Task 't' has no test row that can be asked: 4 of 4 are longer than the context of 5 tokens",),
+        task(),
+    ),
+    Case(
+        "two tasks of one name to be measured",
+        "evaluate --model MODEL --tasks a --tasks b --output results",
+        ("Two tasks are named 'same'",),
+        {**task(KEYS + DATA + "name: same\n", name="a"), **task(KEYS + DATA + "name: same\n", name="b")},
+    ),
+    Case(
+        "a report of no folder",
+        "report results",
+        ("results is not a folder; expected one that `manyicl evaluate` wrote",),
+    ),
+    Case("a report of a file", "report results", ("results is not a folder",), {"results": "x"}),
+    Case(
+        "a report of an empty folder",
+        "report results",
+        ("results holds no result", "manyicl evaluate --output results"),
+        {"results/README.md": "x"},
+    ),
+    Case(
+        "a record that is cut",
+        "report results",
+        ("results/a.result.json is not a whole result record of this version", "Delete it and evaluate again"),
+        {"results/a.result.json": '{"record_version": 1, "ta'},
+    ),
+    Case(
+        "a record that is empty",
+        "report results",
+        ("results/a.result.json is not a whole result record",),
+        {"results/a.result.json": ""},
+    ),
+    Case(
+        "a record of bytes",
+        "report results",
+        ("results/a.result.json is not a whole result record",),
+        {"results/a.result.json": b"\xff\xfe\x00"},
+    ),
+    Case(
+        "a record that is a list",
+        "report results",
+        ("results/a.result.json is not a whole result record",),
+        {"results/a.result.json": "[1]"},
+    ),
+    Case(
+        "a record of another version",
+        "report results",
+        (
+            "results/a.result.json is not a whole result record of this version",
+            "record_version: Input should be 1, found 7",
+        ),
+        {"results/a.result.json": '{"record_version": 7}'},
+    ),
+]
+
+
+@pytest.fixture(name="measured", scope="session")
+def _measured(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task and the results of a model on it."""
+    folder = tmp_path_factory.mktemp("measured")
+    for name, content in task().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    words = ["evaluate", "--model", model_folder, "--tasks", folder / "t", "--output", folder / "results"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["manyicl", *map(str, words), "--shots", "0,2", "--seeds", "1"])
+        assert run() == 0
+    return folder
+
+
+def each(pattern: str, change: Callable[[str], str | bytes]) -> Callable[[Path], None]:
+    """Change the files of the results that match."""
+
+    def act(folder: Path) -> None:
+        for path in sorted((folder / "results").glob(pattern)):
+            content = change(path.read_text(encoding="utf-8"))
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return act
+
+
+RECORD = "*.result.json"
+MEASURED = [
+    accepted("a report of whole results", "report results", "Report: results/report.html"),
+    Case(
+        "a record with a field too many",
+        "report results",
+        (".result.json is not a whole result record", "colour"),
+        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "colour": 1})),
+    ),
+    Case(
+        "a score above one",
+        "report results",
+        (".result.json is not a whole result record", "score"),
+        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "score": 2})),
+    ),
+    Case(
+        "a score that is none",
+        "report results",
+        (".result.json is not a whole result record", "score"),
+        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "score": float("nan")})),
+    ),
+    Case(
+        "half a record where a run goes on",
+        f"{EVALUATE} --shots 0,2 --seeds 1",
+        (".result.json is not a whole result record", "Delete it and evaluate again"),
+        prepare=each(RECORD, lambda text: text[:200]),
+    ),
+    Case(
+        "predictions that are cut",
+        "report results",
+        (".predictions.jsonl:4 is not a whole record", "evaluate again"),
+        prepare=each("*.predictions.jsonl", lambda text: text[:-20]),
+    ),
+    Case(
+        "predictions of bytes",
+        "report results",
+        (".predictions.jsonl is not UTF-8", "evaluate again"),
+        prepare=each("*.predictions.jsonl", lambda _: b"\xff\xfe"),
+    ),
+    Case(
+        "curves in a format that there is not",
+        "report results --plot a.bmp",
+        ("a.bmp should end in .svg, .png or .pdf",),
+    ),
+    Case(
+        "curves in the place of a folder", "report results --plot t", ("'t' is a folder; expected the name of a file",)
+    ),
+    Case(
+        "a page in the place of a folder",
+        "report results --output t",
+        ("'t' is a folder; expected the name of a file",),
+    ),
+    Case(
+        "a page below a file",
+        "report results --output t/task.yaml/page.html",
+        ("'t/task.yaml/page.html' would lie below 'task.yaml', which is a file",),
+    ),
+    accepted(
+        "curves and a page in folders that are not there",
+        "report results --plot new/a.svg --output new/all/page.html",
+        "Curves: new/a.svg",
+        "Report: new/all/page.html",
+    ),
+]
+
+
+@table_of([*ASKED, *OPTIONS, *RESULTS])
+def test_a_mistake_in_a_command_is_one_sentence(
+    case: Case, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meet(case, tmp_path, monkeypatch, capsys, model_folder)
+
+
+@table_of(MEASURED)
+def test_a_mistake_about_results_is_one_sentence(
+    case: Case,
+    measured: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    meet(case, tmp_path, monkeypatch, capsys, model_folder)

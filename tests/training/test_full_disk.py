@@ -1,0 +1,126 @@
+"""No room while something is saved: the last good checkpoint stays, one sentence says so, and the run can go on."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from manyicl.model.load import LoadedModel
+from manyicl.training import train as train_module
+from manyicl.training.checkpoint import SavingFailedError
+from manyicl.training.recipe import Recipe
+from manyicl.training.run_folder import RunFolder
+from manyicl.training.train import TrainedRun, train
+from tests.training.killing import score_of_bits
+from tests.training.recipes import small_recipe, small_tasks
+
+# Between what the smallest files take and what weights take, and between what weights and the optimizer's state take.
+NO_ROOM_FOR_WEIGHTS, NO_ROOM_FOR_OPTIMIZER = 20_000, 120_000
+
+
+@contextmanager
+def largest_file(num_bytes: int | None) -> Iterator[Callable[[], None]]:
+    """Let no file grow beyond a size, from when it is called until the block ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes or soft, hard))
+
+    try:
+        yield limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run(recipe: Recipe, *, resume: bool = False, after_step_1: Callable[[], None] | None = None) -> TrainedRun:
+    calls = 0
+
+    def evaluation(loaded: LoadedModel) -> Mapping[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and after_step_1 is not None:
+            after_step_1()
+        return score_of_bits(loaded)
+
+    return train(recipe, small_tasks(), evaluation=evaluation, resume=resume, console=Console(file=io.StringIO()))
+
+
+@pytest.fixture(name="expected", scope="module")
+def _expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run(small_recipe(output, "training.evaluate_every=1"))
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("num_bytes", [NO_ROOM_FOR_WEIGHTS, NO_ROOM_FOR_OPTIMIZER])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(
+    tmp_path: Path, expected: bytes, num_bytes: int
+) -> None:
+    recipe = small_recipe(tmp_path / "run", "training.evaluate_every=1")
+    sentence = (
+        r"checkpoint-2 could not be saved: .*The last good checkpoint is .*/checkpoint-1\. .* go on with --resume"
+    )
+    with largest_file(num_bytes) as limit, pytest.raises(SavingFailedError, match=sentence):
+        run(recipe, after_step_1=limit)
+    assert sorted(path.name for path in (recipe.output / "checkpoints").iterdir()) == ["checkpoint-1", "run.json"]
+    sizes = [path.stat().st_size for path in (recipe.output / "checkpoints" / "checkpoint-1").iterdir()]
+    assert sorted(sizes)[-2] < NO_ROOM_FOR_OPTIMIZER < max(sizes)
+    run(recipe, resume=True)
+    assert (recipe.output / "model.safetensors").read_bytes() == expected
+
+
+def test_a_finished_model_that_cannot_be_written_leaves_the_last_checkpoint_from_which_it_is_written_later(
+    tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(tmp_path / "run", "training.evaluate_every=1")
+    save = train_module._save
+    sentence = r"The finished model could not be saved: .* is full .*The last good checkpoint is .*/checkpoint-4\. Make"
+    with largest_file(NO_ROOM_FOR_WEIGHTS) as limit, monkeypatch.context() as patched:
+        patched.setattr(train_module, "_save", lambda *arguments: (limit(), save(*arguments)))
+        with pytest.raises(SavingFailedError, match=sentence):
+            run(recipe)
+    assert not list(recipe.output.glob("*.safetensors"))
+    assert run(recipe, resume=True).finished
+    assert (recipe.output / "model.safetensors").read_bytes() == expected
+
+
+def test_a_log_that_finds_the_disk_full_names_the_last_good_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(SavingFailedError, match=r"^The log could not be saved: the disk of .* is full"):
+        run(small_recipe(tmp_path / "run", "training.log_every=1"))
+
+
+@pytest.mark.parametrize("kilobytes", [20, 170, 330, 440, 680])
+def test_a_disk_that_is_really_full_never_costs_the_last_good_checkpoint(
+    tmp_path: Path, expected: bytes, kilobytes: int
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    try:
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("only who may mount a file system can fill one")
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    try:
+        recipe = small_recipe(disk / "run", "training.evaluate_every=1")
+        with pytest.raises(SavingFailedError, match="is full"):
+            run(recipe)
+        subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
+        run(recipe, resume=RunFolder(recipe.output).is_begun)
+        assert (recipe.output / "model.safetensors").read_bytes() == expected
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
