@@ -30,8 +30,16 @@ class MachineError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'trec'?"`` for the nearest known name, or an empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """Return ``" Did you mean 'trec'?"`` for the nearest known name, or an empty string.
+
+    Case counts only where several names are near: ``FAMILY`` is ``family``, and ``Good`` is ``Good`` before ``good``.
+    """
+    names = list(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not nearest:
+        written = {known_name.casefold(): known_name for known_name in names}
+        folded = difflib.get_close_matches(name.casefold(), written, n=1, cutoff=0.6)
+        nearest = [written[known_name] for known_name in folded]
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 

@@ -88,7 +88,7 @@ ASKED = [
     Case(
         "queries between semicolons",
         "predict --model MODEL --task t --input new.csv",
-        ("new.csv:1: expected fields between ','", "save the file with ','"),
+        ("new.csv:1: expected fields between ','", "`--delimiter`", "save the file with ','"),
         asking("id;text\n1;a\n", "new.csv"),
     ),
     Case(
@@ -120,9 +120,45 @@ ASKED = [
     Case(
         "a query without its column on standard input",
         "predict --model MODEL --task t --input -",
-        ("Query 1: Template", "'text'"),
+        ("standard input:2: Query 1: Template", "'text'"),
         task(),
-        stdin='{"txt": "a"}\n',
+        stdin='\n{"txt": "a"}\n',
+    ),
+    Case(
+        "a delimiter of two characters",
+        "predict --model MODEL --task t --input new.csv --delimiter '||'",
+        ("--delimiter expects one character", "found '||'"),
+        asking("text\na\n", "new.csv"),
+    ),
+    Case(
+        "a delimiter of JSON",
+        f"{PREDICT} --delimiter ';'",
+        ("--delimiter goes with queries in a .csv or .tsv file; found 'new.jsonl'",),
+        asking(QUERIES),
+    ),
+    Case(
+        "answers over a file of somebody",
+        PREDICT,
+        ("The output 'answers.jsonl' is there and holds no answers of `manyicl predict`", "give another name"),
+        {**asking(QUERIES), "answers.jsonl": lines({"text": "a", "label": "good"})},
+    ),
+    Case(
+        "answers over a table of somebody",
+        spoilt("answers.jsonl", "answers.csv", PREDICT),
+        ("The output 'answers.csv' is there and holds no answers",),
+        {**asking(QUERIES), "answers.csv": "text,label\na,good\n"},
+    ),
+    Case(
+        "answers where an interrupted run left some",
+        PREDICT,
+        ("answers.jsonl.part holds the answers of a run that was interrupted", "remove it"),
+        {**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "answer": "good", "log_probability": -1})},
+    ),
+    Case(
+        "answers below a file",
+        spoilt("answers.jsonl", "new.jsonl/answers.jsonl", PREDICT),
+        ("The output 'new.jsonl/answers.jsonl' would lie below 'new.jsonl', which is a file",),
+        asking(QUERIES),
     ),
     Case(
         "an answer file of another kind",
@@ -277,7 +313,7 @@ RESULTS = [
     Case(
         "results below a file",
         spoilt("results", "results/new", EVALUATE),
-        ("Results go to a folder; 'results' is a file",),
+        ("The output 'results/new' would lie below 'results', which is a file",),
         {**task(), "results": "x"},
     ),
     Case(
@@ -365,6 +401,11 @@ def each(pattern: str, change: Callable[[str], str | bytes]) -> Callable[[Path],
     return act
 
 
+def _with_earlier_page(folder: Path) -> None:
+    """Let a page of an earlier version stand there, which says whose it is in its title alone."""
+    (folder / "results" / "report.html").write_text("<title>Shot curves · manyicl</title>", encoding="utf-8")
+
+
 RECORD = "*.result.json"
 MEASURED = [
     accepted("a report of whole results", "report results", "Report: results/report.html"),
@@ -417,6 +458,23 @@ MEASURED = [
         "report results --output t",
         ("'t' is a folder; expected the name of a file",),
     ),
+    Case(
+        "a page of another ending",
+        "report results --output t/task.yaml",
+        ("The report is a page, .html or .htm; found 't/task.yaml'",),
+    ),
+    Case(
+        "a page and curves of one name",
+        "report results --output a.png --plot a.png",
+        ("The report is a page, .html or .htm; found 'a.png'",),
+    ),
+    Case(
+        "a page over one of somebody",
+        "report results --output mine.html",
+        ("'mine.html' is there and no page of `manyicl report`; give another name, or remove it",),
+        {"mine.html": "<html><title>Mine</title></html>"},
+    ),
+    accepted("a page over an earlier one", "report results", "Report:", prepare=_with_earlier_page),
     Case(
         "a page below a file",
         "report results --output t/task.yaml/page.html",

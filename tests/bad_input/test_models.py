@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from manyicl.model.manifest import Manifest
-from tests.bad_input.case import Case, meet, table_of
+from tests.bad_input.case import Case, accepted, meet, table_of
 from tests.bad_input.files import RECIPE, TRAIN, lines, recipe, spoilt, task, task_with
 from tests.builders import word_level
 from tests.model.exports import save_adapter, save_model
@@ -65,6 +65,16 @@ def without(*names: str) -> Callable[[Path], object]:
             (folder / name).unlink()
 
     return remove
+
+
+def pickled(weights: str, name: str) -> Callable[[Path], object]:
+    """Put a pickle in the place of weights."""
+
+    def change(folder: Path) -> None:
+        (folder / weights).unlink()
+        (folder / name).write_bytes(b"PK")
+
+    return change
 
 
 def cut(name: str, num_bytes: int) -> Callable[[Path], object]:
@@ -146,6 +156,27 @@ MODELS = [
         ("The model of 'm' cannot be loaded",),
         QUERIES,
         without("m/model.safetensors"),
+    ),
+    Case(
+        "a model of pickles",
+        PREDICT,
+        ("'m' holds its weights in pytorch_model.bin alone; pickles are refused", "save_pretrained('m')"),
+        QUERIES,
+        pickled("m/model.safetensors", "m/pytorch_model.bin"),
+    ),
+    Case(
+        "an adapter of pickles",
+        spoilt("--model m", "--model a", PREDICT),
+        ("'a' holds its weights in adapter_model.bin alone; pickles are refused", "peft."),
+        QUERIES,
+        pickled("a/adapter_model.safetensors", "a/adapter_model.bin"),
+    ),
+    Case(
+        "weights that were never fetched",
+        PREDICT,
+        ("model.safetensors of 'm' is a Git LFS pointer", "`git lfs pull`"),
+        QUERIES,
+        written("m/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
     ),
     Case(
         "weights that are cut",
@@ -563,6 +594,36 @@ TRAINING = [
         TRAINED,
         ("output 'run' is a file; expected a folder",),
         {**recipe(BASE), "run": "x"},
+    ),
+    Case(
+        "an output that is a file, of a dry run",
+        f"{TRAINED} --dry-run",
+        ("output 'run' is a file; expected a folder",),
+        {**recipe(BASE), "run": "x"},
+    ),
+    Case(
+        "an output that holds something else, of a dry run",
+        f"{TRAINED} --dry-run",
+        ("output 'run' is not empty. Use another output",),
+        {**recipe(BASE), "run/thesis.tex": "x"},
+    ),
+    Case(
+        "this folder as the output of a dry run",
+        f"{TRAINED} --dry-run --set output=.",
+        ("output '.' is not empty. Use another output",),
+        recipe(BASE),
+    ),
+    Case(
+        "an output to be replaced that holds something else, of a dry run",
+        f"{TRAINED} --dry-run --overwrite",
+        ("output 'run' holds no run of manyicl",),
+        {**recipe(BASE), "run/thesis.tex": "x"},
+    ),
+    accepted(
+        "a dry run where a run has begun",
+        f"{TRAINED} --dry-run",
+        "Run: 2 steps",
+        files={**recipe(BASE), "run/recipe.yaml": BASE, "run/manyicl.json": "{}"},
     ),
     Case(
         "an output below a file",

@@ -17,6 +17,8 @@ CHECK = "tasks check t"
 CSV = "text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
 FREE = spoilt("classification", "generation", KEYS) + DATA
 CHOICES = spoilt("classification", "qa", KEYS) + DATA + "choices: options\n"
+QUERIES = "".join(f"film {i}\n" for i in range(8))
+JSON_HINT = "`jq -c '.[]'` or pandas `to_json(orient='records', lines=True)` writes that."
 OPTIONS = {"x": ["a", "b"], "y": [], "z": ["a", ""]}
 MEGABYTE = "x" * 1_000_001
 
@@ -46,6 +48,36 @@ def parquet(name: str, **columns: list[Any]) -> Callable[[Path], None]:
         pyarrow.parquet.write_table(table, folder / name)
 
     return write
+
+
+def parquet_of(kind: Callable[[], Any], *values: Any) -> Callable[[Path], None]:
+    """Write a Parquet file whose column `text` is of a type that no list of Python tells."""
+
+    def write(folder: Path) -> None:
+        import pyarrow
+
+        parquet("t/rows.parquet", text=pyarrow.array(values, kind()), label=["good"] * len(values))(folder)
+
+    return write
+
+
+def bytes_as_text(*values: bytes) -> Callable[[Path], None]:
+    """Write a Parquet file that says that bytes are UTF-8."""
+
+    def write(folder: Path) -> None:
+        import pyarrow
+
+        binary = pyarrow.array(values, pyarrow.binary())
+        text = pyarrow.Array.from_buffers(pyarrow.string(), len(values), binary.buffers())
+        parquet("t/rows.parquet", text=text, label=["good"] * len(values))(folder)
+
+    return write
+
+
+def of_pyarrow(name: str, *arguments: Any) -> Callable[[], Any]:
+    import pyarrow
+
+    return lambda: getattr(pyarrow, name)(*arguments)
 
 
 FILES = [
@@ -93,7 +125,7 @@ FILES = [
     Case(
         "a spreadsheet",
         CHECK,
-        ("t/rows.xlsx: expected one of .jsonl", "found the suffix '.xlsx'"),
+        ("t/rows.xlsx: expected one of .jsonl", "found the suffix '.xlsx'. Export it as CSV."),
         table_task(b"PK", "file: rows.xlsx", "rows.xlsx"),
     ),
     Case(
@@ -114,6 +146,48 @@ FILES = [
         ("t/rows.parquet: the column 'text' stands twice",),
         table_task("", "file: rows.parquet"),
         prepare=parquet("t/rows.parquet", text=["a"], text_=["b"], label=["c"]),
+    ),
+    Case(
+        "a Parquet text that is not UTF-8",
+        CHECK,
+        ("t/rows.parquet:2: the column 'text' cannot be read as text, 'utf-8' codec can't decode byte 0xe9",),
+        table_task("", "file: rows.parquet"),
+        prepare=bytes_as_text(b"caf", b"caf\xe9"),
+    ),
+    Case(
+        "Parquet bytes that are not UTF-8",
+        CHECK,
+        ("t/rows.parquet:2: the column 'text' cannot be read as text", "write it as text in UTF-8, or leave it out."),
+        table_task("", "file: rows.parquet"),
+        prepare=parquet_of(of_pyarrow("binary"), b"caf", b"caf\xe9"),
+    ),
+    Case(
+        "a Parquet date that no calendar has",
+        CHECK,
+        ("t/rows.parquet:2: the column 'text' cannot be read as text",),
+        table_task("", "file: rows.parquet"),
+        prepare=parquet_of(of_pyarrow("date32"), 0, 2**31 - 1),
+    ),
+    Case(
+        "a Parquet time that no calendar has",
+        CHECK,
+        ("t/rows.parquet:1: the column 'text' cannot be read as text",),
+        table_task("", "file: rows.parquet"),
+        prepare=parquet_of(of_pyarrow("timestamp", "ms"), 2**62),
+    ),
+    Case(
+        "a Parquet time zone that there is not",
+        CHECK,
+        ("t/rows.parquet:1: the column 'text' cannot be read as text",),
+        table_task("", "file: rows.parquet"),
+        prepare=parquet_of(of_pyarrow("timestamp", "us", "Mars/Olympus"), 0),
+    ),
+    Case(
+        "a label of Parquet that is no number",
+        CHECK,
+        ("t/rows.parquet:2: an answer or option is empty",),
+        table_task("", "file: rows.parquet"),
+        prepare=parquet("t/rows.parquet", text=["a", "b"], label=[1.0, float("nan")]),
     ),
     Case("an empty CSV file", CHECK, ("t/rows.csv", "no rows"), table_task("")),
     Case("a CSV file of a header alone", CHECK, ("t/rows.csv", "no rows"), table_task("text,label\n")),
@@ -146,7 +220,7 @@ BROKEN = [
     Case(
         "a JSON document over several lines",
         CHECK,
-        ("t/train.jsonl:1: broken JSON", "expected one object a line"),
+        ("t/train.jsonl:1: broken JSON", f"expected one object a line; {JSON_HINT}"),
         {**task(), "t/train.jsonl": json.dumps(list(TRAIN), indent=1)},
     ),
     Case(
@@ -158,7 +232,7 @@ BROKEN = [
     Case(
         "a whole list of rows on one line",
         CHECK,
-        ("t/train.jsonl:1: expected one JSON object a line", "found a list"),
+        ("t/train.jsonl:1: expected one JSON object a line", f"found a list of them; {JSON_HINT}"),
         {**task(), "t/train.jsonl": json.dumps(list(TRAIN))},
     ),
     Case(
@@ -261,6 +335,58 @@ BROKEN = [
     ),
     Case("a table without a header", CHECK, ("t/rows.csv:2", "'text'", "lacks"), table_task(CSV.partition("\n")[2])),
     Case("a column without a name", CHECK, ("t/rows.csv:1: a column has no name",), table_task("text,\nx,good\n")),
+    Case(
+        "a table of pandas with its index",
+        CHECK,
+        ("t/rows.csv:1: a column has no name", "without its index (`index=False` in pandas)."),
+        table_task(",text,label\n0,x,good\n"),
+    ),
+    Case(
+        "empty columns of a spreadsheet",
+        CHECK,
+        ("t/rows.csv:1: a column has no name", "delete it if it is empty"),
+        table_task("text,label,,\nx,good,,\n"),
+    ),
+    Case(
+        "a line for Excel alone",
+        CHECK,
+        ("t/rows.csv:1: 'sep=;' tells Excel the delimiter and is no header; delete that line.",),
+        table_task("sep=;\n" + CSV.replace(",", ";"), "file: rows.csv, delimiter: ';'"),
+    ),
+    Case("the same with commas", CHECK, ("t/rows.csv:1: 'sep=,' tells Excel",), table_task("sep=,\n" + CSV)),
+    Case(
+        "an empty field too many",
+        CHECK,
+        ("t/rows.csv:22: expected 2 fields as in the header, found 3; delete the empty field at its end.",),
+        table_task(CSV + "film,good,\n"),
+    ),
+    Case(
+        "two empty fields too many",
+        CHECK,
+        ("t/rows.csv:22: expected 2 fields", "found 4; delete the empty fields at its end."),
+        table_task(CSV + "film,good,, \n"),
+    ),
+    Case(
+        "semicolons for commas, some in quotes",
+        CHECK,
+        ("t/rows.csv:1: expected fields between ','", 'delimiter: ";"', "put its name in double quotes."),
+        table_task('text;label\n"a; b";good\nc, d;bad\n'),
+    ),
+    *(
+        Case(
+            f"one column named {header} in {name}",
+            CHECK,
+            ("names the column 'text'", "the row lacks"),
+            table_task(f"{header}\n{QUERIES}", f"file: {name}", name),
+        )
+        for header, name in (
+            ('"Question, if any"', "rows.csv"),
+            ('"Frage; deutsch"', "rows.csv"),
+            ("Frage; deutsch", "rows.csv"),
+            ('"a|b"', "rows.csv"),
+            ("text, original", "rows.tsv"),
+        )
+    ),
     Case(
         "a column that stands twice",
         CHECK,
@@ -462,6 +588,33 @@ BAD_ROWS = [
         CHECK,
         ("too few rows to leave any for testing", "test_fraction to 0"),
         table_task("text,label\nx,good\ny,bad\n"),
+    ),
+    Case(
+        "all rows of one group",
+        CHECK,
+        ("all 20 rows have the same value of 'customer', the group, so none is left for training; set test_fraction",),
+        table_task(CSV.replace("\n", ",x\n").replace("label,x", "label,customer"), "file: rows.csv, group: customer"),
+    ),
+    Case(
+        "all rows with one query",
+        CHECK,
+        ("all 3 rows have the same query, so none is left for training; set test_fraction to 0, or add rows.",),
+        {**table_task("text,label\nx,a\nX,b\nx ,c\n"), "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE)},
+    ),
+    Case(
+        "one row to split",
+        CHECK,
+        ("has no training rows: there is one row, so none is left",),
+        {**table_task("text,label\nx,a\n"), "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE)},
+    ),
+    Case(
+        "a split that takes all rows",
+        CHECK,
+        ("test_fraction is 0.9 of 2 rows, so none is left",),
+        {
+            **table_task("text,label\nx,a\ny,b\n"),
+            "t/task.yaml": spoilt(DATA, "data: {file: rows.csv, test_fraction: 0.9}\n", FREE),
+        },
     ),
     accepted(
         "rows without an option that are to be dropped",

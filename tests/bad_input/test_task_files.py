@@ -31,7 +31,38 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+TABLE = "text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
+
+
 NOT_FOUND = [
+    *(
+        Case(
+            f"columns of {name}",
+            f"tasks check {name}:text:label",
+            (f"{name}: expected one of .jsonl", f"found the suffix '{Path(name).suffix}'. {what_to_do}"),
+            {name: "PK"},
+        )
+        for name, what_to_do in (("x.xlsx", "Export"), ("n.txt", "Export"), ("x.csv.gz", "Unpack"))
+    ),
+    Case(
+        "an option of a table twice",
+        "tasks check a.csv:text:label,seed=1,seed=2",
+        ("'seed' stands twice",),
+        {"a.csv": TABLE},
+    ),
+    Case("a task without a name", "tasks check ''", ("The name of a task is empty; expected a folder",)),
+    accepted(
+        "a Persian name of a table",
+        "tasks check می\u200cروم.csv:text:label",
+        "1 checked",
+        files={"می\u200cروم.csv": TABLE},
+    ),
+    accepted(
+        "a name of a table that is unfit for a task",
+        "tasks check 'a\u3000\u202eb.csv:text:label'",
+        "1 checked",
+        files={"a\u3000\u202eb.csv": TABLE},
+    ),
     Case("a folder that does not exist", "tasks check tt", ("'tt' does not exist. Did you mean 't'?",), task()),
     Case("a folder without a task file", CHECK, ("The folder t holds no task.yaml",), {"t/train.jsonl": lines(*TRAIN)}),
     Case(
@@ -320,6 +351,26 @@ NAMED_KEYS = [
         ("bad_rows: input should be 'refuse' or 'drop'; found 'ignore'",),
         task_with("bad_rows: ignore\n"),
     ),
+    Case(
+        "a key in capitals",
+        CHECK,
+        ("t/task.yaml: unknown key 'FAMILY'. Did you mean 'family'?",),
+        task(spoilt("family", "FAMILY", KEYS) + DATA),
+    ),
+    Case(
+        "class names of a column that nothing reads",
+        CHECK,
+        ("t/task.yaml: class_names: no template", "the column 'lable'; name one of ['label', 'text']", "mean 'label'?"),
+        task_with("class_names: {lable: {good: fine, bad: poor}}\n"),
+    ),
+    *(
+        Case(f"a name with U+{ord(mark):04X}", CHECK, ("name: a name has no",), task_with(f'name: "a{mark}b"\n'))
+        for mark in "\u00a0\u3000\u2028\u202e\u2066"
+    ),
+    *(
+        accepted(f"a name that holds U+{ord(mark):04X}", CHECK, "1 checked", files=task_with(f'name: "a{mark}b"\n'))
+        for mark in "\u200c\u200d\u200e\u200f\u00ad"
+    ),
     Case("a name with a slash", CHECK, ("name: a name has no spaces, slashes",), task_with("name: a/b\n")),
     Case("a name of control characters", CHECK, ("name: a name has no",), task_with('name: "a\\e[31mb"\n')),
     Case("one label", CHECK, ("labels: expected two labels at least, found ['good']",), task_with("labels: [good]\n")),
@@ -365,6 +416,33 @@ TEMPLATES = [
         CHECK,
         ("t/train.jsonl:1: Template '{{ txt }}' names the column 'txt'", "Did you mean 'text'?"),
         task(spoilt("{{ text }}", "{{ txt }}", KEYS) + DATA),
+    ),
+    Case(
+        "a column whose name has a space",
+        CHECK,
+        ("does not parse", "A column whose name is no word is written row['a b']."),
+        task(spoilt("{{ text }}", "{{ a b }}", KEYS) + DATA),
+    ),
+    *(
+        Case(
+            f"a column whose name has a mark, {column}",
+            CHECK,
+            ("t/train.jsonl:1: Template", f"Such a column is written row['{column}']."),
+            task(
+                spoilt("{{ text }}", f"{{{{ {column} }}}}", KEYS) + DATA,
+                train=[{**others, column: "x", "label": "good"}],
+            ),
+        )
+        for column, others in (("a-b", {}), ("a.b", {}), ("a-b-c", {"a": "1", "b": "2", "c": "3"}))
+    ),
+    *(
+        Case(
+            f"a column whose name has another meaning, {column}",
+            CHECK,
+            ("names no column", "written row['true']."),
+            task(spoilt("{{ text }}", f"{{{{ {column} }}}}", KEYS) + DATA, train=[{column: "x", "label": "good"}]),
+        )
+        for column in ("true", "range")
     ),
     Case(
         "a filter that does not exist",

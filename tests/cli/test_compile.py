@@ -194,6 +194,7 @@ def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late
     printed = capsys.readouterr().err
     assert "Query 2: it holds" in printed
     assert "answers.jsonl.part" in printed
+    (tmp_path / "answers.jsonl.part").unlink()
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film", "note": "\\ud800"}\n'))
     assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 0
     assert answers(tmp_path / "answers.jsonl")[0]["note"] == "\ud800"

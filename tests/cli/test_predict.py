@@ -11,6 +11,8 @@ import pytest
 
 from manyicl.cli.main import main
 
+EARLIER = '{"text": "film", "answer": "good", "log_probability": -0.5, "stopped": true}\n'
+
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run the command as a shell would, and return its exit code."""
@@ -100,12 +102,12 @@ def test_an_error_half_way_leaves_an_earlier_output_as_it_was(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "answers.jsonl"
-    output.write_text("earlier\n", encoding="utf-8")
+    output.write_text(EARLIER, encoding="utf-8")
     lines = "".join(f'{{"text": "film {i}"}}\n' for i in range(300))
     monkeypatch.setattr("sys.stdin", io.StringIO(lines + "broken\n"))
     arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
     assert run(monkeypatch, *arguments, "--output", output) == 2
-    assert output.read_text(encoding="utf-8") == "earlier\n"
+    assert output.read_text(encoding="utf-8") == EARLIER
     assert (tmp_path / "answers.jsonl.part").read_text(encoding="utf-8").count("\n") == 300
 
 
@@ -119,3 +121,103 @@ def test_queries_longer_than_any_test_row_still_fit_behind_all_demonstrations(
     context = ["--max-context-tokens", 300]
     assert run(monkeypatch, *arguments, *context, "--input", queries, "--output", output) == 0
     assert len(output.read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_earlier_answers_are_replaced_and_rows_of_a_person_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    prefix, mine = tmp_path / "t.prefix", tmp_path / "other.csv"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", f"{table}:text:label", "-o", prefix, "--shots", 4) == 0
+    queries = tmp_path / "new.jsonl"
+    queries.write_text('{"text": "film"}\n', encoding="utf-8")
+    arguments = ["predict", "--model", model_folder, "--prefix", prefix, "--input", queries, "--output"]
+    for name in ("answers.jsonl", "answers.csv"):
+        for _ in range(2):
+            assert run(monkeypatch, *arguments, tmp_path / name) == 0
+    mine.write_bytes(table.read_bytes())
+    for path in (table, mine):
+        before = path.read_bytes()
+        assert run(monkeypatch, *arguments, path) == 2
+        assert "holds no answers of `manyicl predict`" in capsys.readouterr().err
+        assert path.read_bytes() == before
+    table.write_text("text,label,answer,log_probability\nfilm,good,good,-1\n", encoding="utf-8")
+    assert run(monkeypatch, *arguments, table) == 2
+    assert "holds rows of task 'tickets'" in capsys.readouterr().err
+
+
+def test_answers_of_an_interrupted_run_are_left_alone_and_none_are_promised_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.csv"
+    part = tmp_path / "answers.csv.part"
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("broken\n"))
+    assert run(monkeypatch, *arguments, "--output", output) == 2
+    assert ".part" not in capsys.readouterr().err
+    assert not part.exists()
+    part.write_text(EARLIER, encoding="utf-8")
+    assert run(monkeypatch, *arguments, "--output", output) == 2
+    assert "answers.csv.part holds the answers of a run that was interrupted" in capsys.readouterr().err
+    assert part.read_text(encoding="utf-8") == EARLIER
+
+
+def test_queries_are_read_as_the_rows_of_the_task_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    (folder / "task.yaml").write_text(
+        "family: classification\nquery: '{{ text }}'\nanswer: '{{ label }}'\n"
+        "data: {train: rows.csv, delimiter: ';', quotes: none}\n",
+        encoding="utf-8",
+    )
+    (folder / "rows.csv").write_text('text;label\na "film;good\na play;bad\n', encoding="utf-8")
+    queries, table = tmp_path / "new.csv", tmp_path / "new.tsv"
+    queries.write_text('id;text\n1;the "film\n', encoding="utf-8")
+    table.write_text("id\ttext\n1\tthe film\n", encoding="utf-8")
+    arguments = ["predict", "--model", model_folder, "--task", folder, "--input"]
+    for path, text in ((queries, 'the "film'), (table, "the film")):
+        assert run(monkeypatch, *arguments, path) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    queries.write_text("id|text\n1|the film\n", encoding="utf-8")
+    assert run(monkeypatch, *arguments, queries, "--delimiter", "|") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "the film"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_streams_are_utf_8_whatever_the_locale_says(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, encoding: str
+) -> None:
+    sent = '\ufeff{"text": "é 差"}\n{"text": "è"}\n'.encode()
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent), encoding=encoding))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    assert run(monkeypatch, *arguments) == 0
+    rows = [json.loads(line) for line in written.getvalue().decode("utf-8").splitlines()]
+    assert [row["text"] for row in rows] == ["é 差", "è"]
+
+
+def test_a_line_of_standard_input_that_is_not_utf_8_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path
+) -> None:
+    sent = '{"text": "é"}\n'.encode() * 3 + '{"text": "é"}\n'.encode("latin-1")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent)))
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    assert run(monkeypatch, *arguments) == 2
+    assert "standard input:4: not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stream", "says"), [("stdin", "standard input is closed"), ("stdout", "Standard output")])
+def test_a_closed_stream_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    stream: str,
+    says: str,
+) -> None:
+    monkeypatch.setattr(f"sys.{stream}", None)
+    arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
+    assert run(monkeypatch, *arguments) == 2
+    assert says in capsys.readouterr().err

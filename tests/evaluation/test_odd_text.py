@@ -7,6 +7,7 @@ import io
 import json
 import re
 import string
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from manyicl.engine.engine import Engine
 from manyicl.evaluation.baselines import MOST_WEIGHTS, nearest_level, tfidf_level
-from manyicl.evaluation.metrics import METRICS, squad_normalised
+from manyicl.evaluation.metrics import METRICS, exact_match, numeric_match, squad_normalised
 from manyicl.evaluation.numbers import last_number
 from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
 from manyicl.evaluation.result import ResultStore
@@ -312,3 +313,35 @@ def test_notes_say_which_rouge_a_figure_is() -> None:
 def test_predictions_survive_as_json_whatever_they_hold() -> None:
     for text in TEXTS.values():
         assert json.loads(json.dumps({"answer": text}, ensure_ascii=False)) == {"answer": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Die Antwort \u2013 42", 42),
+        ("cost \u2013 5 dollars", 5),
+        ("2019 \u2013 2021", 2021),
+        ("2019\u20132021", 2021),
+        ("\u20135", -5),
+        ("x = \u20135", -5),
+        ("(\u20135)", -5),
+        ("\u2013\u0665", -5),
+        ("\u2013\u20ac5", -5),
+        ("\u22125", -5),
+    ],
+)
+def test_a_dash_between_words_or_numbers_is_no_minus(text: str, number: int) -> None:
+    assert last_number(text) == number
+
+
+def test_a_number_that_is_not_clear_is_the_same_with_its_currency_before_or_behind() -> None:
+    assert numeric_match("\u20ac 3,14", ("3,14",)) == numeric_match("3,14 \u20ac", ("3,14",)) == 1
+    assert exact_match("\u20ac5", ("5",)) == exact_match("$5", ("5",)) == 1
+
+
+def test_a_long_row_of_flag_halves_takes_no_square_of_its_length() -> None:
+    halves = "\U0001f1e9" * 50_000
+    started = time.process_time()
+    assert exact_match(halves, (halves,)) == 1
+    assert len(words(halves)) == 25_000
+    assert time.process_time() - started < 5

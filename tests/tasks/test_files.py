@@ -357,6 +357,24 @@ def test_the_split_follows_seed_fraction_and_group(tmp_path: Path) -> None:
     assert len(grouped.test) == 8
 
 
+@pytest.mark.parametrize("missing", ["", " ", None])
+def test_rows_without_a_group_are_split_alike_in_every_form(tmp_path: Path, missing: str | None) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"text": f"ticket {i}", "label": f"answer {i}", "customer": f"c{i // 4}" if i % 2 else missing}
+        for i in range(40)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = [",".join(str(value or "") for value in row.values()) for row in rows]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label,customer", *fields]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    forms = [load_task(f"{tmp_path}/t.{suffix}:text:label,group=customer") for suffix in ("jsonl", "csv", "parquet")]
+    assert len({task.data_hash for task in forms}) == 1
+    assert 8 <= len(forms[0].test) <= 9
+
+
 def test_rows_with_the_same_query_stay_on_one_side_and_rare_labels_in_training(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     rows = [f"Text {i % 20},{'a' if i % 20 else 'rare'}\n" for i in range(60)]
@@ -404,6 +422,7 @@ def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> N
         ("txt:label", "the column 'txt' is missing; .* Did you mean 'text'"),
         ("text-", "write a colon instead"),
         ("text", "found no answer column"),
+        ("text:label,seed=1,seed=2", "the option 'seed' stands twice"),
         ("text:label,grup=customer", "Did you mean 'group'"),
         ("text:label,test_fraction=2", "test_fraction"),
         ("text:label,family=clasification", "Did you mean 'classification'"),
@@ -431,6 +450,42 @@ def test_tasks_are_found_by_folder_file_glob_and_table_each_once(tmp_path: Path)
     assert names(f"{tmp_path}/all/films_*") == ["films_a", "films_b"]
     assert names(f"{tmp_path}/all/*", tmp_path / "all" / "other" / "task.yaml") == ["films_a", "films_b", "other"]
     assert names(f"{tickets}:text:label", tmp_path / "all" / "other") == ["tickets", "other"]
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_task(tmp_path / "films")
+    write_tickets(tmp_path / "tickets.csv")
+    write_task(tmp_path / "other", CLASSIFICATION + "data: {train: ~/films/train.jsonl, test: test.jsonl}")
+    rooted = write_task(tmp_path / "rooted", CLASSIFICATION + "data: {train: films/train.jsonl}")
+    tasks = load_tasks(["~/films", "~/oth*", "~/tickets.csv:text:label", folder])
+    assert [task.name for task in tasks] == ["films", "other", "tickets"]
+    assert tasks[0].train == tasks[1].train == load_task(rooted, Path("~")).train
+    assert task_from_file("~/tickets.csv", "text", "label") == tasks[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("می\u200cروم", "می\u200cروم"), ("a\u3000b, c", "a_b_c"), ("a\u202eb\x1bc", "a_b_c")]
+)
+def test_the_name_of_a_file_or_folder_is_made_fit_for_a_task(tmp_path: Path, file: str, name: str) -> None:
+    assert load_task(f"{write_tickets(tmp_path / f'{file}.csv')}:text:label").name == name
+    assert load_task(write_task(tmp_path / file)).name == name
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("choices: options", {"options": ["b", "c"]}),
+        ("choices: 'options, more'", {"options": "b", "more": "c"}),
+        ("references: options.texts", {"options": {"texts": ["b"]}}),
+    ],
+)
+def test_class_names_may_be_of_a_column_that_choices_or_references_read(
+    tmp_path: Path, key: str, row: dict[str, Any]
+) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa") + f"class_names: {{options: [x, y]}}\n{key}\n"
+    task = load_task(write_task(tmp_path / "t", keys, [{"text": "a", "label": "b", **row}], []))
+    assert answers(task) == ["b"]
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:

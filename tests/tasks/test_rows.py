@@ -43,6 +43,44 @@ def test_parquet_gives_the_rows_of_the_json(tmp_path: Path) -> None:
     assert columns(tmp_path / "rows.parquet") == columns(tmp_path / "rows.jsonl")
 
 
+def test_a_number_of_parquet_that_is_none_is_null_and_bytes_are_text(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"n": [1.5, float("nan"), None], "list": [[float("nan")], [], None], "b": [b"x", b"", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert columns(tmp_path / "rows.parquet") == [
+        {"n": "1.5", "list": [None], "b": "x"},
+        {"n": None, "list": [], "b": ""},
+        {"n": None, "list": None, "b": None},
+    ]
+
+
+def test_pictures_beside_the_texts_of_a_parquet_table_are_null(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    picture = pyarrow.array([{"bytes": b"\x89PNG\xff", "path": "a.png"}])
+    table = pyarrow.table({"text": ["a cat"], "image": picture})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert columns(tmp_path / "rows.parquet") == [{"text": "a cat", "image": {"bytes": None, "path": "a.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ('"Question, if any"\nWhy?\nWho, me?\n', "Question, if any"),
+        ('"Frage; deutsch"\nWarum; ja\nWer; ich\n', "Frage; deutsch"),
+        ("Frage; deutsch\nWarum?\nWer; ich?\n", "Frage; deutsch"),
+        ('"a|b"\nc\n', "a|b"),
+    ],
+)
+def test_the_name_of_the_one_column_may_hold_a_mark(tmp_path: Path, content: str, name: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(content.replace("Who, me?", '"Who, me?"'))
+    assert [list(row) for row in columns(path)] == [[name]] * (content.count("\n") - 1)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_byte_order_mark_and_crlf_are_accepted(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
@@ -129,6 +167,12 @@ def test_hub_rows_have_class_names_instead_of_numbers() -> None:
         {"text": "b", "label": None, "n": "4"},
     ]
     assert asked == [(("owner/name", "big"), {"split": "train", "revision": None})]
+
+
+def test_bytes_of_the_hub_that_are_no_text_are_refused_by_column_and_row() -> None:
+    rows = [{"text": b"a"}, {"text": "caf\u00e9".encode("latin-1")}]
+    with pytest.raises(UserError, match=r"hf:owner/name train:2: the column 'text' cannot be read as text"):
+        read_hub_rows("owner/name", "train", load_dataset=lambda *_, **__: rows)
 
 
 @pytest.mark.parametrize(

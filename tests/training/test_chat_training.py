@@ -83,7 +83,7 @@ def test_a_run_does_not_go_on_with_another_template(tmp_path: Path) -> None:
     start = starting_point(recipe, tasks.train)
     rows = row_source(recipe, tasks.train, start.tokenizer)
     statistics = sample_rows(rows, recipe.objective)
-    folder.begin(recipe, run_manifest(recipe, tasks.train, start, rows.encoder.format, statistics), overwrite=False)
+    folder.begin(recipe, run_manifest(recipe, tasks, start, rows.encoder.format, statistics), overwrite=False)
     template.write_text(CHATML.replace("<|im_start|>", "### "), "utf-8")
     with pytest.raises(UserError, match="the chat template changed since the run began"):
         train(recipe, tasks, resume=True)

@@ -169,26 +169,32 @@ def test_a_checkpoint_that_lacks_a_part_is_not_sealed(checkpoints: Checkpoints) 
             checkpoints.seal(2, 1, None)
 
 
-def test_the_newest_and_the_best_checkpoint_outlive_the_rotation(checkpoints: Checkpoints) -> None:
-    for step, best, expected in ((1, 1, {1}), (2, 1, {1, 2}), (3, 1, {1, 3}), (4, 4, {3, 4}), (5, 4, {4, 5})):
+def test_the_newest_checkpoints_and_the_best_of_each_outlive_the_rotation(checkpoints: Checkpoints) -> None:
+    for step, best, expected in ((1, 1, {1}), (2, 1, {1, 2}), (3, 1, {1, 2, 3}), (4, 4, {1, 3, 4}), (5, 4, {4, 5})):
         save(checkpoints, step, best, kept=2)
         assert steps(checkpoints) == expected
     for step in (6, 7, 8):
         save(checkpoints, step, 4, kept=3)
-    assert steps(checkpoints) == {4, 7, 8}
+    assert steps(checkpoints) == {4, 6, 7, 8}
 
 
-def test_a_checkpoint_whose_best_model_is_damaged_is_not_taken_unless_a_better_one_came_later(
-    checkpoints: Checkpoints,
-) -> None:
+def test_a_checkpoint_whose_best_model_is_damaged_is_not_taken(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1, 1)
     save(checkpoints, 2, 1)
     damage_size(checkpoints.place(1) / "model.safetensors")
     with pytest.raises(UserError, match="checkpoint-2 needs checkpoint-1, the best model, which differs from its seal"):
         checkpoints.resume_point(1)
-    save(checkpoints, 3, 3)
-    damage_size(checkpoints.place(3) / "model.safetensors")
-    assert checkpoints.resume_point(1).checkpoint == checkpoints.place(2)
+
+
+def test_damage_to_a_newer_best_never_costs_the_one_before_it_however_often_a_run_goes_on(
+    checkpoints: Checkpoints,
+) -> None:
+    for step, best in ((3, 3), (5, 3), (6, 6)):
+        save(checkpoints, step, best, kept=2)
+    damage_one_byte(checkpoints.place(6) / "optimizer.pt")
+    for _ in range(2):
+        assert checkpoints.resume_point(1).checkpoint == checkpoints.place(5)
+        assert checkpoints.flaw(3) is None
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -202,11 +208,11 @@ def test_whenever_saving_is_cut_off_a_whole_checkpoint_stands_and_the_step_can_b
             save(checkpoints, step, 1)
         # The third one replaces what stands there, and makes the second one go.
         shutil.copytree(checkpoints.place(2), checkpoints.place(3))
-        is_cut = was_cut(moment, lambda checkpoints=checkpoints: save(checkpoints, 3, 1, kept=2))  # type: ignore[misc]
+        is_cut = was_cut(moment, lambda checkpoints=checkpoints: save(checkpoints, 3, 1, kept=1))  # type: ignore[misc]
         found = checkpoints.resume_point(1).checkpoint
         assert found in (checkpoints.place(2), checkpoints.place(3))
         assert (found / "model.safetensors").read_text(encoding="utf-8").endswith(found.name[-1])
-        save(checkpoints, 3, 1, kept=2)
+        save(checkpoints, 3, 1, kept=1)
         assert steps(checkpoints) == {1, 3}
         assert checkpoints.resume_point(1) == checkpoints.resume_point(1)
         assert checkpoints.flaw(3) is None

@@ -99,7 +99,7 @@ def test_a_log_that_finds_the_disk_full_names_the_last_good_checkpoint_too(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    with pytest.raises(SavingFailedError, match=r"^The log could not be saved: the disk of .* is full"):
+    with pytest.raises(SavingFailedError, match=r"^The log of the run could not be saved: the disk of .* is full"):
         run(small_recipe(tmp_path / "run", "training.log_every=1"))
 
 

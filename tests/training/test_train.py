@@ -20,15 +20,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from manyicl.cli.train import held_out_evaluation
 from manyicl.errors import MachineError, UserError
 from manyicl.model.load import LoadedModel, load_model
-from manyicl.model.manifest import Manifest
+from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.training.batch import row_counts
 from manyicl.training.checkpoint import RunInterrupted
 from manyicl.training.counts import RowCounts
 from manyicl.training.loss import row_loss
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
+from manyicl.training.stopping import stopping_signals
 from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, row_source, train
 from tests.builders import make_task
 from tests.training.recipes import small_recipe, small_tasks
@@ -400,8 +402,9 @@ def test_what_a_run_reads_is_not_overwritten_by_it(tmp_path: Path, key: str, pat
     with pytest.raises(UserError, match=rf"--overwrite would delete '.*run/[a*].*', which {key} names"):
         folder.begin(small_recipe(output, f"{key}={value}"), Manifest(max_context_tokens=60), overwrite=True)
     assert (task / "task.yaml").is_file()
-    folder.begin(small_recipe(output), Manifest(max_context_tokens=60), overwrite=True)
-    assert not task.exists()
+    with pytest.raises(UserError, match=r"--overwrite would delete the folder '.*/a', which no run writes"):
+        folder.begin(small_recipe(output), Manifest(max_context_tokens=60), overwrite=True)
+    assert (task / "task.yaml").is_file()
 
 
 def test_a_taken_output_is_found_before_a_model_is_made(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,3 +463,56 @@ def test_held_out_tasks_of_a_training_source_are_refused(tmp_path: Path) -> None
     recipe = small_recipe(tmp_path / "run", f"tasks.train=[{one}]", f"tasks.evaluate=[{sibling}]")
     with pytest.raises(UserError, match="'b' comes from the same source"):
         load_recipe_tasks(recipe)
+
+
+def test_a_folder_in_which_a_run_goes_on_takes_no_second_one(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run")
+    with RunFolder(tmp_path / "run").held(), pytest.raises(UserError, match="Another process is training in output"):
+        run(recipe)
+    assert run(recipe).finished
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_replacing_a_run_spares_folders_that_no_run_writes(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run")
+    run(recipe)
+    (tmp_path / "run" / "my_notes").mkdir()
+    with pytest.raises(UserError, match=r"--overwrite would delete the folder '.*my_notes', which no run writes"):
+        run(recipe, overwrite=True)
+
+
+def test_a_run_does_not_go_on_with_other_data_of_held_out_tasks(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    began, now = (
+        Manifest(max_context_tokens=60, held_out=(TrainedTask.of(make_task("three", data_hash=data_hash * 64)),))
+        for data_hash in "34"
+    )
+    folder.begin(small_recipe(tmp_path / "run"), began, overwrite=False)
+    folder.require_same_start(began)
+    with pytest.raises(UserError, match="the data of task 'three' changed since the run began"):
+        folder.require_same_start(now)
+
+
+def test_a_task_that_the_base_saw_with_other_data_is_compared_by_the_runs_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    of_base, began, now = (TrainedTask.of(make_task("one", data_hash=data_hash * 64)) for data_hash in "012")
+    folder.begin(
+        small_recipe(tmp_path / "run"), Manifest(max_context_tokens=60, tasks=(began, of_base)), overwrite=False
+    )
+    with pytest.raises(UserError, match="the data of task 'one' changed since the run began"):
+        folder.require_same_start(Manifest(max_context_tokens=60, tasks=(now, of_base)))
+
+
+def test_a_closed_terminal_stops_a_run_as_ctrl_c_does_unless_it_was_told_not_to() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} == set(stopping_signals())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert {signal.SIGINT, signal.SIGTERM} == set(stopping_signals())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_held_out_tasks_are_asked_while_training_computes_in_bfloat16(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", "training.bf16=true", "training.evaluate_every=2")
+    assert run(recipe, evaluation=held_out_evaluation(recipe, small_tasks().held_out)).finished

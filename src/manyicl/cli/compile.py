@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.cli.outputs import require_writable
 from manyicl.episodes.text_format import FormatKind
 from manyicl.errors import counted
 
@@ -73,6 +74,7 @@ def compile_command(
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
+    require_writable(output)
     require_place(output)
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)

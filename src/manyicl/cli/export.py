@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from manyicl.cli.outputs import require_writable
+
 
 def export_command(
     model: Annotated[str, typer.Option(help="Model or adapter folder, `hf:owner/name`, or `builtin:nano`.")],
@@ -35,6 +37,7 @@ def export_command(
     from manyicl.model.export import export_model
     from manyicl.model.prompt_guide import GUIDE_FILE
 
+    require_writable(output, beside=True)
     logging.disable_progress_bar()
     with Console(stderr=True).status("Loading, writing and reading back"):
         exported = export_model(model, output, merge=merge, dtype=dtype)

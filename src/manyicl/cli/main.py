@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -64,6 +65,7 @@ def common_options(
 def main() -> None:
     """Run a command; a person's mistake ends with 2, a machine's failure with 1, never with a traceback."""
     _quiet_libraries()
+    _write_utf8()
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     try:
         # Typer itself ends with 2 after a wrong option, with 130 after Ctrl-C, with 1 where a reader has left.
@@ -83,6 +85,12 @@ def main() -> None:
         return
     console.print(f"[bold red]failed[/] {escape(reason)}")
     sys.exit(MACHINE_ERROR)
+
+
+def _write_utf8() -> None:
+    """Write UTF-8 on standard output whatever the locale says; half a character, which it cannot hold, as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

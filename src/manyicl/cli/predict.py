@@ -13,8 +13,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.cli.outputs import part_of, require_earlier_answers, require_writable
 from manyicl.episodes.text_format import FormatKind
-from manyicl.errors import QueryError, UserError, counted
+from manyicl.errors import QueryError, UserError, counted, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.prefix_cache import PrefixCache
     from manyicl.tasks.nearest import NearestExamples
-    from manyicl.tasks.rows import LocatedRow
+    from manyicl.tasks.rows import LocatedRow, Quotes
     from manyicl.tasks.task import Example, Query, Task
 
 STANDARD_STREAM = Path("-")
@@ -44,6 +45,13 @@ def predict_command(
     ] = None,
     prefix: Annotated[
         Path | None, typer.Option(help="What `manyicl compile` wrote, in place of --task, --shots and --seed.")
+    ] = None,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            help="Between the fields of a .csv or .tsv of queries. [default: that of the task's own rows in such a "
+            "file, or a comma, in .tsv a tab]"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where answers go: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
     shots: Annotated[
@@ -81,7 +89,8 @@ def predict_command(
     """Answer the queries of a file after demonstrations of a task.
 
     Every output row holds the input row with `answer`, `log_probability` and `stopped` added. A free answer that
-    reached the length limit before it ended has `stopped: false`.
+    reached the length limit before it ended has `stopped: false`. Until all are there they stand in `OUTPUT.part`;
+    where a run was interrupted, the next one leaves that file alone and says so.
 
     Examples:
 
@@ -97,23 +106,26 @@ def predict_command(
     from manyicl.engine.decoding import Sampling
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
-    from manyicl.tasks.rows import read_rows
 
     console = Console(stderr=True)
     only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     if temperature is None and top_p is None:
         only_with_task["--seed"] = seed
     _require_one_source(task, prefix, only_with_task)
-    _require_writable(output, {"--input": input_path, "--prefix": prefix})
+    _require_output(output, {"--input": input_path, "--prefix": prefix})
+    if input_path == STANDARD_STREAM and sys.stdin is None:
+        raise UserError("--input -: standard input is closed; send JSON lines to it, or name a file.")
     sampling = None
     if temperature is not None or top_p is not None:
         sampling = Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed or 0)
-    rows = None if input_path == STANDARD_STREAM else read_rows(input_path)
     loaded_task = load_task(task, data_root) if task is not None else None
+    rows = _rows_of_file(input_path, task, delimiter)
     demonstrations: Sequence[Example] = ()
     if loaded_task is not None:
-        _require_no_rows_of(loaded_task, output)
+        _require_no_rows_of(loaded_task.name, (*loaded_task.train, *loaded_task.test), output)
         demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed or 0)
+    if output != STANDARD_STREAM:
+        require_earlier_answers(output)
     queries = None if rows is None or loaded_task is None else _queries(loaded_task, rows)
     if rows == []:
         raise UserError(f"{input_path}: there is no row to answer.")
@@ -129,6 +141,7 @@ def predict_command(
     if loaded_task is None:
         assert prefix is not None, "one of both is given"
         cache = engine.load(prefix).prefix
+        _require_no_rows_of(cache.task.name, cache.demonstrations, output)
     else:
         if nearest:
             cache, near = _prefill_with_nearest(engine, loaded_task, demonstrations, queries, nearest)
@@ -144,10 +157,8 @@ def predict_command(
         nearest=near,
     )
     predictions([])  # options that contradict each other are refused before anything is written
-    asked = _standard_input() if rows is None else (row.columns for row in rows)
+    asked = _standard_input() if rows is None else rows
     answered = _answered(predictions, asked, scores, abstain_below is not None)
-    if rows is not None:
-        answered = _with_places(answered, rows)
     total = None if rows is None else len(rows)
     with Progress(console=console) as progress:
         num_answers = _write(output, progress.track(answered, total=total, description="Answering"))
@@ -164,6 +175,40 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
         raise UserError(f"{given[0]} goes with --task; a compiled task holds its demonstrations already.")
 
 
+def _rows_of_file(path: Path, task: str | None, delimiter: str | None) -> list[LocatedRow] | None:
+    """Read a file of queries, one of the same kind as the task's own rows as these are read; None for a stream."""
+    from manyicl.tasks.rows import DELIMITERS, read_rows
+
+    if path.suffix.lower() not in DELIMITERS:
+        if delimiter is not None:
+            raise UserError(f"--delimiter goes with queries in a .csv or .tsv file; found {str(path)!r}.")
+        return None if path == STANDARD_STREAM else read_rows(path)
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UserError(
+            f"--delimiter expects one character, no double quote or line break; found {shortened(repr(delimiter))}."
+        )
+    of_task, quotes = _fields_of_task(task, path.suffix) if task is not None else (None, "csv")
+    return read_rows(path, delimiter=delimiter or of_task, quotes=quotes)
+
+
+def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
+    """Return delimiter and quotes that a task file names for local rows in files of this suffix."""
+    from manyicl.tasks.files import task_places
+    from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
+
+    place = task_places(task)[0]
+    data = read_task_file(place).data if isinstance(place, Path) else None
+    if isinstance(data, OneFile):
+        files: tuple[str, ...] = (data.file,)
+    elif isinstance(data, TwoFiles):
+        files = data.train + data.test
+    else:
+        return None, "csv"
+    if not any(Path(file).suffix.lower() == suffix.lower() for file in files):
+        return None, "csv"
+    return data.delimiter, data.quotes
+
+
 def _queries(task: Task, rows: Iterable[LocatedRow]) -> list[Query]:
     """Render the rows of a file, or say which of them cannot be asked, before a model is loaded."""
     from manyicl.engine.engine import require_askable
@@ -177,14 +222,6 @@ def _queries(task: Task, rows: Iterable[LocatedRow]) -> list[Query]:
             raise UserError(f"{row.place}: Query {number}: {error}") from error
         queries.append(query)
     return queries
-
-
-def _with_places(answered: Iterator[dict[str, Any]], rows: Sequence[LocatedRow]) -> Iterator[dict[str, Any]]:
-    """Name file and line of a query that cannot be asked."""
-    try:
-        yield from answered
-    except QueryError as error:
-        raise UserError(f"{rows[error.number - 1].place}: {error}") from error
 
 
 def _prefill_with_nearest(
@@ -217,22 +254,25 @@ def _described(engine: Engine, prefix: PrefixCache) -> str:
     return text
 
 
-def _require_no_rows_of(task: Task, output: Path) -> None:
+def _require_no_rows_of(name: str, examples: Iterable[Example], output: Path) -> None:
     """Refuse to write over a file that has the name of one the task's rows came from."""
-    sources = {example.origin.rpartition(":")[0] for example in (*task.train, *task.test)}
+    sources = {example.origin.rpartition(":")[0] for example in examples}
     if output.exists() and output.name in sources:
         raise UserError(
-            f"The output {str(output)!r} has the name of a file that holds rows of task {task.name!r}; write the "
+            f"The output {str(output)!r} has the name of a file that holds rows of task {name!r}; write the "
             "answers to another one."
         )
 
 
-def _require_writable(output: Path, read: Mapping[str, Path | None]) -> None:
+def _require_output(output: Path, read: Mapping[str, Path | None]) -> None:
     """Refuse an output before anything is computed."""
     if output == STANDARD_STREAM:
+        if sys.stdout is None:
+            raise UserError("Standard output is closed; name a file with --output.")
         return
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"Answers are written as .jsonl or .csv; found {str(output)!r}.")
+    require_writable(output)
     if output.is_dir():
         raise UserError(f"The output {str(output)!r} is a folder; expected a file.")
     if not output.parent.is_dir():
@@ -242,34 +282,43 @@ def _require_writable(output: Path, read: Mapping[str, Path | None]) -> None:
             raise UserError(f"{name} and --output are the same file {str(output)!r}; write the answers to another one.")
 
 
-def _standard_input() -> Iterator[dict[str, Any]]:
-    """Yield the queries of standard input as they come."""
-    from manyicl.tasks.rows import parse_json_row
+def _standard_input() -> Iterator[LocatedRow]:
+    """Yield the queries of standard input as they come, UTF-8 whatever the locale says."""
+    from manyicl.tasks.rows import LocatedRow, parse_json_row
 
-    number = 0
-    try:
-        for number, line in enumerate(sys.stdin, start=1):
-            if line.strip():
-                yield parse_json_row(line, f"standard input:{number}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input:{number + 1}: not UTF-8, {error.reason}; send UTF-8.") from error
+    # Lines of bytes: text would be decoded many lines at a time, and which of them is not UTF-8 be lost.
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input:{number}: not UTF-8, {error.reason}; send UTF-8.") from error
+        if text.strip():
+            yield LocatedRow(parse_json_row(text, f"standard input:{number}"), "standard input", number)
 
 
 def _answered(
     predict: Callable[[Iterable[dict[str, Any]]], Iterator[Prediction]],
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[LocatedRow],
     with_scores: bool,
     may_abstain: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Put each answer beside the row that asked for it."""
-    asked: deque[dict[str, Any]] = deque()
+    """Put each answer beside the row that asked for it; name the place of a query that cannot be asked."""
+    asked: deque[LocatedRow] = deque()
+    num_answered = 0
 
     def remembered() -> Iterator[dict[str, Any]]:
         for row in rows:
             asked.append(row)
-            yield row
+            yield row.columns
 
-    for prediction in predict(remembered()):
+    predictions = predict(remembered())
+    while True:
+        try:
+            prediction = next(predictions, None)
+        except QueryError as error:
+            raise UserError(f"{asked[error.number - 1 - num_answered].place}: {error}") from error
+        if prediction is None:
+            return
         answer: dict[str, Any] = {
             "answer": None if prediction.abstained else prediction.answer,
             "log_probability": round(prediction.log_probability, 6),
@@ -280,7 +329,8 @@ def _answered(
         if with_scores and prediction.scores is not None:
             answer["scores"] = dict(prediction.scores.log_probabilities)
             answer["probabilities"] = prediction.scores.probabilities
-        yield {**_without_clashes(asked.popleft(), set(answer)), **answer}
+        num_answered += 1
+        yield {**_without_clashes(asked.popleft().columns, set(answer)), **answer}
 
 
 def _without_clashes(row: dict[str, Any], taken: set[str]) -> dict[str, Any]:
@@ -300,14 +350,17 @@ def _opened(output: Path) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     # An error half-way leaves an earlier output as it was, and the answers so far in the `.part` file.
-    part = output.with_name(output.name + ".part")
+    part = part_of(output)
     try:
         with part.open("w", encoding="utf-8", newline="") as stream:
             yield stream
-    except UserError as error:
-        raise UserError(f"{error} The answers before it are in {part}.") from error
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped; the answers so far are in {part}.", err=True)
+    except (UserError, KeyboardInterrupt) as error:
+        has_answers = part.stat().st_size > 0
+        if not has_answers:
+            part.unlink()
+        if isinstance(error, UserError):
+            raise UserError(f"{error} The answers before it are in {part}." if has_answers else str(error)) from error
+        typer.echo(f"Stopped; {f'the answers so far are in {part}' if has_answers else 'no answer yet'}.", err=True)
         raise
     part.replace(output)
 

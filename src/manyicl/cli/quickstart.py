@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -110,8 +112,12 @@ def _fine_tune(recipe: Recipe, console: Console, *, fresh: bool) -> None:
         console.print(f"The finished model of an earlier run stands in {folder.path}; --fresh trains anew.")
         return
     goes_on = same_recipe and folder.is_begun and not folder.is_finished and not fresh
-    run = train(recipe, resume=goes_on, overwrite=not goes_on, console=console)
+    try:
+        run = train(recipe, resume=goes_on, overwrite=not goes_on, console=console)
+    except UserError as error:
+        raise UserError(f"{error} In the quickstart --fresh starts anew.") from error
     if not run.finished:
+        console.print("Stopped, and saved; the same command goes on from here.")
         raise KeyboardInterrupt
 
 

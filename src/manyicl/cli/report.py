@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from manyicl.cli.outputs import require_writable
 from manyicl.errors import UserError
+
+PAGE_ENDINGS = (".html", ".htm")
 
 
 def report_command(
     results: Annotated[Path, typer.Argument(help="Folder of results; folders inside it are read too.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Page to write. [default: RESULTS/report.html]")
+        Path | None, typer.Option("--output", "-o", help="Page to write, .html. [default: RESULTS/report.html]")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the curves as .svg, .png or .pdf.")] = None,
     title: Annotated[str, typer.Option(help="Head of the page.")] = "Shot curves",
@@ -39,13 +42,19 @@ def report_command(
     from rich.console import Console
 
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+    from manyicl.evaluation.report.plots import require_picture
     from manyicl.evaluation.result import ResultStore
 
     console = Console()
     records = ResultStore(results).load()
     page = output or results / "report.html"
     for path in filter(None, (page, plot)):
-        _require_place(path)
+        require_writable(path)
+        if path.is_dir():
+            raise UserError(f"{str(path)!r} is a folder; expected the name of a file to write.")
+    _require_page(page)
+    if plot is not None:
+        require_picture(plot)
     print_table(records, console, per_task=per_task)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +64,11 @@ def report_command(
     console.print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
-def _require_place(path: Path) -> None:
-    """Refuse a place where no file can be written, before anything is drawn."""
-    if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder; expected the name of a file to write.")
-    taken = next(place for place in path.absolute().parents if place.exists())
-    if not taken.is_dir():
-        raise UserError(f"{str(path)!r} would lie below {taken.name!r}, which is a file; name another place.")
+def _require_page(path: Path) -> None:
+    """Refuse to write a page under another ending, or over a file that is none of ours."""
+    from manyicl.evaluation.report.page import is_report
+
+    if path.suffix.lower() not in PAGE_ENDINGS:
+        raise UserError(f"The report is a page, {' or '.join(PAGE_ENDINGS)}; found {str(path)!r}.")
+    if path.exists() and path.stat().st_size and not is_report(path):
+        raise UserError(f"{str(path)!r} is there and no page of `manyicl report`; give another name, or remove it.")

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.cli.outputs import require_writable
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError, counted
+from manyicl.training.stopping import stopping_signals
 
 if TYPE_CHECKING:
     from manyicl.tasks.task import Task
@@ -80,6 +82,8 @@ def _train(recipe: Path, changes: list[str], *, resume: bool, overwrite: bool, d
     logging.disable_progress_bar()
     if not dry_run:
         require_machine(read)
+    if is_main_process():
+        _require_output(read, resume=resume, overwrite=overwrite, dry_run=dry_run)
     tasks = load_recipe_tasks(read)
     if dry_run:
         from manyicl.training.dry_run import dry_run as describe
@@ -102,6 +106,18 @@ def _train(recipe: Path, changes: list[str], *, resume: bool, overwrite: bool, d
     best = f" It is the model after step {run.best_step:,}, the best on held-out tasks" if run.best_step else ""
     score = f" with a score of {run.best_score:.3f}." if best and run.best_score is not None else ""
     _tell(f"The model is in {run.folder} after {run.num_steps:,} steps.{best}{score}")
+
+
+def _require_output(recipe: Recipe, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Refuse an output before its tasks are loaded; a run that has begun there may still be described."""
+    from manyicl.training.run_folder import RunFolder
+
+    folder = RunFolder(recipe.output)
+    is_described = dry_run and not overwrite and folder.is_run
+    if not (resume or is_described):
+        folder.require_free(recipe, overwrite=overwrite)
+    if not dry_run:
+        require_writable(recipe.output)
 
 
 def _tell(text: str) -> None:
@@ -128,20 +144,23 @@ def _after_interruption(
 
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, from the first moment on; outside the main thread, leave it."""
+    """Let other signals that stop a run do what Ctrl-C does from the first moment on; outside the main thread, none."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
+        previous = {
+            number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT
+        }
     except ValueError:
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def resume_command(recipe: Path, overrides: list[str]) -> str:

@@ -21,7 +21,9 @@ from manyicl.tasks.words import folded, parts
 
 References = Sequence[str]
 
-_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+_PUNCTUATION = regex.compile(rf"[\p{{P}}\p{{Sc}}{regex.escape(string.punctuation)}]")
+# The Ethiopic mark that stands where other scripts leave a space.
+_WORD_SPACE = "\u1361"
 _ARTICLE = regex.compile(r"(?<![\w\p{M}])(?:a|an|the)(?![\w\p{M}])")
 
 
@@ -102,7 +104,7 @@ def squad_normalised(text: str) -> str:
     takes away ASCII punctuation alone. English articles go in every language.
     """
     plain = folded(text)
-    kept = " ".join(_ARTICLE.sub(" ", _PUNCTUATION.sub("", plain)).split())
+    kept = " ".join(_ARTICLE.sub(" ", _PUNCTUATION.sub("", plain.replace(_WORD_SPACE, " "))).split())
     return kept or " ".join((plain if plain.strip() else text).split())
 
 

@@ -17,28 +17,29 @@ from manyicl.tasks.words import without_invisible
 # What a number means, or, where that is not clear, how it is written.
 Number = Fraction | str
 
+# Digits are ASCII's here, since a text is made plain first.
 # Between digits alone: points, commas, apostrophes, and the spaces that do not break before exactly three digits.
-_RUN = r"\d+(?:[.,'\u2019]\d+|[\u00a0\u2009\u202f]\d{3}(?!\d))*"
-_DECIMAL = rf"(?:{_RUN}|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+_RUN = r"[0-9]+(?:[.,'\u2019][0-9]+|[\u00a0\u2009\u202f][0-9]{3}(?![0-9]))*"
+_DECIMAL = rf"(?:{_RUN}|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?"
 _NUMBER = regex.compile(
     r"(?P<sign>^\s*-\s*|(?<![\w)\]}%.])-)?"
     r"\p{Sc}?\s?"
-    r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}\d_^/√])"
-    rf"(?:\\[dt]?frac\{{(?P<upper>\d+)\}}\{{(?P<lower>\d+)\}}"
-    r"|(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<parts>\d+)"
+    r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}0-9_^/√])"
+    rf"(?:\\[dt]?frac\{{(?P<upper>[0-9]+)\}}\{{(?P<lower>[0-9]+)\}}"
+    r"|(?P<whole>[0-9]+)\s+(?P<part>[0-9]+)\s*/\s*(?P<parts>[0-9]+)"
     rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
 )
-_PLAIN = regex.compile(r"\d*\.?\d+")
+_PLAIN = regex.compile(r"[0-9]*\.?[0-9]+")
 _GROUPED = tuple(
     (regex.compile(form), marks)
     for form, marks in (
-        (r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", ","),  # 1,234,567.89
-        (r"[1-9]\d?(?:,\d{2})+,\d{3}(?:\.\d+)?", ","),  # 12,34,567.89, as in India
+        (r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?", ","),  # 1,234,567.89
+        (r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?", ","),  # 12,34,567.89, as in India
         (
-            r"[1-9]\d{0,2}(?:(?P<mark>[\u00a0\u2009\u202f'\u2019])\d{3})(?:(?P=mark)\d{3})*(?:[.,]\d+)?",
+            r"[1-9][0-9]{0,2}(?:(?P<mark>[\u00a0\u2009\u202f'\u2019])[0-9]{3})(?:(?P=mark)[0-9]{3})*(?:[.,][0-9]+)?",
             "\u00a0\u2009\u202f'\u2019",
         ),
-        (r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}", "."),  # 1.234.567,89
+        (r"[1-9][0-9]{0,2}(?:\.[0-9]{3})+,[0-9]+|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}", "."),  # 1.234.567,89
     )
 )
 _RESULT_FOLLOWS = regex.compile(r"####|=|\banswer\s*(?:is\b|:)", regex.IGNORECASE)
@@ -46,7 +47,7 @@ _RESULT_FOLLOWS = regex.compile(r"####|=|\banswer\s*(?:is\b|:)", regex.IGNORECAS
 # Signs of other scripts and keyboards that stand for one of ASCII's in a number.
 _SIGNS = str.maketrans(
     {
-        **dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u2212\ufe63\uff0d", "-"),
         **dict.fromkeys("\u066b\uff0e", "."),  # the Arabic decimal mark
         **dict.fromkeys("\u066c\u060c\uff0c", ","),  # the Arabic thousands mark
         **dict.fromkeys("\u2044\u2215\uff0f", "/"),
@@ -55,6 +56,9 @@ _SIGNS = str.maketrans(
         "\uff0b": "+",
     }
 )
+# A hyphen or an en dash is a minus only where it stands before a number and behind nothing; else it is a dash.
+_DASH_AS_MINUS = regex.compile(r"(?<![^\s(\[{=])[\u2010\u2011\u2013](?=[0-9.\p{Sc}])")
+_CURRENCY = regex.compile(r"\p{Sc}")
 # Python refuses to read integers of more than 4,300 digits; a looping model writes them.
 _MAX_NUMBER_CHARACTERS = 300
 _RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -96,7 +100,8 @@ def _plain(text: str) -> str:
     """Write digits, signs and fractions of any script as ASCII does."""
     if text.isascii():
         return text
-    return "".join(map(_plain_character, without_invisible(text).translate(_SIGNS)))
+    plain = "".join(map(_plain_character, without_invisible(text).translate(_SIGNS)))
+    return str(_DASH_AS_MINUS.sub("-", plain))
 
 
 @lru_cache(maxsize=10_000)
@@ -122,7 +127,7 @@ def _value(match: regex.Match[str]) -> Number | None:
     part = {name: _read(text) for name, text in match.groupdict().items() if text and name != "sign"}
     clear = {name: value for name, value in part.items() if value is not None}
     if len(clear) < len(part):
-        return "".join(match.group().split())
+        return "".join(_CURRENCY.sub("", match.group()).split())
     try:
         if "upper" in clear:
             value = clear["upper"] / clear["lower"]

@@ -34,6 +34,8 @@ HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = {"nano": Path(__file__).parent / "nano_base"}
+LFS_POINTER = b"version https://git-lfs"
+PICKLED = "*model*.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -169,6 +171,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     Raises:
         UserError: If it cannot be loaded, or tensors are missing or of another shape.
     """
+    _require_weights(reference, Path(path))
     with _as_user_error(reference, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -194,6 +197,30 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     return cast(PreTrainedModel, model)
 
 
+def _require_weights(reference: str, folder: Path) -> None:
+    """Refuse a local folder whose weights are pickles, or were never fetched, and say what to do.
+
+    Raises:
+        UserError: If so; what else is wrong with a folder shows when it is loaded.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{file.name} of {reference!r} is a Git LFS pointer, not the weights; fetch them with "
+                    "`git lfs pull` in that folder."
+                )
+    pickled = sorted(file.name for file in folder.glob(PICKLED))
+    if pickled and not any(folder.glob("*.safetensors")):
+        is_adapter = pickled[0].startswith("adapter_")
+        loader = "peft.AutoPeftModelForCausalLM" if is_adapter else "transformers.AutoModelForCausalLM"
+        raise UserError(
+            f"{reference!r} holds its weights in {pickled[0]} alone; pickles are refused, because reading one can run "
+            "any program. Convert what you trust to safetensors: "
+            f"{loader}.from_pretrained({reference!r}).save_pretrained({reference!r})."
+        )
+
+
 def read_manifest(path: str) -> Manifest | None:
     """Read manyicl.json of a resolved reference, a folder or a Hub id; None where there is none."""
     if Path(path).is_dir():
@@ -209,6 +236,7 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
     manifest = Manifest.read(folder)
     with _as_user_error(reference, "adapter configuration"):
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    _require_weights(reference, folder)
     if not any(folder.glob("adapter_model*.safetensors")):
         raise UserError(f"The adapter {reference!r} holds no adapter_model.safetensors; restore the folder.")
     base_reference = (manifest.base if manifest else None) or named

@@ -45,6 +45,7 @@ class Manifest(BaseModel):
     max_context_tokens: int = Field(ge=1, description="Longest row in training; the engine flags what exceeds it.")
     max_trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training.")
     tasks: tuple[TrainedTask, ...] = Field((), description="What the model was fine-tuned on.")
+    held_out: tuple[TrainedTask, ...] = Field((), description="What picked the best model in training.")
     objective: str | None = Field(None, description="Which answers were supervised.")
     base: str | None = Field(None, description="The model that training began from, as named in the recipe.")
     base_fingerprint: str | None = Field(None, description="Hash of the weights that training began from.")

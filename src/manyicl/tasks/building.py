@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from manyicl.errors import UserError, counted, did_you_mean, shortened
-from manyicl.tasks.listed import listed
+from manyicl.tasks.listed import columns_in, listed
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.sandbox import as_written
-from manyicl.tasks.schema import OneFile, TaskFile
+from manyicl.tasks.schema import OneFile, TaskFile, fit_name
 from manyicl.tasks.task import EmptyOptionError, Example, Query, Task
 from manyicl.tasks.template import Template
 
@@ -51,11 +51,12 @@ class TaskBuilder:
         """
         self.spec = spec
         self.place = place
-        self.name = spec.name or re.sub(r"[\s/\\,:]+", "_", default_name)
+        self.name = spec.name or fit_name(default_name)
         self.dropped: Counter[str] = Counter()
         self.query_template = self._template(spec.query, "query")
         self.answer_template = self._template(spec.answer, "answer")
         self.answer_column = self.answer_template.bare_column
+        self._require_class_names_read()
         labels = spec.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
         self.label_set = frozenset(self.labels or ())
@@ -81,11 +82,24 @@ class TaskBuilder:
     def _template(self, source: str, key: str) -> Template:
         template = self._compiled(source, key)
         if not template.columns:
+            hint = " A column whose name has a meaning of its own is written row['true']." if "{{" in source else ""
             raise UserError(
                 f"{self.place}: {key}: the template {source!r} names no column; write one in braces, as in "
-                f"'{{{{ {source.strip() if source.strip().isidentifier() else 'text'} }}}}'."
+                f"'{{{{ {source.strip() if source.strip().isidentifier() else 'text'} }}}}'.{hint}"
             )
         return template
+
+    def _require_class_names_read(self) -> None:
+        """Refuse class names of a column that nothing reads: it is misspelt, and they would name nothing."""
+        read = {*self.query_template.columns, *self.answer_template.columns}
+        for place in filter(None, (self.spec.choices, self.spec.references)):
+            read |= columns_in(place)
+        for column in self.spec.class_names:
+            if column not in read:
+                raise UserError(
+                    f"{self.place}: class_names: no template, choices or references read the column {column!r}; "
+                    f"name one of {sorted(read)}, or leave it out.{did_you_mean(column, read)}"
+                )
 
     def _compiled(self, source: str, key: str) -> Template:
         try:
@@ -107,14 +121,34 @@ class TaskBuilder:
         groups: dict[str, str] = {}
         if data.group is not None:
             require_column(rows, data.group, Path(data.file))
-            groups = {row.origin: str(row.columns[data.group]) for row in rows}
+            # A row without a group, an empty field or null, is a group of its own.
+            groups = {row.origin: str(as_written(row.columns[data.group])).strip() for row in rows}
         sides = _split(self._render_all(rows), data, groups, self.closed)
+        if sides.test and not sides.train:
+            self._refuse_no_rows_to_train_on(sides.test, groups, data)
         if data.test_fraction > 0 and not sides.test:
             raise UserError(
                 f"{self.place}: task {self.name!r} has too few rows to leave any for testing; add rows, or set "
                 "test_fraction to 0 to use all as demonstrations."
             )
         return self._finish(sides)
+
+    def _refuse_no_rows_to_train_on(
+        self, test: Sequence[Example], groups: Mapping[str, str], data: OneFile
+    ) -> NoReturn:
+        """Say why the split put all rows on the test side."""
+        num_groups = len({_group_of(example, groups) for example in test})
+        if len(test) == 1:
+            cause = "there is one row"
+        elif num_groups == 1:
+            what = f"value of {data.group!r}, the group" if groups.get(test[0].origin) else "query"
+            cause = f"all {len(test):,} rows have the same {what}"
+        else:
+            cause = f"test_fraction is {data.test_fraction:g} of {len(test):,} rows"
+        raise UserError(
+            f"{self.place}: task {self.name!r} has no training rows: {cause}, so none is left for training; set "
+            "test_fraction to 0, or add rows."
+        )
 
     def _render_all(self, rows: Iterable[LocatedRow]) -> tuple[Example, ...]:
         """Render rows; one that breaks a rule is refused, or dropped and counted, as the task file says."""
@@ -351,7 +385,7 @@ def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str],
     Rows with the same query count as one group, so that a repeat does not fall to the other side. Of closed
     labels, the first row of each stays in training unless groups forbid it: a label never shown cannot be given.
     """
-    group_of = [groups.get(example.origin) or normalised(example.query.text) for example in examples]
+    group_of = [_group_of(example, groups) for example in examples]
     order = sorted(set(group_of))
     random.Random(f"split {data.seed}").shuffle(order)
     kept: set[str] = set()
@@ -378,6 +412,10 @@ def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str],
         train=tuple(example for example, group in sides if group not in test_groups),
         test=tuple(example for example, group in sides if group in test_groups),
     )
+
+
+def _group_of(example: Example, groups: Mapping[str, str]) -> str:
+    return groups.get(example.origin) or normalised(example.query.text)
 
 
 def _num_characters(value: object) -> int:

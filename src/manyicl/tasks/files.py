@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from manyicl.tasks.rows import (
     read_hub_rows,
     read_rows,
     require_file,
+    unknown_suffix,
 )
 from manyicl.tasks.sandbox import as_written
-from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, read_task_file
+from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file
 from manyicl.tasks.task import Family, Task
 
 TASK_FILE = "task.yaml"
@@ -51,18 +53,21 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
         UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
         MachineError: If the rows are on the Hub and it cannot be reached.
     """
+    path = _required_pattern(path)
+    data_root = data_root and Path(_expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
         raise UserError(f"The data root {data_root} is no folder.{nearest_path(data_root)}")
-    table = _TABLE.fullmatch(str(path))
+    table = _TABLE.fullmatch(path)
     if table is not None and not exists(Path(path)):
         return _task_from_table(table["path"], table["columns"])
-    if str(path).startswith(CATALOG_PREFIX):
-        files = catalog_files(str(path))
+    file = Path(path)
+    if path.startswith(CATALOG_PREFIX):
+        files = catalog_files(path)
         if len(files) > 1:
             names = ", ".join(file.parent.name for file in files[:5]) + (", …" if len(files) > 5 else ".")
-            raise UserError(f"{str(path)!r} stands for {len(files)} tasks; name one of them: {names}")
-        path = files[0]
-    file = _task_file(Path(path))
+            raise UserError(f"{path!r} stands for {len(files)} tasks; name one of them: {names}")
+        file = files[0]
+    file = _task_file(file)
     return _build_task(read_task_file(file), file, data_root, load_dataset)
 
 
@@ -101,20 +106,37 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     Raises:
         UserError: If it stands for nothing.
     """
+    pattern = _required_pattern(pattern)
     path = Path(pattern)
-    if str(pattern).startswith(CATALOG_PREFIX):
-        return list(catalog_files(str(pattern)))
+    if pattern.startswith(CATALOG_PREFIX):
+        return list(catalog_files(pattern))
     if not exists(path):
-        if _TABLE.fullmatch(str(pattern)):
-            return [str(pattern)]
-        if glob.has_magic(str(pattern)):
-            return _matching_places(str(pattern))
+        if _TABLE.fullmatch(pattern):
+            return [pattern]
+        if glob.has_magic(pattern):
+            return _matching_places(pattern)
     if path.is_dir() and not (path / TASK_FILE).is_file():
         found = sorted(path.rglob(TASK_FILE))
         if not found:
             raise UserError(f"The folder {path} holds no {TASK_FILE}, nor does any folder in it.")
         return list(found)
     return [_task_file(path)]
+
+
+def _required_pattern(pattern: str | Path) -> str:
+    """Return a pattern with the home folder in place of ``~``.
+
+    Raises:
+        UserError: If it is empty, which to Python is the folder that one is in.
+    """
+    if not str(pattern).strip():
+        raise UserError("The name of a task is empty; expected a folder, a table or an entry of the catalogue.")
+    return _expanded(pattern)
+
+
+def _expanded(written: str | Path) -> str:
+    """Put the home folder in place of ``~`` at the beginning of a path, which a shell does only outside of quotes."""
+    return os.path.expanduser(written)  # noqa: PTH111
 
 
 def _matching_places(pattern: str) -> list[str | Path]:
@@ -136,6 +158,9 @@ def _task_file(path: Path) -> Path:
         if not (path / TASK_FILE).is_file():
             raise UserError(f"The folder {path} holds no {TASK_FILE}.{did_you_mean(TASK_FILE, _names_in(path))}")
         return path / TASK_FILE
+    table, colon, _ = str(path).partition(":")
+    if colon and not exists(path) and Path(table).is_file() and Path(table).suffix.lower() not in SUFFIXES:
+        raise unknown_suffix(Path(table))
     if not path.is_file():
         raise UserError(
             f"The task {str(path)!r} does not exist.{nearest_path(path)}{catalog_hint(str(path))} "
@@ -166,6 +191,10 @@ def _task_from_table(path: str, columns: str) -> Task:
             "(A shell cuts an unquoted `->` off; write a colon instead.)"
         )
     settings = dict(option.partition("=")[::2] for option in options)
+    if len(settings) < len(options):
+        keys = [option.partition("=")[0] for option in options]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{path}:{columns}: the option {repeated!r} stands twice; keep one of them.")
     known = ("group", "test_fraction", "seed", "family", "name")
     for key, value in settings.items():
         if key not in known or not value:
@@ -214,7 +243,7 @@ def _task_of_columns(
     data: OneFile, query_column: str, answer_column: str, name: str | None, family: str | None
 ) -> Task:
     """Make a task of one table; see ``task_from_file``."""
-    path = Path(data.file)
+    path = Path(_expanded(data.file))
     rows = read_rows(path)
     for column in filter(None, (query_column, answer_column, data.group)):
         require_column(rows, column, path)
@@ -222,7 +251,7 @@ def _task_of_columns(
     spec = validated(
         TaskFile,
         {
-            "name": name or re.sub(r"[\s/\\,:]+", "_", path.stem),
+            "name": name or fit_name(path.stem),
             "family": family or _inferred_family([row.columns[answer_column] for row in kept]),
             "query": _column_template(query_column),
             "answer": _column_template(answer_column),
@@ -304,9 +333,10 @@ def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
 
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:
     """Read the rows of a data path: beside the task file, else under the data root."""
-    candidates = [task_file.parent / written]
+    written_path = _expanded(written)
+    candidates = [task_file.parent / written_path]
     if data_root is not None:
-        candidates.append(data_root / written)
+        candidates.append(data_root / written_path)
     path = next((candidate for candidate in candidates if exists(candidate)), None)
     if path is None:
         looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))

@@ -33,6 +33,15 @@ def listed(row: Mapping[str, object], place: str) -> object:
     return within.get(key) if isinstance(within, Mapping) else None
 
 
+def columns_in(place: str) -> set[str]:
+    """List the names that may be columns in a place that ``listed`` takes.
+
+    >>> sorted(columns_in("choices.text"))
+    ['choices', 'choices.text']
+    """
+    return {place, place.partition(".")[0], *(column.strip() for column in place.split(","))}
+
+
 def _required(row: Mapping[str, object], column: str) -> object:
     if column not in row:
         known = sorted(map(str, row))

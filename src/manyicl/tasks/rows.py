@@ -6,22 +6,31 @@ import csv
 import glob
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from manyicl.checked import read_text
-from manyicl.errors import MachineError, UserError, did_you_mean
+from manyicl.errors import MachineError, UserError, counted, did_you_mean
 
 Quotes = Literal["csv", "none"]
+_QUOTING: Mapping[Quotes, Literal[0, 3]] = {"csv": csv.QUOTE_MINIMAL, "none": csv.QUOTE_NONE}
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 SUFFIXES: tuple[str, ...] = (*JSON_LINES, *DELIMITERS, *PARQUET)
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar")
 _DELIMITERS_SEEN = (";", "\t", "|", ",")
+_NUM_RECORDS_SEEN = 20
+_EXCEL_NOTE = re.compile(r'"?sep=\W?"?', re.IGNORECASE)
+_WRITES_JSON_LINES = "`jq -c '.[]'` or pandas `to_json(orient='records', lines=True)` writes that"
 # Far more than rows have, and far fewer than Python can write out again.
 _MOST_LEVELS = 100
 
@@ -75,7 +84,13 @@ def read_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv
         return list(_json_rows(path))
     if suffix in DELIMITERS:
         return list(_csv_rows(path, delimiter or DELIMITERS[suffix], quotes))
-    raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}; found the suffix {path.suffix!r}.")
+    raise unknown_suffix(path)
+
+
+def unknown_suffix(path: Path) -> UserError:
+    """Make the error for a file that is no table."""
+    what_to_do = "Unpack it." if path.suffix.lower() in _PACKED else "Export it as CSV."
+    return UserError(f"{path}: expected one of {', '.join(SUFFIXES)}; found the suffix {path.suffix!r}. {what_to_do}")
 
 
 def require_file(path: Path) -> None:
@@ -138,8 +153,9 @@ def parse_json_row(text: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
+        hint = f"; {_WRITES_JSON_LINES}" if text.lstrip().startswith("[") else ""
         raise UserError(
-            f"{place}: broken JSON at character {error.colno}, {error.msg}; expected one object a line."
+            f"{place}: broken JSON at character {error.colno}, {error.msg}; expected one object a line{hint}."
         ) from error
     except _RepeatedKeyError as error:
         raise UserError(
@@ -151,7 +167,9 @@ def parse_json_row(text: str, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: the JSON is nested more than {_MOST_LEVELS} deep; expected a row of columns.")
     if not isinstance(row, dict):
         found = {list: "a list", str: "a text or number", bool: "true or false"}.get(type(row), "null")
-        raise UserError(f'{place}: expected one JSON object a line, such as {{"text": …}}; found {found}.')
+        is_table = isinstance(row, list) and any(isinstance(part, dict) for part in row)
+        hint = f" of them; {_WRITES_JSON_LINES}" if is_table else ""
+        raise UserError(f'{place}: expected one JSON object a line, such as {{"text": …}}; found {found}{hint}.')
     return row
 
 
@@ -180,10 +198,13 @@ def _num_levels(value: Any) -> int:
 
 def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
     _allow_long_fields()
+    text = read_text(path)
+    if note := _EXCEL_NOTE.fullmatch(text.partition("\n")[0].strip(" ")):
+        raise UserError(f"{path}:1: {note[0]!r} tells Excel the delimiter and is no header; delete that line.")
     reader = csv.reader(
-        io.StringIO(read_text(path), newline=""),
+        io.StringIO(text, newline=""),
         delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quotes == "csv" else csv.QUOTE_NONE,
+        quoting=_QUOTING[quotes],
         strict=True,
     )
     header: list[str] | None = None
@@ -200,34 +221,59 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
         if not fields:
             continue
         if header is None:
-            header = _checked_header(fields, delimiter, f"{path}:{line}")
+            header = _checked_header(fields, f"{path}:{line}")
+            if len(header) == 1:
+                _require_one_column(text, header[0], delimiter, quotes, f"{path}:{line}")
         elif len(fields) != len(header):
+            surplus = fields[len(header) :]
+            what_to_do = (
+                f"delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end"
+                if surplus and not any(field.strip() for field in surplus)
+                else "put a field that holds the delimiter in double quotes"
+            )
             raise UserError(
-                f"{path}:{line}: expected {len(header)} fields as in the header, found {len(fields)}; "
-                "put a field that holds the delimiter in double quotes."
+                f"{path}:{line}: expected {counted(len(header), 'field')} as in the header, found {len(fields)}; "
+                f"{what_to_do}."
             )
         else:
             yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
 
 
-def _checked_header(fields: list[str], delimiter: str, place: str) -> list[str]:
+def _checked_header(fields: list[str], place: str) -> list[str]:
     """Return the column names of a first line.
 
     Raises:
-        UserError: If a name is empty or stands twice, or the fields stand between other delimiters.
+        UserError: If a name is empty or stands twice.
     """
     names = [field.strip() for field in fields]
-    if len(names) == 1 and (other := next((mark for mark in _DELIMITERS_SEEN if mark in fields[0].strip(" ")), None)):
-        raise UserError(
-            f"{place}: expected fields between {delimiter!r}, found the one column {names[0]!r}; set "
-            f"`delimiter: {json.dumps(other)}` under `data` in the task file, or save the file with {delimiter!r}."
-        )
     for name in names:
         if not name:
-            raise UserError(f"{place}: a column has no name; the first line must name every column.")
+            raise UserError(
+                f"{place}: a column has no name; the first line must name every column. Name it, delete it if it is "
+                "empty, or write the table without its index (`index=False` in pandas)."
+            )
         if names.count(name) > 1:
             raise UserError(f"{place}: the column {name!r} stands twice in the header.")
     return names
+
+
+def _require_one_column(text: str, name: str, delimiter: str, quotes: Quotes, place: str) -> None:
+    """Refuse a table of one column that another delimiter cuts into as many fields in each of its first records.
+
+    A name may hold such a mark by itself, as ``"Question; if any"`` does, and queries often stand in one column.
+    """
+    for mark in _DELIMITERS_SEEN:
+        if mark == delimiter:
+            continue
+        records = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=_QUOTING[quotes])
+        nums_fields = {len(fields) for fields in islice(filter(None, records), 1 + _NUM_RECORDS_SEEN)}
+        if len(nums_fields) == 1 and nums_fields != {1}:
+            quoted = " If it is one column, put its name in double quotes." if quotes == "csv" else ""
+            raise UserError(
+                f"{place}: expected fields between {delimiter!r}, found the one column {name!r}; set `delimiter: "
+                f"{json.dumps(mark)}` under `data` in the task file (for queries: `--delimiter`), or save the file "
+                f"with {delimiter!r}.{quoted}"
+            )
 
 
 def _allow_long_fields() -> None:
@@ -244,21 +290,56 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{path}: the column {repeated!r} stands twice; keep one of them.")
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file, {str(error).splitlines()[0]}.") from error
-    for number, columns in enumerate(table.to_pylist(), start=1):
-        yield LocatedRow({name: as_text(value) for name, value in columns.items()}, str(path), number)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable Parquet file, {_first_line(error)}.") from error
+    for number, values in enumerate(zip(*table.columns, strict=True), start=1):
+        place = f"{path}:{number}"
+        columns = {
+            name: _text_of(value.as_py, name, place) for name, value in zip(table.column_names, values, strict=True)
+        }
+        yield LocatedRow(columns, str(path), number)
+
+
+def _text_of(read: Callable[[], Any], column: str, place: str) -> Any:
+    """Read one value as text.
+
+    Raises:
+        UserError: If it is none: bytes that are not UTF-8, or a time that no calendar or time zone here knows.
+    """
+    try:
+        return as_text(read())
+    except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+        raise UserError(
+            f"{place}: the column {column!r} cannot be read as text, {_first_line(error)}; write it as text in UTF-8, "
+            "or leave it out."
+        ) from error
 
 
 def as_text(value: Any) -> Any:
-    """Turn a typed value into what JSON would show: numbers become text; lists, mappings, booleans and null stay."""
+    """Turn a typed value into what JSON would show: numbers become text; lists, mappings, booleans and null stay.
+
+    No number (NaN), as which pandas writes a missing one, is null. So are bytes within a list or mapping that are no
+    text, such as the pictures that datasets carry beside their texts.
+
+    Raises:
+        UnicodeDecodeError: If the value itself is bytes that are not UTF-8.
+    """
     if isinstance(value, list | tuple):
-        return [as_text(part) for part in value]
+        return [_part_as_text(part) for part in value]
     if isinstance(value, dict):
-        return {name: as_text(part) for name, part in value.items()}
+        return {name: _part_as_text(part) for name, part in value.items()}
     if value is None or isinstance(value, bool | str):
         return value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _part_as_text(value: Any) -> Any:
+    try:
+        return as_text(value)
+    except UnicodeDecodeError:
+        return None
 
 
 LoadDataset = Callable[..., Any]
@@ -317,7 +398,12 @@ def read_hub_rows(
             _require_same_classes(names, hub_names.pop(column), column, place)
     return [
         LocatedRow(
-            {column: as_text(_named(value, hub_names.get(column))) for column, value in row.items()}, place, number
+            {
+                column: _text_of(partial(_named, value, hub_names.get(column)), column, f"{place}:{number}")
+                for column, value in row.items()
+            },
+            place,
+            number,
         )
         for number, row in enumerate(dataset, start=1)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,6 +24,20 @@ METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
     "math": "numeric_match",
 }
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "numeric_match"]
+
+
+# White space, what separates names, and control characters and those that turn a line around; no joiners, which
+# Persian, Hindi and emoji need.
+_UNFIT_FOR_NAMES = re.compile(r"[\s/\\,:\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+
+
+def fit_name(written: str) -> str:
+    """Make the name of a task of the name of a file or folder.
+
+    >>> fit_name("my tickets, 2024")
+    'my_tickets_2024'
+    """
+    return _UNFIT_FOR_NAMES.sub("_", written)
 
 
 class TwoFiles(Section):
@@ -117,7 +132,7 @@ class TaskFile(Section):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name.isprintable() or not name or any(c in name for c in "/\\,: ")):
+        if name is not None and (not name or _UNFIT_FOR_NAMES.search(name)):
             raise ValueError(f"a name has no spaces, slashes, commas, colons or control characters; found {name!r}")
         return name
 

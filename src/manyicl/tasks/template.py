@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
@@ -38,7 +39,11 @@ class Template:
             self._compiled = ENVIRONMENT.from_string(source)
             syntax = ENVIRONMENT.parse(source)
         except TemplateSyntaxError as error:
-            raise UserError(f"Template {source!r} does not parse: {(error.message or '').rstrip('.')}.") from error
+            reason = (error.message or "").rstrip(".")
+            hint = (
+                " A column whose name is no word is written row['a b']." if reason.startswith("expected token") else ""
+            )
+            raise UserError(f"Template {source!r} does not parse: {reason}.{hint}") from error
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise UserError(
                 f"Template {source[:80]!r}… does not parse: nested too deeply, or a huge number."
@@ -57,9 +62,10 @@ class Template:
         """
         missing = [column for column in self.columns if column not in row]
         if missing:
+            hint = self._spelling_hint(row) or did_you_mean(missing[0], map(str, row))
             raise UserError(
                 f"Template {self.source!r} names the column {missing[0]!r}, which the row lacks; "
-                f"its columns are {sorted(map(str, row))}.{did_you_mean(missing[0], map(str, row))}"
+                f"its columns are {sorted(map(str, row))}.{hint}"
             )
         named = {
             **row,
@@ -79,7 +85,16 @@ class Template:
             AttributeError,
             RecursionError,
         ) as error:
-            raise UserError(f"Template {self.source!r} fails on a row: {str(error).rstrip('.')}.") from error
+            reason = str(error).rstrip(".")
+            raise UserError(f"Template {self.source!r} fails on a row: {reason}.{self._spelling_hint(row)}") from error
+
+    def _spelling_hint(self, row: Mapping[str, object]) -> str:
+        """Say how a column is written whose name stands in the template as if it were a word, as in ``{{ a-b }}``."""
+        for column in map(str, row):
+            as_a_word = re.search(rf"(?<![\w'\"]){re.escape(column)}(?![\w'\"])", self.source)
+            if as_a_word and re.search(r"[^\W\d]", column) and not column.isidentifier() and column not in self.columns:
+                return f" Such a column is written row[{column!r}]."
+        return ""
 
     def __repr__(self) -> str:
         return f"Template({self.source!r})"

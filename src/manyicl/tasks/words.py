@@ -12,13 +12,17 @@ import regex  # type: ignore[import-untyped]
 _UNSPACED = (
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\u3006\u30fc]\p{M}*"
 )
-# A pictograph with all that joins it to one picture: skin tone, family, the second half of a flag. Characters of
-# private use, and those younger than the tables of Unicode here, stand alone as well.
-_PICTURE = r"(?=[\p{So}\p{RI}\p{Extended_Pictographic}\p{Co}\p{Cn}])\X"
+# Two halves of a flag by themselves: \X would look back to the first of a row of flags for each of them.
+_FLAG = r"\p{RI}\p{RI}?"
+# A pictograph with all that joins it to one picture: skin tone, family. Characters of private use, and those younger
+# than the tables of Unicode here, stand alone as well.
+_PICTURE = rf"{_FLAG}|(?=[\p{{So}}\p{{Extended_Pictographic}}\p{{Co}}\p{{Cn}}])\X"
 _WORD = regex.compile(rf"{_PICTURE}|(?=[\p{{L}}\p{{M}}\p{{N}}]){_UNSPACED}|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
 _PART = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED}).)+", regex.DOTALL)
 _STARTS_UNSPACED = regex.compile(_UNSPACED)
-_INVISIBLE = regex.compile(r"(?P<picture>(?=[\p{RI}\p{Extended_Pictographic}])\X)|\p{Default_Ignorable_Code_Point}+")
+_INVISIBLE = regex.compile(
+    rf"(?P<picture>{_FLAG}|(?=\p{{Extended_Pictographic}})\X)|\p{{Default_Ignorable_Code_Point}}+"
+)
 _VARIATION_SELECTORS = dict.fromkeys(map(ord, "\ufe0e\ufe0f"))
 
 

@@ -142,13 +142,11 @@ class Checkpoints:
         sync_folder(self.folder)
 
     def rotate(self, num_kept: int) -> None:
-        """Remove the oldest checkpoints beyond a number; the newest and its best one stay."""
+        """Remove all but the newest checkpoints and the best one of each, so that a run can go on from any of them."""
         seals = self._seals()
-        if not seals:
-            return
-        newest = max(seals)
-        kept = {newest, seals[newest].best_step} & set(seals)
-        for step in sorted(set(seals) - kept, reverse=True)[max(num_kept - len(kept), 0) :]:
+        newest = sorted(seals, reverse=True)[:num_kept]
+        kept = {*newest, *(seals[step].best_step for step in newest)}
+        for step in set(seals) - kept:
             self._drop(step)
 
     def newest(self) -> Path | None:
@@ -190,7 +188,7 @@ class Checkpoints:
             seal = seals.get(step)
             reason = self.flaw(step)
             if reason is None and seal is not None:
-                reason = self._flaw_of_best(seal, seals, flaws)
+                reason = self._flaw_of_best(seal, flaws)
             if reason is None:
                 chosen = step
                 break
@@ -215,13 +213,10 @@ class Checkpoints:
                 self._drop(step)
         return ResumePoint(self.place(chosen) if chosen is not None else None, tuple(left_out))
 
-    def _flaw_of_best(self, seal: Seal, seals: dict[int, Seal], flaws: dict[int, str]) -> str | None:
+    def _flaw_of_best(self, seal: Seal, flaws: dict[int, str]) -> str | None:
         """Say what the best model lacks that a run which goes on here would save at its end."""
         best = seal.best_step
         if best is None or best == seal.step:
-            return None
-        if any(other.step > seal.step and other.best_step != best for other in seals.values()):
-            # A better one came later and will come again.
             return None
         reason = flaws.get(best) or self.flaw(best)
         return reason and f"needs checkpoint-{best}, the best model, which {reason}"

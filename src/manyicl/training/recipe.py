@@ -200,7 +200,7 @@ class TrainingSettings(Section):
     save_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
     )
-    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, the best one among them.")
+    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, and the best of each of them.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Of rows, new weights and dropout.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; unset: torch's choice.")
 

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
-from manyicl.model.manifest import FILE_NAME, Manifest
+from manyicl.model.manifest import FILE_NAME, Manifest, TrainedTask
 from manyicl.tasks.files import task_places
 from manyicl.training.durable import sync_folder, write_whole
 from manyicl.training.recipe import Recipe
@@ -34,6 +36,7 @@ from manyicl.training.recipe import Recipe
 RECIPE_FILE = "recipe.yaml"
 IDENTITY_FILE = "run.json"
 REPLACING_FILE = ".replacing"
+LOCK_FILE = ".lock"
 
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
 # training tasks themselves are compared by name, data and order.
@@ -110,6 +113,12 @@ class RunFolder:
                     f"--overwrite would delete {str(path)!r}, which {key} names and which lies in the output "
                     f"{str(self.path)!r}. Use another output."
                 )
+        for inner in self.path.iterdir():
+            if inner.is_dir() and inner not in (self.checkpoints, self.logs):
+                raise UserError(
+                    f"--overwrite would delete the folder {str(inner)!r}, which no run writes. Move it, or use another "
+                    "output."
+                )
 
     def begin(self, recipe: Recipe, manifest: Manifest, *, overwrite: bool) -> None:
         """Make the folder and write what the run is made of.
@@ -124,6 +133,27 @@ class RunFolder:
         write_whole(self._identity_file, manifest.model_dump_json(indent=2) + "\n")
         write_whole(self.path / RECIPE_FILE, recipe.to_yaml())
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out while a run writes here; a kill lets go, too.
+
+        Raises:
+            UserError: If another process trains here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"Another process is training in output {str(self.path)!r}. Wait for it, or use another output."
+            ) from error
+        try:
+            yield
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+        finally:
+            lock.release()
+
     def _remove_run(self) -> None:
         """Empty the folder so that a kill at any moment leaves what --overwrite takes up again, and no half model."""
         marker = self.path / REPLACING_FILE
@@ -133,7 +163,7 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path != marker:
+            elif path not in (marker, self.path / LOCK_FILE):
                 path.unlink()
         marker.unlink()
 
@@ -174,10 +204,11 @@ class RunFolder:
             raise UserError(
                 "--resume: the chat template changed since the run began. Restore it, or start anew with --overwrite."
             )
-        began = [(task.name, task.data_hash) for task in known.tasks]
-        now = [(task.name, task.data_hash) for task in manifest.tasks]
-        if began != now:
-            raise UserError(f"--resume: {_changed_tasks(began, now)}. Restore that, or start anew with --overwrite.")
+        for began, now in ((known.tasks, manifest.tasks), (known.held_out, manifest.held_out)):
+            if began != now:
+                raise UserError(
+                    f"--resume: {_changed_tasks(began, now)}. Restore that, or start anew with --overwrite."
+                )
 
     def _recipe(self) -> Recipe:
         """Return the recipe that the run began with; a kill may have come before its own file was written."""
@@ -219,11 +250,12 @@ class RunFolder:
         return all(
             path == self.checkpoints and path.is_dir() and all(inner == part for inner in path.iterdir())
             for path in self.path.iterdir()
+            if path.name != LOCK_FILE
         )
 
 
 def _require_possible(path: Path) -> None:
-    """Refuse a path that cannot become a folder."""
+    """Refuse a path that cannot become a folder, and checkpoints that could not be moved into it."""
     for part in (path, *path.parents):
         try:
             if part.exists() and not part.is_dir():
@@ -247,19 +279,22 @@ def _read_paths(recipe: Recipe) -> Iterator[tuple[str, Path]]:
                 yield from ((key, Path(place)) for place in task_places(pattern))
 
 
-def _changed_tasks(began: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
-    """Say how the tasks of a run, name and hash of data in order, differ from those it began with."""
-    before, after = dict(began), dict(now)
-    for name in before:
-        if name not in after:
-            return f"the run began with task {name!r}, which is missing now"
-    for name in after:
-        if name not in before:
-            return f"task {name!r} was not there when the run began"
-        if before[name] != after[name]:
-            return f"the data of task {name!r} changed since the run began"
-    old, new = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
-    return f"task {new!r} stands now where {old!r} stood when the run began, and rows depend on the order of tasks"
+def _changed_tasks(began: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> str:
+    """Say how the tasks of a run, with their data and order, differ from those it began with."""
+    before, after = ({task.name for task in tasks} for tasks in (began, now))
+    for old, new in zip_longest(began, now):
+        if new is None or (old is not None and old.name not in after):
+            return f"the run began with task {old.name!r}, which is missing now"
+        if old is None or new.name not in before:
+            return f"task {new.name!r} was not there when the run began"
+        if old.name == new.name and old != new:
+            return f"the data of task {old.name!r} changed since the run began"
+        if old.name != new.name:
+            break
+    return (
+        f"task {new.name!r} stands now where {old.name!r} stood when the run began, and rows depend on the order of "
+        "tasks"
+    )
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,10 @@ def train(
     console.print(statistics.sentence(), highlight=False, soft_wrap=True)
     for line in describe(rows.encoder.format):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    manifest = run_manifest(recipe, tasks.train, start, rows.encoder.format, statistics)
+    manifest = run_manifest(recipe, tasks, start, rows.encoder.format, statistics)
     # The processes find each other here, before one of them chooses where the run goes on.
     arguments = training_arguments(recipe, folder, evaluates=evaluation is not None)
-    with _explained_ends(folder):
+    with _explained_ends(folder), folder.held() if is_main_process() else nullcontext():
         checkpoint = _prepare_folder(folder, recipe, manifest, console, resume=resume, overwrite=overwrite)
 
         def figures(model: PreTrainedModel) -> Mapping[str, float]:
@@ -184,13 +185,16 @@ def train(
 
 @contextmanager
 def _explained_ends(folder: RunFolder) -> Iterator[None]:
-    """Let a run that ends early, by Ctrl-C or because a log finds the disk full, say what it leaves behind.
+    """Let a run that ends early, by Ctrl-C or because a log cannot be written, say what it leaves behind.
 
     Raises:
         RunInterrupted: Instead of KeyboardInterrupt, once the run has begun.
-        SavingFailedError: Instead of OSError, if the disk is full.
+        SavingFailedError: Instead of OSError, once the run has begun.
     """
     checkpoints = Checkpoints(folder.checkpoints)
+    thread_hook = threading.excepthook
+    # The writer of TensorBoard's files fails in a thread of its own, and again in this one, which says so.
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else thread_hook(failed)
     try:
         yield
     except KeyboardInterrupt:
@@ -198,9 +202,11 @@ def _explained_ends(folder: RunFolder) -> Iterator[None]:
             raise
         raise RunInterrupted(checkpoints.newest()) from None
     except OSError as error:
-        if not folder.is_begun or not is_full_disk(error):
+        if not folder.is_begun:
             raise
-        raise checkpoints.failure("The log", error, is_full=True) from error
+        raise checkpoints.failure("The log of the run", error, is_full=is_full_disk(error)) from error
+    finally:
+        threading.excepthook = thread_hook
 
 
 def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTokenizerBase) -> RowSource:
@@ -217,15 +223,16 @@ def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTok
 
 
 def run_manifest(
-    recipe: Recipe, tasks: tuple[Task, ...], start: StartingPoint, text_format: AnyFormat, statistics: RowStatistics
+    recipe: Recipe, tasks: RecipeTasks, start: StartingPoint, text_format: AnyFormat, statistics: RowStatistics
 ) -> Manifest:
     """Collect what manyicl.json remembers; tasks that the base was trained on are seen, too."""
-    own = tuple(TrainedTask.of(task) for task in tasks)
+    own = tuple(TrainedTask.of(task) for task in tasks.train)
     return Manifest(
         text_format=text_format,
         max_context_tokens=recipe.rows.max_context_tokens,
         max_trained_shots=statistics.most_shots,
         tasks=own + tuple(task for task in start.base_tasks if task not in own),
+        held_out=tuple(TrainedTask.of(task) for task in tasks.held_out),
         objective=recipe.objective.supervise,
         base=start.base,
         base_fingerprint=start.base_fingerprint,

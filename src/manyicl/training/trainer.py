@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RowCounts, RunCounts, RunLoss
 from manyicl.training.loss import row_loss
 from manyicl.training.recipe import ObjectiveSettings
+from manyicl.training.stopping import stopping_signals
 
 # Name of the figure that picks the best model, in what an evaluation returns.
 BEST_METRIC = "score"
@@ -237,8 +238,13 @@ class ManyShotTrainer(Trainer):
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        with torch.no_grad():
-            figures = self._evaluation(model)
+        try:
+            with torch.no_grad():
+                figures = self._evaluation(model)
+        except MachineError as error:
+            raise MachineError(
+                f"The evaluation after step {self.state.global_step} failed: {error} {self.checkpoints.last_good()}"
+            ) from error
         model.train()
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in figures.items()}
         self.log(dict(metrics))
@@ -297,9 +303,9 @@ class StopAfterStep(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while the block runs; outside the main thread, take none."""
+        """Take signals that stop a run while the block runs; outside the main thread, take none."""
         try:
-            previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            previous = {number: signal.signal(number, self._ask) for number in stopping_signals()}
         except ValueError:
             previous = {}
         try:
@@ -314,7 +320,8 @@ class StopAfterStep(TrainerCallback):
             self._asked_at = now
             if int(os.environ.get("RANK", "0")) == 0:
                 # Python's own streams may be in the middle of a write when a signal arrives.
-                os.write(2, STOPPING)
+                with suppress(OSError):  # a closed terminal takes no words
+                    os.write(2, STOPPING)
         elif now - self._asked_at > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
 

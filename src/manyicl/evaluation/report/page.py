@@ -28,6 +28,8 @@ from manyicl.evaluation.uncertainty import Estimate
 WORKED_SHOTS = 8
 WORKED_QUERIES = 2
 MAX_SHOWN_CHARACTERS = 700
+# What report.html says of itself, and at the end of its title, which older pages have alone.
+PAGE_MARKS = (b'<meta name="generator" content="manyicl">', " · manyicl</title>".encode())
 
 
 def write_report(
@@ -92,6 +94,12 @@ def write_report(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output
+
+
+def is_report(path: Path) -> bool:
+    """Tell whether a file is a page that `write_report` wrote."""
+    content = path.read_bytes() if path.is_file() else b""
+    return any(mark in content for mark in PAGE_MARKS)
 
 
 def _template() -> Template:

@@ -60,6 +60,16 @@ def model_colours(summary: Summary) -> dict[str, str]:
     return {model: order[i % len(order)] for i, model in enumerate(summary.models)}
 
 
+def require_picture(path: Path) -> None:
+    """Refuse a file name whose ending is that of no picture.
+
+    Raises:
+        UserError: If so.
+    """
+    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise UserError(f"{path} should end in .svg, .png or .pdf.")
+
+
 def plot_shot_curves(
     records: Iterable[Result], path: str | Path, *, title: str | None = None, columns: int = 3
 ) -> None:
@@ -69,8 +79,7 @@ def plot_shot_curves(
         UserError: If no task was measured at all shot counts of all models, or the ending is unknown.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise UserError(f"{path} should end in .svg, .png or .pdf.")
+    require_picture(path)
     summary = summarise(records)
     groups = _panels(summary)
     columns = min(columns, len(groups))
