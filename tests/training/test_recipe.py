@@ -128,3 +128,7 @@ def test_odd_yaml_is_one_sentence_too(text: str, sentence: str) -> None:
 def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(UserError, match=r"no recipe at 'nowhere.yaml'"):
         Recipe.read("nowhere.yaml")
+
+
+def test_a_data_root_may_lie_in_the_persons_own_folder() -> None:
+    assert Recipe.parse(RECIPE, overrides=["tasks.data_root=~/data"]).tasks.data_root == Path.home() / "data"

@@ -120,6 +120,11 @@ class TaskSettings(Section):
     )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
 
+    @field_validator("data_root")
+    @classmethod
+    def _at_home(cls, data_root: Path | None) -> Path | None:
+        return None if data_root is None else data_root.expanduser()
+
 
 class RowSettings(EpisodeSettings):
     """What one training sequence holds: episodes of whole shots, until the context is full."""
