@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators, numbers_of
 from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.piece_tokenizer import REPLACEMENT
 from manyicl.errors import UserError
 from manyicl.model.continuation import Block
 
-REPLACEMENT = "\ufffd"
 # Below it probabilities leave the range of floating point.
 LEAST_TEMPERATURE = 1e-4
 

@@ -90,6 +90,7 @@ class Engine:
         self.reference = loaded.reference
         # Turns cut just now are compared with the rows of every task; those of a manifest are what was taught.
         self._template: ChatTemplate | None = None
+        self._compared: set[tuple[str, str]] = set()
         if not isinstance(text_format, BaseModel):
             if text_format == "chat" and loaded.manifest is None:
                 self._template = ChatTemplate(loaded.tokenizer)
@@ -217,8 +218,15 @@ class Engine:
     ) -> tuple[tuple[Example, ...], int]:
         """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
         self.encoder.require_distinct(task)
-        if self._template is not None and isinstance(self.encoder.format, ChatFormat):
+        identity = task.name, task.data_hash
+        if (
+            self._template is not None
+            and isinstance(self.encoder.format, ChatFormat)
+            and identity not in self._compared
+        ):
             self._template.require_same_rows(self.encoder.format, task)
+            # A shot curve prefills the same task for every draw.
+            self._compared.add(identity)
         reserve = self.num_reserved_tokens(task, queries, nearest)
         return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
 

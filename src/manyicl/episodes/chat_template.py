@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from manyicl.checked import read_text
 from manyicl.episodes.checks import evenly_chosen
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Part, Place, text_of
-from manyicl.errors import UserError
+from manyicl.errors import UserError, shortened
 from manyicl.tasks.task import Task
 
 NUM_TURNS = 4
@@ -432,7 +432,7 @@ def _common_start(first: str, second: str) -> str:
 
 
 def _shown(*texts: str) -> str:
-    return " against ".join(repr(text if len(text) <= 60 else text[:59] + "…") for text in texts)
+    return " against ".join(repr(shortened(text, 60)) for text in texts)
 
 
 def describe(text_format: AnyFormat) -> Iterator[str]:

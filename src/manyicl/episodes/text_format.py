@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from manyicl.checked import Section
-from manyicl.errors import UserError
+from manyicl.errors import UserError, shortened
 
 
 class Piece(NamedTuple):
@@ -94,7 +94,7 @@ class TextFormat(BaseModel, ABC):
             raise UserError("An answer is empty; every example needs one.")
         if f"{lead}{answer}{self.terminator}".index(self.terminator) < len(lead) + len(answer):
             raise UserError(
-                f"The answer {_shorten(answer)!r} contains the terminator {self.terminator!r}, which would end it "
+                f"The answer {shortened(answer, 60)!r} contains the terminator {self.terminator!r}, which would end it "
                 f"early. {self._remedy}"
             )
 
@@ -346,7 +346,3 @@ def _checked_terminator(terminator: str) -> str:
     if not terminator.strip(" "):
         raise ValueError("a terminator of spaces alone stands inside most answers; use a blank line")
     return terminator
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
