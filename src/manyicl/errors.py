@@ -1,28 +1,83 @@
-"""The two ways a command ends badly, and the words that its sentences share."""
+"""The two ways in which a command fails, and the words that its sentences share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
 
 # What a shell reports for a command that Ctrl-C ended: 128 and the number of SIGINT.
 INTERRUPTED_EXIT_CODE = 130
 
 
 class UserError(Exception):
-    """The person's mistake: says what was expected, what was found, what to do. Ends a command with 2."""
+    """A mistake of the user: what is wrong, what was expected, what was found, what to do. Ends a command with 2.
+
+    The sentence is made from the fields, so that a server can return the fields and a command print the sentence.
+
+    Attributes:
+        code: Kind of mistake, such as ``unknown_key``; stable, for programs and tests.
+        what: What is wrong, as the beginning of a sentence without its full stop.
+        expected: What would have been right.
+        found: What was there instead, as it is written in the sentence; see `shown`.
+        remedy: What to do, as a sentence of its own.
+        file: File or key path in which the mistake is.
+        row: Row or line of that file, or number of the query, from 1.
+        field: Column or key in which the mistake is.
+
+    >>> print(UserError("too_many_shots", "num_shots is too large", expected="at most 12", found="40", file="a.yaml"))
+    a.yaml: num_shots is too large; expected at most 12, found 40.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        what: str = "",
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+        file: str | Path | None = None,
+        row: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(code, what)
+        self.code, self.what = (code, what) if what else ("user_error", code)
+        self.expected, self.found, self.remedy = expected, found, remedy
+        self.file = None if file is None else str(file)
+        self.row, self.field = row, field
+
+    def at(self, *, file: str | Path | None = None, row: int | None = None, field: str | None = None) -> Self:
+        """Fill in where the mistake is, as far as that is not known yet, and return the error to be raised again."""
+        if self.file is None and file is not None:
+            self.file = str(file)
+        self.row = row if self.row is None else self.row
+        self.field = field if self.field is None else self.field
+        return self
+
+    def fields(self) -> dict[str, str | int]:
+        """Return the fields that are known, as JSON holds them, the sentence among them."""
+        names = ("code", "what", "expected", "found", "remedy", "file", "row", "field")
+        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**known, "sentence": str(self)}
+
+    def __str__(self) -> str:
+        place = self.file or ""
+        if self.row is not None:
+            place = f"{place}:{self.row}" if place else f"Query {self.row}"
+        sentence = f"{place}: {self.what}" if place else self.what
+        contrast = [f"expected {self.expected}"] if self.expected else []
+        contrast += [f"found {self.found}"] if self.found else []
+        if contrast:
+            sentence = f"{sentence}; {', '.join(contrast)}"
+        if not sentence.endswith((".", "?", "…")):
+            sentence += "."
+        return f"{sentence} {self.remedy}" if self.remedy else sentence
 
 
 class QueryError(UserError):
-    """A query cannot be asked; says which, so that whoever read it from a file can name the line.
-
-    Attributes:
-        number: Of the query among those asked, from 1.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
+    """A query cannot be answered; ``row`` says which, so that whoever read it from a file can name the line."""
 
 
 class MachineError(Exception):

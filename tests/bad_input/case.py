@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from manyicl.cli import main as main_module
 from manyicl.cli.main import main
+from manyicl.errors import UserError
 
 Content = str | bytes
 
@@ -32,22 +35,33 @@ class Case:
         leaves: Paths that may be there afterwards: answers to the queries before a mistake.
         is_option: True where typer itself refuses an option, in a box of its own.
         exit_code: 2, or 0 for what is accepted.
+        code: Code of the error; None where it is not asserted.
+        fields: Fields of the error and their values; a string may be the beginning of the value.
     """
 
     name: str
     command: str
-    says: tuple[str, ...]
+    says: tuple[str, ...] = ()
     files: Mapping[str, Content] = field(default_factory=dict)
     prepare: Callable[[Path], object] | None = None
     stdin: str = ""
     leaves: tuple[str, ...] = ()
     is_option: bool = False
     exit_code: int = 2
+    code: str | None = None
+    fields: Mapping[str, str | int] = field(default_factory=dict)
 
 
 def accepted(name: str, command: str, *says: str, **others: Any) -> Case:
     """A case in which nothing is wrong."""
     return Case(name, command, says, exit_code=0, **others)
+
+
+def refused(name: str, command: str, code: str, /, **others: Any) -> Case:
+    """A case whose error has this code; keywords that are fields of an error are compared with it."""
+    names = ("what", "expected", "found", "remedy", "file", "row", "field")
+    fields: dict[str, str | int] = {key: others.pop(key) for key in names if key in others}
+    return Case(name, command, code=code, fields=fields, **others)
 
 
 def table_of(cases: Iterable[Case]) -> pytest.MarkDecorator:
@@ -79,6 +93,14 @@ def meet(
     monkeypatch.setattr("sys.stdin", io.StringIO(case.stdin))
     # The boxes of typer would be broken into lines of 80 characters.
     monkeypatch.setenv("COLUMNS", "1000")
+    errors: list[UserError] = []
+    print_error = main_module.print_error
+
+    def note_and_print(error: UserError, console: Console) -> None:
+        errors.append(error)
+        print_error(error, console)
+
+    monkeypatch.setattr(main_module, "print_error", note_and_print)
     exit_code = run()
     printed = capsys.readouterr()
     assert exit_code == case.exit_code, printed.err + printed.out
@@ -95,6 +117,13 @@ def meet(
         said += printed.out
     for part in case.says:
         assert part in said, said
+    if case.code is not None:
+        (error,) = errors
+        known = error.fields()
+        assert known["code"] == case.code, known
+        for key, value in case.fields.items():
+            found = known.get(key)
+            assert found == value or (isinstance(value, str) and str(found).startswith(value)), (key, known)
     if case.exit_code:
         after = {path: content for path, content in _content_of(folder).items() if path not in case.leaves}
         assert after == before

@@ -64,7 +64,7 @@ ASKED = [
     Case(
         "a query of a megabyte",
         PREDICT,
-        ("new.jsonl:2: Query 2 needs", "tokens", "max_context_tokens is 512", "answers.jsonl.part"),
+        ("new.jsonl:2: Query 2: ", "tokens", "max_context_tokens is 512", "answers.jsonl.part"),
         asking(lines({"text": "a"}, {"text": "film " * 200_000})),
         leaves=ANSWERED,
     ),

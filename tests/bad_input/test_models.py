@@ -295,7 +295,7 @@ MODELS = [
     Case(
         "a context too small for the query",
         f"{PREDICT} --max-context-tokens 3",
-        ("new.jsonl:1: Query 1 needs", "max_context_tokens is 3"),
+        ("new.jsonl:1: Query 1: ", "max_context_tokens is 3"),
         QUERIES,
         leaves=("answers.jsonl.part",),
     ),

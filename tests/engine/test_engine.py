@@ -268,7 +268,7 @@ def test_extending_beyond_the_context_is_refused_with_the_numbers() -> None:
 def test_a_query_that_does_not_fit_is_refused_by_number() -> None:
     engine = Engine(tiny_loaded(), max_context_tokens=120)
     prefix = engine.prefill(make_task())
-    with pytest.raises(UserError, match="Query 2 needs"):
+    with pytest.raises(UserError, match=r"Query 2: .* tokens are needed"):
         list(engine.predict(prefix, ["film", "film " * 200]))
 
 

@@ -71,7 +71,7 @@ def main() -> None:
         # Typer itself ends with 2 after a wrong option, with 130 after Ctrl-C, with 1 where a reader has left.
         app()
     except UserError as error:
-        console.print(f"[bold red]error[/] {escape(str(error))}")
+        print_error(error, console)
         sys.exit(USER_ERROR)
     except MachineError as error:
         reason = str(error)
@@ -85,6 +85,11 @@ def main() -> None:
         return
     console.print(f"[bold red]failed[/] {escape(reason)}")
     sys.exit(MACHINE_ERROR)
+
+
+def print_error(error: UserError, console: Console) -> None:
+    """Print the sentence of a user's mistake."""
+    console.print(f"[bold red]error[/] {escape(str(error))}")
 
 
 def _write_utf8() -> None:

@@ -316,7 +316,7 @@ def _answered(
         try:
             prediction = next(predictions, None)
         except QueryError as error:
-            raise UserError(f"{asked[error.number - 1 - num_answered].place}: {error}") from error
+            raise UserError(f"{asked[(error.row or 1) - 1 - num_answered].place}: {error}") from error
         if prediction is None:
             return
         answer: dict[str, Any] = {

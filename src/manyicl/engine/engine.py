@@ -381,15 +381,17 @@ class Engine:
             options = query.choices or prefix.task.labels
             option_ids = label_ids or tuple(self.encoder.answer_ids(option) for option in options or ())
         except UserError as error:
-            raise QueryError(number, f"Query {number}: {error}") from error
+            raise QueryError("query_refused", str(error), row=number) from error
         answer_tokens = max(map(len, option_ids)) if option_ids else self.max_answer_tokens(prefix.task)
         needed = prefix.num_tokens + len(token_ids) + answer_tokens
         if needed > self.max_context_tokens:
             own = f" and {len(own_examples)} nearest" if own_examples else ""
             raise QueryError(
-                number,
-                f"Query {number} needs {needed:,} tokens with {prefix.num_shots}{own} demonstrations and its answer; "
-                f"max_context_tokens is {self.max_context_tokens:,}. Use fewer demonstrations or a shorter query.",
+                "query_too_long",
+                f"{needed:,} tokens are needed with {prefix.num_shots}{own} demonstrations and its answer; "
+                f"max_context_tokens is {self.max_context_tokens:,}",
+                remedy="Use fewer demonstrations or a shorter query.",
+                row=number,
             )
         return _AskedQuery(number, token_ids, options, option_ids)
 
