@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.case import Case, accepted, meet, run, table_of
+from tests.bad_input.case import Case, accepted, meet, refused, run, table_of
 from tests.bad_input.files import DATA, KEYS, lines, spoilt, task
 
 PREDICT = "predict --model MODEL --task t --input new.jsonl --output answers.jsonl"
@@ -157,7 +157,7 @@ ASKED = [
     Case(
         "answers below a file",
         spoilt("answers.jsonl", "new.jsonl/answers.jsonl", PREDICT),
-        ("The output 'new.jsonl/answers.jsonl' would lie below 'new.jsonl', which is a file",),
+        ("new.jsonl/answers.jsonl: 'new.jsonl' above it is a file",),
         asking(QUERIES),
     ),
     Case(
@@ -304,17 +304,21 @@ RESULTS = [
         ("Task 't' has no test rows to ask; give it some, or split its file",),
         task(f"{KEYS}data: {{train: train.jsonl}}\n"),
     ),
-    Case(
+    refused(
         "results in the place of a file",
         EVALUATE,
-        ("Results go to a folder; 'results' is a file",),
-        {**task(), "results": "x"},
+        "output_is_file",
+        expected="a folder",
+        file="results",
+        files={**task(), "results": "x"},
     ),
-    Case(
+    refused(
         "results below a file",
         spoilt("results", "results/new", EVALUATE),
-        ("The output 'results/new' would lie below 'results', which is a file",),
-        {**task(), "results": "x"},
+        "output_below_file",
+        what="'results' above it is a file",
+        file="results/new",
+        files={**task(), "results": "x"},
     ),
     Case(
         "test rows longer than the context",
@@ -478,7 +482,7 @@ MEASURED = [
     Case(
         "a page below a file",
         "report results --output t/task.yaml/page.html",
-        ("'t/task.yaml/page.html' would lie below 'task.yaml', which is a file",),
+        ("t/task.yaml/page.html: 'task.yaml' above it is a file",),
     ),
     accepted(
         "curves and a page in folders that are not there",

@@ -17,7 +17,6 @@ from manyicl.evaluation.result import (
     file_stem,
     hash_of,
     result_key,
-    write_atomically,
 )
 
 
@@ -79,15 +78,6 @@ def test_no_partial_file_is_left_behind(tmp_path: Path) -> None:
     ResultStore(tmp_path).save(make_result(), [ANSWER], [])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name.split(".", 1)[1] for name in names] == ["context.jsonl", "predictions.jsonl", "result.json"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "\ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_folders_inside_the_folder_are_read_too(tmp_path: Path) -> None:

@@ -211,14 +211,6 @@ def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path
         assert [line.log_probability for line in extended] == pytest.approx(nats, abs=1e-3)
 
 
-def test_results_never_go_where_a_file_stands(tmp_path: Path) -> None:
-    taken = tmp_path / "results"
-    taken.write_text("mine", encoding="utf-8")
-    for output in (taken, taken / "inner"):
-        with pytest.raises(UserError, match="is a file"):
-            ResultStore(output).require_usable()
-
-
 def test_a_cut_predictions_file_is_named_with_its_line(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     curves = measure(OracleEngine(), [make_task()], tmp_path, EvaluationSettings(shots=(0,), num_queries=5))

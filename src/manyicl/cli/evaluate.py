@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.outputs import require_writable
 from manyicl.episodes.text_format import FormatKind
 from manyicl.errors import UserError, counted, shortened
+from manyicl.outputs import require_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,12 +65,10 @@ def evaluate_command(
 
     from manyicl.engine.engine import Engine
     from manyicl.evaluation.report import print_table
-    from manyicl.evaluation.result import ResultStore
     from manyicl.evaluation.shot_curve import EvaluationSettings
     from manyicl.tasks.files import load_tasks
 
-    require_writable(output)
-    ResultStore(output).require_usable()
+    require_output_folder(output)
     console = Console()
     settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
     loaded = load_tasks(tasks, data_root)

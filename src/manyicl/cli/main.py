@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import manyicl
+from manyicl import library_errors
 from manyicl.cli import tasks
 from manyicl.cli.compile import compile_command
 from manyicl.cli.doctor import doctor_command
@@ -80,7 +81,7 @@ def main() -> None:
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
-        reason = f"Out of memory: {str(error).splitlines()[0]}"
+        reason = f"Out of memory: {library_errors.reason(error)}"
     else:
         return
     console.print(f"[bold red]failed[/] {escape(reason)}")

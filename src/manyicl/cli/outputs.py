@@ -1,47 +1,15 @@
-"""Outputs are refused before anything is loaded: where nothing can be written, and where something would be lost."""
+"""Outputs of `manyicl predict` are refused before anything is loaded where something would be lost."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import json
-import os
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from manyicl.errors import UserError, shortened
+from manyicl.errors import UserError
+from manyicl.outputs import require_writable as require_writable
 
 ANSWER_COLUMNS = frozenset({"answer", "log_probability"})
-
-
-def require_writable(path: Path, *, beside: bool = False) -> None:
-    """Refuse a file or folder that cannot be written, by trying a temporary file; nothing of it stays.
-
-    It is tried in the folder where the output will stand, or in the nearest one above it that exists.
-
-    Args:
-        path: The output.
-        beside: Try beside a folder that exists rather than in it, because it will be replaced as a whole.
-
-    Raises:
-        UserError: If the machine refuses, or a file stands where a folder is needed.
-    """
-    try:
-        taken = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        if taken != path.absolute() and not taken.is_dir():
-            raise UserError(
-                f"The output {str(path)!r} would lie below {taken.name!r}, which is a file; name another place."
-            )
-        if not taken.is_dir() and not os.access(taken, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        replaced = beside and taken == path.absolute()
-        with TemporaryFile(dir=taken if taken.is_dir() and not replaced else taken.parent):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(
-            f"output {shortened(repr(str(path)))}: cannot be written, {reason}; name another place."
-        ) from error
 
 
 def require_earlier_answers(output: Path) -> None:

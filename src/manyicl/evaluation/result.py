@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from manyicl.atomic import write_atomically
 from manyicl.errors import UserError, shown
 from manyicl.tasks.task import Family
 
@@ -144,16 +143,6 @@ class ResultStore:
         path = self.folder / f"{stem}{RECORD_ENDING}"
         return read_record(path) if path.is_file() else None
 
-    def require_usable(self) -> None:
-        """Refuse a place where no folder can be, before anything is computed.
-
-        Raises:
-            UserError: If the path, or one above it, is a file.
-        """
-        taken = next((place for place in (self.folder, *self.folder.parents) if place.exists()), None)
-        if taken is not None and not taken.is_dir():
-            raise UserError(f"Results go to a folder; {str(taken)!r} is a file.")
-
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ShownExample]) -> Path:
         """Write predictions and context, then the record: where a record stands, the rest is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -232,19 +221,6 @@ def read_record(path: Path) -> Result:
         place = ".".join(str(part) for part in first["loc"])
         problem = f"{place}: {first['msg']}, found {shown(first['input'])}" if place else first["msg"]
     raise UserError(f"{path} is not a whole result record of this version ({problem}). Delete it and evaluate again.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or an interrupted run, meets the old one or the new one and nothing between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _lines(records: Iterable[_Record]) -> str:

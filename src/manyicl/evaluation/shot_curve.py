@@ -33,6 +33,7 @@ from manyicl.evaluation.result import (
 )
 from manyicl.evaluation.uncertainty import bootstrap_standard_error, mean_over_queries
 from manyicl.model.manifest import Manifest, library_versions
+from manyicl.outputs import require_output_folder
 from manyicl.tasks.demonstrations import Sampling
 from manyicl.tasks.task import Example, Task
 
@@ -123,7 +124,7 @@ def measure_shot_curves(
     """
     settings = settings or EvaluationSettings()
     store = ResultStore(output)
-    store.require_usable()
+    require_output_folder(store.folder)
     for task in tasks:
         metrics_of(task)
         if not task.test:

@@ -11,6 +11,7 @@ import regex  # type: ignore[import-untyped]
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.report.tables import notes
@@ -19,7 +20,6 @@ from manyicl.evaluation.result import (
     Result,
     ResultStore,
     ShownExample,
-    write_atomically,
 )
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate

@@ -1,0 +1,94 @@
+"""Files and folders that are written as a whole: a reader, a kill or a power cut meets the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_ASIDE = ".manyicl-part-"
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file aside, wait until it is on the disk, and give it its name.
+
+    The file aside is new and of this call alone, so that two writers do not mix; it is removed where writing fails,
+    and only a kill leaves it (see `is_leftover`). A link is followed.
+
+    Args:
+        path: File to write, in a folder that exists.
+        content: Text, written as UTF-8 with the line ends it has; bytes; or a function that writes a file of its own
+            to the path it is given, which has the ending of ``path``.
+    """
+    path = path.resolve()
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    aside = path.with_name(f"{_ASIDE}{secrets.token_hex(8)}{path.suffix}")
+    try:
+        with aside.open("xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+        if not isinstance(content, bytes):
+            content(aside)
+        replace_whole(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_whole(written: Path, path: Path) -> None:
+    """Let a file that is written to its end take the place of another in its folder, once it is on the disk."""
+    with written.open("r+b") as file:
+        os.fsync(file.fileno())
+    written.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes this name once it is filled and on the disk.
+
+    ``path`` must not exist, or be an empty folder; its folder is made. Where filling fails, nothing stays.
+    """
+    path = path.resolve()
+    aside = path.with_name(f"{_ASIDE}{secrets.token_hex(8)}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        sync_tree(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file or folder was being written when its process was killed, or still is."""
+    return path.name.startswith(_ASIDE)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all files of a folder, and their names, are on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where its file system can be asked for that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
