@@ -261,7 +261,14 @@ def main() -> None:
         prefill, best = measure_best(model, ours.requests)
         del model
         theirs = measure(
-            HFLM(folder, device="cpu", dtype="bfloat16", softmax_dtype=arguments.softmax_dtype, batch_size=1),
+            HFLM(
+                folder,
+                trust_remote_code=False,
+                device="cpu",
+                dtype="bfloat16",
+                softmax_dtype=arguments.softmax_dtype,
+                batch_size=1,
+            ),
             task,
             arguments.slow_queries,
         )

@@ -135,6 +135,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 tokenizer=copy.deepcopy(loaded.tokenizer),
                 max_length=max_context_tokens,
                 batch_size=ROLLING_WINDOWS,
+                trust_remote_code=False,
             )
         self.loaded = loaded
         self.working_memory_mib = working_memory_mib

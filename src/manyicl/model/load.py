@@ -36,6 +36,8 @@ BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = {"nano": Path(__file__).parent / "nano_base"}
 LFS_POINTER = b"version https://git-lfs"
 PICKLED = "*model*.bin"
+# Files in which a folder can name Python code of its own, under the key auto_map.
+FILES_WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -91,9 +93,46 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: If there is none.
     """
-    path = resolve_reference(reference)
+    path = _path_without_code(reference)
     with _as_user_error(reference, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _path_without_code(reference: str) -> str:
+    """Resolve a reference, and refuse a model that wants to run Python code of its own.
+
+    Without ``trust_remote_code=False`` transformers asks on standard input whether to run it, and takes a query for
+    the reply.
+
+    Raises:
+        UserError: If the model cannot be found, or one of its files asks for code.
+    """
+    path = resolve_reference(reference)
+    for name in FILES_WITH_CODE:
+        with _as_user_error(reference, name):
+            found = _file_of(path, name)
+        try:
+            content = json.loads(found.read_text(encoding="utf-8")) if found else None
+        except ValueError:
+            continue  # Refused when it is loaded.
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise UserError(
+                "asks_for_code",
+                f"The model {reference!r} asks for Python code of its own to be run, which manyicl never does",
+                found=f"auto_map in {name}",
+                remedy="Name another model; where transformers has this architecture itself, remove auto_map.",
+                file=found,
+                field="auto_map",
+            )
+    return path
+
+
+def _file_of(path: str, name: str) -> Path | None:
+    """Find a file of a resolved reference, a folder or a Hub id; None where there is none."""
+    if Path(path).is_dir():
+        return Path(path, name) if Path(path, name).is_file() else None
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(file) if file else None
 
 
 def load_model(
@@ -117,7 +156,7 @@ def load_model(
     Raises:
         UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
     """
-    path = resolve_reference(reference)
+    path = _path_without_code(reference)
     device = _checked_device(device)
     torch_dtype = _torch_dtype(dtype, device)
     adapter_config = Path(path) / "adapter_config.json"
@@ -149,7 +188,7 @@ def load_quantized(reference: str, dtype: str, device: str) -> PreTrainedModel:
     """
     from transformers import BitsAndBytesConfig
 
-    path = resolve_reference(reference)
+    path = _path_without_code(reference)
     with _as_user_error(reference, "4-bit configuration"):
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -175,6 +214,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     with _as_user_error(reference, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            trust_remote_code=False,
             dtype=torch_dtype,
             attn_implementation=ATTENTION,
             use_safetensors=True,
@@ -223,10 +263,8 @@ def _require_weights(reference: str, folder: Path) -> None:
 
 def read_manifest(path: str) -> Manifest | None:
     """Read manyicl.json of a resolved reference, a folder or a Hub id; None where there is none."""
-    if Path(path).is_dir():
-        return Manifest.read(Path(path))
-    file = cached_file(path, FILE_NAME, _raise_exceptions_for_missing_entries=False)
-    return Manifest.read(Path(file).parent) if file else None
+    file = _file_of(path, FILE_NAME)
+    return Manifest.read(file.parent) if file else None
 
 
 def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) -> PreTrainedModel:
@@ -256,7 +294,7 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
         )
     # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
     with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder)))
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False))
     if isinstance(torch_dtype, torch.dtype):
         torch.nn.Module.to(model, dtype=torch_dtype)
     return model
@@ -268,9 +306,9 @@ def model_config(reference: str) -> PreTrainedConfig:
     Raises:
         UserError: If it cannot be found.
     """
-    path = resolve_reference(reference)
+    path = _path_without_code(reference)
     with _as_user_error(reference, "configuration"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return config
 
 

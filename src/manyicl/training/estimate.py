@@ -192,7 +192,7 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     assert recipe.model.base is not None
     config = model_config(recipe.model.base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     num_parameters = sum(weights.numel() for weights in model.parameters())
     linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model))
     if recipe.model.lora is None:

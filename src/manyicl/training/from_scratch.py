@@ -110,7 +110,7 @@ def require_loadable(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if loaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise UserError(
             f"model.from_scratch.architecture: for {config.model_type} this transformers replaces a new tokenizer by "
@@ -159,7 +159,7 @@ def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int
     """
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
     except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
         raise UserError(
             f"model.from_scratch: {settings.architecture} cannot be made with this config: {_last_line(error)}"
