@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from manyicl.engine.backend import Identity
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
 from manyicl.episodes.encoding import Encoder
@@ -131,7 +132,7 @@ class Header(BaseModel):
     versions: dict[str, str] = Field(default_factory=library_versions)
 
 
-def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_format: AnyFormat) -> None:
+def save_compiled(compiled: CompiledTask, path: Path) -> None:
     """Write a compiled task; an earlier file is replaced only once the new one is whole.
 
     Raises:
@@ -149,12 +150,12 @@ def save_compiled(compiled: CompiledTask, path: Path, loaded: LoadedModel, text_
         tensors[f"values.{layer}"] = torch.cat([block.values[layer] for block in prefix.blocks], dim=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = Header(
-        model=loaded.reference,
-        model_fingerprint=loaded.fingerprint,
-        base_fingerprint=_base_fingerprint(loaded),
-        config_hash=_config_hash(loaded.model),
-        dtype=_dtype_name(prefix.blocks[0].keys[0].dtype),
-        text_format=text_format,
+        model=prefix.identity.reference,
+        model_fingerprint=prefix.identity.fingerprint,
+        base_fingerprint=prefix.identity.base_fingerprint,
+        config_hash=prefix.identity.config_hash,
+        dtype=prefix.identity.dtype,
+        text_format=prefix.text_format,
         task=_saved_task(prefix.task),
         demonstrations=tuple(map(SavedExample.of, prefix.demonstrations)),
         num_left_out=prefix.num_left_out,
@@ -222,7 +223,9 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
         tuple(tensors[f"keys.{layer}"].to(loaded.model.device) for layer in layers),
         tuple(tensors[f"values.{layer}"].to(loaded.model.device) for layer in layers),
     )
-    prefix = PrefixCache(task, demonstrations, header.num_left_out, token_ids, (block,))
+    prefix = PrefixCache(
+        identity_of(loaded), encoder.format, task, demonstrations, header.num_left_out, token_ids, (block,)
+    )
     return CompiledTask(prefix, tuple(ObservedAnswer(*answer) for answer in header.answers))
 
 
@@ -271,21 +274,21 @@ def _checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
 
 def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_format: AnyFormat) -> None:
     """Refuse keys and values that another network made."""
-    dtype = _dtype_name(loaded.model.dtype)
-    if header.dtype != dtype:
+    identity = identity_of(loaded)
+    if header.dtype != identity.dtype:
         raise UserError(
-            f"{str(path)!r} was compiled in {header.dtype}; the model is loaded in {dtype}. Load it with "
+            f"{str(path)!r} was compiled in {header.dtype}; the model is loaded in {identity.dtype}. Load it with "
             f"dtype={header.dtype!r}, or compile the task again."
         )
-    if header.model_fingerprint != loaded.fingerprint:
-        base = _base_fingerprint(loaded)
+    if header.model_fingerprint != identity.fingerprint:
+        base = identity.base_fingerprint
         another = "another adapter of the same base" if base and base == header.base_fingerprint else "another model"
         raise UserError(
             f"{str(path)!r} was compiled with {another}: {header.model!r} with fingerprint "
             f"{header.model_fingerprint[:12]}; {loaded.reference!r} has {loaded.fingerprint[:12]}. Use the model it "
             "was compiled with, or compile the task again."
         )
-    if header.config_hash != _config_hash(loaded.model):
+    if header.config_hash != identity.config_hash:
         raise UserError(
             f"{str(path)!r} was compiled with another configuration of the same weights, such as other positions or "
             "windows. Compile the task again."
@@ -297,9 +300,16 @@ def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_fo
         )
 
 
-def _base_fingerprint(loaded: LoadedModel) -> str | None:
-    """Name the base of an adapter; None for a model that stands alone."""
-    return loaded.manifest.base_fingerprint if loaded.manifest and hasattr(loaded.model, "peft_config") else None
+def identity_of(loaded: LoadedModel) -> Identity:
+    """Tell which network this is, as far as keys and values depend on it."""
+    is_adapter = loaded.manifest is not None and hasattr(loaded.model, "peft_config")
+    return Identity(
+        fingerprint=loaded.fingerprint,
+        config_hash=_config_hash(loaded.model),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        base_fingerprint=loaded.manifest.base_fingerprint if is_adapter and loaded.manifest else None,
+        reference=loaded.reference,
+    )
 
 
 def _config_hash(model: PreTrainedModel) -> str:
@@ -317,10 +327,6 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _saved_task(task: Task) -> SavedTask:

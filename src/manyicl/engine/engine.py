@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 from pydantic import BaseModel
 
-from manyicl.engine.compiled import CompiledTask, load_compiled, save_compiled
+from manyicl.engine.compiled import CompiledTask, identity_of, load_compiled, save_compiled
 from manyicl.engine.decoding import Generation, Sampling, generate
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import NODES_READ_TOGETHER, num_shared_tokens, tries_of
@@ -23,7 +23,7 @@ from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind
-from manyicl.errors import QueryError, UserError
+from manyicl.errors import QueryError, UserError, shown
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, load_model, max_positions
 from manyicl.model.manifest import format_to_ask_in
@@ -88,6 +88,7 @@ class Engine:
         self.manifest = loaded.manifest
         self.fingerprint = loaded.fingerprint
         self.reference = loaded.reference
+        self.identity = identity_of(loaded)
         # Turns cut just now are compared with the rows of every task; those of a manifest are what was taught.
         self._template: ChatTemplate | None = None
         self._compared: set[tuple[str, str]] = set()
@@ -132,8 +133,8 @@ class Engine:
     def prefill(
         self,
         task: Task,
-        demonstrations: Sequence[Example] = (),
-        queries: Sequence[Query] | None = None,
+        demonstrations: Iterable[Example] = (),
+        queries: Iterable[Query] | None = None,
         *,
         nearest: Nearest | None = None,
         reuse: PrefixCache | None = None,
@@ -152,21 +153,24 @@ class Engine:
             reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
 
         Raises:
-            UserError: If the tokenizer cannot tell the task's labels apart.
+            UserError: If the tokenizer cannot tell the task's labels apart, a demonstration is of another task, or
+                ``reuse`` is of another engine.
         """
+        if reuse is not None:
+            self._require_own(reuse)
         fitting, num_left_out = self._fitting(task, demonstrations, queries, nearest)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
         shared: tuple[Block, ...] = ()
         if reuse is not None:
             shared = shared_beginning(reuse.blocks, num_shared_tokens(token_ids, reuse.token_ids))
         blocks = encode_behind(self.model, shared, token_ids[shared[-1].end if shared else 0 :])
-        return PrefixCache(task, fitting, num_left_out, token_ids, blocks)
+        return self._prefix(task, fitting, num_left_out, token_ids, blocks)
 
     def compile(
         self,
         task: Task,
-        demonstrations: Sequence[Example],
-        queries: Sequence[Query] | None = None,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Query] | None = None,
         *,
         nearest: Nearest | None = None,
     ) -> CompiledTask:
@@ -185,15 +189,16 @@ class Engine:
             keep=watch.places,
             on_logits=watch.observe,
         )
-        return CompiledTask(PrefixCache(task, fitting, num_left_out, token_ids, blocks), watch.answers)
+        return CompiledTask(self._prefix(task, fitting, num_left_out, token_ids, blocks), watch.answers)
 
     def save(self, compiled: CompiledTask, path: str | Path) -> None:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
 
         Raises:
-            UserError: If the file cannot stand there.
+            UserError: If the file cannot stand there, or another engine compiled the task.
         """
-        save_compiled(compiled, Path(path), self.loaded, self.encoder.format)
+        self._require_own(compiled.prefix)
+        save_compiled(compiled, Path(path))
 
     def load(self, path: str | Path) -> CompiledTask:
         """Read a task that this model compiled, in a fraction of the time it took.
@@ -209,14 +214,40 @@ class Engine:
             )
         return compiled
 
+    def _prefix(
+        self,
+        task: Task,
+        demonstrations: tuple[Example, ...],
+        num_left_out: int,
+        token_ids: tuple[int, ...],
+        blocks: tuple[Block, ...],
+    ) -> PrefixCache:
+        return PrefixCache(self.identity, self.encoder.format, task, demonstrations, num_left_out, token_ids, blocks)
+
+    def _require_own(self, prefix: PrefixCache) -> None:
+        """Refuse a prefix that another engine made: its keys and values would give wrong answers without a word."""
+        difference = self.identity.difference(prefix.identity)
+        if difference is None and prefix.text_format != self.encoder.format:
+            difference = "another text format"
+        if difference is not None:
+            raise UserError(
+                "foreign_prefix",
+                f"the prefix of task {prefix.task.name!r} was made with {difference}",
+                expected=f"one of {self.reference!r}",
+                found=f"one of {prefix.identity.reference!r}",
+                remedy="Prefill the task with this engine.",
+            )
+
     def _fitting(
         self,
         task: Task,
-        demonstrations: Sequence[Example],
-        queries: Sequence[Query] | None,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Query] | None,
         nearest: Nearest | None,
     ) -> tuple[tuple[Example, ...], int]:
         """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
+        demonstrations = tuple(demonstrations)
+        require_demonstrations(demonstrations, task)
         self.encoder.require_distinct(task)
         identity = task.name, task.data_hash
         if (
@@ -233,8 +264,8 @@ class Engine:
     def extend(
         self,
         prefix: PrefixCache,
-        demonstrations: Sequence[Example],
-        queries: Sequence[Query] | None = None,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Query] | None = None,
         *,
         nearest: Nearest | None = None,
     ) -> PrefixCache:
@@ -247,25 +278,28 @@ class Engine:
             nearest: As for `prefill`.
 
         Raises:
-            UserError: If the demonstrations do not all fit.
+            UserError: If the demonstrations do not all fit, one is of another task, or another engine made ``prefix``.
         """
-        shown = (*prefix.demonstrations, *demonstrations)
-        token_ids = self.encoder.encode_prefix(prefix.task.instruction(), shown)
+        self._require_own(prefix)
+        added = tuple(demonstrations)
+        require_demonstrations(added, prefix.task)
+        demonstrations = (*prefix.demonstrations, *added)
+        token_ids = self.encoder.encode_prefix(prefix.task.instruction(), demonstrations)
         room = self.max_context_tokens - self.num_reserved_tokens(prefix.task, queries, nearest)
         if len(token_ids) > room:
             raise UserError(
-                f"{len(shown)} demonstrations of {prefix.task.name!r} need {len(token_ids):,} tokens; {room:,} of "
-                f"max_context_tokens {self.max_context_tokens:,} are free before the longest query. Extend by fewer."
+                f"{len(demonstrations)} demonstrations of {prefix.task.name!r} need {len(token_ids):,} tokens; "
+                f"{room:,} of max_context_tokens {self.max_context_tokens:,} are free before the longest query. "
+                "Extend by fewer."
             )
         blocks = encode_behind(self.model, prefix.blocks, token_ids[prefix.num_tokens :])
-        return PrefixCache(prefix.task, shown, prefix.num_left_out, token_ids, blocks)
+        return self._prefix(prefix.task, demonstrations, prefix.num_left_out, token_ids, blocks)
 
     def num_reserved_tokens(
-        self, task: Task, queries: Sequence[Query] | None = None, nearest: Nearest | None = None
+        self, task: Task, queries: Iterable[Query] | None = None, nearest: Nearest | None = None
     ) -> int:
         """Count the tokens kept free for the longest query, its own examples and its answer; see `prefill`."""
-        if queries is None:
-            queries = [example.query for example in task.test or task.train]
+        queries = [example.query for example in task.test or task.train] if queries is None else list(queries)
         own_examples = (
             max((sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in queries), default=0)
             if nearest
@@ -304,8 +338,9 @@ class Engine:
 
         Raises:
             UserError: If a row lacks a column, or a query does not fit behind the prefix, then the row is numbered;
-                or if the options contradict each other or the task.
+                or if the options contradict each other or the task, or another engine made the prefix.
         """
+        self._require_own(prefix)
         if isinstance(rows, str | Mapping | Query):
             raise UserError(f"predict answers a list of rows; found one {type(rows).__name__}. Put it in a list.")
         if scores not in ("best", "all"):
@@ -518,6 +553,39 @@ def require_askable(query: Query, task: Task) -> None:
     if bool(query.choices) != bool(task.choices_column):
         expected = "options of its own" if task.choices_column else "no options of its own"
         raise UserError(f"task {task.name!r} expects {expected}; found {query.choices!r}.")
+
+
+def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:
+    """Refuse demonstrations that are not of the task, by their number.
+
+    Raises:
+        UserError: If one is no example, has an answer outside the labels or its own choices, or has choices where
+            the task has none, or none where it has some.
+    """
+    for number, example in enumerate(demonstrations, start=1):
+        if not isinstance(example, Example):
+            raise UserError(
+                "not_an_example",
+                f"demonstration {number} of task {task.name!r} is no example",
+                expected="an Example, such as those of task.train",
+                found=type(example).__name__,
+            )
+        choices = example.query.choices
+        options = choices if task.choices_column else task.labels
+        if bool(choices) != bool(task.choices_column):
+            expected = "choices of its own" if task.choices_column else "no choices of its own"
+            found = shown(choices)
+        elif options and example.answer not in options:
+            expected, found = f"an answer among {shown(list(options))}", shown(example.answer)
+        else:
+            continue
+        raise UserError(
+            "foreign_demonstration",
+            f"demonstration {number} is not of task {task.name!r}",
+            expected=expected,
+            found=found,
+            remedy="Show examples of the task itself.",
+        )
 
 
 def _read_ahead(asked: Iterator[_AskedQuery], most: int) -> tuple[list[_AskedQuery], UserError | None]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from manyicl.engine.backend import Identity
+from manyicl.episodes.text_format import AnyFormat
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 from manyicl.tasks.task import Example, Task
 
@@ -26,6 +28,8 @@ class PrefixCache:
     nothing that an interrupted call leaves behind can spoil a prefix.
 
     Attributes:
+        identity: The network that made the keys and values.
+        text_format: How examples became text.
         task: What the demonstrations are of.
         demonstrations: Those that stand in the prefix, in order.
         num_left_out: Demonstrations that were given and did not fit the context.
@@ -33,6 +37,8 @@ class PrefixCache:
         blocks: Keys and values of consecutive parts of it; none while P is 0.
     """
 
+    identity: Identity
+    text_format: AnyFormat
     task: Task
     demonstrations: tuple[Example, ...]
     num_left_out: int
