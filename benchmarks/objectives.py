@@ -3,8 +3,8 @@
     python benchmarks/objectives.py                                  # nano world, small model from scratch
     python benchmarks/objectives.py --tasks recipes/real/train --data-root DATA --context 2048
 
-Prints a Markdown table. Both objectives see the same rows, so tokens per second should be near each other and
-answers per second as many times apart as an episode holds answers. Rows are timed apart from steps.
+Prints a Markdown table. Both objectives see the same sequences, so tokens per second should be near each other and
+answers per second as many times apart as an episode holds answers. Sequences are timed apart from steps.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from manyicl.episodes.row import RowSource
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.files import load_tasks
 from manyicl.tasks.task import Task
-from manyicl.training.batch import Batch, row_tensors
-from manyicl.training.loss import row_loss
+from manyicl.training.batch import Batch, sequence_tensors
+from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import starting_point
-from manyicl.training.train import row_source
+from manyicl.training.train import packed_sequences
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,32 @@ def recipe_for(context: int, hidden_size: int, num_layers: int, num_threads: int
         {
             "model": {"from_scratch": scratch},
             "tasks": {"train": ["given"]},
-            "rows": {"max_context_tokens": context},
-            "training": {"num_steps": 1_000, "rows_per_step": 1, "learning_rate": 1e-3, "num_threads": num_threads},
+            "sequences": {"max_context_tokens": context},
+            "training": {
+                "num_steps": 1_000,
+                "sequences_per_step": 1,
+                "learning_rate": 1e-3,
+                "num_threads": num_threads,
+            },
             "output": "unused",
         }
     )
 
 
-def build_seconds(rows: RowSource, objective: ObjectiveSettings, num_rows: int) -> float:
-    """Time drawing, encoding and making tensors of rows that were never built before, per row."""
+def build_seconds(sequences: PackedSequences, objective: ObjectiveSettings, num_sequences: int) -> float:
+    """Time drawing, encoding and making tensors of sequences that were never built before, per sequence."""
     started = time.perf_counter()
-    for index in range(500, 500 + num_rows):
-        row_tensors(rows[index], objective)
-    return (time.perf_counter() - started) / num_rows
+    for index in range(500, 500 + num_sequences):
+        sequence_tensors(sequences[index], objective)
+    return (time.perf_counter() - started) / num_sequences
 
 
 def measure(name: str, model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Speed:
-    """Take one optimizer step per row; the first is not timed."""
+    """Take one optimizer step per sequence; the first is not timed."""
     seconds = []
     for batch in batches:
         started = time.perf_counter()
-        row_loss(model, batch, batch["weights"].sum()).backward()
+        sequence_loss(model, batch, batch["weights"].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
@@ -102,7 +107,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -110,13 +115,15 @@ def main() -> None:
     tasks = tuple(load_tasks(arguments.tasks, arguments.data_root) if arguments.tasks else nano_tasks())
     recipe = recipe_for(arguments.context, arguments.hidden_size, arguments.layers, arguments.threads)
     start = starting_point(recipe, tasks)
-    rows = row_source(recipe, tasks, start.tokenizer)
-    drawn = [rows[index] for index in range(arguments.rows + 1)]
+    sequences = packed_sequences(recipe, tasks, start.tokenizer)
+    drawn = [sequences[index] for index in range(arguments.sequences + 1)]
     objectives = {name: ObjectiveSettings(supervise=name) for name in ("all_answers", "last_answer")}
-    building = build_seconds(rows, objectives["all_answers"], arguments.rows)
+    building = build_seconds(sequences, objectives["all_answers"], arguments.sequences)
     start.model.train()
     optimizer = torch.optim.AdamW(start.model.parameters(), lr=0.0)
-    batches = {name: [row_tensors(row, objective) for row in drawn] for name, objective in objectives.items()}
+    batches = {
+        name: [sequence_tensors(sequence, objective) for sequence in drawn] for name, objective in objectives.items()
+    }
     # Run once unmeasured, so that neither objective pays for warming up.
     measure("warm-up", start.model, batches["all_answers"][:3], optimizer)
     speeds = [measure(name, start.model, batches[name], optimizer) for name in objectives]
@@ -124,24 +131,24 @@ def main() -> None:
     versions = library_versions()
     num_weights = sum(weights.numel() for weights in start.model.parameters())
     print(
-        f"{len(tasks)} tasks, rows of {arguments.context:,} tokens, llama with {num_weights / 1e6:.1f}M weights, "
+        f"{len(tasks)} tasks, sequences of {arguments.context:,} tokens, llama with {num_weights / 1e6:.1f}M weights, "
         f"float32, {arguments.threads} thread(s), {platform.processor() or platform.machine()}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     print()
-    print("| Objective | Supervised answers/s | Tokens/s | Answers per row | Seconds per step (1 row) |")
+    print("| Objective | Supervised answers/s | Tokens/s | Answers per sequence | Seconds per step (1 sequence) |")
     print("| --- | --- | --- | --- | --- |")
     for speed in speeds:
         print(
             f"| {speed.name} | {speed.answers_per_second:,.1f} | {speed.tokens_per_second:,.0f} | "
             f"{speed.answers_per_row:.1f} | {speed.step_seconds:.3f} |"
         )
-    unused = sum(row.unused_share for row in drawn) / len(drawn)
+    unused = sum(sequence.unused_share for sequence in drawn) / len(drawn)
     ratio = speeds[0].answers_per_second / speeds[1].answers_per_second
     print()
     print(
-        f"All answers supervise {ratio:.1f} times as many answers per second. {unused:.1%} of a row stays unused. "
-        f"Building a row takes {1000 * building:.1f} ms, {building / speeds[0].step_seconds:.1%} of a step."
+        f"All answers supervise {ratio:.1f} times as many answers per second. {unused:.1%} of a sequence stays unused. "
+        f"Building a sequence takes {1000 * building:.1f} ms, {building / speeds[0].step_seconds:.1%} of a step."
     )
 
 

@@ -45,11 +45,11 @@ def toy_overrides(recipe: Recipe, name: str, folder: Path) -> list[str]:
         "tasks.evaluate=[]",
         "tasks.data_root=null",
         "tasks.mixture.weights={}",
-        "rows.max_context_tokens=200",
-        "rows.examples_per_episode=[1, 8]",
+        "sequences.max_context_tokens=200",
+        "sequences.examples_per_episode=[1, 8]",
         "training.num_tokens=null",
         "training.num_steps=1",
-        "training.rows_per_step=2",
+        "training.sequences_per_step=2",
         f"output='{folder / 'run'}'",
     ]
     if recipe.model.from_scratch is not None:

@@ -45,8 +45,8 @@ model:
     config: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4}
     tokenizer: {kind: word, vocabulary_size: 200}
 tasks: {train: [t]}
-rows: {max_context_tokens: 60}
-training: {num_steps: 2, rows_per_step: 2, learning_rate: 1e-2, num_threads: 1}
+sequences: {max_context_tokens: 60}
+training: {num_steps: 2, sequences_per_step: 2, learning_rate: 1e-2, num_threads: 1}
 output: run
 """
 

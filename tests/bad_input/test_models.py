@@ -507,7 +507,7 @@ TRAINING = [
     Case(
         "rows longer than the base can read",
         TRAINED,
-        ("rows.max_context_tokens is 5,000; the model has 512 positions. Use shorter rows",),
+        ("sequences.max_context_tokens is 5,000; the model has 512 positions. Use shorter sequences",),
         recipe(spoilt("max_context_tokens: 60", "max_context_tokens: 5000", BASE)),
     ),
     Case(

@@ -89,13 +89,13 @@ READING = [
         "a section that is a word",
         TRAINED,
         ("recipe.yaml: training: ", "found 'fast'"),
-        recipe(spoilt("{num_steps: 2, rows_per_step: 2, learning_rate: 1e-2, num_threads: 1}", "fast")),
+        recipe(spoilt("{num_steps: 2, sequences_per_step: 2, learning_rate: 1e-2, num_threads: 1}", "fast")),
     ),
     Case(
         "a section without values",
         TRAINED,
         ("recipe.yaml: training: ", "found None"),
-        recipe(spoilt("{num_steps: 2, rows_per_step: 2, learning_rate: 1e-2, num_threads: 1}", "")),
+        recipe(spoilt("{num_steps: 2, sequences_per_step: 2, learning_rate: 1e-2, num_threads: 1}", "")),
     ),
     Case(
         "aliases of aliases",
@@ -232,14 +232,14 @@ VALUES = [
     ),
     Case(
         "a context wider than any",
-        put(f"rows.max_context_tokens={10**20}"),
-        ("rows.max_context_tokens: expected a number of at most 2,147,483,647",),
+        put(f"sequences.max_context_tokens={10**20}"),
+        ("sequences.max_context_tokens: expected a number of at most 2,147,483,647",),
         recipe(),
     ),
     Case(
         "a context of seven tokens",
-        put("rows.max_context_tokens=7"),
-        ("rows.max_context_tokens: ", "greater than or equal to 8; found 7"),
+        put("sequences.max_context_tokens=7"),
+        ("sequences.max_context_tokens: ", "greater than or equal to 8; found 7"),
         recipe(),
     ),
     Case(

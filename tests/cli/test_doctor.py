@@ -120,7 +120,7 @@ def test_where_everything_is_at_hand_nothing_is_refused(
     [
         (["model.base=nowhere"], "model.base: The model folder 'nowhere' does not exist"),
         (["model.base=builtin:nan"], "model.base: No model 'builtin:nan' comes with manyicl"),
-        (["rows.max_context_tokens=100000"], "rows.max_context_tokens is 100,000; the model has"),
+        (["sequences.max_context_tokens=100000"], "sequences.max_context_tokens is 100,000; the model has"),
     ],
 )
 def test_what_shows_without_reading_weights_is_refused(

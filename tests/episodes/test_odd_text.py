@@ -15,7 +15,7 @@ from manyicl.episodes.budget import fit_demonstrations
 from manyicl.episodes.checks import MOST_NAMED, check_task, look_alikes, unseen_characters
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.episodes.sampling import EpisodeSettings, draw_episode, label_replacement_words, row_rng
+from manyicl.episodes.sampling import EpisodeSettings, draw_episode, label_replacement_words, sequence_rng
 from manyicl.errors import UserError
 from tests.builders import TEXTS as TRAINING_TEXTS
 from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, word_level
@@ -180,8 +180,8 @@ def test_new_names_are_drawn_for_thousands_of_labels_or_refused() -> None:
     task = make_task(train=[make_example(f"q{i}", label) for i, label in enumerate(labels)], labels=labels)
     settings = EpisodeSettings(rename_labels=1.0, sampling="balanced")
     with pytest.raises(UserError, match="needs 10000 words"):
-        draw_episode(task, settings, row_rng(0, 0), ["word"])
-    drawn = draw_episode(task, settings, row_rng(0, 0), [f"word{number}" for number in range(10_000)])
+        draw_episode(task, settings, sequence_rng(0, 0), ["word"])
+    drawn = draw_episode(task, settings, sequence_rng(0, 0), [f"word{number}" for number in range(10_000)])
     assert len({next(drawn.examples).answer for _ in range(100)}) == 100
 
 

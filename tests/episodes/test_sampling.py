@@ -14,7 +14,7 @@ from manyicl.episodes.sampling import (
     Mixture,
     draw_episode,
     label_replacement_words,
-    row_rng,
+    sequence_rng,
     shuffled_lazily,
 )
 from manyicl.errors import UserError
@@ -34,14 +34,14 @@ def test_a_lazy_shuffle_puts_every_number_first_equally_often() -> None:
 
 def test_no_example_stands_twice_in_an_episode() -> None:
     task = make_task()
-    shots = list(draw_episode(task, EpisodeSettings(), row_rng(0, 0)).examples)
+    shots = list(draw_episode(task, EpisodeSettings(), sequence_rng(0, 0)).examples)
     assert len(shots) == len({shot.query.text for shot in shots}) == len(task.train)
 
 
 def test_renamed_labels_are_other_words_used_consistently() -> None:
     task = make_task(instruction="one of {{ labels | join(', ') }}")
     words = label_replacement_words([task])
-    drawn = draw_episode(task, EpisodeSettings(rename_labels=1.0), row_rng(0, 3), words)
+    drawn = draw_episode(task, EpisodeSettings(rename_labels=1.0), sequence_rng(0, 3), words)
     old_answers = {example.query.text: example.answer for example in task.train}
     names = {(old_answers[shot.query.text], shot.answer) for shot in drawn.examples}
     assert len(names) == 2
@@ -53,19 +53,19 @@ def test_labels_are_renamed_in_the_asked_share_of_episodes() -> None:
     task = make_task()
     words = label_replacement_words([task])
     settings = EpisodeSettings(rename_labels=0.3)
-    first_answers = [next(draw_episode(task, settings, row_rng(0, i), words).examples).answer for i in range(1000)]
+    first_answers = [next(draw_episode(task, settings, sequence_rng(0, i), words).examples).answer for i in range(1000)]
     assert 240 < sum(answer not in ("good", "bad") for answer in first_answers) < 360
 
 
 def test_balanced_episodes_alternate_the_labels() -> None:
-    drawn = draw_episode(make_task(), EpisodeSettings(sampling="balanced"), row_rng(0, 0))
+    drawn = draw_episode(make_task(), EpisodeSettings(sampling="balanced"), sequence_rng(0, 0))
     answers = [shot.answer for shot in islice(drawn.examples, 10)]
     assert answers.count("good") == 5
 
 
 def test_a_range_of_shots_is_drawn_evenly() -> None:
     counts = [
-        draw_episode(make_task(), EpisodeSettings(examples_per_episode=(2, 4)), row_rng(0, i)).num_examples
+        draw_episode(make_task(), EpisodeSettings(examples_per_episode=(2, 4)), sequence_rng(0, i)).num_examples
         for i in range(600)
     ]
     assert {2, 3, 4} == set(counts)

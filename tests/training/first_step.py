@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import end_processes, is_main_process, row_source, training_arguments
+from manyicl.training.train import end_processes, is_main_process, packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.training.recipes import small_recipe, small_tasks
 
@@ -43,7 +43,7 @@ def first_step(recipe: Recipe) -> tuple[list[Tensor], float]:
     trainer = ManyShotTrainer(
         start.model,
         training_arguments(recipe, RunFolder(recipe.output), evaluates=False),
-        row_source(recipe, tasks.train, start.tokenizer),
+        packed_sequences(recipe, tasks.train, start.tokenizer),
         recipe.objective,
         callbacks=[seen],
     )
@@ -52,7 +52,7 @@ def first_step(recipe: Recipe) -> tuple[list[Tensor], float]:
 
 
 def first_step_recipe(output: Path, *overrides: str) -> Recipe:
-    """One step over four uneven rows, without dropout and without cutting the gradient."""
+    """One step over four uneven sequences, without dropout and without cutting the gradient."""
     return small_recipe(
         output,
         "training.num_steps=1",

@@ -23,12 +23,12 @@ model:
     tokenizer: {kind: word, vocabulary_size: 200}
 tasks:
   train: [unused]
-rows:
+sequences:
   max_context_tokens: 60
   examples_per_episode: [1, 6]
 training:
   num_steps: 4
-  rows_per_step: 4
+  sequences_per_step: 4
   learning_rate: 1e-2
   num_threads: 1
 """

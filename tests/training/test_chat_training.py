@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
-from manyicl.training.estimate import sample_rows
+from manyicl.training.estimate import sample_sequences
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import RecipeTasks, row_source, run_manifest, train
+from manyicl.training.train import RecipeTasks, packed_sequences, run_manifest, train
 from tests.builders import make_example, make_task, tiny_model
 from tests.episodes.chat_templates import CHATML, FAMILIES, QWEN_3_MENDED
 from tests.training.recipes import small_tasks
@@ -32,9 +32,9 @@ def chat_recipe(base: Path, output: Path, *overrides: str) -> Recipe:
         f"""
 model: {{base: {base}}}
 tasks: {{train: [unused]}}
-rows: {{max_context_tokens: 400}}
+sequences: {{max_context_tokens: 400}}
 format: {{kind: chat}}
-training: {{num_steps: 2, rows_per_step: 2, learning_rate: 1e-3, num_threads: 1}}
+training: {{num_steps: 2, sequences_per_step: 2, learning_rate: 1e-3, num_threads: 1}}
 output: {output}
 """,
         overrides=overrides,
@@ -52,8 +52,8 @@ def test_the_engine_reads_the_turns_back_and_asks_as_training_taught(tmp_path: P
     assert manifest.text_format.terminator == "<|eot_id|>"
     engine = Engine.from_pretrained(str(tmp_path / "run"))
     assert engine.encoder.format == manifest.text_format
-    rows = row_source(recipe, tasks.train, AutoTokenizer.from_pretrained(base))
-    episode = rows[0].episodes[0]
+    sequences = packed_sequences(recipe, tasks.train, AutoTokenizer.from_pretrained(base))
+    episode = sequences[0].episodes[0]
     task = next(task for task in tasks.train if task.name == episode.task_name)
     opening = engine.encoder.encode_prefix(task.instruction(), ())
     assert episode.token_ids[: len(opening)] == opening
@@ -81,9 +81,9 @@ def test_a_run_does_not_go_on_with_another_template(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     tasks = small_tasks()
     start = starting_point(recipe, tasks.train)
-    rows = row_source(recipe, tasks.train, start.tokenizer)
-    statistics = sample_rows(rows, recipe.objective)
-    folder.begin(recipe, run_manifest(recipe, tasks, start, rows.encoder.format, statistics), overwrite=False)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
+    statistics = sample_sequences(sequences, recipe.objective)
+    folder.begin(recipe, run_manifest(recipe, tasks, start, sequences.encoder.format, statistics), overwrite=False)
     template.write_text(CHATML.replace("<|im_start|>", "### "), "utf-8")
     with pytest.raises(UserError, match="the chat template changed since the run began"):
         train(recipe, tasks, resume=True)

@@ -9,10 +9,10 @@ from manyicl.errors import UserError
 from manyicl.training import dry_run as module
 from manyicl.training import estimate
 from manyicl.training.dry_run import dry_run
-from manyicl.training.estimate import adapter_size, sample_rows
+from manyicl.training.estimate import adapter_size, sample_sequences
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.start import starting_point, with_adapter
-from manyicl.training.train import row_source
+from manyicl.training.train import packed_sequences
 from tests.builders import byte_level_bpe, tiny_model
 from tests.training.recipes import small_recipe, small_tasks
 
@@ -21,21 +21,21 @@ def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> Non
     recipe = small_recipe(tmp_path / "run")
     text = "\n".join(dry_run(recipe, small_tasks()))
     assert "2 to train on with 80 rows, 1 held out" in text
-    assert "4 steps of 4 rows of at most 60 tokens" in text
+    assert "4 steps of 4 sequences of at most 60 tokens" in text
     assert "supervised answers" in text
     assert "stays unused" in text
-    assert "measured: 2 rows forward and backward on CPU" in text
+    assert "measured: 2 sequences forward and backward on CPU" in text
     assert not (tmp_path / "run").exists()
 
 
 def test_what_the_rows_hold_is_counted(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, "objective.supervise=last_answer")
     tasks = small_tasks()
-    rows = row_source(recipe, tasks.train, starting_point(recipe, tasks.train).tokenizer)
-    statistics = sample_rows(rows, recipe.objective)
-    assert statistics.num_sampled == recipe.num_rows == 16
-    assert statistics.answers == statistics.episodes == sum(len(row.episodes) for row in rows) / 16
-    assert statistics.tokens == sum(row.num_tokens for row in rows) / 16
+    sequences = packed_sequences(recipe, tasks.train, starting_point(recipe, tasks.train).tokenizer)
+    statistics = sample_sequences(sequences, recipe.objective)
+    assert statistics.num_sampled == recipe.num_sequences == 16
+    assert statistics.answers == statistics.episodes == sum(len(sequence.episodes) for sequence in sequences) / 16
+    assert statistics.tokens == sum(sequence.num_tokens for sequence in sequences) / 16
     assert statistics.unused_share == pytest.approx(1 - statistics.tokens / 60)
     assert statistics.most_shots <= 5
 
@@ -47,7 +47,7 @@ def test_a_model_of_the_hub_is_estimated_from_its_configuration(
     monkeypatch.setattr(module, "_can_be_had", lambda name: True)
     monkeypatch.setattr(module, "load_tokenizer", lambda reference: byte_level_bpe())
     monkeypatch.setattr(estimate, "model_config", lambda reference: config)
-    changes = ["model.from_scratch=null", "model.base=hf:owner/name", "rows.max_context_tokens=300"]
+    changes = ["model.from_scratch=null", "model.base=hf:owner/name", "sequences.max_context_tokens=300"]
     text = "\n".join(dry_run(small_recipe(tmp_path, *changes, "model.lora={rank: 4}"), small_tasks()))
     assert "estimated from the configuration: 40% of this machine's matrix rate" in text
     # Rank 4, in each of 4 layers: four square projections of 64 and three between 64 and 128.

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import EncodedEpisode, Episode
-from manyicl.episodes.row import Row, RowSource
+from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.episodes.sampling import EpisodeSettings
-from manyicl.training.batch import Collator, row_tensors
-from manyicl.training.loss import answer_loss, row_loss
+from manyicl.training.batch import Collator, sequence_tensors
+from manyicl.training.loss import answer_loss, sequence_loss
 from manyicl.training.objective import target_weights
 from manyicl.training.recipe import ObjectiveSettings
 from tests.builders import make_example, make_task, tiny_model, word_level
@@ -48,21 +48,26 @@ def test_an_answer_without_anything_before_it_loses_only_its_first_token() -> No
 
 
 def test_the_supervised_position_stands_just_before_its_target_in_the_same_episode() -> None:
-    row = Row((EPISODE, EPISODE), 20, 0, 0)
-    batch = row_tensors(row, ObjectiveSettings(supervise="last_answer"))
+    sequence = PackedSequence((EPISODE, EPISODE), 20, 0, 0)
+    batch = sequence_tensors(sequence, ObjectiveSettings(supervise="last_answer"))
     assert batch["supervised_positions"].tolist() == [5, 6, 7, 14, 15, 16]
     assert batch["targets"].tolist() == [16, 17, 18, 16, 17, 18]
     assert batch["counts"].num_answers == 2
-    every = row_tensors(row, ObjectiveSettings(supervise="every_token"))
+    every = sequence_tensors(sequence, ObjectiveSettings(supervise="every_token"))
     assert 8 not in every["supervised_positions"].tolist(), "the last token of an episode predicts no other episode"
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, 18)
 
 
-def packed_rows() -> list[Row]:
+def some_sequences() -> list[PackedSequence]:
     tasks = [make_task("one", instruction="good or bad"), make_task("two")]
     encoder = Encoder(word_level())
-    source = RowSource(
-        tasks, encoder, max_context_tokens=97, num_rows=3, seed=1, episodes=EpisodeSettings(examples_per_episode=(1, 7))
+    source = PackedSequences(
+        tasks,
+        encoder,
+        max_context_tokens=97,
+        num_sequences=3,
+        seed=1,
+        episodes=EpisodeSettings(examples_per_episode=(1, 7)),
     )
     return list(source)
 
@@ -72,18 +77,18 @@ def packed_rows() -> list[Row]:
 def test_loss_and_gradients_of_packed_rows_are_those_of_each_episode_alone(
     architecture: str, objective: ObjectiveSettings
 ) -> None:
-    rows = packed_rows()
-    assert all(len(row.episodes) > 1 for row in rows)
+    sequences = some_sequences()
+    assert all(len(sequence.episodes) > 1 for sequence in sequences)
     model = tiny_model(architecture, len(word_level()))
-    expected = slow_loss(model, [episode for row in rows for episode in row.episodes], objective)
+    expected = slow_loss(model, [episode for sequence in sequences for episode in sequence.episodes], objective)
     expected.backward()
     slow_gradients = [weights.grad.clone() for weights in model.parameters() if weights.grad is not None]
     model.zero_grad()
-    batches = [Collator(objective)([row]) for row in rows]
+    batches = [Collator(objective)([sequence]) for sequence in sequences]
     total_weight = sum(float(batch["weights"].sum()) for batch in batches)
     loss = torch.zeros(())
     for batch in batches:
-        part = row_loss(model, batch, total_weight)
+        part = sequence_loss(model, batch, total_weight)
         part.backward()
         loss += part.detach()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
@@ -105,9 +110,9 @@ def test_the_loss_is_a_weighted_sum_divided_once(num_positions: int) -> None:
 
 def test_nothing_supervised_gives_a_zero_that_is_connected_to_the_graph() -> None:
     episode = EncodedEpisode("hand", (1, 2, 3), ())
-    batch = row_tensors(Row((episode,), 3, 0, 0), ObjectiveSettings())
+    batch = sequence_tensors(PackedSequence((episode,), 3, 0, 0), ObjectiveSettings())
     model = tiny_model()
-    loss = row_loss(model, batch, 0.0)
+    loss = sequence_loss(model, batch, 0.0)
     loss.backward()
     assert loss.item() == 0
     gradients: list[Tensor] = [weights.grad for weights in model.parameters() if weights.grad is not None]

@@ -36,7 +36,7 @@ def test_an_adapter_is_trained_on_a_gpu_and_loads_over_its_base(name: str, tmp_p
         f"model.base={tmp_path / 'base'}",
         "model.lora={rank: 4}",
         "model.dtype=bfloat16",
-        "rows.max_context_tokens=200",
+        "sequences.max_context_tokens=200",
         *SETTINGS[name],
     )
     if missing := missing_here(recipe):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from manyicl.errors import UserError
-from manyicl.training.recipe import Recipe
+from manyicl.training.recipe import RENAMED_KEYS, Recipe
 from tests.training.recipes import TEXT
 
 RECIPE = TEXT + "output: runs/x\n"
@@ -23,13 +23,13 @@ def test_overrides_are_yaml_values_under_dotted_keys() -> None:
         RECIPE,
         overrides=[
             "training.learning_rate=1e-4",
-            "rows.examples_per_episode=[2, 8]",
+            "sequences.examples_per_episode=[2, 8]",
             "objective.supervise=last_answer",
             "output=a=b",
         ],
     )
     assert recipe.training.learning_rate == 1e-4
-    assert recipe.rows.examples_per_episode == (2, 8)
+    assert recipe.sequences.examples_per_episode == (2, 8)
     assert recipe.objective.supervise == "last_answer"
     assert str(recipe.output) == "a=b"
 
@@ -37,7 +37,7 @@ def test_overrides_are_yaml_values_under_dotted_keys() -> None:
 def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
     recipe = Recipe.parse(RECIPE, overrides=["training.num_steps=null", "training.num_tokens=241"])
     assert recipe.num_steps == 2  # 4 rows of 60 tokens are 240
-    assert recipe.num_rows == 8
+    assert recipe.num_sequences == 8
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,11 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
         ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0; found -1."),
         ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found None."),
         ("training.learning_rate=.nan", "training.learning_rate: "),
-        ("rows.examples_per_episode=many", "rows.examples_per_episode: found 'many'; expected: Examples in an episode"),
-        ("rows.examples_per_episode=[5, 2]", "1 <= least <= most"),
+        (
+            "sequences.examples_per_episode=many",
+            "sequences.examples_per_episode: found 'many'; expected: Examples in an episode",
+        ),
+        ("sequences.examples_per_episode=[5, 2]", "1 <= least <= most"),
         ("training.num_tokens=5", "give either num_tokens or num_steps; found both"),
         ("model.base=x", "give either base or from_scratch; found both"),
         ("model.lora={}", "from_scratch trains all weights"),
@@ -67,7 +70,7 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
         ("training.evaluate_shots=[0, 0]", "different counts of at least 0"),
         ("model.from_scratch.tokenizer={kind: byte_bpe, vocabulary_size: 100}", "byte_bpe needs at least 300"),
         ("seed", "expected section.key=value"),
-        ("rows.examples_per_episode.more=1", "has no keys of its own"),
+        ("sequences.examples_per_episode.more=1", "has no keys of its own"),
         ("tasks=[a: b: c", "not valid YAML"),
     ],
 )
@@ -76,6 +79,14 @@ def test_a_mistake_in_a_recipe_is_named_in_one_sentence(override: str, sentence:
         Recipe.parse(RECIPE, "my.yaml", [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_key_under_its_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.parse(RECIPE, "my.yaml", [f"{old}=1"])
+    assert (error.value.code, error.value.field) == ("renamed_key", old)
+    assert repr(new) in str(error.value)
 
 
 def test_checkpoints_that_evaluations_make_in_any_case_are_not_asked_for_twice() -> None:

@@ -28,7 +28,7 @@ SOUND: dict[str, Any] = {
         "data_root": "data",
         "mixture": {"kind": "weights", "weights": {"t": 1, "qa": 0.5}},
     },
-    "rows": {"max_context_tokens": 60, "examples_per_episode": [1, 6], "sampling": "balanced"},
+    "sequences": {"max_context_tokens": 60, "examples_per_episode": [1, 6], "sampling": "balanced"},
     "objective": {"supervise": "all_answers", "weighting": "answer", "context_weight": 0.1},
     "training": {"num_steps": 2, "learning_rate": 0.01, "evaluate_shots": [0, 2], "adam_betas": [0.9, 0.95]},
     "output": "run",
@@ -36,7 +36,7 @@ SOUND: dict[str, Any] = {
 KEYS = [
     "model",
     "tasks",
-    "rows",
+    "sequences",
     "training",
     "output",
     "num_steps",
@@ -55,7 +55,7 @@ def require_sound(recipe: Recipe | None) -> None:
     if recipe is None:
         return
     assert recipe.num_steps >= 1
-    assert 1 <= recipe.num_rows < 2**63
+    assert 1 <= recipe.num_sequences < 2**63
     assert Recipe.parse(recipe.to_yaml()) == recipe
 
 

@@ -164,7 +164,7 @@ def test_4_bits_are_counted_in_the_estimated_memory(monkeypatch: pytest.MonkeyPa
     memory = {}
     for override in ("model.quantize=null", "model.quantize=4bit"):
         recipe = small_recipe(tmp_path, *NO_BASE, override)
-        statistics = estimate.RowStatistics(1, 0, 0, 0, 1, 0, 0, 0, 0, 0)
+        statistics = estimate.SequenceStatistics(1, 0, 0, 0, 1, 0, 0, 0, 0, 0)
         memory[override] = estimate.estimated_cost(recipe, statistics).memory_gib * 2**30
     linear = 2 * (4 * 512 * 512 + 3 * 512 * 1024)
     saved = memory["model.quantize=null"] - memory["model.quantize=4bit"]
@@ -191,7 +191,7 @@ def test_an_adapter_trained_over_4_bits_belongs_to_the_base_as_it_is_saved(
         return load_model(reference, dtype=dtype).model
 
     monkeypatch.setattr("manyicl.training.start.load_quantized", load_quantized)
-    recipe = over(base, tmp_path / "run", "model.quantize=4bit", "rows.max_context_tokens=200")
+    recipe = over(base, tmp_path / "run", "model.quantize=4bit", "sequences.max_context_tokens=200")
     train(recipe, small_tasks())
     assert asked == [(str(base), "bfloat16", "cpu")]
     loaded = load_model(str(tmp_path / "run"))

@@ -24,14 +24,14 @@ from manyicl.cli.train import held_out_evaluation
 from manyicl.errors import MachineError, UserError
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.model.manifest import Manifest, TrainedTask
-from manyicl.training.batch import row_counts
+from manyicl.training.batch import sequence_counts
 from manyicl.training.checkpoint import RunInterrupted
-from manyicl.training.counts import RowCounts
-from manyicl.training.loss import row_loss
+from manyicl.training.counts import SequenceCounts
+from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.stopping import stopping_signals
-from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, row_source, train
+from manyicl.training.train import RecipeTasks, TrainedRun, load_recipe_tasks, packed_sequences, train
 from tests.builders import make_task
 from tests.training.recipes import small_recipe, small_tasks
 
@@ -115,16 +115,16 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_without_interruption(tmp
 
 @contextmanager
 def at_row(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change the loss of one row of a run, four to a step."""
+    """Change the loss of one sequence of a run, four to a step."""
     calls = 0
 
     def changed(*arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return act(row_loss(*arguments)) if calls == number else row_loss(*arguments)
+        return act(sequence_loss(*arguments)) if calls == number else sequence_loss(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("manyicl.training.trainer.row_loss", changed)
+        patched.setattr("manyicl.training.trainer.sequence_loss", changed)
         yield
 
 
@@ -160,11 +160,11 @@ def test_a_second_signal_ends_a_run_at_once_and_names_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ("act", "problem"),
     [
-        (lambda loss: loss * float("nan"), "The loss became nan in step 2, in a row with tasks"),
+        (lambda loss: loss * float("nan"), "The loss became nan in step 2, in a sequence with tasks"),
         (
             # Nothing is added to the loss, and what is not a number to its gradient.
             lambda loss: loss + (loss - loss.detach()).sqrt(),
-            "The norm of the gradient became (nan|inf) in step 2, in rows with tasks one, two",
+            "The norm of the gradient became (nan|inf) in step 2, in sequences with tasks one, two",
         ),
     ],
 )
@@ -246,20 +246,22 @@ def test_checkpoints_are_saved_between_evaluations(tmp_path: Path) -> None:
 
 
 def test_what_was_left_out_of_the_whole_run_is_counted_also_when_it_is_resumed(tmp_path: Path) -> None:
-    # 40 rows in the run, more than are looked at before it.
-    changes = ("training.num_steps=10", "training.evaluate_every=1", "rows.examples_per_episode=[2, 9]")
+    # 40 sequences in the run, more than are looked at before it.
+    changes = ("training.num_steps=10", "training.evaluate_every=1", "sequences.examples_per_episode=[2, 9]")
     recipe = small_recipe(tmp_path / "run", *changes)
     run(recipe, evaluation=stop_in_step(4))
     screen = io.StringIO()
     train(recipe, small_tasks(), evaluation=stop_in_step(0), resume=True, console=Console(file=screen))
     tasks = small_tasks()
-    rows = row_source(recipe, tasks.train, AutoTokenizer.from_pretrained(recipe.output))
-    counts = sum((row_counts(row, recipe.objective) for row in rows), RowCounts())
-    assert counts.num_rows == 40
+    sequences = packed_sequences(recipe, tasks.train, AutoTokenizer.from_pretrained(recipe.output))
+    counts = sum((sequence_counts(sequence, recipe.objective) for sequence in sequences), SequenceCounts())
+    assert counts.num_sequences == 40
     assert counts.num_tokens + counts.num_unused_tokens == 40 * 60
-    assert counts.num_shots_left_out == sum(row.num_shots_left_out for row in rows) > 0
+    assert counts.num_shots_left_out == sum(sequence.num_shots_left_out for sequence in sequences) > 0
     assert counts.sentence() in screen.getvalue()
-    assert f"{counts.num_shots_left_out} shots that no longer fitted, 0 longer than a whole row" in counts.sentence()
+    assert (
+        f"{counts.num_shots_left_out} shots that no longer fitted, 0 longer than a whole sequence" in counts.sentence()
+    )
     manifest = Manifest.read(recipe.output)
     assert manifest is not None
     assert manifest.max_trained_shots == counts.most_shots
@@ -436,8 +438,8 @@ def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
 
 
 def test_rows_longer_than_the_positions_of_the_model_are_refused(finished: Path, tmp_path: Path) -> None:
-    changes = ["model.from_scratch=null", f"model.base={finished}", "rows.max_context_tokens=61"]
-    with pytest.raises(UserError, match=r"rows\.max_context_tokens is 61; the model has 60 positions"):
+    changes = ["model.from_scratch=null", f"model.base={finished}", "sequences.max_context_tokens=61"]
+    with pytest.raises(UserError, match=r"sequences\.max_context_tokens is 61; the model has 60 positions"):
         run(small_recipe(tmp_path / "run", *changes))
 
 

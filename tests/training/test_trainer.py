@@ -12,7 +12,7 @@ from manyicl.errors import MachineError, UserError
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import row_source, training_arguments
+from manyicl.training.train import packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.reference.one_step import slow_loss
 from tests.training.first_step import first_step, first_step_recipe
@@ -23,9 +23,11 @@ def slow_first_step(recipe: Recipe) -> tuple[list[Tensor], float]:
     """One large batch: every episode of the step alone, one backward pass."""
     tasks = small_tasks()
     start = starting_point(recipe, tasks.train)
-    rows = row_source(recipe, tasks.train, start.tokenizer)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
     start.model.train()
-    loss = slow_loss(start.model, [episode for row in rows for episode in row.episodes], recipe.objective)
+    loss = slow_loss(
+        start.model, [episode for sequence in sequences for episode in sequence.episodes], recipe.objective
+    )
     loss.backward()
     return [weights.grad for weights in start.model.parameters() if weights.grad is not None], loss.item()
 
@@ -66,7 +68,7 @@ def test_rows_that_two_processes_cannot_share_evenly_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     recipe = small_recipe(tmp_path)
-    with pytest.raises(UserError, match="rows_per_step is 4 and 3 processes share them"):
+    with pytest.raises(UserError, match="sequences_per_step is 4 and 3 processes share them"):
         training_arguments(recipe, RunFolder(tmp_path), evaluates=False)
 
 
@@ -79,10 +81,10 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_step_and_tasks(tmp_p
     trainer = ManyShotTrainer(
         start.model,
         training_arguments(recipe, RunFolder(tmp_path), evaluates=False),
-        row_source(recipe, tasks.train, start.tokenizer),
+        packed_sequences(recipe, tasks.train, start.tokenizer),
         recipe.objective,
     )
     with pytest.raises(
-        MachineError, match=r"became nan in step 1, in a row with tasks (one|two|one, two)\. There is no"
+        MachineError, match=r"became nan in step 1, in a sequence with tasks (one|two|one, two)\. There is no"
     ):
         trainer.train()

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import row_source, training_arguments
+from manyicl.training.train import packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.builders import byte_level_bpe, tiny_model
 from tests.training.recipes import small_recipe, small_tasks
@@ -38,13 +38,13 @@ SETTINGS = (
 CASES = {
     "full": (
         "model.from_scratch.config.attention_dropout=0",
-        "{context}={{max_context_tokens: 60, examples_per_episode: [1, 6], rename_labels: 0.5}}",
+        "sequences={{max_context_tokens: 60, examples_per_episode: [1, 6], rename_labels: 0.5}}",
     ),
     "lora": (
         "model.from_scratch=null",
         "model.base={base}",
         "model.lora={{rank: 4, dropout: 0.1}}",
-        "{context}={{max_context_tokens: 200, sampling: balanced}}",
+        "sequences={{max_context_tokens: 200, sampling: balanced}}",
     ),
 }
 
@@ -64,7 +64,7 @@ def losses(name: str, folder: Path) -> list[float]:
     tokenizer = byte_level_bpe()
     tiny_model(vocabulary_size=len(tokenizer)).save_pretrained(str(base))
     tokenizer.save_pretrained(str(base))
-    changes = [change.format(base=base, context="rows") for change in CASES[name]]
+    changes = [change.format(base=base) for change in CASES[name]]
     return _losses(small_recipe(folder / "run", *SETTINGS, *changes))
 
 
@@ -73,8 +73,8 @@ def _losses(recipe: Recipe) -> list[float]:
     start = starting_point(recipe, tasks.train)
     seen = Losses()
     arguments = training_arguments(recipe, RunFolder(recipe.output), evaluates=False)
-    rows = row_source(recipe, tasks.train, start.tokenizer)
-    ManyShotTrainer(start.model, arguments, rows, recipe.objective, callbacks=[seen]).train()
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
+    ManyShotTrainer(start.model, arguments, sequences, recipe.objective, callbacks=[seen]).train()
     return seen.values
 
 

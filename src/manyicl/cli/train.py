@@ -29,9 +29,9 @@ Examples:
 
   manyicl train recipes/nano.yaml --dry-run
 
-    Run: 150 steps of 8 rows of at most 1,024 tokens.
-    A row holds 1,003 tokens in 2.1 episodes with 62.0 supervised answers (124 tokens); 2.1% of it stays unused …
-    About 4 minutes on this machine, evaluation aside, and 0.6 GiB of memory (measured: 2 rows …).
+    Run: 150 steps of 8 sequences of at most 1,024 tokens.
+    A packed sequence holds 1,003 tokens in 2.1 episodes with 62.0 supervised answers (124 tokens); 2.1% of it stays …
+    About 4 minutes on this machine, evaluation aside, and 0.6 GiB of memory (measured: 2 sequences …).
 
   manyicl train recipes/nano.yaml --set training.learning_rate=1e-4 --set output=runs/slower
 

@@ -110,7 +110,7 @@ class DrawnEpisode:
     examples: Iterator[Example]
 
 
-def row_rng(seed: int, index: int) -> random.Random:
+def sequence_rng(seed: int, index: int) -> random.Random:
     """Return the generator of one row: seed and index alone decide, so no state needs saving."""
     return random.Random(f"row {seed} {index}")
 

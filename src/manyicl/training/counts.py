@@ -1,4 +1,4 @@
-"""What a run adds up as it goes and its checkpoints keep: its rows, what was left out of them, and its losses."""
+"""What a run adds up as it goes and its checkpoints keep: its sequences, what was left out of them, and its losses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers.trainer_callback import ExportableState
 
 
 @dataclass(frozen=True, slots=True)
-class RowCounts:
-    """Counts over some rows.
+class SequenceCounts:
+    """Counts over some sequences.
 
     Attributes:
-        num_rows: How many.
+        num_sequences: How many.
         num_tokens: Of all their episodes.
         num_unused_tokens: Of their contexts, that hold nothing.
         num_answers: Supervised ones.
@@ -23,7 +23,7 @@ class RowCounts:
         most_shots: Demonstrations before an answer, at most.
     """
 
-    num_rows: int = 0
+    num_sequences: int = 0
     num_tokens: int = 0
     num_unused_tokens: int = 0
     num_answers: int = 0
@@ -31,18 +31,19 @@ class RowCounts:
     num_shots_too_long: int = 0
     most_shots: int = 0
 
-    def __add__(self, other: RowCounts) -> RowCounts:
+    def __add__(self, other: SequenceCounts) -> SequenceCounts:
         """Count both."""
         sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
-        return RowCounts(**{**sums, "most_shots": max(self.most_shots, other.most_shots)})
+        return SequenceCounts(**{**sums, "most_shots": max(self.most_shots, other.most_shots)})
 
     def sentence(self) -> str:
-        """Say what the rows held, and what was left out of them."""
+        """Say what the sequences held, and what was left out of them."""
         unused_share = self.num_unused_tokens / max(self.num_tokens + self.num_unused_tokens, 1)
         return (
-            f"Trained on {self.num_rows:,} rows with {self.num_tokens:,} tokens and {self.num_answers:,} supervised "
-            f"answers, behind up to {self.most_shots:,} shots; left out: {self.num_shots_left_out:,} shots that no "
-            f"longer fitted, {self.num_shots_too_long:,} longer than a whole row, {unused_share:.1%} of the context."
+            f"Trained on {self.num_sequences:,} sequences with {self.num_tokens:,} tokens and {self.num_answers:,} "
+            f"supervised answers, after up to {self.most_shots:,} shots; left out: {self.num_shots_left_out:,} shots "
+            f"that no longer fitted, {self.num_shots_too_long:,} longer than a whole sequence, "
+            f"{unused_share:.1%} of the context."
         )
 
 
@@ -50,7 +51,7 @@ class RunCounts(TrainerCallback, ExportableState):
     """The counts of a whole run, kept in its checkpoints, so that a resumed run knows those of before."""
 
     def __init__(self) -> None:
-        self.total = RowCounts()
+        self.total = SequenceCounts()
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -62,7 +63,7 @@ class RunCounts(TrainerCallback, ExportableState):
         """Go on from the counts of the checkpoint; transformers leaves reading them to us."""
         # In a new run these are our own zeros. The entry must exist, or saving a checkpoint fails.
         saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
-        self.total = RowCounts(**saved.setdefault(type(self).__name__, self.state())["attributes"]["total"])
+        self.total = SequenceCounts(**saved.setdefault(type(self).__name__, self.state())["attributes"]["total"])
 
 
 class RunLoss(TrainerCallback, ExportableState):

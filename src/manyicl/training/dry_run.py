@@ -11,28 +11,28 @@ from urllib.request import getproxies
 from huggingface_hub import constants, try_to_load_from_cache
 
 from manyicl.episodes.chat_template import describe
-from manyicl.episodes.row import RowSource
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import UserError
 from manyicl.model.load import HUB_PREFIX, load_tokenizer
 from manyicl.training.estimate import (
     MOST_PARAMETERS_MEASURED,
     Cost,
-    RowStatistics,
+    SequenceStatistics,
     estimated_cost,
     measured_cost,
     parameter_counts,
-    sample_rows,
+    sample_sequences,
 )
 from manyicl.training.recipe import Recipe
 from manyicl.training.requirements import missing_here
 from manyicl.training.start import starting_point
-from manyicl.training.train import RecipeTasks, require_unseen_by_base, row_source
+from manyicl.training.train import RecipeTasks, packed_sequences, require_unseen_by_base
 
 
 def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
-    """Yield lines about a run: its size, its rows, and what it will cost on this machine.
+    """Yield lines about a run: its size, its sequences, and what it will cost on this machine.
 
-    A small model that is at hand is run on a few rows. A large one, or one of the Hub, is estimated from its
+    A small model that is at hand is run on a few sequences. A large one, or one of the Hub, is estimated from its
     configuration; where not even that is at hand, the lines say what cannot be known. So they do where the recipe
     asks for a library or a GPU that is not here: it is a run for another machine.
 
@@ -45,8 +45,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
         f"{len(tasks.held_out)} held out."
     )
     yield (
-        f"Run: {recipe.num_steps:,} steps of {settings.rows_per_step} rows of at most "
-        f"{recipe.rows.max_context_tokens:,} tokens."
+        f"Run: {recipe.num_steps:,} steps of {settings.sequences_per_step} sequences of at most "
+        f"{recipe.sequences.max_context_tokens:,} tokens."
     )
     missing = missing_here(recipe)
     for sentence in missing:
@@ -60,16 +60,16 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
         return
     start = starting_point(recipe, tasks.train)
     require_unseen_by_base(tasks.held_out, start)
-    rows = row_source(recipe, tasks.train, start.tokenizer)
-    statistics = sample_rows(rows, recipe.objective)
-    yield from _run_lines(recipe, statistics, rows)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
+    statistics = sample_sequences(sequences, recipe.objective)
+    yield from _run_lines(recipe, statistics, sequences)
     if missing:
         num_parameters = sum(weights.numel() for weights in start.model.parameters())
         yield _size_line(num_parameters, start.num_trainable_parameters)
         yield "Hours and memory cannot be known on this machine."
         return
     if sum(weights.numel() for weights in start.model.parameters()) <= MOST_PARAMETERS_MEASURED:
-        cost = measured_cost(recipe, start, rows)
+        cost = measured_cost(recipe, start, sequences)
     else:
         cost = estimated_cost(recipe, statistics)
     yield from _cost_lines(cost)
@@ -95,7 +95,7 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
     """Describe a run over a base whose weights are not looked at."""
     base = recipe.model.base
     assert base is not None
-    most_tokens = recipe.num_rows * recipe.rows.max_context_tokens
+    most_tokens = recipe.num_sequences * recipe.sequences.max_context_tokens
     unknown = (
         f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
         f"tokenizer of {base!r} is not on this machine and "
@@ -108,9 +108,9 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
     except UserError as error:
         yield f"{unknown}could not be fetched: {error}"
         return
-    rows = row_source(recipe, tasks.train, tokenizer)
-    statistics = sample_rows(rows, recipe.objective)
-    yield from _run_lines(recipe, statistics, rows)
+    sequences = packed_sequences(recipe, tasks.train, tokenizer)
+    statistics = sample_sequences(sequences, recipe.objective)
+    yield from _run_lines(recipe, statistics, sequences)
     try:
         counts = parameter_counts(recipe)
     except UserError as error:
@@ -139,13 +139,13 @@ def _can_be_had(repository: str) -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def _run_lines(recipe: Recipe, statistics: RowStatistics, rows: RowSource) -> Iterator[str]:
+def _run_lines(recipe: Recipe, statistics: SequenceStatistics, sequences: PackedSequences) -> Iterator[str]:
     yield statistics.sentence()
-    yield from describe(rows.encoder.format)
+    yield from describe(sequences.encoder.format)
     yield (
-        f"In all about {statistics.tokens * recipe.num_rows:,.0f} tokens and "
-        f"{statistics.answers * recipe.num_rows:,.0f} supervised answers; up to {statistics.most_shots:,} shots before "
-        "an answer in the rows looked at."
+        f"In all about {statistics.tokens * recipe.num_sequences:,.0f} tokens and "
+        f"{statistics.answers * recipe.num_sequences:,.0f} supervised answers; up to {statistics.most_shots:,} shots "
+        "before an answer in the sequences looked at."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is spent: rows, answers, hours, memory."""
+"""What a run will cost, before anything is spent: sequences, answers, hours, memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from manyicl.episodes.row import Row, RowSource
+from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.model.load import DTYPES, model_config
-from manyicl.training.batch import row_tensors
-from manyicl.training.loss import row_loss
+from manyicl.training.batch import sequence_tensors
+from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import LoraSettings, ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint
 
-NUM_SAMPLED_ROWS = 32
-NUM_MEASURED_ROWS = 2
+NUM_SAMPLED_SEQUENCES = 32
+NUM_MEASURED_SEQUENCES = 2
 # Larger models are estimated from their configuration instead of being run.
 MOST_PARAMETERS_MEASURED = 300_000_000
 # Share of the measured matrix rate that a whole training step reaches; a rule of thumb, said where it is used.
@@ -31,20 +31,20 @@ BYTES_PER_4_BIT_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
-class RowStatistics:
-    """Means over a sample of the rows of a run.
+class SequenceStatistics:
+    """Means over a sample of the sequences of a run.
 
     Attributes:
-        num_sampled: Rows looked at.
-        tokens: Per row.
-        answers: Supervised ones, per row.
-        targets: Supervised tokens, per row.
-        episodes: Per row.
-        unused_share: Of the context of a row.
-        most_shots: Demonstrations before an answer, at most in these rows; the whole run may hold more.
-        shots_left_out: Asked for and not fitting, per row.
-        shots_too_long: Longer than a whole context, per row.
-        build_seconds: To draw and encode a row and make its tensors.
+        num_sampled: Sequences looked at.
+        tokens: Per sequence.
+        answers: Supervised ones, per sequence.
+        targets: Supervised tokens, per sequence.
+        episodes: Per sequence.
+        unused_share: Of the context of a sequence.
+        most_shots: Demonstrations before an answer, at most in these sequences; the whole run may hold more.
+        shots_left_out: Asked for and not fitting, per sequence.
+        shots_too_long: Longer than a whole context, per sequence.
+        build_seconds: To draw and encode a sequence and make its tensors.
     """
 
     num_sampled: int
@@ -59,44 +59,44 @@ class RowStatistics:
     build_seconds: float
 
     def sentence(self) -> str:
-        """Say what a row holds, and what is left out of it."""
+        """Say what a sequence holds, and what is left out of it."""
         text = (
-            f"A row holds {self.tokens:,.0f} tokens in {self.episodes:.1f} episodes with {self.answers:,.1f} "
-            f"supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays unused "
-            f"(means over {self.num_sampled} rows)."
+            f"A packed sequence holds {self.tokens:,.0f} tokens in {self.episodes:.1f} episodes with "
+            f"{self.answers:,.1f} supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays "
+            f"unused (means over {self.num_sampled} sequences)."
         )
         if self.shots_too_long:
-            text += f" {self.shots_too_long:.1f} examples per row are passed over: longer than a whole row."
+            text += f" {self.shots_too_long:.1f} examples per sequence are passed over: longer than a whole sequence."
         if self.shots_left_out:
-            text += f" {self.shots_left_out:.1f} shots per row were asked for and did not fit."
+            text += f" {self.shots_left_out:.1f} shots per sequence were asked for and did not fit."
         return text
 
 
-def sample_rows(rows: RowSource, objective: ObjectiveSettings) -> RowStatistics:
-    """Build some rows of a run and take means.
+def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -> SequenceStatistics:
+    """Build some sequences of a run and take means.
 
     Args:
-        rows: The run.
+        sequences: The run.
         objective: Says which answers count.
     """
     started = time.perf_counter()
-    sample = [rows[index] for index in range(min(len(rows), NUM_SAMPLED_ROWS))]
-    batches = [row_tensors(row, objective) for row in sample]
+    sample = [sequences[index] for index in range(min(len(sequences), NUM_SAMPLED_SEQUENCES))]
+    batches = [sequence_tensors(sequence, objective) for sequence in sample]
     seconds = time.perf_counter() - started
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(sample)
 
-    return RowStatistics(
+    return SequenceStatistics(
         num_sampled=len(sample),
-        tokens=mean([row.num_tokens for row in sample]),
+        tokens=mean([sequence.num_tokens for sequence in sample]),
         answers=mean([batch["counts"].num_answers for batch in batches]),
         targets=mean([len(batch["targets"]) for batch in batches]),
-        episodes=mean([len(row.episodes) for row in sample]),
-        unused_share=mean([row.unused_share for row in sample]),
+        episodes=mean([len(sequence.episodes) for sequence in sample]),
+        unused_share=mean([sequence.unused_share for sequence in sample]),
         most_shots=max(batch["counts"].most_shots for batch in batches),
-        shots_left_out=mean([row.num_shots_left_out for row in sample]),
-        shots_too_long=mean([row.num_shots_too_long for row in sample]),
+        shots_left_out=mean([sequence.num_shots_left_out for sequence in sample]),
+        shots_too_long=mean([sequence.num_shots_too_long for sequence in sample]),
         build_seconds=seconds / len(sample),
     )
 
@@ -120,38 +120,38 @@ class Cost:
     how: str
 
 
-def measured_cost(recipe: Recipe, start: StartingPoint, rows: RowSource) -> Cost:
-    """Run forward and backward on the first rows of the run, without changing a weight."""
+def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequences) -> Cost:
+    """Run forward and backward on the first sequences of the run, without changing a weight."""
     model = start.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     nn.Module.to(model, device)
     model.train()
-    sample = [rows[index % len(rows)] for index in range(NUM_MEASURED_ROWS + 1)]
-    # The first row warms caches up.
+    sample = [sequences[index % len(sequences)] for index in range(NUM_MEASURED_SEQUENCES + 1)]
+    # The first sequence warms caches up.
     _forward_and_backward(recipe, model, sample[0], device)
     started = time.perf_counter()
-    for row in sample[1:]:
-        _forward_and_backward(recipe, model, row, device)
-    seconds_per_row = (time.perf_counter() - started) / NUM_MEASURED_ROWS
+    for sequence in sample[1:]:
+        _forward_and_backward(recipe, model, sequence, device)
+    seconds_per_sequence = (time.perf_counter() - started) / NUM_MEASURED_SEQUENCES
     model.zero_grad(set_to_none=True)
     adam_bytes = 8 * start.num_trainable_parameters
     return Cost(
-        hours=seconds_per_row * recipe.num_rows / 3600,
+        hours=seconds_per_sequence * recipe.num_sequences / 3600,
         memory_gib=(_peak_bytes(device) + adam_bytes) / 2**30,
         num_parameters=sum(weights.numel() for weights in model.parameters()),
         num_trainable=start.num_trainable_parameters,
-        how=f"measured: {NUM_MEASURED_ROWS} rows forward and backward on {_device_name(device)}",
+        how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {_device_name(device)}",
     )
 
 
-def _forward_and_backward(recipe: Recipe, model: nn.Module, row: Row, device: torch.device) -> None:
-    batch = row_tensors(row, recipe.objective)
+def _forward_and_backward(recipe: Recipe, model: nn.Module, sequence: PackedSequence, device: torch.device) -> None:
+    batch = sequence_tensors(sequence, recipe.objective)
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
             batch[name] = value.to(device)  # type: ignore[literal-required]
     autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
     with autocast:
-        loss = row_loss(model, batch, 1.0)
+        loss = sequence_loss(model, batch, 1.0)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -217,7 +217,7 @@ def adapter_size(model: nn.Module, lora: LoraSettings) -> int:
     return sum(lora.rank * (part.in_features + part.out_features) for part in covered)
 
 
-def estimated_cost(recipe: Recipe, statistics: RowStatistics) -> Cost:
+def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
     """Estimate time from the matrix rate of this machine, memory from counts of weights and activations.
 
     A token costs 2 operations per weight forward, 2 more for the gradients of activations and 2 for those of
@@ -234,7 +234,7 @@ def estimated_cost(recipe: Recipe, statistics: RowStatistics) -> Cost:
     per_token = 4 * num_parameters + 2 * num_trainable
     if recipe.training.gradient_checkpointing:
         per_token += 2 * num_parameters
-    seconds = per_token * statistics.tokens * recipe.num_rows / (rate * ASSUMED_EFFICIENCY)
+    seconds = per_token * statistics.tokens * recipe.num_sequences / (rate * ASSUMED_EFFICIENCY)
     config = model_config(recipe.model.base).get_text_config()
     bytes_per_weight = torch.finfo(DTYPES[recipe.model.dtype]).bits // 8
     bytes_per_activation = 2 if low_precision else 4

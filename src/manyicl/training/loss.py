@@ -9,10 +9,10 @@ from manyicl.training.batch import Batch
 
 
 def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor, total_weight: float | Tensor) -> Tensor:
-    """Weighted cross-entropy at the supervised positions of one packed row, in nats.
+    """Weighted cross-entropy at the supervised positions of one packed sequence, in nats.
 
     Summed, then divided once by the weight of the whole optimizer step, so an answer
-    counts the same however episodes fall into rows, micro-batches and processes.
+    counts the same however episodes fall into sequences, micro-batches and processes.
 
     Args:
         logits: Scores at the supervised positions only, (S, V).
@@ -31,14 +31,14 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor, total_weight: 
     if not len(logits) == len(targets) == len(weights):
         raise ValueError(
             f"logits cover {len(logits)} positions, targets {len(targets)}, weights {len(weights)}; "
-            "take all three from the same row."
+            "take all three from the same sequence."
         )
     token_nats = F.cross_entropy(logits.float(), targets, reduction="none")
     return (token_nats * weights).sum() / (total_weight or 1.0)
 
 
-def row_loss(model: nn.Module, batch: Batch, total_weight: float | Tensor) -> Tensor:
-    """Run the model over one packed row and return the row's part of the step's loss.
+def sequence_loss(model: nn.Module, batch: Batch, total_weight: float | Tensor) -> Tensor:
+    """Run the model over one packed sequence and return the sequence's part of the step's loss.
 
     Only supervised positions meet the vocabulary projection, through the model's own one-dimensional
     ``logits_to_keep``, so that its caps and scales and an adapter on its head all apply. No attention mask is

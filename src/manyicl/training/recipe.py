@@ -16,6 +16,8 @@ from manyicl.episodes.text_format import FormatSettings
 from manyicl.errors import UserError, shortened, shown
 from manyicl.tasks.rows import exists, nearest_path
 
+RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
+
 
 class LoraSettings(Section):
     """A low-rank adapter over a base that stays as it is."""
@@ -77,8 +79,8 @@ class ModelSettings(Section):
     )
     attention: Literal["split", "flash"] = Field(
         "split",
-        description="split: each episode of a row through torch's own kernels; flash: all in one call of flash-attn, "
-        "on a CUDA GPU in bfloat16.",
+        description="split: each episode of a sequence through torch's own kernels; flash: all in one call of "
+        "flash-attn, on a CUDA GPU in bfloat16.",
     )
 
     @model_validator(mode="after")
@@ -126,10 +128,12 @@ class TaskSettings(Section):
         return None if data_root is None else data_root.expanduser()
 
 
-class RowSettings(EpisodeSettings):
+class SequenceSettings(EpisodeSettings):
     """What one training sequence holds: episodes of whole shots, until the context is full."""
 
-    max_context_tokens: int = Field(2048, ge=8, description="Tokens of a row, and the model's trained context.")
+    max_context_tokens: int = Field(
+        2048, ge=8, description="Tokens of a packed sequence, and the model's trained context."
+    )
 
 
 class ObjectiveSettings(Section):
@@ -166,8 +170,8 @@ class TrainingSettings(Section):
         None, ge=1, le=10**15, description="Length of the run in context tokens, rounded up to whole steps."
     )
     num_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps, instead.")
-    rows_per_step: int = Field(
-        8, ge=1, description="Rows in one optimizer step, over all processes; each is one micro-batch."
+    sequences_per_step: int = Field(
+        8, ge=1, description="Packed sequences in one optimizer step, over all processes; each is one micro-batch."
     )
     learning_rate: float = Field(gt=0, description="Peak rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = Field(
@@ -206,7 +210,7 @@ class TrainingSettings(Section):
         None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
     )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, and the best of each of them.")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of rows, new weights and dropout.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the packed sequences, new weights and dropout.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; unset: torch's choice.")
 
     @field_validator("adam_betas")
@@ -232,11 +236,11 @@ class TrainingSettings(Section):
 
 
 class Recipe(Section):
-    """One run: which model, which tasks, which rows, which targets, how long, and where it ends up."""
+    """One run: which model, which tasks, which packed sequences, which targets, how long, and where it ends up."""
 
     model: ModelSettings
     tasks: TaskSettings
-    rows: RowSettings = Field(default_factory=RowSettings)
+    sequences: SequenceSettings = Field(default_factory=SequenceSettings)
     format: FormatSettings = Field(default_factory=FormatSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: TrainingSettings
@@ -267,12 +271,12 @@ class Recipe(Section):
         if self.training.num_steps is not None:
             return self.training.num_steps
         assert self.training.num_tokens is not None  # one of the two, checked above
-        return -(-self.training.num_tokens // (self.training.rows_per_step * self.rows.max_context_tokens))
+        return -(-self.training.num_tokens // (self.training.sequences_per_step * self.sequences.max_context_tokens))
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the run, over all processes."""
-        return self.num_steps * self.training.rows_per_step
+    def num_sequences(self) -> int:
+        """Packed sequences of the run, over all processes."""
+        return self.num_steps * self.training.sequences_per_step
 
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -300,6 +304,7 @@ class Recipe(Section):
             raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {shown(content)}.")
         for override in overrides:
             content = _override(content, override)
+        _require_new_names(content, name)
         return validated(cls, content, name)
 
     def to_yaml(self) -> str:
@@ -319,6 +324,17 @@ class _Loader(UniqueKeyLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _require_new_names(content: Mapping[str, Any], name: str) -> None:
+    """Refuse keys under names that they no longer have, and say what they are called now."""
+    for old, new in RENAMED_KEYS.items():
+        section, _, key = old.rpartition(".")
+        inner = content.get(section) if section else content
+        if isinstance(inner, Mapping) and key in inner:
+            raise UserError(
+                "renamed_key", f"the key {old!r} is called {new!r} now", remedy="Rename it.", file=name, field=old
+            )
 
 
 def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class RecipeHere:
     Attributes:
         base: The weights that it starts from, and whether they are at hand.
         device: Where each process trains.
-        num_processes: That share the rows of a step.
+        num_processes: That share the sequences of a step.
         num_threads: CPU threads of each.
         precision: Of weights and products.
         attention: Which kernels.
@@ -201,7 +201,9 @@ def recipe_here(recipe: Recipe, here: Machine) -> RecipeHere:
         num_processes=num_processes,
         num_threads=training.num_threads or here.num_torch_threads,
         precision=f"weights in {model.dtype}, products in {products}",
-        attention="flash-attn, a row at once" if model.attention == "flash" else "torch, each episode of a row alone",
+        attention="flash-attn, a sequence at once"
+        if model.attention == "flash"
+        else "torch, each episode of a sequence alone",
         adapter=(
             "all weights"
             if lora is None
@@ -228,10 +230,10 @@ def _refusals(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str
             "Hub. Unset it for one run, or copy the model and give its folder."
         )
     positions = _known_positions(recipe)
-    if positions is not None and recipe.rows.max_context_tokens > positions:
+    if positions is not None and recipe.sequences.max_context_tokens > positions:
         yield (
-            f"rows.max_context_tokens is {recipe.rows.max_context_tokens:,}; the model has {positions:,} positions. "
-            "Use shorter rows, or a model with a longer context."
+            f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
+            "positions. Use shorter sequences, or a model with a longer context."
         )
     for key, patterns in (("tasks.train", recipe.tasks.train), ("tasks.evaluate", recipe.tasks.evaluate)):
         for pattern in patterns:
@@ -239,10 +241,10 @@ def _refusals(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str
                 task_places(pattern)
             except UserError as error:
                 yield f"{key}: {error}"
-    if recipe.training.rows_per_step % num_processes:
+    if recipe.training.sequences_per_step % num_processes:
         yield (
-            f"training.rows_per_step is {recipe.training.rows_per_step} and {num_processes} processes share them; it "
-            f"must be a multiple of {num_processes}."
+            f"training.sequences_per_step is {recipe.training.sequences_per_step} and {num_processes} processes share "
+            f"them; it must be a multiple of {num_processes}."
         )
     try:
         RunFolder(recipe.output).require_free(recipe, overwrite=False)

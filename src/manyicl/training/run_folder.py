@@ -292,8 +292,8 @@ def _changed_tasks(began: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> 
         if old.name != new.name:
             break
     return (
-        f"task {new.name!r} stands now where {old.name!r} stood when the run began, and rows depend on the order of "
-        "tasks"
+        f"task {new.name!r} stands now where {old.name!r} stood when the run began, and sequences depend on "
+        "the order of tasks"
     )
 
 

@@ -53,16 +53,16 @@ def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
 
     Raises:
         UserError: If it cannot be loaded or made, asks for what this machine does not have, or has fewer positions
-            than a row has tokens.
+            than a sequence has tokens.
     """
     require_machine(recipe)
     set_seed(recipe.training.seed)
     start = _new_start(recipe, tasks) if recipe.model.from_scratch is not None else _start_from_base(recipe)
     positions = max_positions(start.model)
-    if positions is not None and recipe.rows.max_context_tokens > positions:
+    if positions is not None and recipe.sequences.max_context_tokens > positions:
         raise UserError(
-            f"rows.max_context_tokens is {recipe.rows.max_context_tokens:,}; the model has {positions:,} positions. "
-            "Use shorter rows, or a model with a longer context."
+            f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
+            "positions. Use shorter sequences, or a model with a longer context."
         )
     if recipe.training.gradient_checkpointing:
         recompute_activations(start.model)
@@ -79,7 +79,7 @@ def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     settings = recipe.model.from_scratch
     assert settings is not None
     tokenizer = train_tokenizer(tasks, settings.tokenizer, recipe.format.plain())
-    config = new_config(settings, tokenizer, recipe.rows.max_context_tokens)
+    config = new_config(settings, tokenizer, recipe.sequences.max_context_tokens)
     require_loadable(tokenizer, config)
     model = new_model(settings, config, recipe.training.seed)
     torch.nn.Module.to(model, DTYPES[recipe.model.dtype])

@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.row import RowSource
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import UserError
 from manyicl.model.load import LoadedModel
@@ -28,7 +28,7 @@ from manyicl.tasks.files import load_tasks
 from manyicl.tasks.task import Task
 from manyicl.training.checkpoint import Checkpoints, ResumePoint, RunInterrupted, is_full_disk
 from manyicl.training.durable import move_whole
-from manyicl.training.estimate import RowStatistics, sample_rows
+from manyicl.training.estimate import SequenceStatistics, sample_sequences
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.requirements import require_machine
@@ -141,16 +141,16 @@ def train(
     tasks = tasks or load_recipe_tasks(recipe)
     start = starting_point(recipe, tasks.train)
     require_unseen_by_base(tasks.held_out, start)
-    rows = row_source(recipe, tasks.train, start.tokenizer)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
     for task in tasks.held_out:
         # Else the engine would refuse to ask it when the first evaluation is due.
-        rows.encoder.require_distinct(task)
-    require_rows_as_written(recipe.format, start.tokenizer, rows.encoder.format, tasks.held_out)
-    statistics = sample_rows(rows, recipe.objective)
+        sequences.encoder.require_distinct(task)
+    require_rows_as_written(recipe.format, start.tokenizer, sequences.encoder.format, tasks.held_out)
+    statistics = sample_sequences(sequences, recipe.objective)
     console.print(statistics.sentence(), highlight=False, soft_wrap=True)
-    for line in describe(rows.encoder.format):
+    for line in describe(sequences.encoder.format):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    manifest = run_manifest(recipe, tasks, start, rows.encoder.format, statistics)
+    manifest = run_manifest(recipe, tasks, start, sequences.encoder.format, statistics)
     # The processes find each other here, before one of them chooses where the run goes on.
     arguments = training_arguments(recipe, folder, evaluates=evaluation is not None)
     with _explained_ends(folder), folder.held() if is_main_process() else nullcontext():
@@ -165,7 +165,7 @@ def train(
         trainer = ManyShotTrainer(
             start.model,
             arguments,
-            rows,
+            sequences,
             recipe.objective,
             figures if evaluates else None,
             _callbacks(recipe, folder, console, checkpoint, evaluates=evaluates),
@@ -209,27 +209,27 @@ def _explained_ends(folder: RunFolder) -> Iterator[None]:
         threading.excepthook = thread_hook
 
 
-def row_source(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTokenizerBase) -> RowSource:
-    """Make the rows of a whole run."""
-    return RowSource(
+def packed_sequences(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
+    """Make the sequences of a whole run."""
+    return PackedSequences(
         tasks,
         Encoder(tokenizer, chosen_format(recipe.format, tokenizer, tasks)),
-        max_context_tokens=recipe.rows.max_context_tokens,
-        num_rows=recipe.num_rows,
+        max_context_tokens=recipe.sequences.max_context_tokens,
+        num_sequences=recipe.num_sequences,
         seed=recipe.training.seed,
-        episodes=recipe.rows,
+        episodes=recipe.sequences,
         mixture=recipe.tasks.mixture,
     )
 
 
 def run_manifest(
-    recipe: Recipe, tasks: RecipeTasks, start: StartingPoint, text_format: AnyFormat, statistics: RowStatistics
+    recipe: Recipe, tasks: RecipeTasks, start: StartingPoint, text_format: AnyFormat, statistics: SequenceStatistics
 ) -> Manifest:
     """Collect what manyicl.json remembers; tasks that the base was trained on are seen, too."""
     own = tuple(TrainedTask.of(task) for task in tasks.train)
     return Manifest(
         text_format=text_format,
-        max_context_tokens=recipe.rows.max_context_tokens,
+        max_context_tokens=recipe.sequences.max_context_tokens,
         max_trained_shots=statistics.most_shots,
         tasks=own + tuple(task for task in start.base_tasks if task not in own),
         held_out=tuple(TrainedTask.of(task) for task in tasks.held_out),
@@ -244,14 +244,14 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
     """Translate a recipe into transformers' arguments, for this process of the run.
 
     Raises:
-        UserError: If the rows of a step cannot be shared evenly by the processes.
+        UserError: If the sequences of a step cannot be shared evenly by the processes.
     """
     settings = recipe.training
     num_processes = world_size()
-    if settings.rows_per_step % num_processes:
+    if settings.sequences_per_step % num_processes:
         raise UserError(
-            f"training.rows_per_step is {settings.rows_per_step} and {num_processes} processes share them; it must "
-            f"be a multiple of {num_processes}."
+            f"training.sequences_per_step is {settings.sequences_per_step} and {num_processes} processes share them; "
+            f"it must be a multiple of {num_processes}."
         )
     on_cpu = not torch.cuda.is_available()
     due = settings.evaluate_every if evaluates else settings.save_every
@@ -260,7 +260,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
         output_dir=str(folder.checkpoints),
         max_steps=recipe.num_steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.rows_per_step // num_processes,
+        gradient_accumulation_steps=settings.sequences_per_step // num_processes,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         learning_rate=settings.learning_rate,
@@ -294,7 +294,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
         metric_for_best_model=BEST_METRIC if evaluates else None,
         greater_is_better=True if evaluates else None,
     )
-    # One process trains on one device; transformers would spread a batch of one row over all GPUs it sees.
+    # One process trains on one device; transformers would spread a batch of one sequence over all GPUs it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 

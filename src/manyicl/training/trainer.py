@@ -1,4 +1,4 @@
-"""transformers.Trainer with our rows, our loss and an evaluation that was handed in."""
+"""transformers.Trainer with our sequences, our loss and an evaluation that was handed in."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from manyicl.episodes.row import RowSource
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError
 from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
-from manyicl.training.counts import RowCounts, RunCounts, RunLoss
-from manyicl.training.loss import row_loss
+from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
+from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings
 from manyicl.training.stopping import stopping_signals
 
@@ -45,7 +45,7 @@ MetricFunction = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
 class ManyShotTrainer(Trainer):
-    """Trains on packed rows with `answer_loss`; steps, schedules and sharding are transformers'.
+    """Trains on packed sequences with `answer_loss`; steps, schedules and sharding are transformers'.
 
     Three things differ from the library. The loss is divided by the summed weight of the targets of the whole step,
     gathered over processes, and multiplied by the number of processes, because their gradients are then averaged: so
@@ -58,17 +58,17 @@ class ManyShotTrainer(Trainer):
         self,
         model: PreTrainedModel,
         arguments: TrainingArguments,
-        rows: RowSource,
+        sequences: PackedSequences,
         objective: ObjectiveSettings,
         evaluation: MetricFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Prepare a run over all rows of the source, in their order.
+        """Prepare a run over all sequences of the source, in their order.
 
         Args:
             model: To be trained, in place.
-            arguments: One row per device and micro-batch, sequential sampling.
-            rows: The whole run, one long epoch.
+            arguments: One sequence per device and micro-batch, sequential sampling.
+            sequences: The whole run, one long epoch.
             objective: Which tokens are targets.
             evaluation: Called with the model in evaluation mode; returns figures, ``score`` among them.
             callbacks: Added to transformers' own.
@@ -77,9 +77,9 @@ class ManyShotTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=rows,
+            train_dataset=sequences,
             # transformers refuses to evaluate without a data set; our evaluation brings its own queries.
-            eval_dataset=rows if evaluation else None,
+            eval_dataset=sequences if evaluation else None,
             data_collator=cast(Any, Collator(objective)),
             callbacks=[run := RunCounts(), loss := RunLoss(), RestoreState(self), *(callbacks or ())],
         )
@@ -89,7 +89,7 @@ class ManyShotTrainer(Trainer):
         self._run = run
         self._run_loss = loss
         self._step_tasks: set[str] = set()
-        self._since_log = RowCounts()
+        self._since_log = SequenceCounts()
         self._logged_at = time.perf_counter()
         # 5.23 asks the first, 5.17 the second, whether the loss still has to be divided by the accumulation steps.
         self.loss_is_scaled_for_ga = True
@@ -98,23 +98,25 @@ class ManyShotTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Take the rows of one optimizer step; sum the weights of their targets, and counts, over all processes."""
+        """Take the sequences of one optimizer step; sum target weights and counts over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
-        counts = sum((batch["counts"] for batch in batches), RowCounts())
+        counts = sum((batch["counts"] for batch in batches), SequenceCounts())
         if self.accelerator.num_processes > 1:
             own = torch.tensor([[weight, *astuple(counts)]], dtype=torch.float64, device=device)
             gathered = self.accelerator.gather(own).cpu()
             weight = float(gathered[:, 0].sum())
-            counts = sum((RowCounts(*map(int, row)) for row in gathered[:, 1:].tolist()), RowCounts())
+            counts = sum(
+                (SequenceCounts(*map(int, sequence)) for sequence in gathered[:, 1:].tolist()), SequenceCounts()
+            )
         self._since_log += counts
         self._run.total += counts
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
 
     @property
-    def counts(self) -> RowCounts:
-        """All rows of the run so far, over all processes, those before a resume included."""
+    def counts(self) -> SequenceCounts:
+        """All sequences of the run so far, over all processes, those before a resume included."""
         return self._run.total
 
     def compute_loss(
@@ -124,7 +126,7 @@ class ManyShotTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return one row's part of the step's loss, times the number of processes.
+        """Return one sequence's part of the step's loss, times the number of processes.
 
         Raises:
             MachineError: If the loss is not a finite number.
@@ -132,23 +134,24 @@ class ManyShotTrainer(Trainer):
         assert num_items_in_batch is not None
         assert not return_outputs
         batch = cast(Batch, inputs)
-        loss = row_loss(model, batch, num_items_in_batch)
+        loss = sequence_loss(model, batch, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise self._not_a_number(f"The loss became {loss.item()}", "a row", set(batch["task_names"]))
+            raise self._not_a_number(f"The loss became {loss.item()}", "a sequence", set(batch["task_names"]))
         return cast(Tensor, loss * self.accelerator.num_processes)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
-            raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "rows", self._step_tasks)
+            raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "sequences", self._step_tasks)
         return norm
 
     def _not_a_number(self, what: str, where: str, tasks: set[str]) -> MachineError:
         return MachineError(
             f"{what} in step {self.state.global_step + 1}, in {where} with tasks {', '.join(sorted(tasks))}. "
-            f"{self.checkpoints.last_good()} Resuming would meet the same rows again: lower training.learning_rate or "
-            "lengthen the warm-up and start anew with --overwrite, or look at these tasks with `manyicl tasks check`."
+            f"{self.checkpoints.last_good()} Resuming would meet the same sequences again: lower "
+            "training.learning_rate or lengthen the warm-up and start anew with --overwrite, or look at these "
+            "tasks with `manyicl tasks check`."
         )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -259,7 +262,7 @@ class ManyShotTrainer(Trainer):
             seconds = max(now - self._logged_at, 1e-9)
             logs["answers_per_second"] = self._since_log.num_answers / seconds
             logs["tokens_per_second"] = self._since_log.num_tokens / seconds
-            self._since_log, self._logged_at = RowCounts(), now
+            self._since_log, self._logged_at = SequenceCounts(), now
         if "train_loss" in logs:
             logs.update(asdict(self.counts))
             # transformers takes the mean over the part since the run was resumed.

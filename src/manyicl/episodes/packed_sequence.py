@@ -1,4 +1,4 @@
-"""Seed and row index -> episodes of many tasks that fill one context."""
+"""Seed and sequence index -> episodes of many tasks that fill one context."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from manyicl.episodes.sampling import (
     Mixture,
     draw_episode,
     label_replacement_words,
-    row_rng,
+    sequence_rng,
 )
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
 
-# A row is full once this many draws in a row found no room. More would fill a little better and prefer short
+# A sequence is full once this many draws in a sequence found no room. More would fill a little better and prefer short
 # examples a little more.
 NUM_DRAWS_WITHOUT_ROOM = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PackedSequence:
     """Isolated episodes that share one context.
 
     Attributes:
@@ -55,11 +55,11 @@ class Row:
         return 1 - self.num_tokens / self.max_context_tokens
 
 
-class RowSource(Sequence[Row]):
-    """Rows as a function of seed and index: map-style, without state, so that resuming changes nothing.
+class PackedSequences(Sequence[PackedSequence]):
+    """Sequences as a function of seed and index: map-style, without state, so that resuming changes nothing.
 
-    A row draws task, demonstrations and order afresh and adds episodes of whole shots until the context is
-    full. There is no bin packing, which would make a row depend on the rows before it.
+    A sequence draws task, demonstrations and order afresh and adds episodes of whole shots until the context is
+    full. There is no bin packing, which would make a sequence depend on the sequences before it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RowSource(Sequence[Row]):
         encoder: Encoder,
         *,
         max_context_tokens: int,
-        num_rows: int,
+        num_sequences: int,
         seed: int,
         episodes: EpisodeSettings | None = None,
         mixture: Mixture | None = None,
@@ -79,11 +79,11 @@ class RowSource(Sequence[Row]):
             UserError: If there is no task, or a task has no example that fits the context.
         """
         if not tasks:
-            raise UserError("No training task was given; a row needs at least one.")
+            raise UserError("No training task was given; a sequence needs at least one.")
         self.tasks = tuple(tasks)
         self.encoder = encoder
         self.max_context_tokens = max_context_tokens
-        self.num_rows = num_rows
+        self.num_sequences = num_sequences
         self.seed = seed
         self.episodes = episodes or EpisodeSettings()
         self._task_weights = (mixture or Mixture()).task_weights(self.tasks)
@@ -93,17 +93,17 @@ class RowSource(Sequence[Row]):
             _require_one_shot_fits(task, encoder, max_context_tokens)
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self.num_sequences
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        """Build row ``index``.
+    def __getitem__(self, index: int) -> PackedSequence:  # type: ignore[override]
+        """Build sequence ``index``.
 
         Raises:
             IndexError: If the index lies outside the source.
         """
-        if not 0 <= index < self.num_rows:
-            raise IndexError(f"row {index} of {self.num_rows}")
-        rng = row_rng(self.seed, index)
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        rng = sequence_rng(self.seed, index)
         room = self.max_context_tokens
         episodes: list[EncodedEpisode] = []
         num_left_out = num_too_long = num_draws_without_room = 0
@@ -120,7 +120,7 @@ class RowSource(Sequence[Row]):
                 num_draws_without_room = 0
             else:
                 num_draws_without_room += 1
-        return Row(tuple(episodes), self.max_context_tokens, num_left_out, num_too_long)
+        return PackedSequence(tuple(episodes), self.max_context_tokens, num_left_out, num_too_long)
 
 
 def _require_one_shot_fits(task: Task, encoder: Encoder, max_context_tokens: int) -> None:

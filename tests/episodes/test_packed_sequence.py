@@ -1,4 +1,4 @@
-"""A row is a function of seed and index, holds whole shots, and leaves little of its context unused."""
+"""A sequence is a function of seed and index, holds whole shots, and leaves little of its context unused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.row import RowSource
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.episodes.sampling import EpisodeSettings
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
@@ -34,53 +34,55 @@ def mixed_tasks() -> list[Task]:
     ]
 
 
-def source(encoder: Encoder, tasks: list[Task], **changes: object) -> RowSource:
-    settings: dict[str, object] = {"max_context_tokens": 1024, "num_rows": 30, "seed": 0}
-    return RowSource(tasks, encoder, **{**settings, **changes})  # type: ignore[arg-type]
+def source(encoder: Encoder, tasks: list[Task], **changes: object) -> PackedSequences:
+    settings: dict[str, object] = {"max_context_tokens": 1024, "num_sequences": 30, "seed": 0}
+    return PackedSequences(tasks, encoder, **{**settings, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wanted", ["fill", 8, (1, 32)])
 def test_rows_fill_their_context_but_for_five_percent(encoder: Encoder, wanted: object) -> None:
-    rows = source(encoder, mixed_tasks(), episodes=EpisodeSettings.model_validate({"examples_per_episode": wanted}))
-    unused = [rows[i].unused_share for i in range(len(rows))]
+    sequences = source(
+        encoder, mixed_tasks(), episodes=EpisodeSettings.model_validate({"examples_per_episode": wanted})
+    )
+    unused = [sequences[i].unused_share for i in range(len(sequences))]
     assert min(unused) >= 0
     assert sum(unused) / len(unused) < 0.05
 
 
 def test_seed_and_index_alone_fix_a_row(encoder: Encoder) -> None:
-    rows, again = source(encoder, mixed_tasks()), source(encoder, mixed_tasks())
+    sequences, again = source(encoder, mixed_tasks()), source(encoder, mixed_tasks())
     backwards = {i: again[i] for i in reversed(range(10))}
-    assert all(rows[i] == backwards[i] for i in range(10))
-    assert rows[0] != rows[1]
-    assert rows[0] != source(encoder, mixed_tasks(), seed=1)[0]
+    assert all(sequences[i] == backwards[i] for i in range(10))
+    assert sequences[0] != sequences[1]
+    assert sequences[0] != source(encoder, mixed_tasks(), seed=1)[0]
 
 
 def test_a_row_does_not_depend_on_how_many_there_are(encoder: Encoder) -> None:
-    assert source(encoder, mixed_tasks(), num_rows=3)[2] == source(encoder, mixed_tasks(), num_rows=300)[2]
+    assert source(encoder, mixed_tasks(), num_sequences=3)[2] == source(encoder, mixed_tasks(), num_sequences=300)[2]
 
 
 def test_episodes_hold_whole_shots_that_end_with_the_terminator(encoder: Encoder) -> None:
-    row = source(encoder, mixed_tasks())[0]
-    for episode in row.episodes:
+    sequence = source(encoder, mixed_tasks())[0]
+    for episode in sequence.episodes:
         assert episode.answer_spans[-1][1] == len(episode.token_ids)
         assert encoder.decode(episode.token_ids[-1:]).endswith("\n")
 
 
 def test_fixed_shots_are_kept_and_what_did_not_fit_is_counted(encoder: Encoder) -> None:
-    rows = source(encoder, [make_task()], episodes=EpisodeSettings(examples_per_episode=7), max_context_tokens=300)
-    row = rows[0]
-    counts = [len(episode.answer_spans) for episode in row.episodes]
+    sequences = source(encoder, [make_task()], episodes=EpisodeSettings(examples_per_episode=7), max_context_tokens=300)
+    sequence = sequences[0]
+    counts = [len(episode.answer_spans) for episode in sequence.episodes]
     assert counts[0] == 7
     assert all(count <= 7 for count in counts)
-    assert row.num_shots_left_out == sum(7 - count for count in counts)
+    assert sequence.num_shots_left_out == sum(7 - count for count in counts)
 
 
 def test_an_example_longer_than_the_context_is_passed_over_and_counted(encoder: Encoder) -> None:
     long = make_example("the film " * 200, "good")
     task = make_task(train=[long, *make_task().train[:3]])
-    row = source(encoder, [task], max_context_tokens=100)[0]
-    assert row.num_shots_too_long >= 1
-    assert row.num_tokens <= 100
+    sequence = source(encoder, [task], max_context_tokens=100)[0]
+    assert sequence.num_shots_too_long >= 1
+    assert sequence.num_tokens <= 100
 
 
 def test_a_task_of_which_nothing_fits_is_refused_with_both_numbers(encoder: Encoder) -> None:
