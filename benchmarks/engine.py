@@ -45,8 +45,7 @@ from manyicl.model.attention import ATTENTION
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, fingerprint
 from manyicl.model.manifest import library_versions
-from manyicl.tasks.task import Example, Query, Task
-from manyicl.tasks.template import Template
+from manyicl.tasks.task import Example, Query, Task, TaskSpec
 
 NUM_PREFIX, NUM_QUERIES, QUERY_TOKENS = 4096, 64, 16
 SHAPE = {
@@ -421,21 +420,8 @@ def measure_compiled(model: PreTrainedModel) -> None:
         Example(Query(" ".join(f"w{rng.randrange(10, 49000)}" for _ in range(13))), label, (label,))
         for label in (rng.choice(labels) for _ in range(256))
     ]
-    task = Task(
-        name="words",
-        family="classification",
-        metric="accuracy",
-        train=tuple(examples),
-        test=(),
-        labels=labels,
-        instruction_template=None,
-        query_template=Template("{{ text }}"),
-        columns=("text",),
-        choices_column=None,
-        source="words",
-        data_hash="",
-        dropped={},
-    )
+    spec = TaskSpec(name="words", family="classification", query_template="{{ text }}", labels=labels)
+    task = Task(spec, tuple(examples))
     loaded = LoadedModel(model, word_tokenizer(), None, fingerprint(model), "135M")
     engine = Engine(loaded)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -226,7 +226,7 @@ def main() -> None:
     settings = EvaluationSettings(num_queries=arguments.queries)
     measured = []
     for task in load_tasks(arguments.tasks, arguments.data_root):
-        scored_task = replace(task, metric="accuracy") if task.labels or task.choices_column else task
+        scored_task = task.with_spec(metric="accuracy") if task.labels or task.choices_column else task
         asked = choose_queries(engine, scored_task, settings).task
         measured.append(measure(engine, asked, arguments.shared, nearest_counts, arguments.seeds))
 

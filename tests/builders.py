@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -11,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from manyicl.model.attention import ATTENTION
 from manyicl.model.load import LoadedModel, fingerprint
 from manyicl.model.manifest import Manifest
-from manyicl.tasks.task import Example, Query, Task
-from manyicl.tasks.template import Template
+from manyicl.tasks.task import Example, Query, Task, TaskSpec
 
 TEXTS = [
     "the film was good and the music was fine",
@@ -39,22 +39,12 @@ def make_task(
     """A task over one column `text`; by default 40 short reviews with two labels."""
     words = ["film", "play", "song", "book", "box"]
     rows = [make_example(f"{words[i % 5]} {i} was {words[i % 3]}", ("good", "bad")[i % 2]) for i in range(60)]
-    fields: dict[str, object] = {
-        "name": name,
-        "family": "classification",
-        "metric": "accuracy",
-        "train": tuple(train if train is not None else rows[:40]),
-        "test": tuple(test if test is not None else rows[40:]),
-        "labels": labels,
-        "instruction_template": Template(instruction) if instruction else None,
-        "query_template": Template("{{ text }}"),
-        "columns": ("text",),
-        "choices_column": None,
-        "source": name,
-        "data_hash": "0" * 64,
-        "dropped": {},
-    }
-    return Task(**{**fields, **changes})  # type: ignore[arg-type]
+    examples: dict[str, Any] = {"data_hash": "0" * 64, "dropped": {}}
+    examples |= {key: changes.pop(key) for key in ("data_hash", "dropped") if key in changes}
+    fields: dict[str, Any] = {"family": "classification", "metric": "accuracy", "query_template": "{{ text }}"}
+    spec = TaskSpec(name=name, labels=labels, instruction_template=instruction, **{**fields, **changes})
+    sides = (tuple(rows[:40] if train is None else train), tuple(rows[40:] if test is None else test))
+    return Task(spec, *sides, **examples)
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:

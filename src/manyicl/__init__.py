@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task, load_tasks
+    from manyicl.tasks.task import Example, Query, Task, TaskSpec
 
 try:
     __version__ = version("manyicl")
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Engine", "__version__", "load_task", "load_tasks"]
+__all__ = ["Engine", "Example", "Query", "Task", "TaskSpec", "__version__", "load_task", "load_tasks"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,10 +24,10 @@ def __getattr__(name: str) -> Any:
         from manyicl.engine.engine import Engine
 
         return Engine
-    if name in ("load_task", "load_tasks"):
-        from manyicl.tasks import files
+    if name in __all__:
+        from manyicl import tasks
 
-        return getattr(files, name)
+        return getattr(tasks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

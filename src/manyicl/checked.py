@@ -212,6 +212,18 @@ def validated(model: type[ModelT], values: Mapping[Any, Any], place: str) -> Mod
         raise UserError(f"{place}: {_sentence(model, error)}") from error
 
 
+def validated_json(model: type[ModelT], text: str, place: str) -> ModelT:
+    """Validate JSON text; the first thing wrong becomes one sentence that begins with ``place``.
+
+    Raises:
+        UserError: If anything is wrong.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_sentence(model, error)}") from error
+
+
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     """Say the first thing that is wrong, where, what was found and what was meant."""
     problems = error.errors(include_url=False)

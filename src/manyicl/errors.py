@@ -73,7 +73,8 @@ class UserError(Exception):
             sentence = f"{sentence}; {', '.join(contrast)}"
         if not sentence.endswith((".", "?", "…")):
             sentence += "."
-        return f"{sentence} {self.remedy}" if self.remedy else sentence
+        # A path or a library's message may hold line breaks; a sentence never does.
+        return " ".join((f"{sentence} {self.remedy}" if self.remedy else sentence).splitlines())
 
 
 class QueryError(UserError):

@@ -200,7 +200,7 @@ ASKED = [
     Case(
         "more shots than rows",
         f"{PREDICT} --shots 9",
-        ("Task 't' has 8 training examples; 9 were asked for",),
+        ("Task 't' has 8 training examples; expected num_shots from 0 to 8, found 9",),
         asking(QUERIES),
     ),
     Case(
@@ -287,7 +287,7 @@ OPTIONS = [
     Case(
         "an episode longer than the task",
         "tasks show t --shots 9",
-        ("Task 't' has 8 training examples; 9 were asked for",),
+        ("Task 't' has 8 training examples; expected num_shots from 0 to 8, found 9",),
         task(),
     ),
     Case(

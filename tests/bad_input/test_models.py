@@ -493,7 +493,7 @@ COMPILED = [
     Case(
         "more demonstrations than there are",
         "compile --model m --task t --output u.prefix --shots 500",
-        ("Task 't' has 8 training examples; 500 were asked for. Use fewer shots or add rows",),
+        ("Task 't' has 8 training examples; expected num_shots from 0 to 8, found 500. Use fewer shots or add rows",),
     ),
 ]
 

@@ -532,13 +532,13 @@ BAD_ROWS = [
     Case(
         "choices that are no list",
         CHECK,
-        ("t/train.jsonl:1: ", "expected a non-empty list there, found 'a, b'"),
+        ("t/train.jsonl:1: ", "expected a non-empty list, found 'a, b'"),
         task(CHOICES, train=[{"text": "x", "label": "a", "options": "a, b"}]),
     ),
     Case(
         "no choices",
         CHECK,
-        ("t/train.jsonl:1: ", "expected a non-empty list there, found []"),
+        ("t/train.jsonl:1: ", "expected a non-empty list, found []"),
         task(CHOICES, train=[{"text": "x", "label": "a", "options": []}]),
     ),
     Case(

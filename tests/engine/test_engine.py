@@ -17,7 +17,6 @@ from manyicl.engine.prefix_cache import PrefixCache
 from manyicl.errors import MachineError, UserError
 from manyicl.model.load import LoadedModel
 from manyicl.tasks.task import Query, Task
-from manyicl.tasks.template import Template
 from tests.builders import (
     ARCHITECTURES,
     byte_level_bpe,
@@ -203,7 +202,7 @@ def test_the_prior_is_the_mean_over_neutral_queries() -> None:
     expected = torch.tensor(slow).exp().mean().log()
     prior = engine.prior(prefix, ["N/A", "?"])
     assert prior.log_probabilities["bad"] == pytest.approx(float(expected), abs=1e-4)
-    framed = make_task(labels=LABELS, query_template=Template("Review: {{ text }}"))
+    framed = make_task(labels=LABELS, query_template="Review: {{ text }}")
     prefix = engine.prefill(framed, task.demonstrations(5))
     (asked,) = engine.predict(prefix, [{"text": "N/A"}], scores="all")
     assert asked.scores is not None

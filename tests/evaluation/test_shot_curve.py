@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -193,8 +192,8 @@ def test_negative_shot_counts_are_refused() -> None:
 
 def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path: Path) -> None:
     engine = Engine(tiny_loaded())
-    task = replace(make_task(), max_answer_tokens=4)
-    free = replace(task, name="free", labels=None, metric="exact_match", family="qa")
+    task = make_task(max_answer_tokens=4)
+    free = task.with_spec(name="free", labels=None, metric="exact_match", family="qa")
     whole = measure_shot_curves(
         engine, [task, free], tmp_path / "a", EvaluationSettings(shots=(0, 2, 6), num_seeds=1, num_queries=5)
     )

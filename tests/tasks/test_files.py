@@ -190,7 +190,7 @@ def test_an_instruction_may_name_labels_that_only_the_rows_know(tmp_path: Path) 
 def test_a_negative_number_of_demonstrations_is_refused(tmp_path: Path) -> None:
     task = load_task(write_task(tmp_path / "t"))
     assert task.demonstrations(0) == ()
-    with pytest.raises(UserError, match="num_shots is -3; expected 0 or more"):
+    with pytest.raises(UserError, match="expected num_shots from 0 to 3, found -3"):
         task.demonstrations(-3)
 
 

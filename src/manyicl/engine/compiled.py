@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -29,8 +29,7 @@ from manyicl.errors import MachineError, UserError
 from manyicl.model.continuation import Block, key_shape
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import library_versions
-from manyicl.tasks.task import Example, Family, Query, Task
-from manyicl.tasks.template import Template
+from manyicl.tasks.task import Example, Family, Query, Task, TaskSpec
 
 FORMAT_VERSION = 1
 # Keys of a configuration that change no result here.
@@ -55,17 +54,7 @@ class SavedTemplate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
-    class_names: dict[str, dict[str, str]] = {}
-
-    @classmethod
-    def of(cls, template: Template) -> SavedTemplate:
-        """Take what a template was made of."""
-        names = {column: dict(named) for column, named in template.class_names.items()}
-        return cls(source=template.source, class_names=names)
-
-    def template(self) -> Template:
-        """Compile it again."""
-        return Template(self.source, self.class_names)
+    class_names: Mapping[str, Mapping[str, str]] = {}
 
 
 class SavedExample(BaseModel):
@@ -330,36 +319,34 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _saved_task(task: Task) -> SavedTask:
+    spec = task.spec
     return SavedTask(
-        name=task.name,
-        family=next(family for family in get_args(Family) if family == task.family),
-        metric=task.metric,
-        labels=task.labels,
-        instruction=SavedTemplate.of(task.instruction_template) if task.instruction_template else None,
-        query=SavedTemplate.of(task.query_template),
-        columns=task.columns,
-        choices_column=task.choices_column,
-        source=task.source,
+        name=spec.name,
+        family=spec.family,
+        metric=spec.metric,
+        labels=spec.labels,
+        instruction=SavedTemplate(source=spec.instruction_template) if spec.instruction_template else None,
+        query=SavedTemplate(source=spec.query_template, class_names=spec.class_names),
+        columns=spec.columns,
+        choices_column=spec.choices_column,
+        source=spec.source,
         data_hash=task.data_hash,
-        max_answer_tokens=task.max_answer_tokens,
+        max_answer_tokens=spec.max_answer_tokens,
     )
 
 
 def _task(saved: SavedTask, demonstrations: tuple[Example, ...]) -> Task:
     """Make the task again, with its demonstrations as the training side and no test side."""
-    return Task(
+    spec = TaskSpec(
         name=saved.name,
         family=saved.family,
         metric=saved.metric,
-        train=demonstrations,
-        test=(),
         labels=saved.labels,
-        instruction_template=saved.instruction.template() if saved.instruction else None,
-        query_template=saved.query.template(),
-        columns=saved.columns,
+        instruction_template=saved.instruction.source if saved.instruction else None,
+        query_template=saved.query.source,
+        class_names=saved.query.class_names,
         choices_column=saved.choices_column,
         source=saved.source,
-        data_hash=saved.data_hash,
-        dropped={},
         max_answer_tokens=saved.max_answer_tokens,
     )
+    return Task(spec, demonstrations, (), saved.data_hash)

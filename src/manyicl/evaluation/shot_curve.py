@@ -94,7 +94,7 @@ class AskedTask:
     @property
     def queries(self) -> tuple[Example, ...]:
         """The chosen queries, in order."""
-        return self.task.test
+        return tuple(self.task.test)
 
 
 OnResult = Callable[[Result, bool], None]

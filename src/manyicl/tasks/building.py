@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 import unicodedata
@@ -13,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from manyicl.errors import UserError, counted, did_you_mean, shortened
+from manyicl.checked import validated
+from manyicl.errors import UserError, counted, did_you_mean, shortened, shown
 from manyicl.tasks.listed import columns_in, listed
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.sandbox import as_written
-from manyicl.tasks.schema import OneFile, TaskFile, fit_name
-from manyicl.tasks.task import EmptyOptionError, Example, Query, Task
-from manyicl.tasks.template import Template
+from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
+from manyicl.tasks.task import EmptyOptionError, Example, Query, Task, TaskSpec, hash_content
+from manyicl.tasks.template import Template, compiled
 
 ON_BOTH_SIDES = "training row that stands in test too"
 _BLANK_LINE = "\n\n"
@@ -57,25 +56,22 @@ class TaskBuilder:
         self.answer_template = self._template(spec.answer, "answer")
         self.answer_column = self.answer_template.bare_column
         self._require_class_names_read()
+        if spec.instruction:
+            self._compiled(spec.instruction, "instruction")
         labels = spec.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
         self.label_set = frozenset(self.labels or ())
         self.closed = labels is not None
-        # The query of a row must be the same text here and in the engine, so both ask the task itself.
-        self.shell = Task(
+        self.task_spec = TaskSpec(
             name=self.name,
             family=spec.family,
             metric=spec.chosen_metric,
-            train=(),
-            test=(),
             labels=self.labels,
-            instruction_template=self._compiled(spec.instruction, "instruction") if spec.instruction else None,
-            query_template=self.query_template,
-            columns=self.query_template.columns,
+            instruction_template=spec.instruction or None,
+            query_template=spec.query,
+            class_names=spec.class_names,
             choices_column=spec.choices,
             source=spec.source or self.name,
-            data_hash="",
-            dropped={},
             max_answer_tokens=spec.max_answer_tokens,
         )
 
@@ -103,7 +99,7 @@ class TaskBuilder:
 
     def _compiled(self, source: str, key: str) -> Template:
         try:
-            return Template(source, self.spec.class_names)
+            return compiled(source)
         except UserError as error:
             raise UserError(f"{self.place}: {key}: {error}") from error
 
@@ -172,7 +168,7 @@ class TaskBuilder:
             _BadRowError: If the row breaks a rule.
         """
         try:
-            query = self.shell.query(row.columns)
+            query = self.task_spec.query(row.columns)
             answers = self._answers(row)
         except EmptyOptionError as error:
             raise _BadRowError("empty option", str(error)) from error
@@ -212,10 +208,11 @@ class TaskBuilder:
             if not values:
                 raise _BadRowError("empty answer", f"the answer column {self.answer_column!r} holds an empty list.")
             answers = [
-                self.answer_template.render({**row.columns, str(self.answer_column): answer}) for answer in values
+                self.answer_template.render({**row.columns, str(self.answer_column): answer}, self.spec.class_names)
+                for answer in values
             ]
         else:
-            answers = [self.answer_template.render(row.columns)]
+            answers = [self.answer_template.render(row.columns, self.spec.class_names)]
         if self.closed:
             self._refuse_several_labels(answers, row)
         if self.spec.references is not None:
@@ -229,8 +226,9 @@ class TaskBuilder:
         return tuple(dict.fromkeys(answer.strip() for answer in answers))
 
     def _refuse_unlabelled(self, row: LocatedRow) -> None:
-        for column, names in self.answer_template.class_names.items():
-            if str(row.columns.get(column)) == _UNLABELLED and _UNLABELLED not in names:
+        for column in self.answer_template.columns:
+            names = self.spec.class_names.get(column)
+            if names and str(row.columns.get(column)) == _UNLABELLED and _UNLABELLED not in names:
                 raise _BadRowError("row without a label", f"the column {column!r} is -1: the row has no label.")
 
     def _refuse_several_labels(self, answers: Sequence[str], row: LocatedRow) -> None:
@@ -288,7 +286,7 @@ class TaskBuilder:
             test = self._with_known_labels(test, labels)
         if sides.test and not test:
             self._refuse_no_test_rows()
-        task = replace(self.shell, train=train, test=test, labels=labels, dropped=dict(self.dropped))
+        task = Task(self.task_spec.model_copy(update={"labels": labels}), train, test, dropped=dict(self.dropped))
         try:
             return replace(task, data_hash=hash_content(task))
         except UserError as error:  # of the instruction, which alone is rendered here: it needs all labels
@@ -332,6 +330,60 @@ class TaskBuilder:
         return tuple(example for example in test if example.answer in known)
 
 
+def task_of_examples(
+    name: str,
+    train: Iterable[tuple[str, str] | Example],
+    test: Iterable[tuple[str, str] | Example],
+    labels: Iterable[str] | str | None,
+    keys: Mapping[str, object],
+) -> Task:
+    """Make a task of queries and answers; see ``Task.from_examples``.
+
+    Args:
+        name: Name of the task.
+        train: Training examples or pairs.
+        test: Test examples or pairs.
+        labels: Closed answer set, ``from_train`` or None.
+        keys: Further keys of a task file.
+    """
+    sides = [
+        [_row_of(example, side, n) for n, example in enumerate(examples, 1)]
+        for side, examples in (("train", train), ("test", test))
+    ]
+    values = {
+        "name": name,
+        "query": "{{ text }}",
+        "answer": "{{ answer }}",
+        "labels": labels if labels is None or isinstance(labels, str) else tuple(labels),
+        "choices": "choices" if any("choices" in row.columns for side in sides for row in side) else None,
+        "data": TwoFiles(train=("train",)),
+        **keys,
+    }
+    spec = validated(TaskFile, values, f"Task {name!r}")
+    return TaskBuilder(spec, f"Task {name!r}").two_sided_task(*sides)
+
+
+def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> LocatedRow:
+    """Write an example, or a pair of query and answer, as the row that would give it."""
+    if isinstance(example, Example):
+        references = example.references or (example.answer,)
+        columns: dict[str, object] = {"text": example.query.text}
+        columns["answer"] = list(references) if len(references) > 1 else references[0]
+        if example.query.choices is not None:
+            columns["choices"] = list(example.query.choices)
+        return LocatedRow(columns, side, number)
+    if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
+        raise UserError(
+            "not_an_example",
+            "an example is a query and its answer",
+            expected="two texts",
+            found=shown(example),
+            file=side,
+            row=number,
+        )
+    return LocatedRow(dict(zip(("text", "answer"), example, strict=True)), side, number)
+
+
 def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
     """Refuse rows that lack a column.
 
@@ -356,27 +408,6 @@ def normalised(query_text: str) -> str:
     puts on which side, for the order of these texts decides that.
     """
     return " ".join(unicodedata.normalize("NFC", query_text).casefold().split())
-
-
-def hash_content(task: Task) -> str:
-    """Hash the rendered instruction, the labels and the examples of both sides: what a model is shown and asked.
-
-    Returns:
-        SHA-256 in hex.
-
-    Raises:
-        UserError: If the instruction fails on the labels.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps((task.instruction(), task.labels)).encode())
-    digest.update(b"\n")
-    for side in (task.train, task.test):
-        for example in side:
-            fields = (example.query.text, example.query.choices, example.answer, example.references)
-            digest.update(json.dumps(fields, ensure_ascii=False).encode())
-            digest.update(b"\n")
-        digest.update(b"--\n")
-    return digest.hexdigest()
 
 
 def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str], closed: bool) -> _Sides:

@@ -14,15 +14,9 @@ from manyicl.checked import Section, UniqueKeyLoader, read_yaml, validated
 from manyicl.errors import UserError, did_you_mean, shortened, shown
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
-from manyicl.tasks.task import Family
+from manyicl.tasks.spec import Family, usual_metric
 
 Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
-METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
-    "qa": "exact_match",
-    "summarization": "rougeL",
-    "generation": "rougeL",
-    "math": "numeric_match",
-}
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "numeric_match"]
 
 
@@ -186,9 +180,7 @@ class TaskFile(Section):
         """The metric named, or the usual one: accuracy for closed answers, else by family."""
         if self.metric is not None:
             return self.metric
-        if self.closed_labels is not None or self.choices is not None:
-            return "accuracy"
-        return METRIC_OF_FREE_ANSWERS[self.family]
+        return usual_metric(self.family, self.closed_labels is not None or self.choices is not None)
 
 
 def read_task_file(path: Path) -> TaskFile:

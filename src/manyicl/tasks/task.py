@@ -1,92 +1,158 @@
-"""What is asked: Query, Example and Task, plain data without tokenizer or tensors."""
+"""Task: a TaskSpec with training and test examples, plain data without tokenizer or tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from manyicl.errors import UserError, counted, shown
+from manyicl.errors import UserError, counted
 from manyicl.tasks.demonstrations import Sampling, demonstration_order
-from manyicl.tasks.listed import listed
-from manyicl.tasks.template import Template
+from manyicl.tasks.example import Example, Query
+from manyicl.tasks.spec import FAMILIES, Columns, EmptyOptionError, Family, TaskSpec
 
-Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
-FAMILIES: tuple[str, ...] = get_args(Family)
-
-Columns = Mapping[str, object]
-
-
-class EmptyOptionError(UserError):
-    """A row has no options, or an empty one: the mistake of this row, not of the task."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What a model is asked: the text before the answer and, in multiple choice, the row's own options."""
-
-    text: str
-    choices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A query and its answer, as the task holds it.
-
-    Attributes:
-        query: What is asked.
-        answer: The answer a demonstration shows and training supervises.
-        references: Every accepted answer; the first is ``answer``.
-        origin: Where the row stands, such as ``train.jsonl:12``.
-    """
-
-    query: Query
-    answer: str
-    references: tuple[str, ...]
-    origin: str = ""
+__all__ = ["FAMILIES", "Columns", "EmptyOptionError", "Example", "Family", "Query", "Task", "TaskSpec", "hash_content"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one task with the templates that made them.
+    """Examples of one task with the spec that says how they are asked.
 
     Attributes:
-        name: Unique among the tasks of a run.
-        family: One of ``FAMILIES``.
-        metric: Name of a metric in ``manyicl.evaluation.metrics``.
-        train: Examples that may become demonstrations or training targets.
-        test: Examples that are only ever asked. Disjoint from ``train`` in content.
-        labels: The closed answer set, in a fixed order; None for free answers and per-row choices.
-        instruction_template: Renders with ``labels`` in scope; None when the task has no instruction.
-        query_template: Renders a row's columns to the query text.
-        columns: Columns that the query template names, so that a plain string can stand for a row with one.
-        choices_column: Where a row holds its options, if the task is multiple choice; see ``listed``.
-        source: What the task was drawn from; tasks of one source are siblings and never unseen to each other.
+        spec: Everything about the task except its examples.
+        train: Examples that may become demonstrations or training targets; any sequence, see ``store``.
+        test: Examples that are used only as test queries. Disjoint from ``train`` in content.
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows left out when the task was read.
-        max_answer_tokens: Limit for free answers, if the task states one.
+
+    >>> task = Task.from_examples("mood", [("what a film", "good"), ("so dull", "bad")], labels=("good", "bad"))
+    >>> task.query("not again").text
+    'not again'
+    >>> [example.answer for example in task.demonstrations(2, seed=1)]
+    ['good', 'bad']
     """
 
-    name: str
-    family: Family
-    metric: str
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-    labels: tuple[str, ...] | None
-    instruction_template: Template | None
-    query_template: Template
-    columns: tuple[str, ...]
-    choices_column: str | None
-    source: str
-    data_hash: str
-    dropped: Mapping[str, int]
-    max_answer_tokens: int | None = None
+    spec: TaskSpec
+    train: Sequence[Example]
+    test: Sequence[Example] = ()
+    data_hash: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_examples(
+        cls,
+        name: str,
+        examples: Iterable[tuple[str, str] | Example],
+        *,
+        labels: Iterable[str] | Literal["from_train"] | None = None,
+        test: Iterable[tuple[str, str] | Example] = (),
+        instruction: str | None = None,
+        family: Family | None = None,
+        metric: str | None = None,
+        source: str | None = None,
+        max_answer_tokens: int | None = None,
+    ) -> Task:
+        """Make a task of queries and answers, held to the same rules as rows of a file.
+
+        Args:
+            name: Name of the task.
+            examples: Training examples, as (query, answer) pairs.
+            labels: Closed answer set, or ``from_train`` for the answers that occur; None where answers are free.
+            test: Test examples, as pairs; training examples with the query of one of them are dropped and counted.
+            instruction: Template of the instruction, with ``labels`` in scope.
+            family: Kind of task; by default classification with labels, generation without.
+            metric: Name of the metric; by default the usual one of the family.
+            source: Origin of the data; by default the task's name.
+            max_answer_tokens: Limit for free answers, in tokens.
+
+        Raises:
+            UserError: If there is no example, an answer is empty or no label, or a name or template is wrong.
+        """
+        from manyicl.tasks.building import task_of_examples
+
+        keys = {
+            "family": family or ("generation" if labels is None else "classification"),
+            "instruction": instruction,
+            "metric": metric,
+            "source": source,
+            "max_answer_tokens": max_answer_tokens,
+        }
+        return task_of_examples(name, examples, test, labels, keys)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Task:
+        """Open a task that `store` wrote; its examples stay on disk and are read as they are used.
+
+        Raises:
+            UserError: If the folder holds no stored task, or one of another version.
+        """
+        from manyicl.tasks.stored import open_task
+
+        return open_task(Path(folder))
+
+    def store(self, folder: str | Path) -> Task:
+        """Write the task to a new folder and return it with examples that stay there, memory-mapped.
+
+        What is returned pickles as its spec and its location, whatever its size.
+
+        Raises:
+            UserError: If the folder exists already, or cannot be made.
+        """
+        from manyicl.tasks.stored import store_task
+
+        return store_task(self, Path(folder))
+
+    @property
+    def name(self) -> str:
+        """Name of the task, unique in a run."""
+        return self.spec.name
+
+    @property
+    def family(self) -> Family:
+        """Kind of task, such as classification or qa."""
+        return self.spec.family
+
+    @property
+    def metric(self) -> str:
+        """Name of a metric of ``manyicl.evaluation.metrics``."""
+        return self.spec.metric
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Closed answer set in a fixed order; None for free answers and per-row options."""
+        return self.spec.labels
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether every answer is one of the task's labels or of the row's own options."""
+        return self.spec.is_closed
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the query template names."""
+        return self.spec.columns
+
+    @property
+    def choices_column(self) -> str | None:
+        """Place of a row's own options, if the task is multiple choice."""
+        return self.spec.choices_column
+
+    @property
+    def source(self) -> str:
+        """Origin of the data; tasks of one source are siblings, never unseen to each other."""
+        return self.spec.source
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """Limit for free answers in tokens, if the task states one."""
+        return self.spec.max_answer_tokens
 
     def instruction(self, labels: tuple[str, ...] | None = None) -> str:
         """Render the instruction, with ``labels`` in place of the task's own where they were renamed."""
-        if self.instruction_template is None:
-            return ""
-        return self.instruction_template.render({"labels": list(labels or self.labels or ())})
+        return self.spec.instruction(labels)
 
     def query(self, row: Columns | str) -> Query:
         """Render a row, or a plain string where the template has one column, to a query.
@@ -94,45 +160,47 @@ class Task:
         Raises:
             UserError: If a column is missing, or a string is given to a template with several columns.
         """
-        if isinstance(row, str):
-            if len(self.columns) != 1 or self.choices_column is not None:
-                raise UserError(
-                    f"Task {self.name!r} asks with the columns {list(self.columns)}; a plain string fills one. "
-                    "Give a mapping with these keys."
-                )
-            row = {self.columns[0]: row}
-        if not isinstance(row, Mapping):
-            raise UserError(
-                f"Task {self.name!r} is asked with a mapping of the columns {list(self.columns)}; found {shown(row)}."
-            )
-        choices = None
-        if self.choices_column is not None:
-            value = listed(row, self.choices_column)
-            if not isinstance(value, list | tuple) or not value:
-                error = EmptyOptionError if value == [] else UserError
-                raise error(
-                    f"Task {self.name!r} takes its options from the column {self.choices_column!r}; "
-                    f"expected a non-empty list there, found {shown(value)}."
-                )
-            if any(choice is None or not str(choice).strip() for choice in value):
-                raise EmptyOptionError(
-                    f"An option in the column {self.choices_column!r} is empty: {shown(list(value))}."
-                )
-            choices = tuple(str(choice).strip() for choice in value)
-        return Query(self.query_template.render(row), choices)
+        return self.spec.query(row)
+
+    def with_spec(self, **changes: Any) -> Task:
+        """Return the task with other fields in its spec, examples unchanged, as in ``with_spec(metric="accuracy")``."""
+        spec = TaskSpec.model_validate({**self.spec.model_dump(), **changes})
+        return Task(spec, self.train, self.test, self.data_hash, self.dropped)
 
     def demonstrations(self, num_shots: int, seed: int = 0, sampling: Sampling = "balanced") -> tuple[Example, ...]:
-        """Choose demonstrations from the training side; 64 of one seed begin with its 32.
+        """Choose demonstrations from the training side; the first 32 of 64 are the 32 of the same seed.
 
         Raises:
             UserError: If the task has fewer training examples than ``num_shots``, or that is negative.
         """
-        if num_shots < 0:
-            raise UserError(f"num_shots is {num_shots}; expected 0 or more demonstrations of task {self.name!r}.")
-        if num_shots > len(self.train):
+        if not 0 <= num_shots <= len(self.train):
             raise UserError(
-                f"Task {self.name!r} has {counted(len(self.train), 'training example')}; {num_shots} were "
-                "asked for. Use fewer shots or add rows."
+                "num_shots_out_of_range",
+                f"Task {self.name!r} has {counted(len(self.train), 'training example')}",
+                expected=f"num_shots from 0 to {len(self.train)}",
+                found=str(num_shots),
+                remedy="Use fewer shots or add rows." if num_shots > 0 else None,
             )
         order = demonstration_order([example.answer for example in self.train], seed, sampling)
         return tuple(self.train[position] for position in order[:num_shots])
+
+
+def hash_content(task: Task) -> str:
+    """Hash the rendered instruction, the labels and the examples of both sides: all that a model may be shown.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        UserError: If the instruction fails on the labels.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps((task.instruction(), task.labels)).encode())
+    digest.update(b"\n")
+    for side in (task.train, task.test):
+        for example in side:
+            fields = (example.query.text, example.query.choices, example.answer, example.references)
+            digest.update(json.dumps(fields, ensure_ascii=False).encode())
+            digest.update(b"\n")
+        digest.update(b"--\n")
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
@@ -26,11 +27,10 @@ class Template:
         source: As written.
         columns: The columns that it names, sorted.
         bare_column: The column, if the template is a column alone.
-        class_names: Of its columns, class number -> name.
     """
 
-    def __init__(self, source: str, class_names: ClassNames | None = None) -> None:
-        """Compile ``source``; ``class_names`` (column -> class number -> name) apply before it is rendered.
+    def __init__(self, source: str) -> None:
+        """Compile ``source``; see `compiled`, which does so once.
 
         Raises:
             UserError: If the syntax is wrong.
@@ -52,10 +52,13 @@ class Template:
         self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
         self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
         self.bare_column: str | None = self.columns[0] if self.columns and _is_bare(syntax) else None
-        self.class_names = {column: names for column, names in (class_names or {}).items() if column in self.columns}
 
-    def render(self, row: Mapping[str, object]) -> str:
+    def render(self, row: Mapping[str, object], class_names: ClassNames | None = None) -> str:
         """Render one row.
+
+        Args:
+            row: Column -> value.
+            class_names: Column -> class number -> name, applied before the template is rendered.
 
         Raises:
             UserError: If a column is missing, or the template fails on this row or would write too much.
@@ -67,10 +70,10 @@ class Template:
                 f"Template {self.source!r} names the column {missing[0]!r}, which the row lacks; "
                 f"its columns are {sorted(map(str, row))}.{hint}"
             )
-        named = {
-            **row,
-            **{column: _class_name(column, row[column], names) for column, names in self.class_names.items()},
-        }
+        named = dict(row)
+        for column, names in (class_names or {}).items():
+            if column in self.columns:
+                named[column] = _class_name(column, row[column], names)
         variables: dict[str, object] = {name: value for name, value in named.items() if name not in GLOBALS}
         if self._reads_row:
             variables["row"] = named
@@ -100,10 +103,20 @@ class Template:
         return f"Template({self.source!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and other.source == self.source and other.class_names == self.class_names
+        return isinstance(other, Template) and other.source == self.source
 
     def __hash__(self) -> int:
         return hash(self.source)
+
+
+@lru_cache(maxsize=4096)
+def compiled(source: str) -> Template:
+    """Return the template of a source, compiled once, so that specs hold the source alone.
+
+    Raises:
+        UserError: If the syntax is wrong.
+    """
+    return Template(source)
 
 
 def _columns_named_in(syntax: nodes.Template, reads_row: bool) -> tuple[str, ...]:

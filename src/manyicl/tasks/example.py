@@ -1,0 +1,35 @@
+"""Query and Example, the two things that a task is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a model is asked: the text before the answer and, in multiple choice, the row's own options.
+
+    Attributes:
+        text: Rendered text of the query.
+        choices: Options of this row, one of which is the answer; None unless the task is multiple choice.
+    """
+
+    text: str
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query and its answer, as the task holds it.
+
+    Attributes:
+        query: What is asked.
+        answer: The answer that a demonstration shows and training supervises.
+        references: Every accepted answer; the first is ``answer``.
+        origin: Place of the row in its file, such as ``train.jsonl:12``.
+    """
+
+    query: Query
+    answer: str
+    references: tuple[str, ...]
+    origin: str = ""

@@ -1,0 +1,151 @@
+"""TaskSpec: everything about a task except its examples, as plain data that is JSON and pickles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from manyicl.errors import UserError, shown
+from manyicl.tasks.example import Query
+from manyicl.tasks.listed import listed
+from manyicl.tasks.template import compiled
+
+Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+
+Columns = Mapping[str, object]
+_METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
+    "qa": "exact_match",
+    "summarization": "rougeL",
+    "generation": "rougeL",
+    "math": "numeric_match",
+}
+
+
+class EmptyOptionError(UserError):
+    """A row has no options, or an empty one: the mistake of this row, not of the task."""
+
+
+def usual_metric(family: str, is_closed: bool) -> str:
+    """Return the metric of a task that names none: accuracy for closed answers, else by family."""
+    return "accuracy" if is_closed else _METRIC_OF_FREE_ANSWERS.get(family, "exact_match")
+
+
+def _metric_of(known: dict[str, Any]) -> str:
+    is_closed = known.get("labels") is not None or known.get("choices_column") is not None
+    return usual_metric(known.get("family", ""), is_closed)
+
+
+class TaskSpec(BaseModel):
+    """A task without its examples: name, labels, templates as text. Frozen, JSON in and out, pickles.
+
+    Templates are compiled when they are first used and cached by their text, so a spec stays plain data.
+
+    >>> spec = TaskSpec(
+    ...     name="mood", family="classification", query_template="Review: {{ text }}", labels=("good", "bad")
+    ... )
+    >>> spec.query({"text": "what a film"}).text
+    'Review: what a film'
+    >>> TaskSpec.model_validate_json(spec.model_dump_json()) == spec
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, description="Name of the task, unique in a run.")
+    family: Family = Field(description="Kind of task, such as classification or qa.")
+    query_template: str = Field(description="Jinja2 template that renders the columns of a row to the query text.")
+    instruction_template: str | None = Field(
+        None, description="Jinja2 template of the instruction, with `labels` in scope; none without an instruction."
+    )
+    class_names: Mapping[str, Mapping[str, str]] = Field(
+        default_factory=dict, description="Column -> class number -> name, applied before the query is rendered."
+    )
+    labels: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Closed answer set in a fixed order; none for free answers and row options."
+    )
+    choices_column: str | None = Field(
+        None, description="Place of a row's own options in multiple choice, as `listed` reads it."
+    )
+    metric: str = Field(
+        default_factory=_metric_of,
+        description="Name of a metric of manyicl.evaluation.metrics; by default the usual one of the family.",
+    )
+    source: str = Field(
+        default_factory=lambda known: str(known.get("name", "")),
+        description="Origin of the data; tasks of one source are siblings, never unseen to each other.",
+    )
+    max_answer_tokens: int | None = Field(None, ge=1, description="Limit for free answers, in tokens.")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        repeated = next((label for label, count in Counter(labels or ()).items() if count > 1), None)
+        if repeated is not None:
+            raise ValueError(f"the label {repeated!r} is given twice")
+        return labels
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the query template names, sorted."""
+        return compiled(self.query_template).columns
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether every answer is one of the task's labels or of the row's own options."""
+        return self.labels is not None or self.choices_column is not None
+
+    def instruction(self, labels: tuple[str, ...] | None = None) -> str:
+        """Render the instruction, with ``labels`` in place of the task's own where they were renamed."""
+        if self.instruction_template is None:
+            return ""
+        return compiled(self.instruction_template).render({"labels": list(labels or self.labels or ())})
+
+    def query(self, row: Columns | str) -> Query:
+        """Render a row, or a plain string where the template has one column, to a query.
+
+        Raises:
+            UserError: If a column is missing, or a string is given to a template with several columns.
+        """
+        template = compiled(self.query_template)
+        if isinstance(row, str):
+            if len(template.columns) != 1 or self.choices_column is not None:
+                raise UserError(
+                    "query_needs_columns",
+                    f"A query of task {self.name!r} has the columns {list(template.columns)}; a plain string fills one",
+                    remedy="Give a mapping with these keys.",
+                )
+            row = {template.columns[0]: row}
+        if not isinstance(row, Mapping):
+            raise UserError(
+                "query_not_a_mapping",
+                f"A query of task {self.name!r} is a mapping of its columns",
+                expected=f"the keys {list(template.columns)}",
+                found=shown(row),
+            )
+        return Query(template.render(row, self.class_names), self._choices(row))
+
+    def _choices(self, row: Columns) -> tuple[str, ...] | None:
+        """Read the row's own options, if the task has any."""
+        if self.choices_column is None:
+            return None
+        options = listed(row, self.choices_column)
+        if not isinstance(options, list | tuple) or not options:
+            raise (EmptyOptionError if options == [] else UserError)(
+                "empty_option" if options == [] else "not_a_list",
+                f"The options of task {self.name!r} are read from the column {self.choices_column!r}",
+                expected="a non-empty list",
+                found=shown(options),
+                field=self.choices_column,
+            )
+        if any(option is None or not str(option).strip() for option in options):
+            raise EmptyOptionError(
+                "empty_option",
+                f"An option in the column {self.choices_column!r} is empty",
+                found=shown(list(options)),
+                field=self.choices_column,
+            )
+        return tuple(str(option).strip() for option in options)

@@ -1,0 +1,160 @@
+"""Tasks on disk: a spec as JSON and examples as Arrow files that are memory-mapped, not loaded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import pyarrow
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyicl.checked import read_text, validated_json
+from manyicl.errors import MachineError, UserError
+from manyicl.tasks.example import Example, Query
+from manyicl.tasks.spec import TaskSpec
+from manyicl.tasks.task import Task
+
+SPEC_FILE = "task.json"
+_EXAMPLES_A_BATCH = 1024
+_TEXTS = pyarrow.large_list(pyarrow.large_string())
+_SCHEMA = pyarrow.schema(
+    [
+        pyarrow.field("query", pyarrow.large_string(), nullable=False),
+        pyarrow.field("choices", _TEXTS),
+        pyarrow.field("answer", pyarrow.large_string(), nullable=False),
+        pyarrow.field("references", _TEXTS, nullable=False),
+        pyarrow.field("origin", pyarrow.large_string(), nullable=False),
+    ]
+)
+
+
+class _StoredTask(BaseModel):
+    """The content of ``task.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    spec: TaskSpec
+    data_hash: str = Field(description="Hash of the instruction, the labels and the examples of both sides.")
+    dropped: dict[str, int] = Field(description="Reason -> number of rows left out when the task was read.")
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples in an Arrow file, read where they are used; pickles as the path of the file.
+
+    A slice is a view of the same file.
+    """
+
+    def __init__(self, path: Path, positions: range | None = None) -> None:
+        """Map the file into memory.
+
+        Args:
+            path: Arrow file that `store_task` wrote.
+            positions: Examples of the file that are seen here; all by default.
+
+        Raises:
+            UserError: If it is missing or no such file.
+        """
+        self.path = path.absolute()
+        try:
+            self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError("not_a_stored_task", "not readable as stored examples", file=path) from error
+        if self._table.schema != _SCHEMA:
+            raise UserError("not_a_stored_task", "the columns are not those of stored examples", file=path)
+        self._positions = range(self._table.num_rows) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, position: int) -> Example: ...
+    @overload
+    def __getitem__(self, position: slice) -> StoredExamples: ...
+    def __getitem__(self, position: int | slice) -> Example | StoredExamples:
+        if isinstance(position, slice):
+            return StoredExamples(self.path, self._positions[position])
+        row = self._positions[position]
+        return _example(*(column[row].as_py() for column in self._table.columns))
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), _EXAMPLES_A_BATCH):
+            rows = self._table.take(list(self._positions[start : start + _EXAMPLES_A_BATCH]))
+            yield from map(_example, *(column.to_pylist() for column in rows.columns))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StoredExamples):
+            return NotImplemented
+        return (self.path, self._positions) == (other.path, other._positions)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self._positions))
+
+    def __repr__(self) -> str:
+        return f"StoredExamples({str(self.path)!r}, {len(self):,} examples)"
+
+    def __reduce__(self) -> tuple[type[StoredExamples], tuple[Path, range]]:
+        return StoredExamples, (self.path, self._positions)
+
+
+def _example(query: str, choices: list[str] | None, answer: str, references: list[str], origin: str) -> Example:
+    return Example(Query(query, None if choices is None else tuple(choices)), answer, tuple(references), origin)
+
+
+def store_task(task: Task, folder: Path) -> Task:
+    """Write a task to a new folder and open it; see ``Task.store``."""
+    if folder.exists():
+        raise UserError("folder_exists", f"{folder} exists already", remedy="Name a new folder, or remove that one.")
+    if not folder.parent.is_dir():
+        raise UserError("no_such_folder", f"The folder {folder.parent} does not exist", remedy="Make it first.")
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(task, aside)
+            aside.chmod(0o755)
+            aside.rename(folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise MachineError(f"{folder} could not be written: {error}") from error
+    return open_task(folder)
+
+
+def _write(task: Task, folder: Path) -> None:
+    for name, examples in (("train", task.train), ("test", task.test)):
+        with pyarrow.ipc.new_file(str(folder / f"{name}.arrow"), _SCHEMA) as file:
+            batch: list[dict[str, Any]] = []
+            for example in examples:
+                batch.append(
+                    {
+                        "query": example.query.text,
+                        "choices": example.query.choices,
+                        "answer": example.answer,
+                        "references": example.references,
+                        "origin": example.origin,
+                    }
+                )
+                if len(batch) == _EXAMPLES_A_BATCH:
+                    file.write_batch(pyarrow.RecordBatch.from_pylist(batch, _SCHEMA))
+                    batch = []
+            file.write_batch(pyarrow.RecordBatch.from_pylist(batch, _SCHEMA))
+    stored = _StoredTask(spec=task.spec, data_hash=task.data_hash, dropped=dict(task.dropped))
+    (folder / SPEC_FILE).write_text(stored.model_dump_json(indent=2), encoding="utf-8")
+
+
+def open_task(folder: Path) -> Task:
+    """Open a stored task; see ``Task.open``."""
+    if not (folder / SPEC_FILE).is_file():
+        raise UserError(
+            "not_a_stored_task",
+            f"The folder {folder} holds no stored task",
+            expected=f"{SPEC_FILE}, train.arrow and test.arrow",
+            remedy="Task.store writes one; `load_task` loads a folder with a task.yaml.",
+        )
+    stored = validated_json(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    train, test = (StoredExamples(folder / f"{name}.arrow") for name in ("train", "test"))
+    return Task(stored.spec, train, test, stored.data_hash, stored.dropped)

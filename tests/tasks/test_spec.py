@@ -1,0 +1,195 @@
+"""Tasks are plain data: JSON in and out, pickled as they are, stored on disk and read from there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import multiprocessing
+import pickle
+import pkgutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from torch.utils.data import DataLoader
+
+import manyicl
+import manyicl.tasks
+from manyicl.errors import UserError
+from manyicl.tasks import Example, Query, Task, TaskSpec, load_task, load_tasks
+from manyicl.tasks.nanoworld.world import checked_split, write_nano_world
+from manyicl.tasks.task import hash_content
+from tests.tasks.catalog_rows import write_rows
+from tests.tasks.test_files import write_task
+
+PAIRS = [("what a film", "good"), ("so dull", "bad"), ("never again", "bad"), ("once more", "good")]
+QUIZ = [
+    Example(Query(f"{number} + 1 is?", (str(number + 1), "none")), str(number + 1), (str(number + 1), f"{number}+1"))
+    for number in range(5000)
+]
+
+
+def from_file(folder: Path) -> list[Task]:
+    return [load_task(write_task(folder / "films"))]
+
+
+def from_catalog(folder: Path) -> list[Task]:
+    for name in ("banking77", "arc_easy", "squad", "xsum"):
+        write_rows(name, folder)
+    return load_tasks(["catalog:banking77", "catalog:arc_easy", "catalog:squad", "catalog:xsum"], folder)
+
+
+def from_nanoworld(folder: Path) -> list[Task]:
+    write_nano_world(folder, seed=3, split=checked_split("unseen"))
+    return load_tasks([folder])[:3]
+
+
+def from_pairs(folder: Path) -> list[Task]:
+    del folder
+    return [Task.from_examples("mood", PAIRS, labels=("good", "bad"), instruction="{{ labels | join(' or ') }}?")]
+
+
+ORIGINS = [from_file, from_catalog, from_nanoworld, from_pairs]
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_a_task_and_its_spec_come_back_from_pickle_and_the_spec_from_json(
+    tmp_path: Path, origin: Callable[[Path], list[Task]]
+) -> None:
+    for task in origin(tmp_path):
+        again = pickle.loads(pickle.dumps(task))
+        assert again == task
+        assert hash_content(again) == task.data_hash
+        spec = TaskSpec.model_validate_json(task.spec.model_dump_json())
+        assert spec == task.spec == pickle.loads(pickle.dumps(task.spec))
+        assert spec.instruction() == task.instruction()
+        assert "Template" not in repr(task)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_worker_processes_are_given_tasks_as_they_are(tmp_path: Path, method: str) -> None:
+    tasks = [task for origin in ORIGINS for task in origin(tmp_path / origin.__name__)]
+    tasks.append(Task.from_examples("quiz", QUIZ).store(tmp_path / "quiz"))
+    expected = [task.data_hash for task in tasks]
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, context) as pool:
+        assert list(pool.map(hash_content, tasks)) == expected
+    collate: Any = hash_content
+    loader: DataLoader[Any] = DataLoader(
+        tasks,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=1,
+        collate_fn=collate,
+        multiprocessing_context=context,
+    )
+    assert list(loader) == expected
+
+
+def test_a_stored_task_is_the_same_task_and_pickles_as_its_location(tmp_path: Path) -> None:
+    task = Task.from_examples("quiz", QUIZ, test=[Example(Query("?", ("a", "b")), "a", ("a",))])
+    stored = task.store(tmp_path / "quiz")
+    assert tuple(stored.train) == task.train
+    assert tuple(stored.test) == task.test
+    assert hash_content(stored) == stored.data_hash == task.data_hash
+    assert Task.open(tmp_path / "quiz") == stored
+    assert len(pickle.dumps(stored)) < 2000 < len(pickle.dumps(task)) / 100
+    assert pickle.loads(pickle.dumps(stored)) == stored
+    assert stored.demonstrations(7, seed=2) == task.demonstrations(7, seed=2)
+
+
+@pytest.mark.parametrize("cut", [slice(3, 4990), slice(None, None, -7), slice(-3, None), slice(9, 9)])
+def test_stored_examples_are_a_sequence_with_slices(tmp_path: Path, cut: slice) -> None:
+    stored = Task.from_examples("quiz", QUIZ).store(tmp_path / "quiz").train
+    part = stored[cut]
+    assert list(part) == QUIZ_STORED[cut]
+    assert len(part) == len(QUIZ_STORED[cut])
+    assert pickle.loads(pickle.dumps(part)) == part
+    for position in (0, -1, 1023, 1024):
+        assert stored[position] == QUIZ_STORED[position]
+    with pytest.raises(IndexError):
+        stored[5000]
+
+
+QUIZ_STORED = [replace(example, origin=f"train:{number}") for number, example in enumerate(QUIZ, 1)]
+
+
+def test_a_stored_task_never_replaces_anything_and_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+    task = Task.from_examples("mood", PAIRS)
+    task.store(tmp_path / "mood")
+    with pytest.raises(UserError, match="exists already") as caught:
+        task.store(tmp_path / "mood")
+    assert caught.value.code == "folder_exists"
+    with pytest.raises(UserError) as caught:
+        task.store(tmp_path / "none" / "mood")
+    assert caught.value.code == "no_such_folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["mood"]
+    (tmp_path / "mood" / "train.arrow").write_bytes(b"no arrow")
+    for folder in (tmp_path, tmp_path / "mood"):
+        with pytest.raises(UserError) as caught:
+            Task.open(folder)
+        assert caught.value.code == "not_a_stored_task"
+
+
+def test_examples_are_held_to_the_rules_of_rows() -> None:
+    task = Task.from_examples("mood", PAIRS, labels=("good", "bad"), test=[("So  dull", "bad"), ("fine", "good")])
+    assert [example.query.text for example in task.train] == ["what a film", "never again", "once more"]
+    assert sum(task.dropped.values()) == 1
+    assert (task.family, task.metric, task.source, task.is_closed) == ("classification", "accuracy", "mood", True)
+    assert Task.from_examples("mood", PAIRS, labels="from_train").labels == ("bad", "good")
+    free = Task.from_examples("mood", PAIRS)
+    assert (free.family, free.metric, free.is_closed) == ("generation", "rougeL", False)
+    quiz = Task.from_examples("quiz", QUIZ[:3], family="qa")
+    assert (quiz.choices_column, quiz.metric, quiz.is_closed) == ("choices", "accuracy", True)
+    assert quiz.query({"text": "?", "choices": ["a", "b"]}) == Query("?", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("examples", "labels", "row"),
+    [
+        ([("a", "good"), ("b", "ugly")], ("good", "bad"), 2),
+        ([("a", "good"), ("b", " ")], None, 2),
+        ([(" ", "good")], None, 1),
+        ([("a", "good"), "ab"], None, 2),
+        ([("a", "good", "more")], None, 1),
+        ([("a", 1)], None, 1),
+        ([("a\ud800", "b")], None, 1),
+    ],
+)
+def test_a_bad_example_is_refused_by_its_number(examples: object, labels: object, row: int) -> None:
+    with pytest.raises(UserError, match=f"^train:{row}: "):
+        Task.from_examples("mood", examples, labels=labels)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no training rows"):
+        Task.from_examples("mood", [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"labels": ("a", "a")}, {"labels": ()}, {"family": "poem"}, {"max_answer_tokens": 0}, {"name": ""}, {"nme": "x"}],
+)
+def test_a_spec_is_checked_when_it_is_made(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TaskSpec.model_validate({"name": "a", "family": "qa", "query_template": "{{ text }}", **changes})
+
+
+def test_sides_are_replaced_and_the_spec_changed_without_touching_the_rest() -> None:
+    task = Task.from_examples("mood", PAIRS, labels=("good", "bad"))
+    assert replace(task, test=task.train[:1], train=task.train[1:]).labels == task.labels
+    changed = task.with_spec(metric="macro_f1")
+    assert (changed.metric, changed.train, changed.data_hash) == ("macro_f1", task.train, task.data_hash)
+
+
+def test_the_package_exports_tasks() -> None:
+    assert manyicl.TaskSpec is TaskSpec
+    assert manyicl.Task is Task
+
+
+@pytest.mark.parametrize(
+    "name",
+    [found.name for found in pkgutil.walk_packages(manyicl.tasks.__path__, "manyicl.tasks.")],
+)
+def test_examples_in_docstrings_say_what_happens(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
