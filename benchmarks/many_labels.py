@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from manyicl.engine.engine import Engine
 from manyicl.episodes.checks import check_task
-from manyicl.evaluation.baselines import majority_level, nearest_level, tfidf_level
+from manyicl.evaluation.baselines import majority_level, nearest_answers, tfidf_level
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries
 from manyicl.model.attention import ATTENTION
@@ -127,7 +127,7 @@ def main() -> None:
         timed(f"{metric} of all test rows", partial(METRICS[metric].score, answers, references))
     timed("majority level", lambda: majority_level(task, task.test))
     timed("TF-IDF level, 256 demonstrations", lambda: tfidf_level(task, task.train[:256], task.test[:200]))
-    timed("nearest level, 200 queries", lambda: nearest_level(task, task.train, task.test[:200]))
+    timed("nearest answers, 200 queries", lambda: nearest_answers(task.train, task.test[:200]))
 
 
 if __name__ == "__main__":

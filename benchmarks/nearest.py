@@ -12,6 +12,7 @@ second table says how many.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import random
 import time
@@ -149,7 +150,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def shown(estimate: Estimate, sign: str = "") -> str:
-    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.standard_error:.1f}"
+    return f"{100 * estimate.mean:{sign}.1f} ± {100 * (estimate.standard_error or math.nan):.1f}"
 
 
 def print_row(*cells: object) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from manyicl.evaluation.report import plot_shot_curves
+from manyicl.evaluation.result import ResultStore
 from tests.bad_input.case import Case, accepted, meet, refused, run, table_of
 from tests.bad_input.files import DATA, KEYS, lines, spoilt, task
 
@@ -237,19 +240,27 @@ ASKED = [
 ]
 
 OPTIONS = [
-    Case("shots below zero", f"{EVALUATE} --shots=-1", ("--shots expects whole numbers from 0", "found '-1'"), task()),
-    Case("shots in letters", f"{EVALUATE} --shots a", ("--shots expects whole numbers", "found 'a'"), task()),
-    Case("no shots", f"{EVALUATE} --shots ''", ("--shots expects whole numbers", "found ''"), task()),
-    Case("shots of commas", f"{EVALUATE} --shots ,,", ("--shots expects whole numbers", "found ',,'"), task()),
-    Case("half a shot", f"{EVALUATE} --shots 0,1.5", ("--shots expects whole numbers", "found '1.5'"), task()),
-    Case(
-        "shots between semicolons",
-        f"{EVALUATE} --shots '0;4'",
-        ("--shots expects whole numbers", "found '0;4'"),
-        task(),
+    *(
+        refused(
+            name,
+            f"{EVALUATE} --shots={shots}",
+            "not_whole_numbers",
+            expected="whole numbers from 0",
+            found=found,
+            field="--shots",
+            files=task(),
+        )
+        for name, shots, found in (
+            ("shots below zero", "-1", "'-1'"),
+            ("shots in letters", "a", "'a'"),
+            ("no shots", "''", "''"),
+            ("shots of commas", ",,", "',,'"),
+            ("half a shot", "0,1.5", "'1.5'"),
+            ("shots between semicolons", "'0;4'", "'0;4'"),
+            ("shots in other digits", "²", "'²'"),
+            ("shots of five thousand digits", "9" * 5000, "'9999"),
+        )
     ),
-    Case("shots in other digits", f"{EVALUATE} --shots ²", ("--shots expects whole numbers", "found '²'"), task()),
-    Case("shots of five thousand digits", f"{EVALUATE} --shots {'9' * 5000}", ("--shots",), task()),
     Case("no seeds", f"{EVALUATE} --seeds 0", ("--seeds", "Invalid value"), task(), is_option=True),
     Case(
         "no queries asked",
@@ -298,11 +309,12 @@ OPTIONS = [
 ]
 
 RESULTS = [
-    Case(
+    refused(
         "a task without a test side",
         EVALUATE,
-        ("Task 't' has no test rows to ask; give it some, or split its file",),
-        task(f"{KEYS}data: {{train: train.jsonl}}\n"),
+        "no_test_rows",
+        what="task 't' has no test rows",
+        files=task(f"{KEYS}data: {{train: train.jsonl}}\n"),
     ),
     refused(
         "results in the place of a file",
@@ -320,11 +332,13 @@ RESULTS = [
         file="results/new",
         files={**task(), "results": "x"},
     ),
-    Case(
+    refused(
         "test rows longer than the context",
         f"{EVALUATE} --max-context-tokens 5",
-        ("Task 't' has no test row that can be asked: 4 of 4 are longer than the context of 5 tokens",),
-        task(),
+        "query_too_long",
+        what="no test row of task 't' fits: 4 of 4 are too long",
+        expected="at most 5 tokens",
+        files=task(),
     ),
     Case(
         "two tasks of one name to be measured",
@@ -332,50 +346,33 @@ RESULTS = [
         ("Two tasks are named 'same'",),
         {**task(KEYS + DATA + "name: same\n", name="a"), **task(KEYS + DATA + "name: same\n", name="b")},
     ),
-    Case(
-        "a report of no folder",
-        "report results",
-        ("results is not a folder; expected one that `manyicl evaluate` wrote",),
-    ),
-    Case("a report of a file", "report results", ("results is not a folder",), {"results": "x"}),
-    Case(
+    refused("a report of no folder", "report results", "not_a_folder", file="results"),
+    refused("a report of a file", "report results", "not_a_folder", file="results", files={"results": "x"}),
+    refused(
         "a report of an empty folder",
         "report results",
-        ("results holds no result", "manyicl evaluate --output results"),
-        {"results/README.md": "x"},
+        "no_results",
+        remedy="Run `manyicl evaluate --output results` first",
+        file="results",
+        files={"results/README.md": "x"},
     ),
-    Case(
-        "a record that is cut",
-        "report results",
-        ("results/a.result.json is not a whole result record of this version", "Delete it and evaluate again"),
-        {"results/a.result.json": '{"record_version": 1, "ta'},
-    ),
-    Case(
-        "a record that is empty",
-        "report results",
-        ("results/a.result.json is not a whole result record",),
-        {"results/a.result.json": ""},
-    ),
-    Case(
-        "a record of bytes",
-        "report results",
-        ("results/a.result.json is not a whole result record",),
-        {"results/a.result.json": b"\xff\xfe\x00"},
-    ),
-    Case(
-        "a record that is a list",
-        "report results",
-        ("results/a.result.json is not a whole result record",),
-        {"results/a.result.json": "[1]"},
-    ),
-    Case(
-        "a record of another version",
-        "report results",
-        (
-            "results/a.result.json is not a whole result record of this version",
-            "record_version: Input should be 1, found 7",
-        ),
-        {"results/a.result.json": '{"record_version": 7}'},
+    *(
+        refused(
+            name,
+            "report results",
+            "broken_record",
+            what=f"not a complete record of this version, {what}",
+            remedy="Delete the result and evaluate again",
+            file="results/a.result.json",
+            files={"results/a.result.json": content},
+        )
+        for name, content, what in (
+            ("a record that is cut", '{"record_version": 1, "ta', "invalid JSON: EOF while parsing"),
+            ("a record that is empty", "", "invalid JSON"),
+            ("a record of bytes", b"\xff\xfe\x00", "invalid JSON"),
+            ("a record that is a list", "[1]", "input should be an object"),
+            ("a record of another version", '{"record_version": 7}', "record_version: input should be 2, found 7"),
+        )
     ),
 ]
 
@@ -410,80 +407,119 @@ def _with_earlier_page(folder: Path) -> None:
     (folder / "results" / "report.html").write_text("<title>Shot curves · manyicl</title>", encoding="utf-8")
 
 
+def _with_earlier_curves(folder: Path) -> None:
+    """Let the curves of an earlier report stand there."""
+    plot_shot_curves(ResultStore(folder / "results").load(), folder / "a.png")
+
+
+def _changed(change: Mapping[str, object], text: str) -> str:
+    return json.dumps({**json.loads(text), **change})
+
+
 RECORD = "*.result.json"
 MEASURED = [
     accepted("a report of whole results", "report results", "Report: results/report.html"),
-    Case(
-        "a record with a field too many",
-        "report results",
-        (".result.json is not a whole result record", "colour"),
-        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "colour": 1})),
+    *(
+        refused(
+            name,
+            "report results",
+            "broken_record",
+            what=f"not a complete record of this version, {what}",
+            file="results/t-",
+            prepare=each(RECORD, partial(_changed, change)),
+        )
+        for name, change, what in (
+            ("a record with a field too many", {"colour": 1}, "colour: extra inputs are not permitted, found 1"),
+            ("a score above one", {"score": 2}, "score: input should be less than or equal to 1, found 2"),
+            ("a score that is none", {"score": float("nan")}, "score: "),
+        )
     ),
-    Case(
-        "a score above one",
-        "report results",
-        (".result.json is not a whole result record", "score"),
-        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "score": 2})),
-    ),
-    Case(
-        "a score that is none",
-        "report results",
-        (".result.json is not a whole result record", "score"),
-        prepare=each(RECORD, lambda text: json.dumps({**json.loads(text), "score": float("nan")})),
-    ),
-    Case(
-        "half a record where a run goes on",
+    refused(
+        "half a record where a run is resumed",
         f"{EVALUATE} --shots 0,2 --seeds 1",
-        (".result.json is not a whole result record", "Delete it and evaluate again"),
+        "broken_record",
+        remedy="Delete the result and evaluate again",
+        file="results/t-",
         prepare=each(RECORD, lambda text: text[:200]),
     ),
-    Case(
+    refused(
         "predictions that are cut",
         "report results",
-        (".predictions.jsonl:4 is not a whole record", "evaluate again"),
+        "broken_record",
+        row=4,
         prepare=each("*.predictions.jsonl", lambda text: text[:-20]),
     ),
-    Case(
+    refused(
         "predictions of bytes",
         "report results",
-        (".predictions.jsonl is not UTF-8", "evaluate again"),
+        "broken_record",
+        row=1,
         prepare=each("*.predictions.jsonl", lambda _: b"\xff\xfe"),
     ),
-    Case(
+    refused(
         "curves in a format that there is not",
         "report results --plot a.bmp",
-        ("a.bmp should end in .svg, .png or .pdf",),
+        "wrong_ending",
+        expected=".svg or .png or .pdf",
+        found="'a.bmp'",
     ),
-    Case(
-        "curves in the place of a folder", "report results --plot t", ("'t' is a folder; expected the name of a file",)
+    refused("curves without an ending", "report results --plot t", "wrong_ending", found="'t'"),
+    refused(
+        "a page without an ending", "report results --output t", "wrong_ending", expected=".html or .htm", found="'t'"
     ),
-    Case(
-        "a page in the place of a folder",
-        "report results --output t",
-        ("'t' is a folder; expected the name of a file",),
-    ),
-    Case(
+    refused(
         "a page of another ending",
         "report results --output t/task.yaml",
-        ("The report is a page, .html or .htm; found 't/task.yaml'",),
+        "wrong_ending",
+        expected=".html or .htm",
+        found="'t/task.yaml'",
     ),
-    Case(
+    refused(
         "a page and curves of one name",
         "report results --output a.png --plot a.png",
-        ("The report is a page, .html or .htm; found 'a.png'",),
+        "wrong_ending",
+        expected=".html or .htm",
+        found="'a.png'",
     ),
-    Case(
+    refused(
         "a page over one of somebody",
         "report results --output mine.html",
-        ("'mine.html' is there and no page of `manyicl report`; give another name, or remove it",),
-        {"mine.html": "<html><title>Mine</title></html>"},
+        "output_exists",
+        remedy="Give another name, or remove it",
+        file="mine.html",
+        files={"mine.html": "<html><title>Mine</title></html>"},
+    ),
+    refused(
+        "a page and curves in the place of folders",
+        "report results --output page.html --plot curves.svg",
+        "output_is_folder",
+        file="curves.svg",
+        files={"curves.svg/x": ""},
+    ),
+    refused(
+        "curves over a picture of somebody",
+        "report results --plot mine.png",
+        "output_exists",
+        remedy="Give another name, or remove it",
+        file="mine.png",
+        files={"mine.png": b"\x89PNG"},
+    ),
+    refused(
+        "curves with a name of 248 characters",
+        f"report results --plot {'x' * 244}.svg",
+        "output_name_too_long",
+        expected="at most 240 bytes",
+        found="248",
     ),
     accepted("a page over an earlier one", "report results", "Report:", prepare=_with_earlier_page),
-    Case(
+    refused(
         "a page below a file",
         "report results --output t/task.yaml/page.html",
-        ("t/task.yaml/page.html: 'task.yaml' above it is a file",),
+        "output_below_file",
+        what="'task.yaml' above it is a file",
+        file="t/task.yaml/page.html",
     ),
+    accepted("curves over earlier ones", "report results --plot a.png", "Curves: a.png", prepare=_with_earlier_curves),
     accepted(
         "curves and a page in folders that are not there",
         "report results --plot new/a.svg --output new/all/page.html",

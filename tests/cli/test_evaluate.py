@@ -39,7 +39,7 @@ def test_it_writes_one_record_per_point_and_skips_them_again(
 ) -> None:
     evaluate_command(**arguments)  # type: ignore[arg-type]
     records = ResultStore(tmp_path / "results").load()
-    assert [(r.seed, r.num_shots_asked) for r in records] == [(0, 0), (0, 2), (1, 2)]
+    assert [(r.seed, r.num_shots) for r in records] == [(0, 0), (0, 2), (1, 2)]
     assert "3 results in" in capsys.readouterr().out
     evaluate_command(**arguments)  # type: ignore[arg-type]
     assert "3 of them found" in capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_shots_are_sorted_and_each_counts_once() -> None:
 
 @pytest.mark.parametrize("text", ["", ",", "a", "1,-2", "1.5", "1;2", "²"])
 def test_shots_that_are_no_whole_numbers_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--shots expects whole numbers"):
+    with pytest.raises(UserError, match="wrong --shots; expected whole numbers"):
         parse_shots(text)
 
 

@@ -1,4 +1,4 @@
-"""The levels that cost nothing."""
+"""Trivial baselines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
+from manyicl.errors import UserError
 from manyicl.evaluation.baselines import (
     chance_level,
     majority_answer,
     majority_level,
     nearest_answers,
-    nearest_level,
     tfidf_level,
 )
 from tests.builders import make_example, make_task
@@ -80,34 +80,19 @@ def test_tfidf_needs_closed_labels() -> None:
 
 def test_the_nearest_neighbour_repeats_the_answer_of_the_example_most_like_the_query() -> None:
     pytest.importorskip("bm25s")
-    level = nearest_level(TASK, [*RED[4:], *BLUE[4:]], [make_example("the sea", "blue"), make_example("rose", "red")])
-    assert level.score == 1.0
-    assert level.note == ""
+    assert nearest_answers([*RED[4:], *BLUE[4:]], [make_example("the sea", ""), make_example("rose", "")]) == [
+        "blue",
+        "red",
+    ]
 
 
-def test_a_query_like_no_example_gets_their_most_frequent_answer_and_that_is_said() -> None:
+def test_a_query_like_no_example_has_no_nearest_answer() -> None:
     pytest.importorskip("bm25s")
     queries = [make_example("zebra", "blue"), make_example("rose", "red")]
     assert nearest_answers([*RED[:1], *BLUE[:2]], queries) == [None, "red"]
-    level = nearest_level(TASK, [*RED[:1], *BLUE[:2]], queries)
-    assert level.score == 1.0
-    assert level.note == "1 of 2 queries share no word with any example and get the most frequent answer"
-
-
-def test_the_nearest_neighbour_answers_freely_too() -> None:
-    pytest.importorskip("bm25s")
-    task = make_task(labels=None, family="math", metric="numeric_match")
-    assert nearest_level(task, [make_example("one plus one", "2")], [make_example("one plus one?", "2.0")]).score == 1.0
-
-
-def test_the_nearest_neighbour_is_not_defined_without_examples_or_with_options_of_each_row() -> None:
-    assert nearest_level(TASK, [], TASK.test).note == "no demonstrations"
-    choices = make_task(labels=None, choices_column="choices")
-    assert nearest_level(choices, RED, RED).note == "each row has its own options"
 
 
 def test_the_nearest_neighbour_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    level = nearest_level(TASK, RED, TASK.test)
-    assert level.score is None
-    assert "manyicl[retrieval]" in level.note
+    with pytest.raises(UserError, match=r"manyicl\[retrieval\]"):
+        nearest_answers(RED, TASK.test)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
-from manyicl.evaluation.report.plots import shot_position
+from manyicl.evaluation.report.plots import is_picture, shot_position
 from manyicl.evaluation.result import Result, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
 from manyicl.model.manifest import Manifest
@@ -140,7 +141,7 @@ def test_curves_are_written_in_each_format(records: list[Result], tmp_path: Path
 
 
 def test_an_unknown_picture_format_is_refused(records: list[Result], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"should end in \.svg"):
+    with pytest.raises(UserError, match=r"expected \.svg or \.png"):
         plot_shot_curves(records, tmp_path / "curves.gif")
 
 
@@ -166,14 +167,39 @@ def test_the_table_fits_eighty_columns_with_eight_shot_counts() -> None:
     screen = io.StringIO()
     print_table(records, Console(file=screen, width=80))
     assert "…" not in screen.getvalue()
-    assert screen.getvalue().count("±.500") == 16
+    assert screen.getvalue().count("±.500") == 8
+
+
+def findings(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    return text[text.index('<div class="findings">') : text.index("<main>")]
+
+
+def test_paired_is_said_only_of_what_was_paired(tmp_path: Path) -> None:
+    twelve, same = (scored(model, "a", 0, (1.0, 0.0) * 6) for model in ("base", "tuned"))
+    one = scored("tuned", "a", 0, (1.0,), queries_hash="other")
+    assert "paired over the same queries" in findings(write_report([twelve, same], tmp_path / "a.html"))
+    text = findings(write_report([twelve, one], tmp_path / "b.html"))
+    assert "not paired: other queries, seeds or number of them, too few queries for an interval" in text
+    assert "excludes 0" not in text
+    screen = io.StringIO()
+    print_table([twelve, one], Console(file=screen, width=120))
+    assert screen.getvalue().count("±") == 1, "only of the twelve queries"
+
+
+def test_a_picture_says_who_made_it(records: list[Result], tmp_path: Path) -> None:
+    for ending in (".svg", ".png", ".pdf"):
+        plot_shot_curves(records, tmp_path / f"ours{ending}")
+        assert is_picture(tmp_path / f"ours{ending}")
+        Figure().savefig(tmp_path / f"other{ending}")
+        assert not is_picture(tmp_path / f"other{ending}")
 
 
 def test_flags_are_counted_in_sentences() -> None:
     flagged = [record.model_copy(update={"beyond_training": True, "seen_in_training": True}) for record in RECORDS[:2]]
     screen = io.StringIO()
     print_table([*flagged, *RECORDS[2:]], Console(file=screen, width=200))
-    assert "2 of 10 results used more tokens or shots than fine-tuning ever showed." in screen.getvalue()
+    assert "2 of 10 results used more tokens or shots than any training sequence had." in screen.getvalue()
     assert "those are not unseen" in screen.getvalue()
 
 

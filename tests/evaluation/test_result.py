@@ -27,7 +27,7 @@ def make_result(**changes: object) -> Result:
         "family": "classification",
         "source": "toy",
         "data_hash": "0" * 64,
-        "num_shots_asked": 4,
+        "num_shots": 4,
         "num_shots_shown": 4,
         "seed": 0,
         "sampling": "balanced",
@@ -88,11 +88,43 @@ def test_folders_inside_the_folder_are_read_too(tmp_path: Path) -> None:
     assert store.predictions(result) == [ANSWER]
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    result = make_result()
+    ResultStore(tmp_path / "elsewhere").save(result, [ANSWER], [SHOWN])
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "results")
+    store = ResultStore(tmp_path / "results")
+    assert store.load() == [result]
+    assert store.predictions(result) == [ANSWER]
+
+
+def test_a_folder_named_like_a_record_is_no_record(tmp_path: Path) -> None:
+    result = make_result()
+    ResultStore(tmp_path / "x.result.json").save(result, [], [])
+    assert ResultStore(tmp_path).load() == [result]
+
+
+def test_a_record_of_version_1_is_read(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "results_version_1"
+    store = ResultStore(folder)
+    (result,) = store.load()
+    assert (result.record_version, result.num_shots, result.num_shots_dropped, result.num_queries_skipped) == (
+        2,
+        9,
+        3,
+        1,
+    )
+    assert len(store.predictions(result)) == result.num_queries == 2
+    assert len(store.context(result)) == result.num_shots_shown == 6
+    assert ResultStore(tmp_path).save(result, [], []).name == next(folder.glob("*.result.json")).name
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "x"}', "\x00"])
 def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "toy.result.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"toy\.result\.json is not a whole result record"):
+    with pytest.raises(UserError, match=r"toy\.result\.json: not a complete record"):
         ResultStore(tmp_path).load()
 
 
@@ -103,7 +135,7 @@ def test_a_record_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="not a folder"):
         ResultStore(tmp_path / "absent").load()
     with pytest.raises(UserError, match="holds no result"):
         ResultStore(tmp_path).load()

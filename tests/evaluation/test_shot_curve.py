@@ -13,6 +13,7 @@ from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, measure_shot_curves
+from manyicl.evaluation.uncertainty import spread
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
 from tests.builders import make_example, make_task, tiny_loaded
@@ -33,7 +34,7 @@ def measure(
 
 def test_a_curve_has_one_record_per_point_and_one_without_demonstrations(tmp_path: Path) -> None:
     curves = measure(OracleEngine(), [make_task()], tmp_path)
-    points = [(result.seed, result.num_shots_asked) for result in curves.results]
+    points = [(result.seed, result.num_shots) for result in curves.results]
     assert points == [(0, 0), (0, 1), (0, 2), (0, 8), (1, 1), (1, 2), (1, 8)]
 
 
@@ -83,11 +84,21 @@ def test_anything_a_score_depends_on_makes_another_record(change: dict[str, obje
     assert measure(**{**arguments, **change}).num_found == 0  # type: ignore[arg-type]
 
 
-def test_a_new_name_renames_what_was_measured(tmp_path: Path) -> None:
-    measure(OracleEngine(), [make_task()], tmp_path)
-    renamed = measure(OracleEngine(), [make_task()], tmp_path, name="mine")
-    assert renamed.num_found == 7
-    assert {result.model_name for result in ResultStore(tmp_path).load()} == {"mine"}
+def test_the_same_weights_by_another_name_are_another_model(tmp_path: Path) -> None:
+    first = measure(OracleEngine(), [make_task()], tmp_path)
+    engine = OracleEngine()
+    for _ in range(2):
+        second = measure(engine, [make_task()], tmp_path, name="mine")
+        assert second.num_found == 7
+        assert {result.model_name for result in second.results} == {"mine"}
+    assert engine.calls == []
+    store = ResultStore(tmp_path)
+    assert sorted(result.model_name for result in store.load()) == ["mine"] * 7 + ["oracle"] * 7
+    assert measure(OracleEngine(), [make_task()], tmp_path).results == first.results
+    for one, other in zip(first.results, second.results, strict=True):
+        assert one.score == other.score
+        assert store.predictions(one) == store.predictions(other)
+        assert store.context(one) == store.context(other)
 
 
 def test_every_point_and_model_is_asked_the_same_queries(tmp_path: Path) -> None:
@@ -129,18 +140,18 @@ def test_a_task_with_too_few_rows_shows_all_it_has_and_says_so(tmp_path: Path) -
     settings = EvaluationSettings(shots=(4, 64), num_seeds=1, num_queries=3)
     few, many = measure(OracleEngine(), [task], tmp_path, settings).results
     assert (few.num_shots_shown, few.num_shots_missing) == (4, 0)
-    assert (many.num_shots_asked, many.num_shots_shown, many.num_shots_missing) == (64, 5, 59)
+    assert (many.num_shots, many.num_shots_shown, many.num_shots_missing) == (64, 5, 59)
 
 
-def test_a_full_context_leaves_demonstrations_out_and_is_asked_once(tmp_path: Path) -> None:
+def test_a_full_context_leaves_demonstrations_out_and_is_answered_once(tmp_path: Path) -> None:
     engine = OracleEngine(max_context_tokens=150)
     settings = EvaluationSettings(shots=(2, 30, 40), num_seeds=1, num_queries=5)
     fits, full, fuller = measure(engine, [make_task()], tmp_path, settings).results
-    assert fits.num_shots_left_out == 0
-    assert full.num_shots_shown + full.num_shots_left_out == 30
+    assert fits.num_shots_dropped == 0
+    assert full.num_shots_shown + full.num_shots_dropped == 30
     assert 2 < full.num_shots_shown < 30
     assert full.num_context_tokens <= 150
-    assert fuller.num_shots_left_out > full.num_shots_left_out
+    assert fuller.num_shots_dropped > full.num_shots_dropped
 
 
 def test_a_query_longer_than_the_context_is_passed_over_and_counted(tmp_path: Path) -> None:
@@ -148,8 +159,8 @@ def test_a_query_longer_than_the_context_is_passed_over_and_counted(tmp_path: Pa
     engine = OracleEngine(max_context_tokens=120)
     settings = EvaluationSettings(shots=(0,), num_queries=10)
     (result,) = measure(engine, [make_task(test=rows)], tmp_path, settings).results
-    assert (result.num_queries, result.num_queries_left_out) == (4, 1)
-    with pytest.raises(UserError, match="no test row that can be asked"):
+    assert (result.num_queries, result.num_queries_skipped) == (4, 1)
+    with pytest.raises(UserError, match=r"no test row of task .* fits"):
         measure(engine, [make_task(test=rows[:1])], tmp_path, settings)
 
 
@@ -174,7 +185,8 @@ def test_a_sibling_of_a_training_task_is_not_unseen(tmp_path: Path) -> None:
 def test_macro_f1_has_an_error_and_no_score_per_query(tmp_path: Path) -> None:
     result = measure(OracleEngine(), [make_task(metric="macro_f1")], tmp_path).results[3]
     assert result.query_scores is None
-    assert result.standard_error > 0
+    assert result.resampled_scores is not None
+    assert result.standard_error == pytest.approx(max(spread(result.resampled_scores), 1 / 13))
     assert "accuracy" in result.companions
 
 
@@ -215,5 +227,5 @@ def test_a_cut_predictions_file_is_named_with_its_line(tmp_path: Path) -> None:
     curves = measure(OracleEngine(), [make_task()], tmp_path, EvaluationSettings(shots=(0,), num_queries=5))
     path = next(tmp_path.glob("*.predictions.jsonl"))
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(UserError, match=r"predictions\.jsonl:5 is not a whole record"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl:5: not a complete record"):
         store.predictions(curves.results[0])

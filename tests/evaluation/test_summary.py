@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from manyicl.errors import UserError
@@ -17,7 +18,7 @@ def scored(model: str, task: str, shots: int, scores: tuple[float, ...], **chang
         "model_name": model,
         "model_fingerprint": model * 8,
         "task": task,
-        "num_shots_asked": shots,
+        "num_shots": shots,
         "num_shots_shown": shots,
         "query_scores": scores,
         "score": sum(scores) / len(scores),
@@ -64,6 +65,43 @@ def test_differences_are_paired_over_seeds_and_queries() -> None:
     assert mean(summary.difference("base", "tuned", OVERALL, 4)) == pytest.approx(0.5)
 
 
+def test_a_difference_is_paired_only_over_the_same_seeds_and_queries() -> None:
+    twelve = scored("base", "a", 4, (1.0, 0.0) * 6)
+    for other in (
+        scored("tuned", "a", 4, (1.0,), queries_hash="other"),
+        scored("tuned", "a", 4, (1.0, 0.0) * 6, seed=1),
+        scored("tuned", "a", 4, (1.0, 0.0) * 6, queries_hash="other"),
+    ):
+        difference = summarise([twelve, other]).difference("base", "tuned", OVERALL, 4)
+        assert difference is not None
+        assert difference.pairing == "independent"
+        assert (difference.interval is None) == (other.num_queries == 1)
+
+
+def test_macro_f1_is_paired_over_the_same_resamples() -> None:
+    def result(model: str, score: float, *resampled: float) -> Result:
+        fields = {"metric": "macro_f1", "query_scores": None, "score": score, "num_queries": 50, "standard_error": 0.1}
+        return scored(model, "a", 4, (1.0,), **{**fields, "resampled_scores": resampled or None})
+
+    base, tuned = result("base", 0.5, 0.4, 0.6, 0.5), result("tuned", 0.6, 0.5, 0.7, 0.7)
+    paired = summarise([base, tuned]).difference("base", "tuned", OVERALL, 4)
+    assert paired is not None
+    assert paired.pairing == "paired"
+    assert paired.mean == pytest.approx(0.1)
+    assert paired.standard_error == pytest.approx(np.std([0.1, 0.1, 0.2], ddof=1))
+    # Records of an earlier version hold no resamples.
+    unpaired = summarise([base, result("tuned", 0.6)]).difference("base", "tuned", OVERALL, 4)
+    assert unpaired is not None
+    assert unpaired.pairing == "independent"
+    assert unpaired.standard_error == pytest.approx(0.1 * 2**0.5)
+
+
+def test_a_copied_record_counts_once_and_is_no_older_result() -> None:
+    summary = summarise([*RECORDS, *RECORDS])
+    assert summary.num_superseded == 0
+    assert len(summary.records) == len(RECORDS)
+
+
 def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
     summary = summarise([*RECORDS, scored("tuned", "c", 4, (1.0, 1.0), family="math")])
     assert summary.compared == ("a", "b")
@@ -71,7 +109,7 @@ def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
     assert summary.score("tuned", "math", 4) is None
 
 
-def test_older_records_that_asked_otherwise_are_superseded() -> None:
+def test_older_records_of_other_queries_are_superseded() -> None:
     older = scored("base", "a", 4, (0.0,), queries_hash="other", created=datetime(2025, 1, 1, tzinfo=UTC))
     summary = summarise([older, *RECORDS])
     assert summary.num_superseded == 1
@@ -85,7 +123,9 @@ def test_models_that_share_a_name_are_told_apart_by_fingerprint() -> None:
 
 def test_macro_f1_is_averaged_over_seeds_without_scores_per_query() -> None:
     records = [
-        scored("m", "a", 4, (1.0,), seed=seed, metric="macro_f1", query_scores=None, score=score, standard_error=0.1)
+        scored(
+            "m", "a", 4, (1.0,) * 9, seed=seed, metric="macro_f1", query_scores=None, score=score, standard_error=0.1
+        )
         for seed, score in enumerate((0.4, 0.6))
     ]
     estimate = summarise(records).score("m", OVERALL, 4)

@@ -115,7 +115,7 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
     for first, last, group in groups_of_shots(compiled.answers):
         right = mean_over_queries([float(one.is_right) for one in group])
         nats = -sum(one.log_probability for one in group) / len(group)
-        error = f" ± {right.standard_error:.2f}" if len(group) > 1 else ""
+        error = f" ± {right.standard_error:.2f}" if right.standard_error is not None else ""
         bar = "█" * round(BAR_CHARACTERS * right.mean)
         shots = f"{first}" if first == last else f"{first}–{last}"
         table.add_row(shots, f"{len(group)}", f"{right.mean:.2f}{error}", bar, f"{nats:.2f}")
@@ -132,11 +132,13 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
 
 def _tendency(estimates: Sequence[Estimate]) -> str:
     """Say whether the last doubling of shots helped, as far as the numbers carry."""
+    from manyicl.evaluation.uncertainty import independent_difference
+
     if len(estimates) < 2 or min(estimates[-1].num_scores, estimates[-2].num_scores) < FEWEST_COMPARED:
         return "Too few demonstrations to say whether more would help."
     last, before = estimates[-1], estimates[-2]
-    gain = last.mean - before.mean
-    error = (last.standard_error**2 + before.standard_error**2) ** 0.5
+    difference = independent_difference(before, last)
+    gain, error = difference.mean, difference.standard_error or 0.0
     change = f"{gain:+.2f} ± {error:.2f}"
     if last.mean == 1:
         return "Every one of the last was right."

@@ -117,7 +117,7 @@ def measure_with_progress(
         bar = progress.add_task("evaluating", total=len(tasks) * len(settings.points()))
 
         def advance(result: Result, found: bool) -> None:
-            score = f"{result.task}, {result.num_shots_asked} shots: {result.score:.3f}"
+            score = f"{result.task}, {result.num_shots} shots: {result.score:.3f}"
             progress.update(bar, advance=1, description=score if not found else f"{result.task}, found")
 
         return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
@@ -136,7 +136,10 @@ def parse_shots(text: str) -> tuple[int, ...]:
     wrong = next((part for part in parts if not part.isdecimal() or len(part) > _MOST_DIGITS), None)
     if wrong is not None or not parts:
         raise UserError(
-            "--shots expects whole numbers from 0 separated by commas, such as 0,1,4,16; found "
-            f"{shortened(repr(wrong or text))}."
+            "not_whole_numbers",
+            "wrong --shots",
+            expected="whole numbers from 0 separated by commas, such as 0,1,4,16",
+            found=shortened(repr(wrong or text)),
+            field="--shots",
         )
     return tuple(sorted({int(part) for part in parts}))

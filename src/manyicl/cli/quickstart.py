@@ -141,14 +141,17 @@ def _print_difference(results: list[Result], console: Console) -> None:
     difference = summary.difference(BASE_NAME, TUNED_NAME, OVERALL, most)
     if difference is None or None in scores:
         return
-    base, tuned = (f"{score.mean:.2f} ± {_half_width(score):.2f}" for score in scores if score)
+    base, tuned = (f"{score.mean:.2f}{_margin(score)}" for score in scores if score)
+    paired = "paired difference" if difference.pairing == "paired" else "difference, not paired,"
     console.print(
         f"Unseen tasks at {most} shots, mean over families with 95 % interval: base {base}, fine-tuned {tuned}; "
-        f"paired difference {difference.mean:+.2f} ± {_half_width(difference):.2f}.",
+        f"{paired} {difference.mean:+.2f}{_margin(difference)}.",
         highlight=False,
     )
 
 
-def _half_width(estimate: Estimate) -> float:
+def _margin(estimate: Estimate) -> str:
+    if estimate.interval is None:
+        return ""
     low, high = estimate.interval
-    return (high - low) / 2
+    return f" ± {(high - low) / 2:.2f}"

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from manyicl.cli.outputs import require_writable
-from manyicl.errors import UserError
+from manyicl.outputs import require_output_file
 
 PAGE_ENDINGS = (".html", ".htm")
 
@@ -42,19 +41,16 @@ def report_command(
     from rich.console import Console
 
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
-    from manyicl.evaluation.report.plots import require_picture
+    from manyicl.evaluation.report.page import is_report
+    from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture
     from manyicl.evaluation.result import ResultStore
 
     console = Console()
     records = ResultStore(results).load()
     page = output or results / "report.html"
-    for path in filter(None, (page, plot)):
-        require_writable(path)
-        if path.is_dir():
-            raise UserError(f"{str(path)!r} is a folder; expected the name of a file to write.")
-    _require_page(page)
+    require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
     if plot is not None:
-        require_picture(plot)
+        require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
     print_table(records, console, per_task=per_task)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +58,3 @@ def report_command(
         console.print(f"Curves: {plot}", markup=False, soft_wrap=True)
     write_report(results, page, title=title, examples=examples)
     console.print(f"Report: {page}", markup=False, soft_wrap=True)
-
-
-def _require_page(path: Path) -> None:
-    """Refuse to write a page under another ending, or over a file that is none of ours."""
-    from manyicl.evaluation.report.page import is_report
-
-    if path.suffix.lower() not in PAGE_ENDINGS:
-        raise UserError(f"The report is a page, {' or '.join(PAGE_ENDINGS)}; found {str(path)!r}.")
-    if path.exists() and path.stat().st_size and not is_report(path):
-        raise UserError(f"{str(path)!r} is there and no page of `manyicl report`; give another name, or remove it.")

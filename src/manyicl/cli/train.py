@@ -202,7 +202,7 @@ def held_out_evaluation(recipe: Recipe, tasks: tuple[Task, ...]) -> Evaluation:
             results = measure_shot_curves(Engine(loaded), asked, folder, settings).results
         figures = {"score": sum(result.score for result in results) / len(results)}
         for num_shots in settings.shots:
-            scores = [result.score for result in results if result.num_shots_asked == num_shots]
+            scores = [result.score for result in results if result.num_shots == num_shots]
             figures[f"score_at_{num_shots}_shots"] = sum(scores) / len(scores)
         return figures
 

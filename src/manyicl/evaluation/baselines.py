@@ -1,4 +1,4 @@
-"""The levels that cost nothing: majority answer, chance, TF-IDF with logistic regression, nearest neighbour."""
+"""Trivial baselines: majority answer, chance, TF-IDF with logistic regression, nearest neighbour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 
-from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
 from manyicl.tasks.nearest import NearestExamples, terms
 from manyicl.tasks.task import Example, Task
@@ -20,7 +19,7 @@ MOST_WEIGHTS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A level beside a score: its value in the task's metric, None where undefined, and the reason."""
+    """Score of a trivial baseline in the task's metric, None where undefined, and the reason."""
 
     score: float | None
     note: str = ""
@@ -53,9 +52,9 @@ def chance_level(task: Task, queries: Sequence[Example]) -> Level:
 
 
 def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:
-    """Score of TF-IDF with logistic regression trained on exactly the demonstrations the model is shown.
+    """Score of TF-IDF with logistic regression trained on exactly the demonstrations in the context.
 
-    Both with scikit-learn's default settings: what a person would try first. Terms are words of any script; where a
+    Both with scikit-learn's default settings: what one would try first. Terms are words of any script; where a
     script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. Where only one label
     was seen it is always answered; without demonstrations nothing is defined.
     """
@@ -76,7 +75,7 @@ def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence
 
 @lru_cache(maxsize=1024)
 def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Example, ...]) -> tuple[str, ...]:
-    """Fit and answer; kept, because every model of a comparison is shown the same demonstrations."""
+    """Fit and answer; kept, because every model of a comparison has the same demonstrations."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -89,41 +88,13 @@ def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Examp
     return tuple(str(label) for label in pipeline.predict([example.query.text for example in queries]))
 
 
-def nearest_level(task: Task, shown: Sequence[Example], test: Sequence[Example]) -> Level:
-    """Score of repeating the answer of the nearest example by BM25: what a model that copies from it would reach.
-
-    Defined for free answers too. A query that shares no word with any example gets their most frequent answer.
-
-    Args:
-        task: Names the metric.
-        shown: To choose from: the demonstrations of a prompt, or all that a query's own examples are drawn from.
-        test: Asked.
-    """
-    if task.choices_column is not None:
-        return Level(None, "each row has its own options")
-    if not shown:
-        return Level(None, "no demonstrations")
-    try:
-        answers = nearest_answers(shown, test)
-    except UserError as error:  # bm25s is an extra
-        return Level(None, str(error))
-    fallback = _most_frequent(shown)
-    num_alone = answers.count(None)
-    note = (
-        f"{num_alone} of {len(test)} queries share no word with any example and get the most frequent answer"
-        if num_alone
-        else ""
-    )
-    return _score(task, [fallback if answer is None else answer for answer in answers], test, note)
-
-
-def nearest_answers(shown: Sequence[Example], test: Sequence[Example]) -> list[str | None]:
+def nearest_answers(demonstrations: Sequence[Example], test: Sequence[Example]) -> list[str | None]:
     """Return the answer of the example nearest to each query by BM25; None where none shares a word with it.
 
     Raises:
         UserError: If bm25s is not installed.
     """
-    nearest = NearestExamples(shown, 1)
+    nearest = NearestExamples(demonstrations, 1)
     found = [nearest(example.query) for example in test]
     return [examples[-1].answer if examples else None for examples in found]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, did_you_mean, shown
 from manyicl.evaluation.numbers import last_number, only_number, same_number
 from manyicl.evaluation.words import WordTokenizer
 from manyicl.tasks.task import Task
@@ -96,22 +96,21 @@ def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> fl
 
 
 def squad_normalised(text: str) -> str:
-    """Lower-case, without punctuation, English articles and extra white space.
+    """Lower-case, without punctuation, English articles and extra white space; nothing may be left of a text.
 
-    Source: Rajpurkar et al. 2016, the official SQuAD script; the same on ASCII, with one departure: a text of which
-    nothing is left, such as the option "A", is only lower-cased, else "A" and "the" would be the same answer. In other
-    scripts punctuation is theirs too, and letters are folded (see ``manyicl.tasks.words.folded``), where the script
-    takes away ASCII punctuation alone. English articles go in every language.
+    Source: Rajpurkar et al. 2016, the official SQuAD script; the same on ASCII. In other scripts punctuation is theirs
+    too, and letters are folded (see ``manyicl.tasks.words.folded``), where the script takes away ASCII punctuation
+    alone. English articles go in every language.
     """
-    plain = folded(text)
-    kept = " ".join(_ARTICLE.sub(" ", _PUNCTUATION.sub("", plain.replace(_WORD_SPACE, " "))).split())
-    return kept or " ".join((plain if plain.strip() else text).split())
+    plain = folded(text).replace(_WORD_SPACE, " ")
+    return " ".join(_ARTICLE.sub(" ", _PUNCTUATION.sub("", plain)).split())
 
 
 def exact_match(prediction: str, references: References) -> float:
     """Score 1 if prediction and an accepted answer are equal in SQuAD's normalisation.
 
-    It drops points and minus signs: for numbers ask ``numeric_match``.
+    It drops points and minus signs, and articles even where they are the whole answer: for numbers use
+    ``numeric_match``, for option letters ``accuracy``.
 
     >>> exact_match("The Eiffel Tower.", ("eiffel tower",))
     1.0
@@ -131,11 +130,11 @@ def token_f1(prediction: str, references: References) -> float:
 
 
 def _token_f1(prediction: str, reference: str) -> float:
-    shown, wanted = ([part for word in text.split() for part in parts(word)] for text in (prediction, reference))
-    if not shown or not wanted:
-        return float(shown == wanted)
-    shared = sum((Counter(shown) & Counter(wanted)).values())
-    return 2 * shared / (len(shown) + len(wanted))
+    predicted, accepted = ([part for word in text.split() for part in parts(word)] for text in (prediction, reference))
+    if not predicted or not accepted:
+        return float(prediction == reference)
+    shared = sum((Counter(predicted) & Counter(accepted)).values())
+    return 2 * shared / (len(predicted) + len(accepted))
 
 
 @lru_cache
@@ -214,7 +213,12 @@ def metric_named(name: str) -> Metric:
         UserError: If there is none of this name.
     """
     if name not in METRICS:
-        raise UserError(f"Unknown metric {name!r}.{did_you_mean(name, METRICS)} Known: {', '.join(METRICS)}.")
+        raise UserError(
+            "unknown_metric",
+            f"unknown metric {shown(name)}",
+            expected=f"one of {', '.join(METRICS)}",
+            remedy=did_you_mean(name, METRICS).strip() or None,
+        )
     return METRICS[name]
 
 
@@ -227,8 +231,9 @@ def metrics_of(task: Task) -> tuple[str, ...]:
     primary = metric_named(task.metric).name
     if primary == "macro_f1" and task.labels is None:
         raise UserError(
-            f"Task {task.name!r} names the metric macro_f1 and has no closed label set. "
-            "Use accuracy, or name its labels."
+            "metric_needs_labels",
+            f"task {task.name!r} has the metric macro_f1 and no closed label set",
+            remedy="Use accuracy, or name its labels.",
         )
     return tuple(dict.fromkeys((primary, *_companions(task))))
 

@@ -31,7 +31,7 @@ from manyicl.evaluation.result import (
     hash_of,
     result_key,
 )
-from manyicl.evaluation.uncertainty import bootstrap_standard_error, mean_over_queries
+from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
 from manyicl.model.manifest import Manifest, library_versions
 from manyicl.outputs import require_output_folder
 from manyicl.tasks.demonstrations import Sampling
@@ -85,11 +85,11 @@ class AskedTask:
 
     Attributes:
         task: Its test side holds the chosen queries and nothing else.
-        num_left_out: Queries passed over because the context does not hold them even alone.
+        num_skipped: Test rows skipped because the context does not hold them even without demonstrations.
     """
 
     task: Task
-    num_left_out: int
+    num_skipped: int
 
     @property
     def queries(self) -> tuple[Example, ...]:
@@ -128,7 +128,9 @@ def measure_shot_curves(
     for task in tasks:
         metrics_of(task)
         if not task.test:
-            raise UserError(f"Task {task.name!r} has no test rows to ask; give it some, or split its file.")
+            raise UserError(
+                "no_test_rows", f"task {task.name!r} has no test rows", remedy="Give it some, or split its file."
+            )
     name = model_name or engine.reference
     results: list[Result] = []
     num_found = 0
@@ -159,7 +161,7 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
     """
     opening = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
     chosen: list[Example] = []
-    num_left_out = 0
+    num_skipped = 0
     for position in query_order(task, settings.seed):
         if len(chosen) == settings.num_queries:
             break
@@ -167,13 +169,16 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
         if opening + engine.num_reserved_tokens(alone) <= engine.max_context_tokens:
             chosen.append(task.test[position])
         else:
-            num_left_out += 1
+            num_skipped += 1
     if not chosen:
         raise UserError(
-            f"Task {task.name!r} has no test row that can be asked: {num_left_out} of {len(task.test)} are longer "
-            f"than the context of {engine.max_context_tokens:,} tokens. Add test rows, or use a longer context."
+            "query_too_long",
+            f"no test row of task {task.name!r} fits: {num_skipped} of {len(task.test)} are too long without any "
+            "demonstration",
+            expected=f"at most {engine.max_context_tokens:,} tokens",
+            remedy="Add shorter test rows, or use a longer context.",
         )
-    return AskedTask(replace(task, test=tuple(chosen)), num_left_out)
+    return AskedTask(replace(task, test=tuple(chosen)), num_skipped)
 
 
 class _Curve:
@@ -195,12 +200,15 @@ class _Curve:
         """Return one result, and whether it was found on disk instead of measured."""
         key = result_key(self._arguments(seed, num_shots))
         found = self.store.find(file_stem(self.asked.task.name, num_shots, seed, key))
+        if found is not None and found.model_name != self.name:
+            # The same weights by another name stay another model: the measurement is copied, not renamed.
+            found = self._by_own_name(found)
         if found is not None:
-            return (found if found.model_name == self.name else self.store.rename_model(found, self.name)), True
+            return found, True
         task = self.asked.task
         num_available = min(num_shots, len(task.train))
         wanted = task.demonstrations(num_available, seed, self.settings.sampling)
-        shown, num_left_out = fit_demonstrations(
+        shown, num_dropped = fit_demonstrations(
             task,
             wanted,
             self.engine.encoder,
@@ -211,10 +219,10 @@ class _Curve:
         answers = self._scored(predictions)
         result = Result(
             key=key,
-            num_shots_asked=num_shots,
+            num_shots=num_shots,
             num_shots_shown=len(shown),
             num_shots_missing=num_shots - num_available,
-            num_shots_left_out=num_left_out,
+            num_shots_dropped=num_dropped,
             seed=seed,
             seconds=seconds,
             created=datetime.now(UTC),
@@ -227,6 +235,15 @@ class _Curve:
         context = (ShownExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in shown)
         self.store.save(result, answers, context)
         return result, False
+
+    def _by_own_name(self, found: Result) -> Result:
+        """Return the record of this measurement by the name of this model, copied if it is not there yet."""
+        key = hash_of(found.key, self.name)
+        copy = self.store.find(file_stem(found.task, found.num_shots, found.seed, key))
+        if copy is None:
+            copy = found.model_copy(update={"key": key, "model_name": self.name})
+            self.store.save(copy, self.store.predictions(found), self.store.context(found))
+        return copy
 
     def _arguments(self, seed: int, num_shots: int) -> dict[str, Any]:
         """Collect all that a result is a function of."""
@@ -289,21 +306,22 @@ class _Curve:
         primary, *others = metrics_of(self.asked.task)
         texts = [one.answer for one in answers]
         references = [one.references for one in answers]
-        score = METRICS[primary].score(texts, references)
-        if METRICS[primary].of_example is not None:
+        metric = METRICS[primary]
+        each = resampled = None
+        if metric.of_example is not None:
             each = tuple(one.scores[primary] for one in answers)
             standard_error = mean_over_queries(each).standard_error
         else:
-            each = None
-            standard_error = bootstrap_standard_error(
-                lambda drawn: METRICS[primary].score([texts[i] for i in drawn], [references[i] for i in drawn]),
-                len(texts),
+            resampled = resampled_scores(
+                lambda drawn: metric.score([texts[i] for i in drawn], [references[i] for i in drawn]), len(texts)
             )
+            standard_error = honest_error(spread(resampled), len(texts))
         return {
             "metric": primary,
-            "score": score,
+            "score": metric.score(texts, references),
             "standard_error": standard_error,
             "query_scores": each,
+            "resampled_scores": resampled,
             "companions": {name: METRICS[name].score(texts, references) for name in others},
             "num_cut_answers": sum(not one.stopped for one in answers),
         }
@@ -320,7 +338,7 @@ class _Curve:
             "sampling": self.settings.sampling,
             "query_seed": self.settings.seed,
             "num_queries": len(self.asked.queries),
-            "num_queries_left_out": self.asked.num_left_out,
+            "num_queries_skipped": self.asked.num_skipped,
             "queries_hash": self.queries_hash,
             "model": self.engine.reference,
             "model_name": self.name,

@@ -1,8 +1,12 @@
-"""Standard errors, paired comparisons, and means over tasks and families.
+"""Standard errors, intervals, paired differences, and means over tasks and families.
 
-Every seed asks the same queries after other demonstrations, so the scores of a task form a table of seeds and
+Every seed answers the same queries after other demonstrations, so the scores of a task form a table of seeds and
 queries, (S, Q), with two sources of chance beside the rest: some draws of demonstrations are luckier, and some
 queries harder. Treating its S x Q cells as independent would understate the error of their mean.
+
+Scores that are all alike, as 20 right out of 20, do not show that another query could not be wrong. The standard error
+of Q queries is therefore never below ``1 / (Q + 2)``, which is what one success and one failure more would give
+(Laplace); of differences, whose range is twice as wide, never below ``2 / (Q + 2)``.
 """
 
 from __future__ import annotations
@@ -11,29 +15,64 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# 95 % of a normal distribution. With three seeds a t distribution would be wider for one task alone; over the
-# tasks of a report, whose errors are independent, the difference vanishes.
+Pairing = Literal["paired", "independent"]
+
+# 95 % of a normal distribution.
 _NORMAL_95 = 1.959964
 _FEWEST_TASKS = 3
+NUM_RESAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its standard error and the number of scores behind it."""
+    """A mean score in [0, 1], or a mean difference of such scores, with what is known of its error.
+
+    Attributes:
+        mean: Mean of the scores.
+        standard_error: Standard error of the mean; None where a single query shows none.
+        num_scores: Number of scores that were averaged.
+        degrees_of_freedom: Of the standard error; infinite where many independent errors were combined.
+        pairing: None for a score; for a difference, whether both sides answered the same queries after the same
+            seeds, so that what they share cancels out.
+    """
 
     mean: float
-    standard_error: float
+    standard_error: float | None
     num_scores: int
+    degrees_of_freedom: float = math.inf
+    pairing: Pairing | None = None
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Normal interval of 95 % around the mean; not clipped, so that differences may use it too."""
-        margin = _NORMAL_95 * self.standard_error
-        return self.mean - margin, self.mean + margin
+    def interval(self) -> tuple[float, float] | None:
+        """Interval of 95 %, None without a standard error.
+
+        A score has Wilson's interval for as many independent queries as its standard error is worth: it stays within
+        [0, 1] and is one-sided where every answer was right. A difference has Student's.
+
+        Source: Wilson 1927; Brown, Cai, DasGupta 2001, Interval estimation for a binomial proportion.
+        """
+        if self.standard_error is None:
+            return None
+        if self.pairing is not None:
+            margin = _student_95(self.degrees_of_freedom) * self.standard_error
+            return self.mean - margin, self.mean + margin
+        # Of a mean strictly between 0 and 1, and of one at its bound, where the standard error is 1 / (Q + 2).
+        worth = max(self.mean * (1 - self.mean) / self.standard_error**2, 1 / self.standard_error - 2)
+        total = worth + _NORMAL_95**2
+        centre = (worth * self.mean + _NORMAL_95**2 / 2) / total
+        margin = _NORMAL_95 * math.sqrt(max(worth * self.mean * (1 - self.mean), 0) + _NORMAL_95**2 / 4) / total
+        return max(centre - margin, 0.0), min(centre + margin, 1.0)
+
+
+def _student_95(degrees_of_freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees_of_freedom))
 
 
 def mean_over_queries(scores: ArrayLike) -> Estimate:
@@ -44,8 +83,8 @@ def mean_over_queries(scores: ArrayLike) -> Estimate:
     return mean_over_seeds_and_queries([scores])
 
 
-def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike]) -> Estimate:
-    """Mean of a table of scores, (S, Q), whose rows are seeds and whose columns are the same queries.
+def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pairing: Pairing | None = None) -> Estimate:
+    """Mean of a table of scores or differences, (S, Q), whose rows are seeds and whose columns are the same queries.
 
     The variance of the mean under ``score = mean + seed + query + rest`` is, from the mean squares of a two-way
     analysis, ``(seeds + queries - rest) / (S Q)``; a negative component is taken as zero. One seed gives the
@@ -63,38 +102,59 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike]) -> Esti
     rest = _mean_square(table - by_seed - by_query + mean, (num_seeds - 1) * (num_queries - 1))
     # Each component at least zero: without a seed component the queries' mean square is left, and conversely.
     variance = max(seeds + queries - rest, seeds, queries) / (num_seeds * num_queries)
-    return Estimate(mean, math.sqrt(variance), table.size)
+    error = honest_error(math.sqrt(variance), num_queries, pairing)
+    return Estimate(mean, error, table.size, num_queries - 1, pairing)
+
+
+def honest_error(standard_error: float, num_queries: int, pairing: Pairing | None = None) -> float | None:
+    """Return a standard error no smaller than this number of queries can show; None below two queries."""
+    if num_queries < 2:
+        return None
+    return max(standard_error, (1 if pairing is None else 2) / (num_queries + 2))
 
 
 def _mean_square(deviations: NDArray[np.float64], degrees_of_freedom: int) -> float:
     return float((deviations**2).sum()) / degrees_of_freedom if degrees_of_freedom > 0 else 0.0
 
 
-def mean_of_seed_means(means: Sequence[float], standard_errors: Sequence[float], num_scores: int) -> Estimate:
+def mean_of_seed_means(
+    means: Sequence[float],
+    standard_errors: Sequence[float | None],
+    num_queries: int,
+    pairing: Pairing | None = None,
+) -> Estimate:
     """Mean over seeds where only each seed's mean and standard error are known, as with macro-F1.
 
     Seeds share their queries, so the queries' part does not shrink with the number of seeds: the variance is
     that of the seed means over S plus the mean squared standard error. It errs on the wide side.
     """
+    known = [error for error in standard_errors if error is not None]
     between = float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else 0.0
-    within = float(np.mean(np.square(standard_errors)))
-    return Estimate(float(np.mean(means)), math.sqrt(between + within), num_scores)
+    variance = between + float(np.mean(np.square(known))) if len(known) == len(means) else None
+    error = None if variance is None else honest_error(math.sqrt(variance), num_queries, pairing)
+    return Estimate(float(np.mean(means)), error, len(means) * num_queries, num_queries - 1, pairing)
 
 
-def bootstrap_standard_error(
-    statistic: Callable[[NDArray[np.intp]], float], num_queries: int, seed: int = 0, num_resamples: int = 100
-) -> float:
-    """Standard error, by resampling queries, of a score that only a whole set has.
+def resampled_scores(
+    score: Callable[[NDArray[np.intp]], float], num_queries: int, num_resamples: int = NUM_RESAMPLES
+) -> tuple[float, ...]:
+    """Score resamples of the queries, for a score that only a whole set has; its spread is its standard error.
+
+    The resamples depend on the number of queries alone. So those of two models on the same queries are the same
+    resamples, and the spread of their differences is the standard error of the paired difference.
 
     Args:
-        statistic: From positions of queries, (Q,), to the score of that resample.
+        score: From positions of queries, (Q,), to the score of that resample.
         num_queries: Queries to draw from, with replacement.
-        seed: Of the resamples.
-        num_resamples: 100 give the error to about 7 % of itself.
+        num_resamples: 100 give the standard error to about 7 % of itself.
     """
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(num_queries, size=num_queries)) for _ in range(num_resamples)]
-    return float(np.std(draws, ddof=1))
+    rng = np.random.default_rng(0)
+    return tuple(score(rng.integers(num_queries, size=num_queries)) for _ in range(num_resamples))
+
+
+def spread(resampled: ArrayLike) -> float:
+    """Return the standard deviation of resampled scores, or of differences between them."""
+    return float(np.std(np.asarray(resampled, dtype=float), ddof=1))
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
@@ -103,63 +163,41 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     Raises:
         ValueError: If the two tables differ in shape.
     """
-    return mean_over_seeds_and_queries(_differences(first, second))
-
-
-@dataclass(frozen=True, slots=True)
-class BootstrapDifference:
-    """A paired comparison: mean of second minus first, its 95 % interval and the two-sided p-value."""
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    num_resamples: int
-
-
-def paired_bootstrap(
-    first: ArrayLike, second: ArrayLike, *, seed: int = 0, num_resamples: int = 10_000
-) -> BootstrapDifference:
-    """Compare two sets of scores of the same seeds and queries, (S, Q) or (Q,) each.
-
-    Seeds and queries are both drawn anew in each resample, so that shared demonstrations are not counted as
-    independent evidence. Somewhat wide, never narrow.
-
-    Raises:
-        ValueError: If the two tables differ in shape.
-
-    Source: Owen 2007, arXiv:0711.1029, the pigeonhole bootstrap; Koehn 2004 for the paired form.
-    """
-    table = _differences(first, second)
-    num_seeds, num_queries = table.shape
-    rng = np.random.default_rng(seed)
-    # A resample's mean is its seed counts times the table times its query counts.
-    seed_counts = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=num_resamples)
-    query_counts = rng.multinomial(num_queries, [1 / num_queries] * num_queries, size=num_resamples)
-    means = np.einsum("rs,sq,rq->r", seed_counts, table, query_counts, optimize=True) / table.size
-    low, high = np.quantile(means, [0.025, 0.975])
-    at_most, at_least = (int((means <= 0).sum()) + 1, int((means >= 0).sum()) + 1)
-    p_value = min(1.0, 2 * min(at_most, at_least) / (num_resamples + 1))
-    return BootstrapDifference(float(table.mean()), float(low), float(high), p_value, num_resamples)
-
-
-def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     a, b = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (first, second))
     if a.shape != b.shape:
         raise ValueError(f"paired scores need the same seeds and queries; found {a.shape} and {b.shape}")
-    differences: NDArray[np.float64] = np.subtract(b, a)
-    return differences
+    return mean_over_seeds_and_queries(b - a, pairing="paired")
+
+
+def independent_difference(first: Estimate, second: Estimate) -> Estimate:
+    """Mean of ``second - first`` where other queries were answered, or after other seeds: errors add up."""
+    combined = mean_of_independent([first, second])
+    error = None if combined.standard_error is None else 2 * combined.standard_error
+    return Estimate(
+        second.mean - first.mean, error, combined.num_scores, combined.degrees_of_freedom, pairing="independent"
+    )
 
 
 def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of estimates whose errors are independent: variances add, then divide by the count squared."""
+    """Mean of estimates whose errors are independent: variances add, then divide by the count squared.
+
+    Degrees of freedom are Satterthwaite's. A difference is paired if all are.
+    """
     count = len(estimates)
-    variance = math.fsum(one.standard_error**2 for one in estimates) / count**2
+    pairings = {one.pairing for one in estimates}
     mean = math.fsum(one.mean for one in estimates) / count
-    return Estimate(mean, math.sqrt(variance), sum(one.num_scores for one in estimates))
+    num_scores = sum(one.num_scores for one in estimates)
+    pairing: Pairing | None = "independent" if len(pairings) > 1 else pairings.pop()
+    errors = [one.standard_error for one in estimates if one.standard_error is not None]
+    if len(errors) < count:
+        return Estimate(mean, None, num_scores, pairing=pairing)
+    total = math.fsum(error**2 for error in errors)
+    per_freedom = math.fsum(error**4 / one.degrees_of_freedom for error, one in zip(errors, estimates, strict=True))
+    freedom = total**2 / per_freedom if per_freedom else math.inf
+    return Estimate(mean, math.sqrt(total) / count, num_scores, freedom, pairing)
 
 
-def mean_over_families(tasks: Sequence[tuple[str, Estimate]]) -> tuple[Estimate, dict[str, Estimate]]:
+def mean_over_families(tasks: Sequence[tuple[str, Estimate]]) -> Estimate:
     """Average tasks within their family, then families, so that a family of many tasks does not drown others.
 
     The standard error answers "how well do we know the mean of *these* tasks"; how tasks differ among each
@@ -167,15 +205,11 @@ def mean_over_families(tasks: Sequence[tuple[str, Estimate]]) -> tuple[Estimate,
 
     Args:
         tasks: Family and estimate of each task.
-
-    Returns:
-        The mean over families, and each family's mean in order of first mention.
     """
     members: defaultdict[str, list[Estimate]] = defaultdict(list)
     for family, estimate in tasks:
         members[family].append(estimate)
-    families = {family: mean_of_independent(estimates) for family, estimates in members.items()}
-    return mean_of_independent(list(families.values())), families
+    return mean_of_independent([mean_of_independent(estimates) for estimates in members.values()])
 
 
 def estimate_over_tasks(tasks: Sequence[tuple[str, float]]) -> Estimate | None:
@@ -195,8 +229,5 @@ def estimate_over_tasks(tasks: Sequence[tuple[str, float]]) -> Estimate | None:
         members[family].append(score)
     if not members or min(map(len, members.values())) < _FEWEST_TASKS:
         return None
-    families = [
-        Estimate(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores)), len(scores))
-        for scores in members.values()
-    ]
-    return mean_of_independent(families)
+    # Tasks are to a family what queries are to a task.
+    return mean_of_independent([mean_over_queries(scores) for scores in members.values()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
-from manyicl.errors import UserError
+from manyicl.errors import counted
+from manyicl.evaluation.report.lines import notes, sections
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
-from manyicl.evaluation.report.tables import notes
 from manyicl.evaluation.result import (
     PredictedAnswer,
     Result,
@@ -23,6 +23,7 @@ from manyicl.evaluation.result import (
 )
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
+from manyicl.outputs import require_output_file
 
 # A worked prediction should be read whole: few demonstrations, and the first queries rather than chosen ones.
 WORKED_SHOTS = 8
@@ -45,27 +46,25 @@ def write_report(
 
     Args:
         results: A folder of results, or records; worked predictions need the folder.
-        output: The page to write.
+        output: Path of the page.
         only: Records to show, where a folder holds those of other runs too; None for all.
         title: Head of the page.
         lead: A sentence below it; None for one that counts models, tasks and results.
-        examples: Whether worked predictions, and with them texts of the tasks, may stand in it.
+        examples: Whether worked predictions, and with them texts of the tasks, may appear in it.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: If there is no record, or one is broken.
+        UserError: If there is no record, one is broken, or the page cannot be written there.
     """
-    if Path(output).is_dir():
-        raise UserError(f"The report is one file; {str(output)!r} is a folder.")
-    store = ResultStore(results) if isinstance(results, str | Path) else None
-    if only is not None:
-        records = [*only]
-    else:
-        records = ResultStore(results).load() if isinstance(results, str | Path) else [*results]
-    records.sort(key=lambda record: record.created)
-    summary = summarise(records)
+    output = Path(output)
+    require_output_file(output, is_ours=is_report, with_parents=True)
+    store = None
+    if isinstance(results, str | Path):
+        store = ResultStore(results)
+        results = store.load()
+    summary = summarise(results if only is None else only)
     page = _template().render(
         title=title,
         lead=lead or _lead(summary),
@@ -74,23 +73,16 @@ def write_report(
         findings=_findings(summary),
         colours=model_colours(summary),
         tfidf_colour=TFIDF_COLOUR,
-        sections=_sections(summary),
+        sections=sections(summary),
         panel=lambda group, wide=False: Markup(inline_panel(summary, group, wide=wide)),
         worked=worked_tasks(summary, store) if store is not None and examples else [],
         notes=notes(summary),
         models=_models(summary),
-        metric_of={record.task: record.metric for record in records},
-        task_facts=_task_facts(summary),
+        # One record of each task knows its metric, source, hash, labels and counts.
+        task_facts={task: next(r for r in summary.records if r.task == task) for task in summary.families},
         seen_in_training=_seen_in_training(summary),
-        has_tfidf=any(record.tfidf is not None for record in summary.records),
-        versions=_versions(records),
-        seeds=sorted({record.seed for record in summary.records}),
-        query_seeds=sorted({record.query_seed for record in summary.records}),
-        num_answers=sum(record.num_queries for record in summary.records),
-        seconds=sum(record.seconds for record in summary.records),
-        created=(records[0].created, records[-1].created),
+        versions=_versions(summary.records),
     )
-    output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output
@@ -139,18 +131,14 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0
 
 
 def _lead(summary: Summary) -> str:
-    num_tasks, num_families = len(summary.compared), len(summary.groups)
     seen = {record.seen_in_training for record in summary.records}
     unseen = " that fine-tuning never used" if False in seen and True not in seen else ""
+    num_families = len(summary.groups)
     return (
-        f"{_counted(len(summary.models), 'model')} on {_counted(num_tasks, 'task')} of "
-        f"{_counted(num_families, 'family', 'families')}{unseen}, asked after "
-        f"{summary.shots[0]} to {summary.shots[-1]} demonstrations."
+        f"{counted(len(summary.models), 'model')} on {counted(len(summary.compared), 'task')} of {num_families} "
+        f"{'family' if num_families == 1 else 'families'}{unseen}, with {summary.shots[0]} to {summary.shots[-1]} "
+        "demonstrations in the context."
     )
-
-
-def _counted(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +152,7 @@ class Finding:
 
 
 def _findings(summary: Summary) -> list[Finding]:
-    """Take the mean of each model at its most shots, and its paired difference from the first model."""
+    """Take the mean of each model at its most shots, and its difference from the first model."""
     findings = []
     colours = model_colours(summary)
     for model in summary.models:
@@ -172,102 +160,38 @@ def _findings(summary: Summary) -> list[Finding]:
         first, last = summary.score(model, OVERALL, shots[0]), summary.score(model, OVERALL, shots[-1])
         if first is None or last is None:
             continue
-        detail = f"95% interval {_interval(last)}; {_score(first.mean)} at {_counted(shots[0], 'shot')}"
+        detail = f"{_interval(last)}; {_score(first.mean)} at {counted(shots[0], 'shot')}"
         other_tasks = summary.score_over_tasks(model, shots[-1])
         if other_tasks is not None:
             detail += f"; {_interval(other_tasks)} had other tasks of these families been chosen"
-        findings.append(Finding(_score(last.mean), f"{model}, {shots[-1]} shots", detail, colours[model]))
-    base = summary.models[0]
-    for model in summary.models[1:]:
-        common = [s for s in summary.shots if summary.difference(base, model, OVERALL, s) is not None]
-        if not common:
-            continue
-        difference = summary.difference(base, model, OVERALL, common[-1])
-        assert difference is not None, "common holds shot counts with a difference"
-        low, high = difference.interval
-        verdict = "the interval excludes 0" if low > 0 or high < 0 else "the interval includes 0"
-        label = f"{model} over {base}, {common[-1]} shots"
-        detail = f"paired over the same queries, 95% interval {_signed(low)} to {_signed(high)}: {verdict}"
-        findings.append(Finding(_signed(difference.mean), label, detail))
+        findings.append(Finding(_score(last.mean), f"{model}, {counted(shots[-1], 'shot')}", detail, colours[model]))
+    base, *others = summary.models
+    for model in others:
+        measured = [(shots, summary.difference(base, model, OVERALL, shots)) for shots in summary.shots]
+        differences = [(shots, difference) for shots, difference in measured if difference is not None]
+        if differences:
+            most, difference = differences[-1]
+            label = f"{model} over {base}, {counted(most, 'shot')}"
+            findings.append(Finding(_signed(difference.mean), label, _compared(difference)))
     return findings
 
 
-def _interval(estimate: Estimate) -> str:
+def _compared(difference: Estimate) -> str:
+    """Say how a difference was measured, and whether it is told apart from none."""
+    is_paired = difference.pairing == "paired"
+    measured = "paired over the same queries" if is_paired else "not paired: other queries, seeds or number of them"
+    if difference.interval is None:
+        return f"{measured}, too few queries for an interval"
+    low, high = difference.interval
+    verdict = "excludes" if low > 0 or high < 0 else "includes"
+    return f"{measured}, {_interval(difference, _signed)}: the interval {verdict} 0"
+
+
+def _interval(estimate: Estimate, write: Callable[[float], str] = _score) -> str:
+    if estimate.interval is None:
+        return "too few queries for an interval"
     low, high = estimate.interval
-    return f"{max(low, 0):.3f} to {min(high, 1):.3f}"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a table: a model, a difference or a level, at every shot count."""
-
-    label: str
-    cells: tuple[Estimate | None, ...]
-    kind: str
-    colour: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A family, or the mean over families: its lines, and its tasks with theirs."""
-
-    group: str
-    num_tasks: int
-    lines: list[Line]
-    tasks: dict[str, list[Line]]
-
-
-def _sections(summary: Summary) -> list[Section]:
-    """Collect the tables of the mean over families, if there is one, and of each family."""
-    sections = []
-    groups = (OVERALL, *summary.groups) if len(summary.groups) > 1 else summary.groups
-    for group in groups:
-        tasks = {} if group == OVERALL else {task: _task_lines(summary, task) for task in summary.members(group)}
-        sections.append(Section(group, len(summary.members(group)), _group_lines(summary, group), tasks))
-    if summary.not_compared:
-        alone = {task: _task_lines(summary, task) for task in summary.not_compared}
-        sections.append(Section("not measured everywhere", len(alone), [], alone))
-    return sections
-
-
-def _group_lines(summary: Summary, group: str) -> list[Line]:
-    colours = model_colours(summary)
-    lines = [
-        Line(model, tuple(summary.score(model, group, shots) for shots in summary.shots), "model", colours[model])
-        for model in summary.models
-    ]
-    base = summary.models[0]
-    lines += [
-        Line(
-            f"{other} − {base}",
-            tuple(summary.difference(base, other, group, shots) for shots in summary.shots),
-            "difference",
-        )
-        for other in summary.models[1:]
-    ]
-    levels = {name: [summary.level(name, group, shots) for shots in summary.shots] for name in _LEVELS}
-    return lines + _level_lines(levels)
-
-
-def _task_lines(summary: Summary, task: str) -> list[Line]:
-    colours = model_colours(summary)
-    lines = [
-        Line(model, tuple(summary.tasks.get((model, task, shots)) for shots in summary.shots), "model", colours[model])
-        for model in summary.models
-    ]
-    levels = {name: [summary.task_level(name, task, shots) for shots in summary.shots] for name in _LEVELS}
-    return lines + _level_lines(levels)
-
-
-_LEVELS = {"majority": "majority answer", "chance": "chance", "tfidf": "TF-IDF + logistic regression"}
-
-
-def _level_lines(levels: dict[str, list[float | None]]) -> list[Line]:
-    return [
-        Line(_LEVELS[name], tuple(None if v is None else Estimate(v, 0.0, 1) for v in values), "level")
-        for name, values in levels.items()
-        if any(value is not None for value in values)
-    ]
+    return f"95% interval {write(low)} to {write(high)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +206,7 @@ class WorkedQuery:
 
 @dataclass(frozen=True, slots=True)
 class WorkedTask:
-    """Demonstrations as they stood in the context, and the first queries asked after them."""
+    """Demonstrations as they are in the context, and the first test queries after them."""
 
     task: str
     family: str
@@ -294,7 +218,7 @@ class WorkedTask:
 
 
 def worked_tasks(summary: Summary, store: ResultStore) -> list[WorkedTask]:
-    """Show one task of each family, the first by name, with the first queries asked: nothing is hand-picked."""
+    """Show one task of each family, the first by name, with its first test queries: nothing is hand-picked."""
     first_of_family: dict[str, str] = {}
     for task in summary.compared or tuple(summary.families):
         first_of_family.setdefault(summary.families[task], task)
@@ -310,7 +234,7 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
     answers = {model: lines for model, lines in answers.items() if lines}
     if not answers:
         return None
-    # A model with a shorter context may have been shown less; it then has no place in this comparison.
+    # A model with a shorter context may have fewer demonstrations; it is then not part of this comparison.
     shown = next(iter(answers))
     result, context = results[shown], store.context(results[shown])
     answers = {model: lines for model, lines in answers.items() if store.context(results[model]) == context}
@@ -348,14 +272,6 @@ def _models(summary: Summary) -> list[tuple[str, Result]]:
     for (model, _, _), records in summary.by_point.items():
         first.setdefault(model, records[0])
     return [(model, first[model]) for model in summary.models if model in first]
-
-
-def _task_facts(summary: Summary) -> dict[str, Result]:
-    """Take for each task one record, which knows its source, hash, labels and counts."""
-    facts: dict[str, Result] = {}
-    for record in summary.records:
-        facts.setdefault(record.task, record)
-    return {task: facts[task] for task in summary.families}
 
 
 def _seen_in_training(summary: Summary) -> dict[str, str]:

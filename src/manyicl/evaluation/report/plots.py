@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
+from manyicl.evaluation.report.lines import BASELINES
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.printing import printable
@@ -25,6 +27,10 @@ from manyicl.printing import printable
 # Distinct for colour-blind readers, and of middle lightness so that they stand on white and on near-black.
 MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a")
 TFIDF_COLOUR = "#d98324"
+
+PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+# What a picture says of who made it.
+_AUTHOR = "manyicl report"
 
 # In a page the ink follows the reader's theme: these stand in for it until the SVG is written.
 _INK, _FAINT = "#010203", "#040506"
@@ -60,14 +66,9 @@ def model_colours(summary: Summary) -> dict[str, str]:
     return {model: order[i % len(order)] for i, model in enumerate(summary.models)}
 
 
-def require_picture(path: Path) -> None:
-    """Refuse a file name whose ending is that of no picture.
-
-    Raises:
-        UserError: If so.
-    """
-    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise UserError(f"{path} should end in .svg, .png or .pdf.")
+def is_picture(path: Path) -> bool:
+    """Tell whether a file is a picture that `plot_shot_curves` wrote."""
+    return path.is_file() and _AUTHOR.encode() in path.read_bytes()
 
 
 def plot_shot_curves(
@@ -79,7 +80,8 @@ def plot_shot_curves(
         UserError: If no task was measured at all shot counts of all models, or the ending is unknown.
     """
     path = Path(path)
-    require_picture(path)
+    if path.suffix.lower() not in PICTURE_ENDINGS:
+        raise UserError("wrong_ending", "wrong file name", expected=" or ".join(PICTURE_ENDINGS), found=repr(str(path)))
     summary = summarise(records)
     groups = _panels(summary)
     columns = min(columns, len(groups))
@@ -97,9 +99,13 @@ def plot_shot_curves(
         figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
         if title:
             figure.suptitle(drawable(title))
-        metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        ending = path.suffix.lower()
+        metadata: dict[str, Any] = {"Software" if ending == ".png" else "Creator": _AUTHOR}
+        if ending == ".svg":
+            metadata["Date"] = None
+        settings: Any = {"dpi": 160, "metadata": metadata, "facecolor": "white"}
         with _without_glyph_warnings():
-            figure.savefig(path, dpi=160, metadata=metadata, facecolor="white")
+            write_atomically(path, lambda aside: figure.savefig(aside, **settings))
 
 
 @contextmanager
@@ -150,9 +156,8 @@ def _for_page(svg: str, spoken: str) -> str:
 
 
 def draw_panel(ax: Axes, summary: Summary, group: str, *, ink: str, faint: str, titled: bool = True) -> None:
-    """Draw the curves of one family, or of the mean over families, with bands of 95 % and the free levels."""
-    counted = [shots for shots in summary.shots if shots > 0]
-    smallest = min(counted, default=1)
+    """Draw the curves of one family, or of the mean over families, 95 % bands and trivial baselines."""
+    smallest = min((shots for shots in summary.shots if shots > 0), default=1)
     for model, colour in model_colours(summary).items():
         points = [
             (shot_position(shots, smallest), score)
@@ -161,9 +166,11 @@ def draw_panel(ax: Axes, summary: Summary, group: str, *, ink: str, faint: str, 
         ]
         x = [position for position, _ in points]
         ax.plot(x, [s.mean for _, s in points], color=colour, marker="o", ms=3.6, lw=2, label=model, zorder=3)
-        low, high = zip(*(s.interval for _, s in points), strict=True) if points else ((), ())
-        ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=2)
-    _draw_levels(ax, summary, group, smallest, ink)
+        bands = [(position, *score.interval) for position, score in points if score.interval is not None]
+        if bands:
+            x, low, high = (list(column) for column in zip(*bands, strict=True))
+            ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=2)
+    _draw_baselines(ax, summary, group, smallest, ink)
     ax.set_xticks([shot_position(shots, smallest) for shots in summary.shots], [str(s) for s in summary.shots])
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -177,10 +184,10 @@ def draw_panel(ax: Axes, summary: Summary, group: str, *, ink: str, faint: str, 
         ax.set_title(family_title(group), color=ink, loc="left", fontweight="bold", fontsize=11)
 
 
-def _draw_levels(ax: Axes, summary: Summary, group: str, smallest: int, ink: str) -> None:
+def _draw_baselines(ax: Axes, summary: Summary, group: str, smallest: int, ink: str) -> None:
     majority = summary.level("majority", group)
     if majority is not None:
-        ax.axhline(majority, color=ink, alpha=0.55, lw=1.1, ls=(0, (5, 3)), label="majority answer", zorder=1)
+        ax.axhline(majority, color=ink, alpha=0.55, lw=1.1, ls=(0, (5, 3)), label=BASELINES["majority"], zorder=1)
     points = [
         (shot_position(shots, smallest), level)
         for shots in summary.shots
@@ -188,14 +195,15 @@ def _draw_levels(ax: Axes, summary: Summary, group: str, smallest: int, ink: str
     ]
     if points:
         x, y = zip(*points, strict=True)
-        ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label="TF-IDF + log. reg.")
+        ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label=BASELINES["tfidf"])
 
 
 def _panels(summary: Summary) -> tuple[str, ...]:
     if not summary.compared:
         raise UserError(
-            "No task was measured at every shot count of every model, so there is no curve to compare. "
-            "Evaluate the models with the same tasks and shots."
+            "no_common_task",
+            "no task was measured at every shot count of every model, so there is no curve to compare",
+            remedy="Evaluate the models with the same tasks and shots.",
         )
     return (OVERALL, *summary.groups) if len(summary.groups) > 1 else summary.groups
 
