@@ -1,0 +1,135 @@
+"""Code and pages are written in the field's own words."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from tests.documents import PAGES, ROOT, prose
+
+# Word that is not used -> what is said instead.
+INSTEAD = {
+    r"likeliest": "most probable, argmax, greedy",
+    r"terminators?": "end-of-answer text",
+    r"costs? nothing": "trivial baselines",
+    r"watch(ed)?": "held-out validation task, on-the-fly scoring",
+    r"mend(s|ed|ing)?": "fix, patch",
+    r"behind": "after, conditioned on",
+    r"asked": "evaluated, requested, answered, test queries",
+    r"left out": "dropped, skipped, omitted",
+    r"goes on|go on with|begun": "resumes, started",
+    r"to be had": "available",
+    r"persons?|whoever": "user, anyone",
+    r"rectangles?": "padded batch",
+    r"swept|flaws?": "cleaned up, integrity error",
+    r"unseen characters": "zero-width characters",
+}
+FILES = [*sorted((ROOT / "src").rglob("*.py")), *(page for page in PAGES if page.name != "log.md")]
+# Files that still hold some of these words; each leaves this list for good.
+NOT_YET = {
+    "src/manyicl/__init__.py",
+    "src/manyicl/atomic.py",
+    "src/manyicl/checked.py",
+    "src/manyicl/cli/compile.py",
+    "src/manyicl/cli/evaluate.py",
+    "src/manyicl/cli/main.py",
+    "src/manyicl/cli/predict.py",
+    "src/manyicl/cli/quickstart.py",
+    "src/manyicl/cli/tasks.py",
+    "src/manyicl/cli/train.py",
+    "src/manyicl/engine/compiled.py",
+    "src/manyicl/engine/decoding.py",
+    "src/manyicl/engine/engine.py",
+    "src/manyicl/engine/label_scores.py",
+    "src/manyicl/engine/label_trie.py",
+    "src/manyicl/engine/observed.py",
+    "src/manyicl/engine/packing.py",
+    "src/manyicl/engine/prefix_cache.py",
+    "src/manyicl/engine/scoring.py",
+    "src/manyicl/episodes/budget.py",
+    "src/manyicl/episodes/chat_template.py",
+    "src/manyicl/episodes/checks.py",
+    "src/manyicl/episodes/encoding.py",
+    "src/manyicl/episodes/episode.py",
+    "src/manyicl/episodes/packed_sequence.py",
+    "src/manyicl/episodes/piece_tokenizer.py",
+    "src/manyicl/episodes/sampling.py",
+    "src/manyicl/episodes/text_format.py",
+    "src/manyicl/errors.py",
+    "src/manyicl/evaluation/harness.py",
+    "src/manyicl/evaluation/numbers.py",
+    "src/manyicl/evaluation/result.py",
+    "src/manyicl/evaluation/shared_contexts.py",
+    "src/manyicl/evaluation/shot_curve.py",
+    "src/manyicl/model/attention.py",
+    "src/manyicl/model/continuation.py",
+    "src/manyicl/model/export.py",
+    "src/manyicl/model/isolation.py",
+    "src/manyicl/model/load.py",
+    "src/manyicl/model/machine.py",
+    "src/manyicl/model/manifest.py",
+    "src/manyicl/model/partial_attention.py",
+    "src/manyicl/model/prompt_guide.py",
+    "src/manyicl/tasks/__init__.py",
+    "src/manyicl/tasks/building.py",
+    "src/manyicl/tasks/example.py",
+    "src/manyicl/tasks/files.py",
+    "src/manyicl/tasks/nanoworld/basics.py",
+    "src/manyicl/tasks/nanoworld/qa.py",
+    "src/manyicl/tasks/nearest.py",
+    "src/manyicl/tasks/rows.py",
+    "src/manyicl/tasks/sandbox.py",
+    "src/manyicl/tasks/schema.py",
+    "src/manyicl/tasks/stored.py",
+    "src/manyicl/tasks/task.py",
+    "src/manyicl/training/batch.py",
+    "src/manyicl/training/checkpoint.py",
+    "src/manyicl/training/counts.py",
+    "src/manyicl/training/durable.py",
+    "src/manyicl/training/estimate.py",
+    "src/manyicl/training/progress.py",
+    "src/manyicl/training/recipe.py",
+    "src/manyicl/training/requirements.py",
+    "src/manyicl/training/run_folder.py",
+    "src/manyicl/training/train.py",
+    "src/manyicl/training/trainer.py",
+    "README.md",
+    "docs/catalog.md",
+    "docs/choosing.md",
+    "docs/engine.md",
+    "docs/formats.md",
+    "docs/index.md",
+    "docs/machines.md",
+    "docs/method.md",
+    "docs/performance.md",
+    "docs/recipes.md",
+    "docs/sources.md",
+    "docs/tasks.md",
+    "docs/your_data.md",
+}
+
+
+def written(path: Path) -> str:
+    """Return the prose of a page, or the comments and texts of a module."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return prose(text)
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    return "\n".join(
+        token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type in kinds
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_words_that_a_stranger_would_stumble_over_are_not_used(path: Path) -> None:
+    text = written(path)
+    found = {
+        match[0]: instead
+        for word, instead in INSTEAD.items()
+        for match in re.finditer(rf"\b(?:{word})\b", text, re.IGNORECASE)
+    }
+    assert str(path.relative_to(ROOT)) in NOT_YET or not found
