@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from manyicl.checked import Section
 from manyicl.errors import UserError, did_you_mean
-from manyicl.tasks.demonstrations import Sampling, demonstration_order
+from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
 from manyicl.tasks.task import Example, Task
 
 # Letters and their marks, between white space; without the marks, Hindi would have no words.
@@ -29,7 +29,7 @@ class EpisodeSettings(Section):
         description="Examples in an episode, the last one behind one shot less: a number, a range [least, most] drawn "
         "from evenly, or `fill` for as many as the context holds.",
     )
-    sampling: Sampling = Field("random", description="Order of examples: random, or balanced by answer.")
+    sampling: ShotSampling = Field("random", description="Order of examples: random, or balanced by answer.")
     rename_labels: float = Field(
         0.0,
         ge=0,

@@ -34,7 +34,7 @@ from manyicl.evaluation.result import (
 from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
 from manyicl.model.manifest import Manifest, library_versions
 from manyicl.outputs import require_output_folder
-from manyicl.tasks.demonstrations import Sampling
+from manyicl.tasks.demonstrations import ShotSampling
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class EvaluationSettings(BaseModel):
     num_seeds: int = Field(3, ge=1, description="Draws of demonstrations for each task.")
     num_queries: int = Field(200, ge=1, description="Test rows asked; fewer where a task has fewer.")
     seed: int = Field(0, description="Of the order of test rows; demonstrations use seed, seed + 1, ...")
-    sampling: Sampling = Field("balanced", description="How demonstrations are chosen.")
+    sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
 
     @field_validator("shots")
     @classmethod

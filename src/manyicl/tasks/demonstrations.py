@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-Sampling = Literal["random", "balanced"]
+ShotSampling = Literal["random", "balanced"]
 
 
-def demonstration_order(answers: Sequence[str], seed: int, sampling: Sampling) -> list[int]:
+def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> list[int]:
     """Return the positions of examples, given by their answers, in the order in which they become demonstrations.
 
     ``balanced`` deals the answers out in rounds: every answer once, in shuffled order, before any answer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manyicl.errors import UserError, counted
-from manyicl.tasks.demonstrations import Sampling, demonstration_order
+from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import FAMILIES, Columns, EmptyOptionError, Family, TaskSpec
 
@@ -167,7 +167,7 @@ class Task:
         spec = TaskSpec.model_validate({**self.spec.model_dump(), **changes})
         return Task(spec, self.train, self.test, self.data_hash, self.dropped)
 
-    def demonstrations(self, num_shots: int, seed: int = 0, sampling: Sampling = "balanced") -> tuple[Example, ...]:
+    def demonstrations(self, num_shots: int, seed: int = 0, sampling: ShotSampling = "balanced") -> tuple[Example, ...]:
         """Choose demonstrations from the training side; the first 32 of 64 are the 32 of the same seed.
 
         Raises:
