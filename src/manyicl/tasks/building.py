@@ -13,12 +13,11 @@ from typing import NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import UserError, counted, did_you_mean, shortened, shown
-from manyicl.tasks.listed import columns_in, listed
 from manyicl.tasks.rows import LocatedRow
-from manyicl.tasks.sandbox import as_written
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
 from manyicl.tasks.task import EmptyOptionError, Example, Query, Task, TaskSpec, hash_content
 from manyicl.tasks.template import Template, compiled
+from manyicl.tasks.values import as_written, columns_in, listed
 
 ON_BOTH_SIDES = "training row that stands in test too"
 _BLANK_LINE = "\n\n"

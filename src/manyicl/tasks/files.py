@@ -26,9 +26,9 @@ from manyicl.tasks.rows import (
     require_file,
     unknown_suffix,
 )
-from manyicl.tasks.sandbox import as_written
 from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file
 from manyicl.tasks.task import Family, Task
+from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
 _TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)

@@ -6,7 +6,6 @@ import csv
 import glob
 import io
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from manyicl.checked import read_text
 from manyicl.errors import MachineError, UserError, counted, did_you_mean
+from manyicl.tasks.values import as_text
 
 Quotes = Literal["csv", "none"]
 _QUOTING: Mapping[Quotes, Literal[0, 3]] = {"csv": csv.QUOTE_MINIMAL, "none": csv.QUOTE_NONE}
@@ -313,33 +313,6 @@ def _text_of(read: Callable[[], Any], column: str, place: str) -> Any:
             f"{place}: the column {column!r} cannot be read as text, {_first_line(error)}; write it as text in UTF-8, "
             "or leave it out."
         ) from error
-
-
-def as_text(value: Any) -> Any:
-    """Turn a typed value into what JSON would show: numbers become text; lists, mappings, booleans and null stay.
-
-    No number (NaN), as which pandas writes a missing one, is null. So are bytes within a list or mapping that are no
-    text, such as the pictures that datasets carry beside their texts.
-
-    Raises:
-        UnicodeDecodeError: If the value itself is bytes that are not UTF-8.
-    """
-    if isinstance(value, list | tuple):
-        return [_part_as_text(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _part_as_text(part) for name, part in value.items()}
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _part_as_text(value: Any) -> Any:
-    try:
-        return as_text(value)
-    except UnicodeDecodeError:
-        return None
 
 
 LoadDataset = Callable[..., Any]

@@ -1,88 +1,81 @@
-"""The sandbox that templates of strangers render in: Jinja2's immutable one, with all work counted.
+"""The sandbox in which templates of strangers render: Jinja2's immutable one, with all work counted.
 
-Jinja2 cannot be interrupted, so every way to repeat or to grow is counted instead: loops and ranges by turn,
-operators, filters, methods and lists by the size of what they make. As no value grows past the limit, no single
-operation takes long, and as there are few operations, neither do all of them.
+Jinja2 cannot be interrupted, so every way to repeat or to grow is counted instead: loops by turn; operators, filters,
+calls and lists by the size of what they make. As no value grows past the limit, no single operation takes long, and as
+there are few operations, neither do all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, nodes, pass_context
+import jinja2
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+
+from manyicl.tasks.values import as_written
 
 MOST_CHARACTERS = 4_000_000
 MOST_STEPS = 100_000
 _CHARACTERS_A_STEP = 1_000
+_CHARACTERS_AN_ELEMENT = 16  # what an element of a list costs to look at and to keep
 _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
+_WIDEST_INDENT = 100
+_BUDGET = " budget"  # with a space, so that no template can name or shadow it
+_COUNTED = " counted"
 
 
-def as_written(value: object) -> object:
-    """Turn JSON's ``true``, ``false`` and ``null`` into the text a person expects to read; null is nothing."""
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-class Budget:
+class _Budget:
     """What one rendering may still do."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.characters = 0
 
-    def spend(self, steps: int) -> None:
-        """Count loop turns and operations.
+    @staticmethod
+    def of(context: Context) -> _Budget:
+        """Return the budget of this rendering."""
+        budget = context.parent[_BUDGET]
+        assert isinstance(budget, _Budget)
+        return budget
 
-        Raises:
-            SecurityError: If there are too many.
-        """
+    def spend(self, steps: int) -> None:
+        """Count loop turns and operations."""
         self.steps += steps
         if self.steps > MOST_STEPS:
             raise SecurityError(f"it takes more than {MOST_STEPS:,} steps; loop over less")
 
-    def write(self, num_characters: int) -> None:
-        """Count text that is written out.
-
-        Raises:
-            SecurityError: If it is too much.
-        """
-        self.characters += num_characters
-        _require_room(self.characters)
-
-    def made(self, value: Any) -> Any:
-        """Count a value by its size and return it; what is not yet a value is counted as it is read.
-
-        Raises:
-            SecurityError: If it is too large.
-        """
-        if isinstance(value, Iterator):
+    def counted(self, value: Any) -> Any:
+        """Count a value by its size and return it; what is read one by one is counted as it is read."""
+        if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self.turns(value)
-        self.spend(1 + _required_size(value) // _CHARACTERS_A_STEP)
+        self.spend((len(value) if isinstance(value, range) else 0) + 1 + _required_size(value) // _CHARACTERS_A_STEP)
         return value
 
-    def turns(self, values: Iterable[Any], num_characters: int = 0) -> Iterator[Any]:
-        """Yield ``values``, each of which costs a step and writes so many characters of the template itself."""
+    def turns(self, values: Iterator[Any]) -> Iterator[Any]:
+        """Yield values, each of which costs a step."""
         for value in values:
             self.spend(1)
-            self.write(num_characters)
             yield value
 
-
-BUDGET = " budget"  # with a space, so that no template can name or shadow it
-
-
-def _budget(context: Context) -> Budget:
-    budget = context.parent[BUDGET]
-    assert isinstance(budget, Budget)
-    return budget
+    def written(self, text: str) -> str:
+        """Count text that is written, and return it."""
+        self.spend(1)
+        self.characters += len(text)
+        _require_room(self.characters)
+        return text
 
 
 def _require_room(num_characters: int) -> None:
@@ -94,7 +87,7 @@ def _required_size(value: object, known: dict[int, int] | None = None) -> int:
     """Return the characters that a value holds, lists and mappings counted through.
 
     Args:
-        value: To be measured.
+        value: Value to be measured.
         known: Sizes of lists and mappings by identity: one may hold another many times over.
 
     Raises:
@@ -104,65 +97,75 @@ def _required_size(value: object, known: dict[int, int] | None = None) -> int:
     if isinstance(value, str | bytes):
         size = len(value)
     elif isinstance(value, list | tuple | set | frozenset | dict):
+        _require_room(_CHARACTERS_AN_ELEMENT * len(value))
         if id(value) not in known:
             parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-            known[id(value)] = 1 + len(value) + sum(_required_size(part, known) for part in parts)
+            known[id(value)] = (
+                1 + _CHARACTERS_AN_ELEMENT * len(value) + sum(_required_size(part, known) for part in parts)
+            )
         size = known[id(value)]
     else:
         size = 1
-        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise SecurityError(f"a number has more than {_MOST_BITS:,} bits")
+        if isinstance(value, int):
+            _require_bits(value.bit_length())
     _require_room(size)
     return size
 
 
-def _require_bounded(name: str, value: Any, arguments: Sequence[Any]) -> None:
-    """Refuse a filter or method whose result would be far larger than what it is given.
+def _require_bits(num_bits: int) -> None:
+    if num_bits > _MOST_BITS:
+        raise SecurityError(f"a number has more than {_MOST_BITS:,} bits")
 
-    Args:
-        name: Of the filter or method.
-        value: What it is applied to; of ``join``, what stands between.
-        arguments: Given to it.
-    """
-    if name == "replace" and len(arguments) >= 2:
+
+def _require_small_result(name: str, value: Any, *arguments: Any) -> None:
+    """Refuse an operator, filter or method before it makes far more than what it is given."""
+    pairs = [(value, *arguments), (*arguments, value)]
+    if name == "replace" and len(arguments) > 1:  # with fewer, it is refused when it is called
         text, old, new = str(value), str(arguments[0]), str(arguments[1])
         _require_room(len(text) + text.count(old) * len(new))
-    if name == "join" and arguments and isinstance(arguments[0], Sequence):
+    elif name == "join" and arguments:  # the value is what stands between
         _require_room(_required_size(arguments[0]) + len(arguments[0]) * len(str(value)))
-    if name == "round" and any(isinstance(a, int) and abs(a) > _MOST_DECIMALS for a in arguments):
-        raise SecurityError(f"it rounds to more than {_MOST_DECIMALS} decimals")
-    if name == "tojson" and arguments:
+    elif name == "indent":
+        if any(not isinstance(width, bool) and len(str(width)) > 2 for width in arguments):
+            raise SecurityError(f"it indents by more than {_WIDEST_INDENT - 1}")
+        _require_room(len(str(value)) + str(value).count("\n") * _WIDEST_INDENT)
+    elif name == "round":
+        if any(isinstance(decimals, int) and abs(decimals) > _MOST_DECIMALS for decimals in arguments):
+            raise SecurityError(f"it rounds to more than {_MOST_DECIMALS} decimals")
+    elif name == "tojson" and arguments:
         raise SecurityError("tojson takes no indent here")
-
-
-@pass_context
-def _written(context: Context, value: object) -> object:
-    """Count what a template writes, and refuse what no one means to read."""
-    if callable(value) and not isinstance(value, Undefined):
-        raise SecurityError("a function stands where a value should; call it with (), or write row['…'] for a column")
-    value = str(as_written(value)) if _required_size(value) else ""
-    _budget(context).write(len(value))
-    return value
+    elif name == "%" and isinstance(value, str | bytes):
+        raise SecurityError("texts are not formatted with %; write {{ }} beside each other")
+    elif name == "*":
+        for repeated, times in pairs:
+            if isinstance(repeated, str | bytes | list | tuple) and isinstance(times, int):
+                _require_room(_required_size(repeated) * times)
+    if name in ("*", "**") and all(isinstance(number, int) for number in pairs[0]):
+        base, other = pairs[0]
+        _require_bits(base.bit_length() * other if name == "**" else base.bit_length() + other.bit_length())
 
 
 def _counted_filter(name: str) -> Callable[..., Any]:
     """Return Jinja2's filter of that name, its work counted."""
+    keywords = {
+        "replace": ("old", "new"),
+        "join": ("d",),
+        "indent": ("width",),
+        "round": ("precision",),
+        "tojson": ("indent",),
+    }.get(name, ())
 
     @pass_context
     def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = _budget(context)
+        budget = _Budget.of(context)
+        value = budget.counted(list(value) if name == "join" else value)
+        given = [*args, *(kwargs[key] for key in keywords if key in kwargs)]
         if name == "join":
-            value = list(value)
-            separator = args[0] if args else kwargs.get("d", "")
-            _require_bounded(name, separator, [value])
-        elif name == "replace":
-            old, new = (*args, *(kwargs[key] for key in ("old", "new") if key in kwargs))[:2]
-            _require_bounded(name, value, [old, new])
+            _require_small_result(name, given[0] if given else "", value)
         else:
-            _require_bounded(name, value, [*args, *kwargs.values()])
-        value = budget.made(value)
+            _require_small_result(name, value, *given)
         try:
-            return budget.made(_PLAIN.call_filter(name, value, args, kwargs, context=context))
+            return budget.counted(_PLAIN.call_filter(name, value, args, kwargs, context=context))
         except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
             raise SecurityError(f"{name}: {error}") from error
 
@@ -170,16 +173,188 @@ def _counted_filter(name: str) -> Callable[..., Any]:
 
 
 @pass_context
-def _made(context: Context, value: Any) -> Any:
-    return _budget(context).made(value)
+def _tojson(
+    context: Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as transformers does for chat templates, its work counted."""
+    if not (indent is None or (isinstance(indent, int) and indent < _WIDEST_INDENT)):
+        raise SecurityError(f"it indents by more than {_WIDEST_INDENT - 1}")
+    budget = _Budget.of(context)
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=True
+    )
+    return "".join(map(budget.written, encoder.iterencode(budget.counted(value))))
 
 
 @pass_context
-def _turns(context: Context, values: Iterable[Any], num_characters: int) -> Iterator[Any]:
-    return _budget(context).turns(values, num_characters)
+def _written(context: Context, value: object) -> object:
+    """Count what a task's template writes, and refuse what nobody means to read."""
+    if callable(value) and not isinstance(value, Undefined):
+        raise SecurityError("a function stands where a value should; call it with (), or write row['…'] for a column")
+    if isinstance(value, list | tuple | dict):
+        kind = "mapping" if isinstance(value, dict) else "list"
+        raise SecurityError(f"a {kind} is no text; write its parts, as in {{{{ column | join(', ') }}}}")
+    return _written_as_python(context, as_written(value))
 
 
-_MADE, _TURNS = " made", " turns"
+@pass_context
+def _written_as_python(context: Context, value: object) -> object:
+    """Count what a chat template writes."""
+    return _Budget.of(context).written(str(value) if _required_size(value) else "")
+
+
+@pass_context
+def _counted(context: Context, value: Any) -> Any:
+    return _Budget.of(context).counted(value)
+
+
+@pass_context
+def _turns(context: Context, values: Any) -> Iterator[Any]:
+    return _Budget.of(context).turns(iter(values))
+
+
+class _Counting(NodeTransformer):
+    """Puts the counting filters around all that repeats, joins or compares, and refuses what is not counted."""
+
+    def __init__(self, refused: tuple[type[nodes.Node], ...]) -> None:
+        self.refused = refused
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        if isinstance(node, self.refused) or (isinstance(node, nodes.For) and node.recursive):
+            raise TemplateSyntaxError(
+                "macros, blocks, includes and recursive loops are not for task files", node.lineno
+            )
+        if isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+            raise TemplateSyntaxError("a number is too large", node.lineno)
+        if isinstance(node, nodes.Name) and node.name == "self":
+            raise TemplateSyntaxError("a column named self is written row['self']", node.lineno)
+        if isinstance(node, nodes.NSRef) and node.attr.startswith("_"):
+            raise TemplateSyntaxError(f"{node.attr!r} is no name for a value", node.lineno)
+        super().generic_visit(node, *args, **kwargs)
+        if isinstance(node, nodes.TemplateData):
+            return nodes.Const(node.data, lineno=node.lineno)  # written like a value, and so counted
+        if isinstance(node, nodes.For):
+            node.iter = _filter(_TURNS, node.iter)
+        elif isinstance(node, nodes.Operand | nodes.Compare):
+            node.expr = _filter(_COUNTED, node.expr)
+        elif isinstance(node, nodes.Test):
+            node.node, node.args = _filter(_COUNTED, node.node), [_filter(_COUNTED, part) for part in node.args]
+        elif isinstance(node, nodes.Concat):
+            return _filter("join", nodes.List(node.nodes, lineno=node.lineno))
+        elif (
+            isinstance(node, nodes.List | nodes.Dict)
+            or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+            or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice))
+        ):
+            return _filter(_COUNTED, node)
+        return node
+
+
+def _filter(name: str, node: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja2's immutable sandbox, with all work counted."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, refused: tuple[type[nodes.Node], ...], filters: tuple[str, ...], **options: Any) -> None:
+        # Not optimized: that computes constants before anything is counted, and writes an endless one as a name.
+        super().__init__(optimized=False, **options)
+        self.refused = refused
+        self.filters = {name: _counted_filter(name) for name in filters} | {_COUNTED: _counted, _TURNS: _turns}
+        self.globals = {"range": range}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        syntax = _Counting(self.refused).visit(super()._parse(source, name, filename))
+        assert isinstance(syntax, nodes.Template)
+        syntax.set_environment(self)
+        return syntax
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        allowed = attr in _METHODS or isinstance(obj, LoopContext) or not callable(value)
+        return allowed and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Offer no ``str.format``, which pads to any width."""
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget = _Budget.of(context)
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str | list | tuple | dict):
+            if function.__name__ == "join":
+                args = tuple(list(argument) for argument in args)
+            _require_small_result(function.__name__, owner, *args)
+            budget.counted(owner)
+        return budget.counted(super().call(context, function, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _require_small_result(operator, left, right)
+        return _Budget.of(context).counted(super().call_binop(context, operator, left, right))
+
+
+class _Generation(Extension):
+    """Reads ``{% generation %}``, with which a chat template marks an answer, as what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _new_dict(*pairs: Any, **values: Any) -> dict[Any, Any]:
+    return dict(*pairs, **values)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _raise_exception(message: object) -> None:
+    raise TemplateError(str(message))
+
+
+def rendered(template: jinja2.Template, variables: Mapping[str, object]) -> str:
+    """Render a template of a `_Sandbox`.
+
+    Raises:
+        jinja2.TemplateError: If it fails, or does or writes too much.
+    """
+    return template.render({**variables, _BUDGET: _Budget()})
+
+
+def render_chat_template(source: str, variables: Mapping[str, object]) -> str:
+    """Render the chat template of a model folder as transformers does, with all work counted.
+
+    Args:
+        source: Template in Jinja2, which a stranger may have written.
+        variables: What it reads, such as ``messages``, ``add_generation_prompt`` and ``bos_token``.
+
+    Raises:
+        jinja2.TemplateError: If it is wrong, fails, refuses the messages, or does or writes too much.
+    """
+    try:
+        return rendered(_compiled_chat_template(source), variables)
+    except RecursionError as error:
+        raise TemplateError("it calls itself without end") from error
+
+
+@lru_cache(maxsize=256)
+def _compiled_chat_template(source: str) -> jinja2.Template:
+    try:
+        return CHAT_SANDBOX.from_string(source)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise TemplateSyntaxError("it is nested too deeply, or holds a huge number", 1) from error
+
+
+_TURNS = " turns"
 # fmt: off
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
@@ -196,112 +371,23 @@ _METHODS = frozenset({
 })
 # fmt: on
 GLOBALS = frozenset({"range"})
-_REFUSED = (
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.Block,
-    nodes.Extends,
-    nodes.Include,
-    nodes.Import,
-    nodes.FromImport,
-)
-
-
-class _Counted(NodeTransformer):
-    """Puts the counting filters around all that repeats, joins or compares, and refuses what is not counted."""
-
-    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        if isinstance(node, _REFUSED) or (isinstance(node, nodes.For) and node.recursive):
-            raise TemplateSyntaxError(
-                "macros, blocks, includes and recursive loops are not for task files", node.lineno
-            )
-        if isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
-            raise TemplateSyntaxError("a number is too large", node.lineno)
-        if isinstance(node, nodes.Name) and node.name == "self":
-            raise TemplateSyntaxError("a column named self is written row['self']", node.lineno)
-        super().generic_visit(node, *args, **kwargs)
-        if isinstance(node, nodes.For):
-            num_characters = sum(len(text.data) for part in node.body for text in _texts_in(part))
-            node.iter = _filter(_TURNS, node.iter, nodes.Const(num_characters))
-        elif isinstance(node, nodes.Concat):
-            return _filter("join", nodes.List(node.nodes, lineno=node.lineno))
-        elif _makes_a_value(node):
-            return _filter(_MADE, node)
-        elif isinstance(node, nodes.Test):
-            node.node = _filter(_MADE, node.node)
-            node.args = [_filter(_MADE, argument) for argument in node.args]
-        elif isinstance(node, nodes.Compare):
-            node.expr = _filter(_MADE, node.expr)
-            for operand in node.ops:
-                operand.expr = _filter(_MADE, operand.expr)
-        return node
-
-
-def _makes_a_value(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Slice)
-    return isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
-
-
-def _texts_in(node: nodes.Node) -> list[nodes.TemplateData]:
-    return [node] if isinstance(node, nodes.TemplateData) else list(node.find_all(nodes.TemplateData))
-
-
-def _filter(name: str, node: nodes.Node, *arguments: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja2's immutable sandbox, with all work counted."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        syntax = _Counted().visit(super()._parse(source, name, filename))
-        assert isinstance(syntax, nodes.Template)
-        syntax.set_environment(self)
-        return syntax
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        allowed = attr in _METHODS or isinstance(obj, LoopContext) or not callable(value)
-        return allowed and super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> None:
-        """Offer no ``str.format``, which pads to any width."""
-
-    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = _budget(context)
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str | list | tuple | dict):
-            if function.__name__ == "join":
-                args = tuple(list(argument) for argument in args)
-            _require_bounded(function.__name__, owner, args)
-            budget.made(owner)
-        result = super().call(context, function, *args, **kwargs)
-        if isinstance(result, range):
-            budget.spend(len(result))
-        return budget.made(result)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _require_bounded_result(operator, left, right)
-        return _budget(context).made(super().call_binop(context, operator, left, right))
-
-
-def _require_bounded_result(operator: str, left: Any, right: Any) -> None:
-    """Refuse an operator whose result would be far larger than what it is given."""
-    if operator == "%" and isinstance(left, str | bytes):
-        raise SecurityError("texts are not formatted with %; write {{ }} beside each other")
-    for value, times in ((left, right), (right, left)):
-        if operator == "*" and isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
-            _require_room(_required_size(value) * times)
-    if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
-        num_bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-        if num_bits > _MOST_BITS:
-            raise SecurityError(f"a number has more than {_MOST_BITS:,} bits")
-
-
+_OTHER_FILES = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)
 _PLAIN = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-# Not optimized: that computes constants before anything is counted, and writes an endless one as a name.
-ENVIRONMENT = _Environment(undefined=StrictUndefined, optimized=False, finalize=_written)
-ENVIRONMENT.globals = {name: ENVIRONMENT.globals[name] for name in sorted(GLOBALS)}
-ENVIRONMENT.filters = {name: _counted_filter(name) for name in _FILTERS} | {_MADE: _made, _TURNS: _turns}
+TASK_SANDBOX = _Sandbox(
+    (nodes.Macro, nodes.CallBlock, *_OTHER_FILES), _FILTERS, undefined=StrictUndefined, finalize=_written
+)
+CHAT_SANDBOX = _Sandbox(
+    _OTHER_FILES,
+    (*_FILTERS, "indent"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[_Generation, loopcontrols],
+    finalize=_written_as_python,
+)
+CHAT_SANDBOX.filters["tojson"] = _tojson
+CHAT_SANDBOX.globals |= {
+    "namespace": Namespace,
+    "dict": _new_dict,
+    "raise_exception": _raise_exception,
+    "strftime_now": _strftime_now,
+}

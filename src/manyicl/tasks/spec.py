@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from manyicl.errors import UserError, shown
 from manyicl.tasks.example import Query
-from manyicl.tasks.listed import listed
 from manyicl.tasks.template import compiled
+from manyicl.tasks.values import listed
 
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
 FAMILIES: tuple[str, ...] = get_args(Family)

@@ -9,7 +9,8 @@ from functools import lru_cache
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
 from manyicl.errors import UserError, did_you_mean
-from manyicl.tasks.sandbox import BUDGET, ENVIRONMENT, GLOBALS, Budget, as_written
+from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, rendered
+from manyicl.tasks.values import as_written
 
 ClassNames = Mapping[str, Mapping[str, str]]
 
@@ -36,8 +37,8 @@ class Template:
             UserError: If the syntax is wrong.
         """
         try:
-            self._compiled = ENVIRONMENT.from_string(source)
-            syntax = ENVIRONMENT.parse(source)
+            self._compiled = TASK_SANDBOX.from_string(source)
+            syntax = TASK_SANDBOX.parse(source)
         except TemplateSyntaxError as error:
             reason = (error.message or "").rstrip(".")
             hint = (
@@ -78,7 +79,7 @@ class Template:
         if self._reads_row:
             variables["row"] = named
         try:
-            return self._compiled.render({**variables, BUDGET: Budget()})
+            return rendered(self._compiled, variables)
         except (
             TemplateError,
             TypeError,
@@ -153,7 +154,7 @@ def _column_of_row(item: nodes.Node) -> tuple[str, ...]:
 def _is_bare(syntax: nodes.Template) -> bool:
     """Tell whether a template is one column and nothing else but white space."""
     parts = [part for output in syntax.body if isinstance(output, nodes.Output) for part in output.nodes]
-    written = [part for part in parts if not (isinstance(part, nodes.TemplateData) and not part.data.strip())]
+    written = [part for part in parts if not (isinstance(part, nodes.Const) and not str(part.value).strip())]
     if len(written) != 1 or not all(isinstance(statement, nodes.Output) for statement in syntax.body):
         return False
     return isinstance(written[0], nodes.Name) or bool(_column_of_row(written[0]))

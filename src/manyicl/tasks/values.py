@@ -1,0 +1,102 @@
+"""Values of a row: how they are written as text, and where a row keeps a list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from manyicl.errors import UserError, did_you_mean
+
+
+def as_written(value: object) -> object:
+    """Turn JSON's ``true``, ``false`` and ``null`` into the text that a reader expects; null is nothing."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def as_text(value: Any) -> Any:
+    """Turn a typed value into what JSON would show: numbers become text; lists, mappings, booleans and null stay.
+
+    No number (NaN), as which pandas writes a missing one, is null. So are bytes within a list or mapping that are no
+    text, such as the pictures that datasets carry beside their texts.
+
+    Raises:
+        UnicodeDecodeError: If the value itself is bytes that are not UTF-8.
+    """
+    if isinstance(value, list | tuple):
+        return [_part_as_text(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _part_as_text(part) for name, part in value.items()}
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _part_as_text(value: Any) -> Any:
+    try:
+        return as_text(value)
+    except UnicodeDecodeError:
+        return None
+
+
+def listed(row: Mapping[str, object], place: str) -> object:
+    """Find what is at ``place``: a column, ``column.key`` within one, or several columns, ``first, second``.
+
+    A column whose name is ``place`` itself comes first, so that any name can be written.
+
+    >>> listed({"choices": {"text": ["a", "b"]}}, "choices.text")
+    ['a', 'b']
+    >>> listed({"option1": "a", "option2": "b"}, "option1, option2")
+    ['a', 'b']
+
+    Returns:
+        What was found, of any type; None where a single column or its key is missing.
+
+    Raises:
+        UserError: If one of several columns is missing.
+    """
+    if place in row:
+        return row[place]
+    if "," in place:
+        return [as_written(_required(row, column.strip())) for column in place.split(",")]
+    column, _, key = place.partition(".")
+    within = row.get(column)
+    return within.get(key) if isinstance(within, Mapping) else None
+
+
+def columns_in(place: str) -> set[str]:
+    """List the names that may be columns in a place that ``listed`` takes.
+
+    >>> sorted(columns_in("choices.text"))
+    ['choices', 'choices.text']
+    """
+    return {place, place.partition(".")[0], *(column.strip() for column in place.split(","))}
+
+
+def _required(row: Mapping[str, object], column: str) -> object:
+    if column not in row:
+        raise missing_column(column, row)
+    return row[column]
+
+
+def missing_column(column: str, row: Mapping[str, object], remedy: str = "") -> UserError:
+    """Make the error for a column that a row lacks."""
+    known = sorted(map(str, row))
+    return UserError(
+        "missing_column",
+        f"the column {column!r} is missing",
+        found=f"the columns {known}",
+        remedy=(remedy or did_you_mean(column, known)).strip() or None,
+        field=column,
+    )
+
+
+def num_characters(value: object) -> int:
+    """Count the characters of a value, lists and mappings counted through."""
+    if isinstance(value, Mapping):
+        return num_characters([*value.keys(), *value.values()])
+    return sum(map(num_characters, value)) if isinstance(value, list | tuple) else len(str(value))
