@@ -66,7 +66,7 @@ def test_a_fine_tuned_model_is_asked_as_it_was_taught(
     Manifest(max_context_tokens=300).write(taught)
     argv = ["tasks", "check", f"{table}:text:label", "--model", str(taught), "--format"]
     assert run(monkeypatch, *argv, "chat") == 2
-    assert "fine-tuned in the plain format; found format chat. Leave it out." in capsys.readouterr().err
+    assert "fine-tuned in another format; expected plain, found format chat. Leave it out." in capsys.readouterr().err
     assert run(monkeypatch, *argv, "plain") == 0
 
 
@@ -86,7 +86,7 @@ def test_a_format_without_a_model_means_nothing(
 ) -> None:
     for command in ("show", "check"):
         assert run(monkeypatch, "tasks", command, f"{table}:text:label", "--format", "chat") == 2
-        assert "--format is how a model is asked" in capsys.readouterr().err
+        assert "--format and --end-of-answer belong to a model" in capsys.readouterr().err
 
 
 def test_families_are_named_in_the_documentation_as_the_tests_find_them() -> None:
@@ -99,3 +99,45 @@ def test_families_are_named_in_the_documentation_as_the_tests_find_them() -> Non
     for name in ("Gemma 2", "Mistral v0.1"):
         assert FAMILIES[name].first_turn
         assert name in section[section.index("Two things are settled") :]
+
+
+def test_the_end_of_an_answer_is_taken_from_the_command_line_by_all_commands_that_ask_a_model(
+    monkeypatch: pytest.MonkeyPatch, instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"film {i}", "label": ("good", "not\n\ngood")[i % 2]} for i in range(30)]
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    task, end = f"{table}:text:label", ["--end-of-answer", "<|eot_id|>"]
+    model = ["--model", str(instruct)]
+    prefix, results, answers = tmp_path / "t.prefix", tmp_path / "results", tmp_path / "answers.jsonl"
+    commands = [
+        ["tasks", "check", task, *model],
+        ["tasks", "show", task, *model],
+        ["compile", *model, "--task", task, "--shots", "4", "--output", str(prefix)],
+        ["predict", *model, "--prefix", str(prefix), "--input", str(table), "--output", str(answers)],
+        [
+            "evaluate",
+            *model,
+            "--tasks",
+            task,
+            "--queries",
+            "2",
+            "--seeds",
+            "1",
+            "--shots",
+            "2",
+            "--output",
+            str(results),
+        ],
+        ["export", *model, "--output", str(tmp_path / "exported")],
+    ]
+    for command in commands:
+        if command[0] not in ("predict", "export"):
+            assert run(monkeypatch, *command) == 2
+            assert "contain the end-of-answer text" in capsys.readouterr().err
+        assert run(monkeypatch, *command, *end) == 0, command
+    assert ResultStore(results).load()[0].text_format["end_of_answer"] == "<|eot_id|>"
+    assert "<|eot_id|>" in (tmp_path / "exported" / "PROMPT.md").read_text("utf-8")
+    assert len(answers.read_text("utf-8").splitlines()) == 30
+    assert run(monkeypatch, "tasks", "show", task, *end) == 2
+    assert "--end-of-answer belong to a model" in capsys.readouterr().err

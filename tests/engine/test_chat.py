@@ -79,7 +79,7 @@ def test_generation_stops_at_the_end_of_the_turn_and_counts_its_token(name: str)
     plain = plain_copy(engine.model)
     task = make_task(labels=None, family="qa", metric="exact_match", max_answer_tokens=12)
     prefix = engine.prefill(task, task.demonstrations(3))
-    eos, terminator = encoder.tokenizer.eos_token_id, encoder.format.terminator
+    eos, terminator = encoder.tokenizer.eos_token_id, encoder.format.end_of_answer
     for query, prediction in zip(QUERIES, engine.predict(prefix, QUERIES), strict=True):
         answer, log_probability = slow_greedy(
             plain,
@@ -135,8 +135,8 @@ def test_a_turn_ends_where_the_models_own_token_ends_it() -> None:
 def test_a_model_that_was_not_fine_tuned_here_is_asked_in_its_own_turns_on_request() -> None:
     loaded = chat_model("Llama 3", taught=False)
     assert Engine(loaded).encoder.format.kind == "plain"
-    assert Engine(loaded, text_format="chat").encoder.format.terminator == "<|eot_id|>"
+    assert Engine(loaded, text_format="chat").encoder.format.end_of_answer == "<|eot_id|>"
     taught = chat_model("Llama 3")
     assert Engine(taught).encoder.format.kind == "chat"
-    with pytest.raises(UserError, match="fine-tuned in the chat format; found format plain"):
+    with pytest.raises(UserError, match="fine-tuned in another format; expected chat, found format plain"):
         Engine(taught, text_format="plain")

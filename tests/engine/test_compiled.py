@@ -145,8 +145,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tens
     save_file(tensors, path, {HEADER_KEY: json.dumps(header), HASH_KEY: metadata[HASH_KEY]})
 
 
-def later_version(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    header["format_version"] = 2
+def earlier_version(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["format_version"] = 1
 
 
 def other_example(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -164,7 +164,7 @@ def lost_key(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (later_version, "format version 2"),
+        (earlier_version, "format version 1"),
         (other_example, "was altered"),
         (other_values, "was altered"),
         (lost_key, "not a whole compiled task: task"),

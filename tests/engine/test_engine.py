@@ -348,7 +348,7 @@ def test_queries_that_the_task_cannot_ask_are_refused_by_number() -> None:
         (quiz, [Query("a", ("red", "long")), Query("b")], "Query 2: task 'quiz' expects options of its own"),
         (quiz, [{"text": "a", "options": ["red", ""]}], "Query 1: An option .* is empty"),
         (quiz, [{"text": "a", "options": ["red", None]}], "Query 1: An option .* is empty"),
-        (quiz, [{"text": "a", "options": ["red", "x\n\ny"]}], "Query 1: The answer .* contains the terminator"),
+        (quiz, [{"text": "a", "options": ["red", "x\n\ny"]}], "Query 1: The answer .* contains the end-of-answer text"),
         (closed, [Query("a", ("red",))], "Query 1: task 'toy' expects no options"),
         (closed, ["film", "a \ud800"], "Query 2: it holds .*half of a character"),
         (closed, [5], "Query 1: .*a mapping"),

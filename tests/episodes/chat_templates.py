@@ -23,7 +23,7 @@ class Family:
         template: In Jinja.
         tokens: Control tokens, beside ``<s>`` and ``</s>``.
         prompt: What a model is asked with instruction I, one demonstration (Q, A) and the query P; None if refused.
-        terminator: What ends an answer.
+        end_of_answer: What ends an answer.
         refused: What the reason for a refusal names.
         trimmed: From what the template takes white space.
         first_turn: Whether the instruction opens the first query's turn.
@@ -35,7 +35,7 @@ class Family:
     template: str
     tokens: tuple[str, ...] = ()
     prompt: str | None = None
-    terminator: str = ""
+    end_of_answer: str = ""
     refused: str | None = None
     trimmed: tuple[str, ...] = ()
     first_turn: bool = False
@@ -388,7 +388,7 @@ FAMILIES: dict[str, Family] = {
     "a line break that opens and ends an answer": Family(
         "{% for m in messages %}{{ m.role + ':\n' + m.content|trim + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
-        refused="contains the terminator",
+        refused="ends an answer and stands before it",
     ),
     "a template without a generation prompt": Family(
         NO_PROMPT, IM_TOKENS, refused="its generation prompt ends before '<|im_start|>assistant"

@@ -65,7 +65,7 @@ def test_the_pieces_are_those_a_person_would_cut(name: str) -> None:
     asked = encoder.joined_text(Episode("toy", "I", (make_example("Q", "A"),)))
     asked += "".join(piece.text for piece in text_format.query("P"))
     assert asked == family.prompt
-    assert text_format.terminator == family.terminator
+    assert text_format.end_of_answer == family.end_of_answer
     assert text_format.trimmed == tuple(sorted(family.trimmed))
     assert text_format.instruction_in == ("first_turn" if family.first_turn else "system")
 
@@ -186,7 +186,7 @@ def test_a_template_of_ones_own_mends_one_that_is_refused_and_is_saved_with_the_
     path.write_text(QWEN_3_MENDED, encoding="utf-8")
     tokenizer = Family(QWEN_3, IM_TOKENS).tokenizer()
     text_format = chosen_format(FormatSettings(kind="chat", template=path), tokenizer)
-    assert text_format.terminator == "<|im_end|>"
+    assert text_format.end_of_answer == "<|im_end|>"
     assert tokenizer.chat_template == path.read_text(encoding="utf-8")
 
 
@@ -224,7 +224,7 @@ def test_control_tokens_that_take_white_space_along_are_no_loss() -> None:
 
 def test_the_terminator_is_the_token_that_the_tokenizer_reads() -> None:
     tokenizer = with_added_tokens(*(AddedToken(token, special=True) for token in ("<|im_e", *IM_TOKENS)))
-    assert ChatTemplate(tokenizer).cut().terminator == "<|im_end|>"
+    assert ChatTemplate(tokenizer).cut().end_of_answer == "<|im_end|>"
 
 
 def test_an_instruction_of_white_space_alone_is_none_where_it_is_trimmed() -> None:
@@ -234,11 +234,18 @@ def test_an_instruction_of_white_space_alone_is_none_where_it_is_trimmed() -> No
     assert encoder.place("  ", 0) is encoder.place("", 0)
 
 
-def test_an_answer_that_is_the_end_of_a_turn_is_refused_by_task_and_row() -> None:
-    tokenizer = FAMILIES["Llama 2"].tokenizer()
-    task = make_task("ends", train=[make_example("a", "b"), make_example("c", "</s>")], labels=None)
-    with pytest.raises(UserError, match=r"Task 'ends'.*'</s>' contains the terminator ' </s>'"):
-        chosen_format(FormatSettings(kind="chat"), tokenizer, [task])
+@pytest.mark.parametrize("name", ["Llama 2", "Zephyr", "Llama 3"])
+def test_no_answer_of_a_chat_is_refused_where_a_control_token_ends_it(name: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    answers = ["b", "</s>", "two\n\nparagraphs", "<|eot_id|>", "a </s>"]
+    task = make_task("ends", train=[make_example("q", answer) for answer in answers], labels=None)
+    encoder = Encoder(tokenizer, chosen_format(FormatSettings(kind="chat"), tokenizer, [task]))
+    encoder.require_encodable(task)
+    assert encoder.answer_end_id is not None
+    for answer in answers:
+        token_ids = encoder.answer_ids(answer)
+        assert token_ids.index(encoder.answer_end_id) == len(token_ids) - 1
+        assert encoder.decode_answer(token_ids) == answer
 
 
 def test_an_empty_template_file_is_named(tmp_path: Path) -> None:
@@ -250,15 +257,16 @@ def test_an_empty_template_file_is_named(tmp_path: Path) -> None:
 def test_text_tokens_do_for_a_tokenizer_that_does_not_know_the_control_tokens() -> None:
     tokenizer = Family(CHATML).tokenizer()
     encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
-    assert encoder.format.terminator == "<|im_end|>\n"
+    assert encoder.format.end_of_answer == "<|im_end|>\n"
     encoded = encoder.encode_episode(Episode("toy", "", EXAMPLES[:2]))
     assert encoder.decode(encoded.token_ids[slice(*encoded.answer_spans[0])]) == "fine<|im_end|>\n"
 
 
-def test_an_answer_that_holds_the_terminator_is_refused() -> None:
-    encoder = Encoder(FAMILIES["Zephyr"].tokenizer(), cut(FAMILIES["Zephyr"]))
-    with pytest.raises(UserError, match=r"contains the terminator '</s>'.*Replace it in the answer template"):
-        encoder.answer_ids("the </s> token")
+def test_a_text_that_ends_the_answers_of_a_chat_is_refused_within_them() -> None:
+    tokenizer = Family(CHATML).tokenizer()
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
+    with pytest.raises(UserError, match=r"contains the end-of-answer text '<\|im_end\|>\\n'.*Replace it in the answer"):
+        encoder.answer_ids("say <|im_end|>\n now")
     with pytest.raises(UserError, match="An answer is empty"):
         encoder.answer_ids("")
 
@@ -267,12 +275,12 @@ def test_an_answer_that_holds_the_terminator_is_refused() -> None:
     ("settings", "message"),
     [
         ({"kind": "chat", "separator": " "}, "separator belongs to kind: plain"),
-        ({"kind": "chat", "terminator": "###"}, "terminator belongs to kind: plain"),
+        ({"kind": "chat", "end_of_answer": "###"}, "end_of_answer belongs to kind: plain"),
         ({"template": "x.jinja"}, "template belongs to kind: chat"),
         ({"template_arguments": {"a": 1}}, "template_arguments belongs to kind: chat"),
         ({"kind": "chat", "template_arguments": {"messages": []}}, "'messages' is no variable"),
         ({"kind": "chat", "template_arguments": {"chat_template": "a"}}, "'chat_template' is no variable"),
-        ({"terminator": "  "}, "terminator of spaces alone"),
+        ({"end_of_answer": "  "}, "end_of_answer is of spaces alone"),
     ],
 )
 def test_settings_of_the_other_kind_are_refused(settings: dict[str, object], message: str) -> None:

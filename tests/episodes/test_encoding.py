@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
 
@@ -91,19 +90,14 @@ def test_sentencepiece_answers_survive_unchanged(text: str) -> None:
     assert encoder.decode(encoder.answer_ids(text)) == text + "\n\n"
 
 
-def test_an_answer_with_the_terminator_inside_is_refused() -> None:
-    with pytest.raises(UserError, match="contains the terminator"):
-        PlainFormat().answer("first\n\nsecond")
-
-
-def test_an_empty_answer_is_refused() -> None:
-    with pytest.raises(UserError, match="empty"):
-        PlainFormat().answer("")
-
-
-def test_an_answer_that_ends_in_a_line_break_is_refused_because_it_would_end_early() -> None:
-    with pytest.raises(UserError, match="terminator"):
-        PlainFormat().answer("line\n")
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [("first\n\nsecond", "end_inside_answer"), ("line\n", "end_inside_answer"), ("", "empty_answer")],
+)
+def test_an_answer_that_is_empty_or_would_end_early_is_refused(answer: str, code: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Encoder(byte_level_bpe()).answer_ids(answer)
+    assert raised.value.code == code
 
 
 def test_a_tokenizer_that_loses_line_breaks_is_refused() -> None:

@@ -110,13 +110,13 @@ def test_a_tokenizer_that_composes_letters_is_told_to_and_refused_for_labels_tha
     check = check_task(make_task(train=rows, test=(), labels=None), encoder, 2048)
     assert check.num_altered_answers == check.num_examined == 40
     with pytest.raises(UserError, match="cannot tell the labels"):
-        encoder.require_distinct(make_task(labels=("caf\u00e9", "cafe\u0301")))
+        encoder.require_encodable(make_task(labels=("caf\u00e9", "cafe\u0301")))
 
 
 def test_words_that_a_tokenizer_does_not_know_are_refused_and_not_taught() -> None:
     encoder = Encoder(word_level())
     with pytest.raises(UserError, match="does not know the words"):
-        encoder.require_distinct(make_task(train=[make_example("q", text) for text in SCRIPTS.values()], labels=None))
+        encoder.require_encodable(make_task(train=[make_example("q", text) for text in SCRIPTS.values()], labels=None))
 
 
 @pytest.mark.parametrize(

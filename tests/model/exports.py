@@ -16,7 +16,7 @@ from manyicl.model.load import load_model
 from manyicl.model.manifest import Manifest, TrainedTask
 from tests.builders import byte_level_bpe, make_task, tiny_model
 
-FORMAT = PlainFormat(separator="\n= ", terminator="\n\n")
+FORMAT = PlainFormat(separator="\n= ", end_of_answer="\n\n", end_is_control_token=False)
 
 
 def save_model(

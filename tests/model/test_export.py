@@ -479,7 +479,7 @@ def test_the_code_of_the_guide_makes_the_ids_that_the_engine_uses(
     assert (prefix.num_shots, prefix.num_left_out) == (num_shots, 0)
     assert body["prompt"] == [*prefix.token_ids, *engine._continuation_ids(prefix, (), query)]
     assert body["model"] == "one-model"
-    assert body["stop"] == [FORMAT.terminator]
+    assert body["stop"] == [FORMAT.end_of_answer]
 
 
 def test_commands_of_the_guide_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path, base: Path) -> None:
@@ -558,6 +558,6 @@ def test_the_guide_of_a_chat_model_asks_by_messages_that_its_template_turns_into
 
 
 def ids_of_end(tokenizer: PreTrainedTokenizerFast, manifest: Manifest) -> int:
-    found = tokenizer.convert_tokens_to_ids(manifest.text_format.terminator)
+    found = tokenizer.convert_tokens_to_ids(manifest.text_format.end_of_answer)
     assert isinstance(found, int)
     return found

@@ -267,7 +267,6 @@ def test_a_task_file_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
         ({"text": "x", "label": None}, "an answer or option is empty"),
         ({"text": "  ", "label": "positive"}, "the query is empty"),
         ({"text": "x", "label": "positiv"}, "'positiv' is no label of task 't'"),
-        ({"text": "x", "label": "a\n\nb"}, "holds a blank line, which ends an answer"),
         ({"text": "\ud83d", "label": "positive"}, "half a character"),
     ],
 )

@@ -49,7 +49,7 @@ def test_the_engine_reads_the_turns_back_and_asks_as_training_taught(tmp_path: P
     assert train(recipe, tasks).finished
     manifest = Manifest.read(tmp_path / "run")
     assert manifest is not None
-    assert manifest.text_format.terminator == "<|eot_id|>"
+    assert manifest.text_format.end_of_answer == "<|eot_id|>"
     engine = Engine.from_pretrained(str(tmp_path / "run"))
     assert engine.encoder.format == manifest.text_format
     sequences = packed_sequences(recipe, tasks.train, AutoTokenizer.from_pretrained(base))

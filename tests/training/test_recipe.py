@@ -45,7 +45,7 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
     [
         ("training.learnig_rate=1", "unknown key 'training.learnig_rate'. Did you mean 'learning_rate'?"),
         ("model.from_scratch.tokeniser={}", "unknown key 'model.from_scratch.tokeniser'. Did you mean 'tokenizer'?"),
-        ("format.terminater=x", "Did you mean 'terminator'?"),
+        ("format.end_of_anser=x", "Did you mean 'end_of_answer'?"),
         ("nothing=1", "unknown key 'nothing'. Known here: ['model', 'tasks',"),
         ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0; found -1."),
         ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found None."),

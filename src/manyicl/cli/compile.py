@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
 from manyicl.cli.outputs import require_writable
-from manyicl.episodes.text_format import FormatKind
 from manyicl.errors import counted
 
 if TYPE_CHECKING:
@@ -46,12 +46,10 @@ def compile_command(
     max_context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
     ] = None,
-    text_format: Annotated[
-        FormatKind | None,
-        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
+    text_format: TextFormat = None,
+    end_of_answer: EndOfAnswer = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Read a task's demonstrations once and keep them, so that `manyicl predict --prefix` starts in no time.
 
@@ -80,7 +78,12 @@ def compile_command(
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
     engine = Engine.from_pretrained(
-        model, dtype=dtype, device=device, text_format=text_format, max_context_tokens=max_context_tokens
+        model,
+        dtype=dtype,
+        device=device,
+        text_format=text_format,
+        end_of_answer=end_of_answer,
+        max_context_tokens=max_context_tokens,
     )
     with console.status(f"Reading {counted(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.episodes.text_format import FormatKind
+from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
 from manyicl.errors import UserError, counted, shortened
 from manyicl.outputs import require_output_folder
 
@@ -39,12 +39,10 @@ def evaluate_command(
     max_context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
     ] = None,
-    text_format: Annotated[
-        FormatKind | None,
-        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
+    text_format: TextFormat = None,
+    end_of_answer: EndOfAnswer = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Measure how a model's score grows with the number of examples in its context.
 
@@ -77,6 +75,7 @@ def evaluate_command(
         dtype=dtype,
         device=device,
         text_format=text_format,
+        end_of_answer=end_of_answer,
         max_context_tokens=max_context_tokens,
         working_memory_mib=working_memory_mib,
     )

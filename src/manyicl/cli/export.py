@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from manyicl.cli.options import EndOfAnswer
 from manyicl.cli.outputs import require_writable
 
 
@@ -20,6 +21,7 @@ def export_command(
             help="Save as float32, bfloat16 or float16. [default: as the weights, or those of the base, are saved]"
         ),
     ] = None,
+    end_of_answer: EndOfAnswer = None,
 ) -> None:
     """Write a model as one standard folder that transformers and vLLM load, and PROMPT.md, which says how to ask it.
 
@@ -40,7 +42,7 @@ def export_command(
     require_writable(output, beside=True)
     logging.disable_progress_bar()
     with Console(stderr=True).status("Loading, writing and reading back"):
-        exported = export_model(model, output, merge=merge, dtype=dtype)
+        exported = export_model(model, output, merge=merge, dtype=dtype, end_of_answer=end_of_answer)
     typer.echo(f"{exported.num_parameters:,} parameters in {exported.dtype} are in {output}.")
     typer.echo(exported.precision)
     typer.echo(f"How to send a prompt: {output / GUIDE_FILE}")

@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
 from manyicl.cli.outputs import part_of, require_earlier_answers, require_writable
-from manyicl.episodes.text_format import FormatKind
 from manyicl.errors import QueryError, UserError, counted, shortened
 
 if TYPE_CHECKING:
@@ -79,12 +79,10 @@ def predict_command(
     working_memory_mib: Annotated[
         int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
     ] = None,
-    text_format: Annotated[
-        FormatKind | None,
-        typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")] = None,
+    text_format: TextFormat = None,
+    end_of_answer: EndOfAnswer = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Answer the queries of a file after demonstrations of a task.
 
@@ -134,6 +132,7 @@ def predict_command(
         dtype=dtype,
         device=device,
         text_format=text_format,
+        end_of_answer=end_of_answer,
         max_context_tokens=max_context_tokens,
         working_memory_mib=working_memory_mib,
     )

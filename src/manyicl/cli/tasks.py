@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyicl.episodes.text_format import FormatKind
-from manyicl.errors import UserError
+from manyicl.cli.options import EndOfAnswer, TextFormat
+from manyicl.errors import UserError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from manyicl.episodes.checks import Lengths, TaskCheck
     from manyicl.episodes.encoding import Encoder
     from manyicl.episodes.episode import EncodedEpisode, Episode
-    from manyicl.episodes.text_format import PlainFormat
+    from manyicl.episodes.text_format import FormatKind, PlainFormat
     from manyicl.tasks.task import Task
 
 DEFAULT_CONTEXT_TOKENS = 2048
@@ -30,7 +30,7 @@ WIDTH_WITHOUT_TERMINAL = 160
 MOST_LABELS_SHOWN = 100
 ASKED = ("default", "default dim")
 SUPERVISED = ("black on green", "black on bright_green")
-NO_MODEL_TO_FORMAT = "--format is how a model is asked; name it with --model, or leave --format out."
+NO_MODEL_TO_FORMAT = "--format and --end-of-answer belong to a model; name it with --model, or leave them out."
 _OF_TOKENS_ALONE = (
     "labels_in_labels_as_tokens",
     "joined_share",
@@ -82,10 +82,6 @@ Model = Annotated[
         "tokens.",
         show_default=False,
     ),
-]
-TextFormat = Annotated[
-    FormatKind | None,
-    typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
 ]
 
 
@@ -183,6 +179,7 @@ def check_tasks(
     data_root: DataRoot = None,
     model: Model = None,
     text_format: TextFormat = None,
+    end_of_answer: EndOfAnswer = None,
     context: Annotated[
         int | None,
         typer.Option(min=8, help="Context in tokens to fit shots in; by default what the model was trained with."),
@@ -194,7 +191,7 @@ def check_tasks(
 
     if model is None and context is not None:
         raise UserError("--context is in tokens; name the model that counts them with --model.")
-    if model is None and text_format is not None:
+    if model is None and (text_format, end_of_answer) != (None, None):
         raise UserError(NO_MODEL_TO_FORMAT)
     loaded = load_tasks(tasks, data_root)
     if model is None:
@@ -203,7 +200,7 @@ def check_tasks(
     else:
         from manyicl.episodes.checks import check_task
 
-        encoder, trained_context = _encoder(model, text_format, loaded)
+        encoder, trained_context = _encoder(model, text_format, end_of_answer, loaded)
         max_context_tokens = context or trained_context or DEFAULT_CONTEXT_TOKENS
         checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
     if as_json:
@@ -242,7 +239,21 @@ def _check_in_characters(task: Task) -> TaskCheck:
         def decode(self, token_ids: Iterable[int]) -> str:
             return "".join(map(chr, token_ids))
 
-    return check_task(task, Characters(), sys.maxsize)
+        def require_no_end_inside(self, task: Task) -> None:
+            """Only a model decides what ends an answer."""
+
+        def _ends_early(self, answer: str) -> bool:
+            return False
+
+    check = check_task(task, Characters(), sys.maxsize)
+    num_cut = sum(PlainFormat().ends_early(example.answer) for example in (*task.train, *task.test))
+    if not num_cut:
+        return check
+    problem = (
+        f"{counted(num_cut, 'answer')} with a blank line, which ends an answer unless the model was taught another end "
+        "(format.end_of_answer)."
+    )
+    return replace(check, problems=(*check.problems, problem))
 
 
 def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
@@ -280,6 +291,7 @@ def show_task(
     seed: Annotated[int, typer.Option(min=0, help="Which examples, in which order.")] = 0,
     model: Model = None,
     text_format: TextFormat = None,
+    end_of_answer: EndOfAnswer = None,
 ) -> None:
     """Show an episode as the model sees it; what is supervised is coloured, without colour it stands in «».
 
@@ -289,7 +301,7 @@ def show_task(
     from manyicl.episodes.text_format import PlainFormat
     from manyicl.tasks.files import load_task
 
-    if model is None and text_format is not None:
+    if model is None and (text_format, end_of_answer) != (None, None):
         raise UserError(NO_MODEL_TO_FORMAT)
     loaded = load_task(task, data_root)
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
@@ -299,7 +311,7 @@ def show_task(
         drawn = draw_pieces(episode, PlainFormat(), with_marks)
         supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
     else:
-        encoder, _ = _encoder(model, text_format, [loaded])
+        encoder, _ = _encoder(model, text_format, end_of_answer, [loaded])
         encoded = encoder.encode_episode(episode)
         drawn = draw_tokens(encoded, encoder, with_marks)
         num_supervised = sum(end - start for start, end in encoded.answer_spans)
@@ -384,7 +396,9 @@ def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
         pending = []
 
 
-def _encoder(reference: str, kind: FormatKind | None, tasks: Sequence[Task]) -> tuple[Encoder, int | None]:
+def _encoder(
+    reference: str, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
+) -> tuple[Encoder, int | None]:
     """Load a model's tokenizer and format, and the context it was trained with if it says so."""
     from manyicl.episodes.encoding import Encoder
     from manyicl.model.load import load_tokenizer, resolve_reference
@@ -393,7 +407,9 @@ def _encoder(reference: str, kind: FormatKind | None, tasks: Sequence[Task]) -> 
     tokenizer = load_tokenizer(reference)
     folder = Path(resolve_reference(reference))
     manifest = Manifest.read(folder) if folder.is_dir() else None
-    encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, tasks))
+    encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
+    for task in tasks:
+        encoder.require_no_end_inside(task)
     return encoder, manifest.max_context_tokens if manifest else None
 
 
@@ -433,7 +449,7 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
             fit = check.shots_that_fit
             values += [f"{check.joined_share:.0%}", f"{fit.guaranteed:,} to {fit.typical:,}"]
         table.add_row(*values)
-    table.caption = f"{unit}: shortest / median / longest, with separator and terminator."
+    table.caption = f"{unit}: shortest / median / longest, with separator and end."
     if max_context_tokens is not None:
         table.caption += (
             " joined: examples whose pieces equal the tokens of the joined text. shots: guaranteed to typical."
@@ -463,7 +479,7 @@ def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
         if pairs:
             shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
-            console.print(f"As {kind}: {shown}{more}. The terminator keeps them apart.", markup=False)
+            console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.", markup=False)
     for reason, count in check.dropped.items():
         console.print(f"Dropped: {count:,} ({reason}).", markup=False)
 

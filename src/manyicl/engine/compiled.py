@@ -31,7 +31,7 @@ from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.task import Example, Family, Query, Task, TaskSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Keys of a configuration that change no result here.
 NOT_COMPUTED = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"}
@@ -107,7 +107,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     model: str = Field(description="How the person named the model.")
     model_fingerprint: str = Field(description="Hash of its weights, adapter included.")
     base_fingerprint: str | None = Field(description="Of the base, where the model is an adapter.")
@@ -203,7 +203,7 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
         raise UserError(f"{str(path)!r} was altered after it was written: its hash differs. Compile it again.")
     demonstrations = tuple(saved.example() for saved in header.demonstrations)
     task = _task(header.task, demonstrations)
-    encoder.require_distinct(task)
+    encoder.require_encodable(task)
     token_ids = encoder.encode_prefix(task.instruction(), demonstrations)
     _require_whole(path, tensors, token_ids, loaded)
     layers = range(loaded.model.config.get_text_config().num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Free-form answers behind a prefix and a query, until the terminator's text appears."""
+"""Free-form answers behind a prefix and a query, until the end-of-answer text appears."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators, numbers_of
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.piece_tokenizer import REPLACEMENT
 from manyicl.errors import UserError
 from manyicl.model.continuation import Block
 
@@ -54,9 +53,9 @@ class Generation:
     Attributes:
         token_ids: Generated so far.
         log_probability: Of these tokens under the model, in nats; temperature and top_p leave it as it is, and an
-            end-of-sequence token, which ends an answer in place of the terminator, adds nothing.
-        answer: The text before the terminator, once it has appeared or the limit is reached.
-        stopped: True if the terminator or the end-of-sequence token was met, False at the limit.
+            end-of-sequence token, which ends an answer in place of the end-of-answer text, adds nothing.
+        answer: The text before the end-of-answer text, once it has appeared or the limit is reached.
+        stopped: True if the end-of-answer text or the end-of-sequence token was met, False at the limit.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -80,10 +79,10 @@ def generate(
 
     Args:
         model: In evaluation mode.
-        encoder: Decodes, and knows the terminator.
+        encoder: Decodes, and knows the end-of-answer text.
         prefix: Shared by all queries.
         queries: Encoded, up to where the answer begins.
-        max_answer_tokens: Where an answer without terminator is cut; such answers are marked.
+        max_answer_tokens: Where an answer without an end is cut; such answers are marked.
         memory: Bounds how many queries advance together.
         sampling: How tokens are drawn; None for the likeliest.
         numbers: Of the queries in their stream, for ``sampling``; None for 0, 1, 2, …
@@ -149,18 +148,11 @@ def end_token_ids(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
 
 
 def _append(generation: Generation, token: int, log_probability: float, encoder: Encoder, ends: frozenset[int]) -> None:
-    """Add a token, and stop where the terminator's text appears.
-
-    Text decides, not token ids: in Llama-3-style vocabularies ``.`` and the blank line after it are one token.
-    """
+    """Add a token, and stop where the answer ends."""
     generation.token_ids.append(token)
-    terminator = encoder.format.terminator
-    # The end of the terminator lies in the newest token, so only so much needs decoding as may hold all of it.
-    tail = encoder.decode(generation.token_ids[-4 * len(terminator) - 4 :])
-    # A tail that begins within a character may decode to nothing but replacements, so then all is looked at.
-    terminated = terminator in tail or (REPLACEMENT in tail and terminator in encoder.decode(generation.token_ids))
+    terminated = encoder.has_ended(generation.token_ids)
     if token in ends and not terminated:
-        # Ends an answer in place of the terminator. In a chat the terminator itself is often such a token.
+        # The end of the sequence takes the place of the end-of-answer text, which is often such a token itself.
         generation.token_ids.pop()
     else:
         generation.log_probability += log_probability

@@ -66,6 +66,7 @@ class Engine:
         loaded: LoadedModel,
         *,
         text_format: AnyFormat | FormatKind | None = None,
+        end_of_answer: str | None = None,
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> None:
@@ -75,6 +76,8 @@ class Engine:
             loaded: From `manyicl.model.load.load_model`.
             text_format: How examples become text; None for the format saved with the model, else plain. ``"chat"``
                 takes the turns of an instruct model's chat template.
+            end_of_answer: Text that ends an answer, or a control token of the tokenizer, for a model that was not
+                fine-tuned here; None for the one it was taught, else a blank line.
             max_context_tokens: Longest prefix and query together; None for what the architecture allows.
             working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
                 many advance together, never a result. None for half of what the prefix uses, and at least 64.
@@ -95,7 +98,7 @@ class Engine:
         if not isinstance(text_format, BaseModel):
             if text_format == "chat" and loaded.manifest is None:
                 self._template = ChatTemplate(loaded.tokenizer)
-            text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, text_format)
+            text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, text_format, end_of_answer)
         self.encoder = Encoder(loaded.tokenizer, text_format)
         self.trained_context_tokens = loaded.manifest.max_context_tokens if loaded.manifest else None
         require_bounds(loaded, max_context_tokens, working_memory_mib)
@@ -115,6 +118,7 @@ class Engine:
         dtype: str | None = None,
         device: str | None = None,
         text_format: FormatKind | None = None,
+        end_of_answer: str | None = None,
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> Self:
@@ -126,6 +130,7 @@ class Engine:
         return cls(
             load_model(reference, dtype=dtype, device=device),
             text_format=text_format,
+            end_of_answer=end_of_answer,
             max_context_tokens=max_context_tokens,
             working_memory_mib=working_memory_mib,
         )
@@ -248,7 +253,7 @@ class Engine:
         """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
         demonstrations = tuple(demonstrations)
         require_demonstrations(demonstrations, task)
-        self.encoder.require_distinct(task)
+        self.encoder.require_encodable(task)
         identity = task.name, task.data_hash
         if (
             self._template is not None

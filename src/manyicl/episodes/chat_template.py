@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.checked import read_text
 from manyicl.episodes.checks import evenly_chosen
+from manyicl.episodes.piece_tokenizer import control_tokens
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Part, Place, text_of
 from manyicl.errors import UserError, shortened
 from manyicl.tasks.task import Task
@@ -66,7 +67,7 @@ def chosen_format(
         UserError: If there is no chat template, its turns change with their position, or it changes a row.
     """
     if settings.kind == "plain":
-        return settings.plain()
+        return settings.plain(control_tokens(tokenizer))
     if settings.template is not None:
         tokenizer.chat_template = read_text(settings.template)
         if not tokenizer.chat_template.strip():
@@ -196,12 +197,14 @@ class ChatTemplate:
             after_instruction=after_instruction,
             separator=turn.generation_prompt,
             before_answer=turn.before_answer,
-            terminator=turn.terminator,
+            end_of_answer=turn.end_of_answer,
             between_text=turn.between,
             trimmed=(),
             instruction_in="system" if with_instruction else "first_turn",
             template_arguments=self.arguments,
         )
+        if text_format.ends_early("a"):
+            raise _UnfitError(f"{turn.end_of_answer!r} ends an answer and stands before it, too")
         text_format = text_format.model_copy(update={"trimmed": self._trimmed(text_format)})
         for instruction in ("", SENTINEL_INSTRUCTION):
             for turns in _trial_conversations(text_format):
@@ -271,17 +274,8 @@ def _trial_conversations(text_format: ChatFormat) -> Iterator[Turns]:
         yield SENTINEL_TURNS[:num_turns]
     tried = (*SENTINEL_TURNS, *((text, text) for text in AWKWARD_TEXTS))
     for space in ("", *WHITE_SPACE):
-        yield [turn for turn in _padded(tried, space) if _can_be_answered(text_format, turn[1])]
+        yield _padded(tried, space)
     yield [SENTINEL_TURNS[n % NUM_TURNS] for n in range(NUM_TURNS_OF_MANY_SHOTS)]
-
-
-def _can_be_answered(text_format: ChatFormat, answer: str) -> bool:
-    """Tell whether an answer does not hold the terminator; a line break may be one."""
-    try:
-        text_format.answer(answer)
-    except UserError:
-        return False
-    return True
 
 
 class _Turn(NamedTuple):
@@ -289,7 +283,7 @@ class _Turn(NamedTuple):
 
     generation_prompt: str
     before_answer: str
-    terminator: str
+    end_of_answer: str
     between: str
 
 
@@ -318,10 +312,10 @@ class _Cut:
         opening, (*turns, closing) = parts[:num_opening], parts[num_opening:]
         separator, between = (_one_text(turns[start::2]) for start in (0, 1))
         generation_prompt = _generation_prompt(template, messages, separator)
-        terminator = _terminator(template.tokenizer, closing, between)
+        end_of_answer = _end_of_answer(template.tokenizer, closing, between)
         before_answer = separator.removeprefix(generation_prompt)
         return cls(
-            tuple(opening), _Turn(generation_prompt, before_answer, terminator, between.removeprefix(terminator))
+            tuple(opening), _Turn(generation_prompt, before_answer, end_of_answer, between.removeprefix(end_of_answer))
         )
 
 
@@ -355,7 +349,7 @@ def _messages(instruction: str | None, turns: Turns) -> Messages:
 
 
 def _assembled(text_format: ChatFormat, instruction: str, turns: Turns) -> tuple[str, str]:
-    """Put a conversation together from pieces: the prompt for its last answer, and the whole with its terminator."""
+    """Put a conversation together from pieces: the prompt for its last answer, and the whole up to its end."""
     text = text_of(text_format.opening(instruction))
     place = Place.AFTER_INSTRUCTION if text_format.has_instruction(instruction) else Place.FIRST
     prompt = ""
@@ -401,18 +395,18 @@ def _generation_prompt(template: ChatTemplate, messages: Messages, separator: st
     return found
 
 
-def _terminator(tokenizer: PreTrainedTokenizerBase, closing: str, between: str) -> str:
+def _end_of_answer(tokenizer: PreTrainedTokenizerBase, closing: str, between: str) -> str:
     """Return the text that ends every answer, the last like those before: up to its control token, if it has one."""
     common = _common_start(closing, between)
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     # The first of them, and the longest that begins there, as a tokenizer reads it.
     ends = [(common.index(token), -len(token)) for token in tokens if token.strip() and token in common]
-    terminator = common[: min(ends)[0] - min(ends)[1]] if ends else common
-    if not terminator.strip(" ") or (not ends and terminator != closing):
+    end = common[: min(ends)[0] - min(ends)[1]] if ends else common
+    if not end.strip(" ") or (not ends and end != closing):
         raise _UnfitError(
             f"the last answer ends in {closing!r}, those before it in {between!r}, so no text ends every answer"
         )
-    return terminator
+    return end
 
 
 def _difference(first: str, second: str) -> str:
@@ -436,9 +430,11 @@ def _shown(*texts: str) -> str:
 
 
 def describe(text_format: AnyFormat) -> Iterator[str]:
-    """Say what a person should know of a chat format before training with it."""
+    """Say what a user should know of a format before training with it."""
     if not isinstance(text_format, ChatFormat):
+        if text_format.end_is_control_token:
+            yield f"An answer ends in {text_format.end_of_answer!r}, a control token of the tokenizer."
         return
-    yield f"Turns are cut from the chat template; an answer ends in {text_format.terminator!r}."
+    yield f"Turns are cut from the chat template; an answer ends in {text_format.end_of_answer!r}."
     if text_format.instruction_in == "first_turn":
         yield "The template keeps no system turn at the beginning: the instruction opens the turn of the first query."

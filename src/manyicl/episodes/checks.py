@@ -113,7 +113,11 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         encoder: Of the model it is meant for.
         max_context_tokens: Context for which fitting shots are counted.
         num_examined: Most examples that are encoded twice, to compare pieces with the joined text.
+
+    Raises:
+        UserError: If answers contain the end-of-answer text of the model.
     """
+    encoder.require_no_end_inside(task)
     everything = (*task.train, *task.test)
     query_lengths = [len(encoder.query_ids(example.query.text)) for example in everything]
     answer_lengths = [len(encoder.answer_ids(example.answer)) for example in everything]

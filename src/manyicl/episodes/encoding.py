@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.episode import EncodedEpisode, Episode
-from manyicl.episodes.piece_tokenizer import PieceTokenizer, bos_ids
+from manyicl.episodes.piece_tokenizer import REPLACEMENT, PieceTokenizer, bos_ids, control_tokens
 from manyicl.episodes.text_format import AnyFormat, Piece, Place, PlainFormat, text_of
-from manyicl.errors import UserError
+from manyicl.errors import UserError, counted, shortened
 from manyicl.tasks.task import Example, Task
 
 NUM_ANSWERS_EXAMINED = 100
+NUM_ROWS_NAMED = 3
+REMEDY_FOR_END_INSIDE = (
+    "Replace it in the answer template, as in `{{ answer | replace('\\n\\n', '\\n') }}`, or use a model whose answers "
+    "end in a control token of its tokenizer: format.end_of_answer in a recipe, --end-of-answer for a model that was "
+    "not fine-tuned."
+)
 # Texts that come again, as demonstrations do, are encoded once.
 NUM_TEXTS_REMEMBERED = 200_000
 
@@ -29,9 +37,12 @@ class Encoder:
         """Wrap a fast tokenizer.
 
         Raises:
-            UserError: If the tokenizer has no `tokenizers` backend, or loses characters of the format itself.
+            UserError: If the tokenizer has no `tokenizers` backend, loses characters of the format itself, or lacks the
+                control token in which answers end.
         """
         text_format = text_format or PlainFormat()
+        if isinstance(text_format, PlainFormat):
+            text_format = text_format.decided(control_tokens(tokenizer))
         self.tokenizer = tokenizer
         self._pieces = PieceTokenizer(tokenizer, text_format.constants)
         self.bos_ids: tuple[int, ...] = bos_ids(tokenizer) if text_format.begins_with_bos else ()
@@ -40,8 +51,31 @@ class Encoder:
     def _write_in(self, text_format: AnyFormat) -> None:
         self.format: AnyFormat = text_format
         self._query_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self.passing_query_ids)
-        self._answer_ids = lru_cache(NUM_TEXTS_REMEMBERED)(lambda answer: self._encode(text_format.answer(answer)))
+        self._answer_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self._encode_answer)
         self._between_ids = self._encode(text_format.between)
+        self.answer_end_id = self._control_end_id()
+        self._encodable: deque[Task] = deque(maxlen=8)
+
+    def _control_end_id(self) -> int | None:
+        """Return the id of the control token in which every answer ends; None where answers end in text."""
+        *_, end = self.format.answer("a")
+        last = self._encode_piece(end, False)[-1] if end.is_control else None
+        return last if last is not None and last in self.tokenizer.added_tokens_decoder else None
+
+    def _encode_answer(self, answer: str) -> tuple[int, ...]:
+        if not answer:
+            raise UserError("empty_answer", "An answer is empty", remedy="Every example needs one.")
+        if self._ends_early(answer):
+            raise UserError(
+                "end_inside_answer",
+                f"The answer {shortened(answer, 60)!r} contains the end-of-answer text "
+                f"{self.format.end_of_answer!r}, where it would be cut",
+                remedy=REMEDY_FOR_END_INSIDE,
+            )
+        return self._encode(self.format.answer(answer))
+
+    def _ends_early(self, answer: str) -> bool:
+        return self.answer_end_id is None and self.format.ends_early(answer)
 
     def _encode_piece(self, piece: Piece, opens_sequence: bool) -> tuple[int, ...]:
         return self._pieces.encode(piece, opens_sequence)
@@ -76,7 +110,11 @@ class Encoder:
         return self._encode(self.format.query(query, place), self._opens_sequence(place))
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Encode an answer and the terminator after it."""
+        """Encode an answer with the end-of-answer text.
+
+        Raises:
+            UserError: If the answer is empty or contains that text.
+        """
         return self._answer_ids(answer)
 
     def shot_ids(self, example: Example, place: Place = Place.AFTER_SHOT) -> tuple[int, ...]:
@@ -87,27 +125,71 @@ class Encoder:
             *self._between_ids,
         )
 
-    def require_distinct(self, task: Task) -> None:
-        """Refuse labels that the tokenizer cannot tell apart, and answers that it mostly does not know.
+    def require_encodable(self, task: Task) -> None:
+        """Refuse a task that these tokens would teach otherwise than its rows say; done once for a task.
 
         Raises:
-            UserError: If so; the model would be taught, and asked, something else than the task says.
+            UserError: If an answer or option contains the end-of-answer text, the tokenizer cannot tell two labels
+                apart, or does not know most answers.
         """
+        # Compared by identity: tasks of one name may have other rows, and a shot curve asks for every draw.
+        if any(task is known for known in self._encodable):
+            return
+        self.require_no_end_inside(task)
+        self._require_distinct_labels(task)
+        self._require_known_answers(task)
+        self._encodable.append(task)
+
+    def require_no_end_inside(self, task: Task) -> None:
+        """Refuse a task with answers, labels or options that contain the end-of-answer text.
+
+        Raises:
+            UserError: If there are any, with the rows.
+        """
+        if self.answer_end_id is not None:
+            return
+        cut = [label for label in task.labels or () if self._ends_early(label)]
+        examples = [
+            example
+            for example in chain(task.train, task.test)
+            if any(map(self._ends_early, {example.answer, *(example.query.choices or ())}))
+        ]
+        if not cut and not examples:
+            return
+        origins = [example.origin for example in examples if example.origin]
+        named = [repr(shortened(text, 60)) for text in (*cut, *(example.answer for example in examples[:1]))]
+        more = f" and {len(origins) - NUM_ROWS_NAMED:,} more" if len(origins) > NUM_ROWS_NAMED else ""
+        rows = f" in {', '.join(origins[:NUM_ROWS_NAMED])}{more}" if origins else ""
+        raise UserError(
+            "end_inside_answer",
+            f"{counted(len(cut) + len(examples), 'answer')} of task {task.name!r} contain the end-of-answer text "
+            f"{self.format.end_of_answer!r}, where this model would cut them",
+            found=f"{named[0]}{rows}",
+            remedy=REMEDY_FOR_END_INSIDE,
+        )
+
+    def _require_distinct_labels(self, task: Task) -> None:
         by_ids: dict[tuple[int, ...], str] = {}
         for label in task.labels or ():
             other = by_ids.setdefault(self.answer_ids(label), label)
             if other != label:
                 raise UserError(
+                    "labels_with_equal_tokens",
                     f"The tokenizer cannot tell the labels {other!r} and {label!r} of task {task.name!r} apart: both "
-                    f"become {self.decode(self.answer_ids(label))!r}. Use a model whose tokenizer knows them."
+                    f"become {self.decode(self.answer_ids(label))!r}",
+                    remedy="Use a model whose tokenizer knows them.",
                 )
+
+    def _require_known_answers(self, task: Task) -> None:
         unknown = self.tokenizer.unk_token_id
         answers = [example.answer for example in task.train[:NUM_ANSWERS_EXAMINED]]
         num_unknown = sum(unknown is not None and unknown in self.answer_ids(answer) for answer in answers)
         if 2 * num_unknown > len(answers):
             raise UserError(
+                "unknown_words",
                 f"The tokenizer does not know the words of task {task.name!r}: {num_unknown} of its first "
-                f"{len(answers)} answers hold unknown tokens. Use a model whose tokenizer knows them."
+                f"{len(answers)} answers hold unknown tokens",
+                remedy="Use a model whose tokenizer knows them.",
             )
 
     def encode_prefix(self, instruction: str, examples: Iterable[Example]) -> tuple[int, ...]:
@@ -145,16 +227,27 @@ class Encoder:
         """Turn tokens back into text, special tokens included."""
         return self._pieces.decode(token_ids)
 
-    @property
-    def answer_end_id(self) -> int | None:
-        """The control token in which every answer ends; None where answers end in text."""
-        *_, terminator = self.format.answer("a")
-        last = self._encode_piece(terminator, False)[-1]
-        return last if terminator.is_control and last in self.tokenizer.added_tokens_decoder else None
+    def has_ended(self, token_ids: Sequence[int]) -> bool:
+        """Tell whether the newest token of a generated answer completes the end-of-answer text.
+
+        Where that text is no control token, text decides and not token ids: in Llama-3-style vocabularies ``.`` and
+        the blank line after it are one token.
+        """
+        if self.answer_end_id is not None:
+            return token_ids[-1] == self.answer_end_id
+        end = self.format.end_of_answer
+        # The last character of the end is in the newest token, so only so much is decoded as may hold all of it.
+        tail = self.decode(token_ids[-4 * len(end) - 4 :])
+        # A tail that begins within a character may decode to nothing but replacements: decode everything then.
+        return end in tail or (REPLACEMENT in tail and end in self.decode(token_ids))
 
     def decode_answer(self, token_ids: Iterable[int]) -> str:
-        """Turn generated tokens into the answer: up to the terminator, without the white space that opens it."""
-        text, _, _ = self.decode(token_ids).partition(self.format.terminator)
+        """Turn generated tokens into the answer: up to its end, without the white space before and after it."""
+        if self.answer_end_id is None:
+            text, _, _ = self.decode(token_ids).partition(self.format.end_of_answer)
+        else:
+            text = self.decode(takewhile(lambda token: token != self.answer_end_id, token_ids))
+            text = text.removesuffix(self.format.end_of_answer.removesuffix(self.decode([self.answer_end_id])))
         return text.removeprefix(self.format.before_answer)
 
     def episode_pieces(self, episode: Episode) -> tuple[Piece, ...]:

@@ -89,7 +89,7 @@ class PackedSequences(Sequence[PackedSequence]):
         self._task_weights = (mixture or Mixture()).task_weights(self.tasks)
         self._replacement_words = label_replacement_words(tasks) if self.episodes.rename_labels else []
         for task in self.tasks:
-            encoder.require_distinct(task)
+            encoder.require_encodable(task)
             _require_one_shot_fits(task, encoder, max_context_tokens)
 
     def __len__(self) -> int:

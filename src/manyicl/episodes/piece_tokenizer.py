@@ -45,6 +45,7 @@ class PieceTokenizer:
         self._inner = _copy(_without_leading_marker(description))
         self._added = tuple(token["content"] for token in description["added_tokens"])
         control = [token for token in description["added_tokens"] if token["content"] in written]
+        self._control_ids = {token["content"]: token["id"] for token in control}
         self._strips = any(token["lstrip"] or token["rstrip"] for token in control)
         self._byte_of_token = _byte_of_token(backend, description)
         if written:
@@ -74,9 +75,17 @@ class PieceTokenizer:
             # Some tokenizers put their marker behind every control token, so they decide what follows one.
             decides = opens_sequence or piece.text.startswith(self._added)
             backend = self._control_first if decides else self._control_inner
-        else:
-            backend = self._first if opens_sequence else self._inner
-        return tuple(backend.encode(piece.text, add_special_tokens=False).ids)
+            return tuple(backend.encode(piece.text, add_special_tokens=False).ids)
+        return self._encode_text(piece.text, self._first if opens_sequence else self._inner)
+
+    def _encode_text(self, text: str, backend: Tokenizer) -> tuple[int, ...]:
+        """Encode a text without control tokens; a Unigram vocabulary spells out ``</s>`` with the very token."""
+        token_ids = backend.encode(text, add_special_tokens=False).ids
+        for token, token_id in self._control_ids.items():
+            if token_id in token_ids and token in text:
+                middle = text.index(token) + 1
+                return *self._encode_text(text[:middle], backend), *self._encode_text(text[middle:], self._inner)
+        return tuple(token_ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included.
@@ -102,6 +111,12 @@ class PieceTokenizer:
         lead_text = self._inner.decode(lead, skip_special_tokens=False)
         text = self._inner.decode([*lead, *token_ids], skip_special_tokens=False)
         return text[len(lead_text) :]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the tokens that a tokenizer reads as one id whatever is beside them; runs of white space are none."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return frozenset(token for token in tokens if token.strip() and token != tokenizer.unk_token)
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from manyicl.checked import Section
-from manyicl.errors import UserError, shortened
+from manyicl.errors import UserError
 
 
 class Piece(NamedTuple):
@@ -43,15 +43,15 @@ class TextFormat(BaseModel, ABC):
 
         opening(instruction)  [query  answer  between]  [query  answer  between]  query
 
-    The separator closes a query, the terminator an answer. The terminator belongs to the answer: it is supervised,
-    generation stops on its text, and a label is scored with it, so that a label which begins another label is
-    compared fairly.
+    The separator closes a query, the end-of-answer text an answer. That text belongs to the answer: it is supervised,
+    generation stops on it, and a label is scored with it, so that a label which begins another label is compared
+    fairly. It is chosen when a model is trained, saved with it, and the same for all of its tasks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     separator: str
-    terminator: str
+    end_of_answer: str
 
     @abstractmethod
     def opening(self, instruction: str) -> tuple[Piece, ...]:
@@ -63,16 +63,12 @@ class TextFormat(BaseModel, ABC):
 
     @abstractmethod
     def answer(self, answer: str) -> tuple[Piece, ...]:
-        """Return the supervised pieces of an answer, terminator included.
-
-        Raises:
-            UserError: If the answer is empty, or contains or completes the terminator, which would end it early.
-        """
+        """Return the supervised pieces of an answer, the end-of-answer text included."""
 
     @property
     @abstractmethod
     def between(self) -> tuple[Piece, ...]:
-        """What stands between an answer with its terminator and the next query."""
+        """What is between the end of an answer and the next query."""
 
     @property
     @abstractmethod
@@ -88,46 +84,69 @@ class TextFormat(BaseModel, ABC):
         """Tell whether an instruction leaves a trace in the text."""
         return bool(instruction)
 
-    def _require_unended(self, answer: str, lead: str = "") -> None:
-        """Refuse an answer that the terminator would end early; ``lead`` opens it."""
-        if not answer:
-            raise UserError("An answer is empty; every example needs one.")
-        if f"{lead}{answer}{self.terminator}".index(self.terminator) < len(lead) + len(answer):
-            raise UserError(
-                f"The answer {shortened(answer, 60)!r} contains the terminator {self.terminator!r}, which would end it "
-                f"early. {self._remedy}"
-            )
-
-    @property
-    @abstractmethod
-    def _remedy(self) -> str:
-        """What to do about an answer that contains the terminator."""
+    def ends_early(self, answer: str) -> bool:
+        """Tell whether an answer contains or completes the end-of-answer text, so that it would be cut there."""
+        written = text_of(self.answer(answer))
+        return written.index(self.end_of_answer) < len(written) - len(self.end_of_answer)
 
 
 class PlainFormat(TextFormat):
-    """Pieces one after the other: query, separator, answer, terminator."""
+    """Pieces one after the other: query, separator, answer, end of the answer.
+
+    A blank line ends the instruction, whatever ends an answer: it is a paragraph before the examples, as in the texts
+    that a base model has read. A control token there would stand after something that nobody answered, and weaken
+    what the model learns of the token.
+
+    Attributes:
+        separator: Text between a query and its answer.
+        end_of_answer: Text that ends an answer, or one control token of the tokenizer, such as ``<|im_end|>``.
+        end_is_control_token: Whether it is that token, which no text contains: a row that spells it out means its
+            characters. None until a tokenizer is known; see `decided`.
+        end_of_instruction: Text that ends the instruction.
+    """
 
     kind: Literal["plain"] = "plain"
     separator: str = Field("\n", min_length=1)
-    terminator: str = Field("\n\n", min_length=1)
+    end_of_answer: str = Field("\n\n", min_length=1)
+    end_is_control_token: bool | None = None
+    end_of_instruction: str = Field("\n\n", min_length=1)
 
-    @field_validator("terminator")
+    @field_validator("end_of_answer")
     @classmethod
-    def _not_only_spaces(cls, terminator: str) -> str:
-        return _checked_terminator(terminator)
+    def _not_only_spaces(cls, end_of_answer: str) -> str:
+        return _checked_end(end_of_answer)
+
+    def decided(self, control_tokens: Container[str]) -> Self:
+        """Return the format for a tokenizer with these control tokens.
+
+        Raises:
+            UserError: If a model was trained with a control token that this tokenizer does not have.
+        """
+        is_control = self.end_of_answer in control_tokens
+        if self.end_is_control_token and not is_control:
+            raise UserError(
+                "unknown_control_token",
+                "The tokenizer does not have the control token in which the answers of this model end",
+                found=repr(self.end_of_answer),
+                remedy="Restore the tokenizer of the model.",
+            )
+        if self.end_is_control_token is None:
+            return self.model_copy(update={"end_is_control_token": is_control})
+        return self
 
     def opening(self, instruction: str) -> tuple[Piece, ...]:
-        """Return the instruction and a terminator; nothing where there is no instruction."""
-        return (Piece(f"{instruction}{self.terminator}"),) if instruction else ()
+        """Return the instruction and what ends it; nothing where there is no instruction."""
+        return (Piece(f"{instruction}{self.end_of_instruction}"),) if instruction else ()
 
     def query(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[Piece, ...]:
         """Return a query with the separator, one piece."""
         return (Piece(f"{query}{self.separator}"),)
 
     def answer(self, answer: str) -> tuple[Piece, ...]:
-        """Return an answer with the terminator, one piece."""
-        self._require_unended(answer)
-        return (Piece(f"{answer}{self.terminator}"),)
+        """Return an answer and its end: one piece, or two where a control token ends it."""
+        if self.end_is_control_token:
+            return Piece(answer), *_control(self.end_of_answer)
+        return (Piece(f"{answer}{self.end_of_answer}"),)
 
     @property
     def before_answer(self) -> str:
@@ -146,15 +165,9 @@ class PlainFormat(TextFormat):
 
     @property
     def constants(self) -> tuple[Piece, ...]:
-        """Separator and terminator."""
-        return Piece(self.separator), Piece(self.terminator)
-
-    @property
-    def _remedy(self) -> str:
-        return (
-            "Collapse blank lines in the answer template, for example with "
-            "`{{ answer | replace('\\n\\n', '\\n') }}`, or choose another terminator."
-        )
+        """All that ends a query, an answer or an instruction."""
+        end = Piece(self.end_of_answer, is_control=bool(self.end_is_control_token))
+        return Piece(self.separator), end, Piece(self.end_of_instruction)
 
 
 FormatKind = Literal["plain", "chat"]
@@ -173,8 +186,8 @@ class ChatFormat(TextFormat):
         after_instruction: Between an instruction and the first query.
         separator: Between a query and its answer: the generation prompt.
         before_answer: White space that opens an answer.
-        terminator: Ends an answer, up to its control token.
-        between_text: Between the terminator and the next query.
+        end_of_answer: Ends an answer, up to its control token.
+        between_text: Between the end of an answer and the next query.
         trimmed: The texts from whose ends the template takes white space.
         instruction_in: Where an instruction stands: a system turn, or the first query's turn where there is none.
         template_arguments: That the template was given; whoever sends messages to a server must give them too.
@@ -212,9 +225,7 @@ class ChatFormat(TextFormat):
 
     def answer(self, answer: str) -> tuple[Piece, ...]:
         """Return an answer, and the end of its turn."""
-        answer = self.trim("answer", answer)
-        self._require_unended(answer, self.before_answer)
-        return Piece(self.before_answer + answer), *_control(self.terminator)
+        return Piece(self.before_answer + self.trim("answer", answer)), *_control(self.end_of_answer)
 
     @property
     def between(self) -> tuple[Piece, ...]:
@@ -230,7 +241,7 @@ class ChatFormat(TextFormat):
     def constants(self) -> tuple[Piece, ...]:
         """Openings and endings of all turns."""
         openings = self.opening_text, self.before_instruction, self.after_instruction, self.between_text
-        texts = (*(text.rstrip(" ") for text in openings), self.separator, self.terminator)
+        texts = (*(text.rstrip(" ") for text in openings), self.separator, self.end_of_answer)
         return tuple(piece for text in texts for piece in _control(text))
 
     def has_instruction(self, instruction: str) -> bool:
@@ -240,10 +251,6 @@ class ChatFormat(TextFormat):
     def trim(self, part: Part, text: str) -> str:
         """Take white space off where the template does."""
         return text.strip() if part in self.trimmed else text
-
-    @property
-    def _remedy(self) -> str:
-        return "Replace it in the answer template."
 
 
 AnyFormat = Annotated[PlainFormat | ChatFormat, Field(discriminator="kind")]
@@ -258,8 +265,11 @@ class FormatSettings(Section):
     separator: str | None = Field(
         None, min_length=1, description="plain: stands between a query and its answer; unset: a line break."
     )
-    terminator: str | None = Field(
-        None, min_length=1, description="plain: ends an answer, and an instruction; unset: a blank line."
+    end_of_answer: str | None = Field(
+        None,
+        min_length=1,
+        description="plain: ends an answer: a text that no answer contains, or a control token of the tokenizer such "
+        "as </s>; unset: a blank line.",
     )
     template: Path | None = Field(
         None, description="chat: a Jinja file in place of the tokenizer's own template; it is saved with the model."
@@ -269,10 +279,18 @@ class FormatSettings(Section):
         description="chat: variables for the template, such as a fixed date_string where it would write today's.",
     )
 
-    @field_validator("terminator")
+    @model_validator(mode="before")
     @classmethod
-    def _not_only_spaces(cls, terminator: str | None) -> str | None:
-        return None if terminator is None else _checked_terminator(terminator)
+    def _earlier_name(cls, settings: object) -> object:
+        # Recipes saved with models before the key was renamed.
+        if isinstance(settings, dict) and "terminator" in settings and "end_of_answer" not in settings:
+            return {"end_of_answer" if key == "terminator" else key: value for key, value in settings.items()}
+        return settings
+
+    @field_validator("end_of_answer")
+    @classmethod
+    def _not_only_spaces(cls, end_of_answer: str | None) -> str | None:
+        return None if end_of_answer is None else _checked_end(end_of_answer)
 
     @field_validator("template_arguments")
     @classmethod
@@ -291,7 +309,7 @@ class FormatSettings(Section):
 
     @model_validator(mode="after")
     def _keys_of_one_kind(self) -> Self:
-        of_plain = {"separator": self.separator, "terminator": self.terminator}
+        of_plain = {"separator": self.separator, "end_of_answer": self.end_of_answer}
         of_chat = {"template": self.template, "template_arguments": self.template_arguments}
         strangers, other = (of_chat, "chat") if self.kind == "plain" else (of_plain, "plain")
         given = [name for name, value in strangers.items() if value]
@@ -299,10 +317,11 @@ class FormatSettings(Section):
             raise ValueError(f"{given[0]} belongs to kind: {other}; found kind: {self.kind}. Leave one of them out")
         return self
 
-    def plain(self) -> PlainFormat:
-        """Return the plain format with these settings."""
-        given = {"separator": self.separator, "terminator": self.terminator}
-        return PlainFormat(**{name: value for name, value in given.items() if value is not None})
+    def plain(self, control_tokens: Container[str]) -> PlainFormat:
+        """Return the plain format with these settings, for a tokenizer with these control tokens."""
+        given = {"separator": self.separator, "end_of_answer": self.end_of_answer}
+        chosen = PlainFormat.model_validate({name: value for name, value in given.items() if value is not None})
+        return chosen.decided(control_tokens)
 
 
 # What transformers hands to a chat template, or takes for itself.
@@ -342,7 +361,7 @@ def _spaces_at_the_end(text: str) -> str:
     return text[len(text.rstrip(" ")) :]
 
 
-def _checked_terminator(terminator: str) -> str:
-    if not terminator.strip(" "):
-        raise ValueError("a terminator of spaces alone stands inside most answers; use a blank line")
-    return terminator
+def _checked_end(end_of_answer: str) -> str:
+    if not end_of_answer.strip(" "):
+        raise ValueError("end_of_answer is of spaces alone, which most answers contain; use a blank line")
+    return end_of_answer

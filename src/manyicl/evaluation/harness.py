@@ -37,6 +37,7 @@ from manyicl.engine.label_trie import num_shared_tokens, tries_of
 from manyicl.engine.packing import QueriesInFlight, WorkingMemory, require_bounds
 from manyicl.engine.prefix_cache import encode_behind, shared_beginning
 from manyicl.engine.scoring import score_labels
+from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.evaluation.shared_contexts import Answer, Pack, score_alone, shared_beginnings
 from manyicl.model.continuation import Block
@@ -142,6 +143,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self.truncated = Truncation()
         self._tries = lru_cache(maxsize=64)(tries_of)
         self._encode = lru_cache(maxsize=4)(super().tok_encode)
+        # A text that ends answers is left aside: lm-eval's tasks have formats and stop strings of their own.
+        manifest = loaded.manifest
+        self._answer_end_id = Encoder(loaded.tokenizer, manifest.text_format).answer_end_id if manifest else None
 
     @classmethod
     def from_pretrained(
@@ -235,7 +239,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         """Write greedy answers up to a stop string, the end of the text, or a limit.
 
         Contexts are cut from the left so that the longest answer fits, as lm-eval does it for one request at a time.
-        An empty context begins with the token that `loglikelihood` puts before empty contexts.
+        An empty context begins with the token that `loglikelihood` puts before empty contexts. The control token in
+        which a fine-tuned model ends its answers ends them here, too.
 
         Raises:
             UserError: If a request asks for anything but plain greedy decoding, or leaves no room for a context.
@@ -255,6 +260,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             contexts = sorted(groups)
             for pack in self._packs(contexts):
                 for number, token_ids in zip(pack.numbers, self._write(pack, stop, most), strict=True):
+                    if token_ids[-1] == self._answer_end_id:
+                        token_ids = token_ids[:-1]
                     text = postprocess_generated_text(self.tok_decode(token_ids), list(stop), None)
                     for place in groups[contexts[number]]:
                         answers[place] = text
@@ -378,7 +385,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     def _ending(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
         """Return what tells, token after token, whether an answer has ended."""
         ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        end_ids = set(ends if isinstance(ends, list) else [ends])
+        end_ids = {self._answer_end_id, *(ends if isinstance(ends, list) else [ends])}
         criteria = stop_sequences_criteria(self.tokenizer, list(stop), 0, 1)
 
         def has_ended(answer: list[int]) -> bool:

@@ -159,6 +159,7 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
     Raises:
         UserError: If there is none, or the instruction alone fills the context.
     """
+    engine.encoder.require_encodable(task)
     opening = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
     chosen: list[Example] = []
     num_skipped = 0

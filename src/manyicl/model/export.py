@@ -28,6 +28,7 @@ from manyicl.model.load import (
     model_config,
     resolve_reference,
 )
+from manyicl.model.manifest import format_to_ask_in
 from manyicl.model.merging import merge_adapter
 from manyicl.model.prompt_guide import GUIDE_FILE, GuideFacts, example_prompt, prompt_guide
 
@@ -76,7 +77,14 @@ class Exported:
         return f"{compared}, which moves those of its base by up to {self.adapter_effect:.2g}."
 
 
-def export_model(reference: str, output: Path, *, merge: bool = False, dtype: str | None = None) -> Exported:
+def export_model(
+    reference: str,
+    output: Path,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    end_of_answer: str | None = None,
+) -> Exported:
     """Write a model as one plain folder, an adapter merged into its base, and read it back before it counts.
 
     The folder is written beside its place and renamed into it last.
@@ -87,6 +95,7 @@ def export_model(reference: str, output: Path, *, merge: bool = False, dtype: st
         merge: Allow an adapter to be merged; nothing changes for a full model.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the one the weights, or those of the base, are
             saved in.
+        end_of_answer: What ends an answer in the guide of a model that was not fine-tuned with manyicl.
 
     Raises:
         UserError: If the output is taken, the dtype is unknown or too narrow, the model cannot be loaded, is an
@@ -99,7 +108,7 @@ def export_model(reference: str, output: Path, *, merge: bool = False, dtype: st
     if _is_adapter(reference) and not merge:
         raise UserError(f"{reference!r} is an adapter; give --merge to write it and its base as one model.")
     with _written_whole(output) as part:
-        written = _write(reference, dtype, part)
+        written = _write(reference, dtype, end_of_answer, part)
         # Only now, when the model that was written is gone: a large one is not held twice.
         back = _read_back(part, written)
         exported = Exported(
@@ -139,10 +148,12 @@ class _Written:
     adapter_effect: float | None
 
 
-def _write(reference: str, dtype: str | None, part: Path) -> _Written:
+def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: Path) -> _Written:
     """Load a model, merge it if it is an adapter, round it, and write it with its tokenizer and manifest."""
     loaded = _load(reference)
-    encoder = Encoder(loaded.tokenizer, loaded.manifest.text_format if loaded.manifest else None)
+    encoder = Encoder(
+        loaded.tokenizer, format_to_ask_in(loaded.tokenizer, loaded.manifest, end_of_answer=end_of_answer)
+    )
     probe = _probe_ids(loaded)
     logits = _logits(loaded.model, probe)
     plain, adapter_effect = loaded.model, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -40,7 +41,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     text_format: AnyFormat = Field(PlainFormat(), description="How examples become text.")
     max_context_tokens: int = Field(ge=1, description="Longest row in training; the engine flags what exceeds it.")
     max_trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training.")
@@ -73,40 +74,85 @@ class Manifest(BaseModel):
         if not path.is_file():
             return None
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
+            return cls.model_validate(_of_this_version(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValidationError, ValueError, RecursionError) as error:
             problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(str(part) for part in problem["loc"])
-            found = f", found {shown(problem['input'])}" if where else ""
             raise UserError(
-                f"{path} is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}{found}. "
-                "Use the version that wrote the model, or fine-tune again."
+                "not_a_manifest",
+                f"This is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}",
+                found=shown(problem["input"]) if where else None,
+                remedy="Use the version that wrote the model, or fine-tune again.",
+                file=path,
+                field=where or None,
             ) from error
+
+
+def _of_this_version(content: Any) -> Any:
+    """Rewrite a manifest of version 1, in which one text ended answer and instruction, as one of this version."""
+    if not isinstance(content, dict) or content.get("format_version", 1) != 1:
+        return content
+    text_format = dict(content.get("text_format") or {})
+    if (end := text_format.pop("terminator", None)) is not None:
+        text_format["end_of_answer"] = end
+    if text_format.get("kind", "plain") == "plain":
+        text_format["end_is_control_token"] = False
+        text_format |= {} if end is None else {"end_of_instruction": end}
+    return {**content, "format_version": 2, "text_format": text_format}
 
 
 def format_to_ask_in(
     tokenizer: PreTrainedTokenizerBase,
     manifest: Manifest | None,
     kind: FormatKind | None = None,
+    end_of_answer: str | None = None,
     tasks: Iterable[Task] = (),
 ) -> AnyFormat:
-    """Return the format that a model was taught; one that was not fine-tuned here may be asked in either kind.
+    """Return the format that a model was taught; for one that was not fine-tuned here it can be chosen.
 
     Args:
-        tokenizer: Of the model.
-        manifest: What it remembers of its fine-tuning; None where it was not fine-tuned here.
-        kind: What is asked for.
-        tasks: Whose rows a chat template and the pieces cut from it must write alike.
+        tokenizer: Tokenizer of the model.
+        manifest: What the model remembers of its fine-tuning; None where it was not fine-tuned here.
+        kind: Kind of format that the user asks for.
+        end_of_answer: End-of-answer text, or control token, that the user asks for.
+        tasks: Tasks whose rows a chat template and the pieces cut from it must write alike.
 
     Raises:
-        UserError: If it was taught another kind, or has no chat template that can be used.
+        UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end is
+            asked for than that of its turns.
     """
-    if manifest is None:
-        return chosen_format(FormatSettings(kind=kind or "plain"), tokenizer, tasks)
-    taught = manifest.text_format.kind
-    if kind not in (None, taught):
-        raise UserError(f"The model was fine-tuned in the {taught} format; found format {kind}. Leave it out.")
-    return manifest.text_format
+    if manifest is not None:
+        taught = manifest.text_format
+        if kind not in (None, taught.kind):
+            raise UserError(
+                "another_format",
+                "The model was fine-tuned in another format",
+                expected=taught.kind,
+                found=f"format {kind}",
+                remedy="Leave it out.",
+            )
+        _require_same_end(taught, end_of_answer, "The model was fine-tuned with another end of an answer")
+        return taught
+    if (kind or "plain") == "plain":
+        try:
+            settings = FormatSettings(end_of_answer=end_of_answer)
+        except ValidationError as error:
+            raise UserError("bad_end_of_answer", error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return chosen_format(settings, tokenizer, tasks)
+    text_format = chosen_format(FormatSettings(kind="chat"), tokenizer, tasks)
+    _require_same_end(text_format, end_of_answer, "The chat template ends an answer otherwise")
+    return text_format
+
+
+def _require_same_end(text_format: AnyFormat, end_of_answer: str | None, what: str) -> None:
+    if end_of_answer not in (None, text_format.end_of_answer):
+        raise UserError(
+            "another_end_of_answer",
+            what,
+            expected=repr(text_format.end_of_answer),
+            found=repr(end_of_answer),
+            remedy="Leave --end-of-answer out.",
+        )
 
 
 def library_versions() -> dict[str, str]:

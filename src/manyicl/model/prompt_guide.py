@@ -122,8 +122,8 @@ To be exact, send `prompt` as a list of token ids, which vLLM takes as they are:
 
 ## Closed label sets
 
-`manyicl predict` scores every label of a closed set with its terminator and returns the likeliest. A greedy completion
-does something else: it takes the likeliest token after token, and may end in a text that is no label, or in a label
+`manyicl predict` scores every label of a closed set up to the end of an answer and returns the likeliest. A greedy
+completion does something else: it takes the likeliest token after token, and may end in a text that is no label, or
 that is not the likeliest. Holding the server to the labels (`structured_outputs` with `choice` in vLLM) keeps the
 answer in the set and still chooses token after token. Abstention, calibration and label scores are not available this
 way; this folder also works with `manyicl predict --model {folder}`.
@@ -143,14 +143,14 @@ def example_prompt(encoder: Encoder) -> tuple[str, tuple[int, ...]]:
 
 def _pieces(encoder: Encoder) -> str:
     text_format = encoder.format
-    opening, turn = ("instruction, terminator", "query, separator")
+    opening, turn = ("instruction, blank line", "query, separator")
     if isinstance(text_format, ChatFormat):
         opening, turn = ("opening, instruction", "query, its turn's end")
     pieces = [(opening, text_of(text_format.opening(INSTRUCTION)))]
     for shot, example in enumerate(DEMONSTRATIONS):
         query = text_format.query(example.query.text, encoder.place(INSTRUCTION, shot))
         pieces.append((turn, text_of(query)))
-        pieces.append(("answer, terminator", text_of(text_format.answer(example.answer))))
+        pieces.append(("answer, its end", text_of(text_format.answer(example.answer))))
         if text_format.between:
             pieces.append(("opening of a turn", text_of(text_format.between)))
     pieces.append((turn, text_of(text_format.query(ASKED))))
@@ -159,13 +159,13 @@ def _pieces(encoder: Encoder) -> str:
 
 def _meeting_points(text_format: AnyFormat) -> str:
     """Say what stands where two pieces meet."""
-    terminator = json.dumps(text_format.terminator)
+    end = json.dumps(text_format.end_of_answer)
     if not isinstance(text_format, ChatFormat):
         return (
             f"The strings are JSON literals. After a query stands the separator `{json.dumps(text_format.separator)}`, "
-            f"after an\nanswer and after the instruction the terminator `{terminator}`. A task without instruction\n"
-            "begins with its first query. The prompt ends with the separator; the model writes the answer, then the "
-            "terminator."
+            f"after an\nanswer its end `{end}`, after the instruction `{json.dumps(text_format.end_of_instruction)}`. "
+            "A task without instruction begins with its first query. The prompt ends with the separator; the model\n"
+            "writes the answer, then its end."
         )
     given = f", given {json.dumps(text_format.template_arguments)}" if text_format.template_arguments else ""
     place = "the system turn"
@@ -174,15 +174,24 @@ def _meeting_points(text_format: AnyFormat) -> str:
     return (
         f"The strings are JSON literals: what the chat template of this folder writes{given}, cut into pieces. Each\n"
         f"demonstration is a turn of the user and one of the assistant; the instruction is {place}.\nAn answer ends in "
-        f"the terminator `{terminator}`."
+        f"`{end}`."
     )
 
 
 def _stop(encoder: Encoder) -> dict[str, list[str] | list[int]]:
-    """Return where a server stops: at the terminator's text, or at the control token in which it ends."""
+    """Return where a server stops: at the text that ends an answer, or at its control token."""
     if encoder.answer_end_id is not None:
         return {"stop_token_ids": [encoder.answer_end_id]}
-    return {"stop": [encoder.format.terminator]}
+    return {"stop": [encoder.format.end_of_answer]}
+
+
+def _why_this_stop(encoder: Encoder) -> str:
+    if encoder.answer_end_id is not None:
+        return f"- The stop is the control token `{encoder.format.end_of_answer}`, in which every answer ends."
+    return (
+        "- `stop` is the text that ends an answer; the text that comes back is the answer without it. Token ids would "
+        "not do: a\n  tokenizer may write the last characters of an answer and its end as one token."
+    )
 
 
 def _request(encoder: Encoder, facts: GuideFacts, text: str) -> str:
@@ -198,8 +207,7 @@ def _request(encoder: Encoder, facts: GuideFacts, text: str) -> str:
 ```
 
 - `/v1/completions`, not `/v1/chat/completions`: the latter would wrap the text in a chat template.
-- `stop` is the terminator as text; the text that comes back is the answer without it. Token ids would not do: a
-  tokenizer may write the end of an answer and the terminator as one token."""
+{_why_this_stop(encoder)}"""
     turns = [(example.query.text, example.answer) for example in DEMONSTRATIONS]
     messages = messages_of(text_format, INSTRUCTION, [*turns, (ASKED, "")])[:-1]
     chat: dict[str, Any] = {"model": facts.folder_name, "messages": messages, **limits}
@@ -217,7 +225,7 @@ def _request(encoder: Encoder, facts: GuideFacts, text: str) -> str:
 {json.dumps(chat, indent=2)}
 ```
 
-- The stop in it is where the terminator ends. The text that comes back is the answer; white space around it is none of
+- The stop in it is the end of a turn. The text that comes back is the answer; white space around it is none of
   it.{trimmed}"""
 
 

@@ -20,7 +20,6 @@ from manyicl.tasks.template import Template, compiled
 from manyicl.tasks.values import as_written, columns_in, listed
 
 ON_BOTH_SIDES = "training row that stands in test too"
-_BLANK_LINE = "\n\n"
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 
 
@@ -466,13 +465,6 @@ def _require_text(text: str) -> None:
 
 
 def _require_answer(answer: str) -> None:
-    """Refuse an answer that could not be supervised or would end early."""
+    """Refuse an answer that could not be supervised."""
     if not answer:
         raise _BadRowError("empty answer", "an answer or option is empty.")
-    if _BLANK_LINE in answer:
-        shown = shortened(answer, 60)
-        raise _BadRowError(
-            "blank line in answer",
-            f"the answer {shown!r} holds a blank line, which ends an answer; collapse it in the answer "
-            "template, as in `{{ answer | replace('\\n\\n', '\\n') }}`.",
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from manyicl.episodes.text_format import PlainFormat, text_of
+from manyicl.episodes.text_format import Piece, PlainFormat, text_of
 from manyicl.errors import UserError, did_you_mean
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
@@ -50,10 +50,15 @@ def training_pieces(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator
     """Yield the texts that training rows are made of; test rows are never looked at."""
     for task in tasks:
         yield text_of(text_format.opening(task.instruction()))
-        yield from (text_of(text_format.answer(label)) for label in task.labels or ())
+        yield from (_written(text_format.answer(label)) for label in task.labels or ())
         for example in task.train:
             yield text_of(text_format.query(example.query.text))
-            yield text_of(text_format.answer(example.answer))
+            yield _written(text_format.answer(example.answer))
+
+
+def _written(pieces: Iterable[Piece]) -> str:
+    """Join pieces without control tokens, which a tokenizer does not learn from text."""
+    return text_of(piece for piece in pieces if not piece.is_control)
 
 
 def _word_level(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Trainer]:

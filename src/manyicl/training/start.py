@@ -19,7 +19,7 @@ from manyicl.model.load import DTYPES, LoadedModel, load_model, load_quantized, 
 from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
-from manyicl.training.from_scratch import new_config, new_model, require_loadable, train_tokenizer
+from manyicl.training.from_scratch import END, PADDING, new_config, new_model, require_loadable, train_tokenizer
 from manyicl.training.recipe import LoraSettings, Recipe
 from manyicl.training.requirements import is_sharded, require_machine
 
@@ -78,7 +78,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     settings = recipe.model.from_scratch
     assert settings is not None
-    tokenizer = train_tokenizer(tasks, settings.tokenizer, recipe.format.plain())
+    tokenizer = train_tokenizer(tasks, settings.tokenizer, recipe.format.plain((PADDING, END)))
     config = new_config(settings, tokenizer, recipe.sequences.max_context_tokens)
     require_loadable(tokenizer, config)
     model = new_model(settings, config, recipe.training.seed)

@@ -144,7 +144,7 @@ def train(
     sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
     for task in tasks.held_out:
         # Else the engine would refuse to ask it when the first evaluation is due.
-        sequences.encoder.require_distinct(task)
+        sequences.encoder.require_encodable(task)
     require_rows_as_written(recipe.format, start.tokenizer, sequences.encoder.format, tasks.held_out)
     statistics = sample_sequences(sequences, recipe.objective)
     console.print(statistics.sentence(), highlight=False, soft_wrap=True)

@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from manyicl.episodes.text_format import FormatKind
+
+TextFormat = Annotated[
+    FormatKind | None,
+    typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
+]
+EndOfAnswer = Annotated[
+    str | None,
+    typer.Option(
+        "--end-of-answer",
+        help="Text that ends an answer, or a control token of the tokenizer such as '<|im_end|>', for a model that was "
+        "not fine-tuned here. [default: a blank line]",
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")]
