@@ -228,7 +228,7 @@ def main() -> None:
     measured = []
     for task in load_tasks(arguments.tasks, arguments.data_root):
         scored_task = task.with_spec(metric="accuracy") if task.labels or task.choices_column else task
-        asked = choose_queries(engine, scored_task, settings).task
+        asked, _ = choose_queries(engine, scored_task, settings)
         measured.append(measure(engine, asked, arguments.shared, nearest_counts, arguments.seeds))
 
     asked_ways = [column for k in nearest_counts for column in (nearest_column(k), random_column(k))]

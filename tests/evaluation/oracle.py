@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import takewhile
 
 from manyicl.engine.engine import Prediction
-from manyicl.episodes.budget import num_tokens_for_asking
+from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Example, Query, Task
@@ -59,13 +60,15 @@ class OracleEngine:
     def num_reserved_tokens(self, task: Task) -> int:
         return num_tokens_for_asking(task, self.encoder, 8, [example.query for example in task.test or task.train])
 
-    def prefill(self, task: Task, demonstrations: Sequence[Example] = ()) -> OraclePrefix:
-        self.calls.append(f"prefill {len(demonstrations)}")
-        return OraclePrefix(task, tuple(demonstrations))
-
-    def extend(self, prefix: OraclePrefix, demonstrations: Sequence[Example]) -> OraclePrefix:
-        self.calls.append(f"extend {len(demonstrations)}")
-        return OraclePrefix(prefix.task, (*prefix.demonstrations, *demonstrations))
+    def prefill(
+        self, task: Task, demonstrations: Sequence[Example] = (), *, reuse: OraclePrefix | None = None
+    ) -> OraclePrefix:
+        reserved = self.num_reserved_tokens(task)
+        fitting, _ = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserved)
+        shared = zip(fitting, reuse.demonstrations if reuse else (), strict=False)
+        num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], shared)))
+        self.calls.append(f"encode {len(fitting) - num_shared}")
+        return OraclePrefix(task, fitting)
 
     def predict(self, prefix: OraclePrefix, rows: Iterable[Query]) -> Iterator[Prediction]:
         known = {example.query.text: example.answer for example in prefix.task.test}

@@ -1,7 +1,7 @@
 """Task x num_shots x seed -> Result.
 
-Demonstration sets of one seed are nested, and their prefix is encoded once and only extended, so a whole curve
-costs one prefill of its longest point. Every shot count, seed and model is asked the same queries.
+Demonstration sets of one seed are nested, and a prefix reuses the shorter one before it, so a whole curve costs one
+prefill of its longest point. Every shot count, seed and model answers the same queries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from manyicl.episodes.budget import fit_demonstrations, require_room_behind_instruction
+from manyicl.episodes.budget import require_room_behind_instruction
 from manyicl.errors import UserError
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
@@ -38,7 +38,7 @@ from manyicl.tasks.demonstrations import ShotSampling
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.engine import Engine
     from manyicl.engine.prefix_cache import PrefixCache
 
 
@@ -49,8 +49,8 @@ class EvaluationSettings(BaseModel):
 
     shots: tuple[int, ...] = Field((0, 1, 4, 16, 64, 256), min_length=1, description="Shot counts.")
     num_seeds: int = Field(3, ge=1, description="Draws of demonstrations for each task.")
-    num_queries: int = Field(200, ge=1, description="Test rows asked; fewer where a task has fewer.")
-    seed: int = Field(0, description="Of the order of test rows; demonstrations use seed, seed + 1, ...")
+    num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
+    seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
 
     @field_validator("shots")
@@ -68,33 +68,15 @@ class EvaluationSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ShotCurves:
-    """What an evaluation gives back.
+    """Results of an evaluation.
 
     Attributes:
         results: One per task, seed and shot count, in that order; those found on disk included.
-        num_found: How many of them an earlier run had already measured.
+        num_found: Number of them that an earlier run had already measured.
     """
 
     results: tuple[Result, ...]
     num_found: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskedTask:
-    """A task with the queries that every point of its curve is asked.
-
-    Attributes:
-        task: Its test side holds the chosen queries and nothing else.
-        num_skipped: Test rows skipped because the context does not hold them even without demonstrations.
-    """
-
-    task: Task
-    num_skipped: int
-
-    @property
-    def queries(self) -> tuple[Example, ...]:
-        """The chosen queries, in order."""
-        return tuple(self.task.test)
 
 
 OnResult = Callable[[Result, bool], None]
@@ -109,13 +91,13 @@ def measure_shot_curves(
     model_name: str | None = None,
     on_result: OnResult | None = None,
 ) -> ShotCurves:
-    """Measure a model on tasks at several shot counts and seeds; skip what stands in ``output`` already.
+    """Measure a model on tasks at several shot counts and seeds; skip what is in ``output`` already.
 
     Args:
-        engine: The model.
-        tasks: With a test side each.
+        engine: Engine of the model.
+        tasks: Tasks with a test side each.
         output: Folder of the records.
-        settings: Shot counts, seeds and queries.
+        settings: Shot counts, seeds and number of queries.
         model_name: What reports call the model; None for its reference.
         on_result: Called after each result with it and whether it was found on disk.
 
@@ -131,43 +113,37 @@ def measure_shot_curves(
             raise UserError(
                 "no_test_rows", f"task {task.name!r} has no test rows", remedy="Give it some, or split its file."
             )
-    name = model_name or engine.reference
-    results: list[Result] = []
-    num_found = 0
+    measured = []
     for task in tasks:
-        asked = choose_queries(engine, task, settings)
-        curve = _Curve(engine, asked, settings, store, name)
+        curve = _Curve(engine, *choose_queries(engine, task, settings), settings, store, model_name or engine.reference)
         for seed, num_shots in settings.points():
-            result, found = curve.point(seed, num_shots)
-            results.append(result)
-            num_found += found
+            measured.append(curve.point(seed, num_shots))
             if on_result is not None:
-                on_result(result, found)
-    return ShotCurves(tuple(results), num_found)
+                on_result(*measured[-1])
+    return ShotCurves(tuple(result for result, _ in measured), sum(was_found for _, was_found in measured))
 
 
-def query_order(task: Task, seed: int) -> list[int]:
-    """Return the positions of test rows in the order in which they are asked, a function of the seed alone."""
-    order = list(range(len(task.test)))
-    random.Random(f"queries {seed}").shuffle(order)
-    return order
-
-
-def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> AskedTask:
+def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> tuple[Task, int]:
     """Take the first ``num_queries`` test rows of a seeded order that the context can hold.
+
+    Returns:
+        The task with these test rows alone, and the number of those that were skipped because the context does not
+        hold them even without demonstrations.
 
     Raises:
         UserError: If there is none, or the instruction alone fills the context.
     """
     engine.encoder.require_encodable(task)
-    opening = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
+    preamble = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
+    order = list(range(len(task.test)))
+    random.Random(f"queries {settings.seed}").shuffle(order)
     chosen: list[Example] = []
     num_skipped = 0
-    for position in query_order(task, settings.seed):
+    for position in order:
         if len(chosen) == settings.num_queries:
             break
         alone = replace(task, test=(task.test[position],))
-        if opening + engine.num_reserved_tokens(alone) <= engine.max_context_tokens:
+        if preamble + engine.num_reserved_tokens(alone) <= engine.max_context_tokens:
             chosen.append(task.test[position])
         else:
             num_skipped += 1
@@ -179,66 +155,91 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
             expected=f"at most {engine.max_context_tokens:,} tokens",
             remedy="Add shorter test rows, or use a longer context.",
         )
-    return AskedTask(replace(task, test=tuple(chosen)), num_skipped)
+    return replace(task, test=tuple(chosen)), num_skipped
 
 
 class _Curve:
-    """Walks the points of one task's curve and keeps the longest prefix so far, to extend it."""
+    """Walks the points of one task's curve; each prefix reuses what it shares with the one before."""
 
     def __init__(
-        self, engine: Engine, asked: AskedTask, settings: EvaluationSettings, store: ResultStore, name: str
+        self, engine: Engine, task: Task, num_skipped: int, settings: EvaluationSettings, store: ResultStore, name: str
     ) -> None:
+        """Collect what all points of the curve have in common; the test rows of ``task`` are its queries."""
         self.engine = engine
-        self.asked = asked
-        self.settings = settings
+        self.task = task
         self.store = store
         self.name = name
-        self.queries_hash = hash_of(*(part for one in asked.queries for part in (one.query.text, *one.references)))
+        manifest = engine.manifest
+        # What a score depends on, beside shots and seed.
+        self.conditions: dict[str, Any] = {
+            "task": task.name,
+            "data_hash": task.data_hash,
+            "metric": task.metric,
+            "sampling": settings.sampling,
+            "query_seed": settings.seed,
+            "queries_hash": hash_of(*(text for one in task.test for text in (one.query.text, *one.references))),
+            "model_fingerprint": engine.fingerprint,
+            "text_format": engine.encoder.format.model_dump(),
+            "max_context_tokens": engine.max_context_tokens,
+        }
+        self.description: dict[str, Any] = {
+            "family": task.family,
+            "source": task.source,
+            "num_labels": len(task.labels) if task.labels else None,
+            "num_queries": len(task.test),
+            "num_queries_skipped": num_skipped,
+            "model": engine.reference,
+            "model_name": name,
+            "trained_context_tokens": engine.trained_context_tokens,
+            "trained_shots": manifest.max_trained_shots if manifest else None,
+            "seen_in_training": _seen(task, manifest) if manifest else None,
+            "versions": _versions(),
+        }
         self._prefix: PrefixCache | None = None
-        self._answered: tuple[tuple[Example, ...], list[Prediction], float] | None = None
+        self._answers: list[PredictedAnswer] = []
+        self._seconds = 0.0
 
     def point(self, seed: int, num_shots: int) -> tuple[Result, bool]:
         """Return one result, and whether it was found on disk instead of measured."""
-        key = result_key(self._arguments(seed, num_shots))
-        found = self.store.find(file_stem(self.asked.task.name, num_shots, seed, key))
-        if found is not None and found.model_name != self.name:
-            # The same weights by another name stay another model: the measurement is copied, not renamed.
-            found = self._by_own_name(found)
+        further = {
+            "dtype": self.engine.dtype,
+            "instruction": self.task.instruction(),
+            "max_answer_tokens": self.engine.max_answer_tokens(self.task),
+            "num_shots": num_shots,
+            "seed": seed,
+        }
+        key = result_key({**self.conditions, **further})
+        found = self.store.find(file_stem(self.task.name, num_shots, seed, key))
         if found is not None:
-            return found, True
-        task = self.asked.task
-        num_available = min(num_shots, len(task.train))
-        wanted = task.demonstrations(num_available, seed, self.settings.sampling)
-        shown, num_dropped = fit_demonstrations(
-            task,
-            wanted,
-            self.engine.encoder,
-            self.engine.max_context_tokens,
-            self.engine.num_reserved_tokens(task),
-        )
-        predictions, seconds = self._answers(shown)
-        answers = self._scored(predictions)
+            return (found if found.model_name == self.name else self._by_own_name(found)), True
+        num_available = min(num_shots, len(self.task.train))
+        self._answer_after(self.task.demonstrations(num_available, seed, self.conditions["sampling"]))
+        assert self._prefix is not None, "the queries were answered after it"
+        shown = self._prefix.demonstrations
         result = Result(
             key=key,
             num_shots=num_shots,
             num_shots_shown=len(shown),
             num_shots_missing=num_shots - num_available,
-            num_shots_dropped=num_dropped,
+            num_shots_dropped=num_available - len(shown),
             seed=seed,
-            seconds=seconds,
+            seconds=self._seconds,
             created=datetime.now(UTC),
-            versions=_versions(),
-            **self._identity(),
-            **self._scores(answers),
-            **_levels(task, shown),
+            **self.conditions,
+            **self.description,
+            **_scores(self.task, self._answers),
+            **_baselines(self.task, shown),
             **self._context(shown),
         )
         context = (ShownExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in shown)
-        self.store.save(result, answers, context)
+        self.store.save(result, self._answers, context)
         return result, False
 
     def _by_own_name(self, found: Result) -> Result:
-        """Return the record of this measurement by the name of this model, copied if it is not there yet."""
+        """Return the record of this measurement by the name of this model, copied if it is not there yet.
+
+        The same weights by another name stay another model.
+        """
         key = hash_of(found.key, self.name)
         copy = self.store.find(file_stem(found.task, found.num_shots, found.seed, key))
         if copy is None:
@@ -246,50 +247,18 @@ class _Curve:
             self.store.save(copy, self.store.predictions(found), self.store.context(found))
         return copy
 
-    def _arguments(self, seed: int, num_shots: int) -> dict[str, Any]:
-        """Collect all that a result is a function of."""
-        task, engine = self.asked.task, self.engine
-        return {
-            "model_fingerprint": engine.fingerprint,
-            "dtype": engine.dtype,
-            "text_format": engine.encoder.format.model_dump(),
-            "max_context_tokens": engine.max_context_tokens,
-            "task": task.name,
-            "data_hash": task.data_hash,
-            "instruction": task.instruction(),
-            "metric": task.metric,
-            "max_answer_tokens": engine.max_answer_tokens(task),
-            "queries_hash": self.queries_hash,
-            "query_seed": self.settings.seed,
-            "num_shots": num_shots,
-            "seed": seed,
-            "sampling": self.settings.sampling,
-        }
+    def _answer_after(self, demonstrations: Sequence[Example]) -> None:
+        """Answer all queries after those demonstrations that fit, and time it.
 
-    def _answers(self, shown: tuple[Example, ...]) -> tuple[list[Prediction], float]:
-        """Answer all queries after these demonstrations, and time it.
-
-        Two shot counts that fill the context show the same demonstrations; those are asked once.
+        Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
         """
-        if self._answered is not None and self._answered[0] == shown:
-            return self._answered[1:]
         start = time.perf_counter()
-        self._prefix = self._prefix_of(shown)
-        predictions = list(self.engine.predict(self._prefix, [one.query for one in self.asked.queries]))
-        self._answered = (shown, predictions, time.perf_counter() - start)
-        return self._answered[1:]
-
-    def _prefix_of(self, shown: tuple[Example, ...]) -> PrefixCache:
-        """Extend the prefix there is, where it begins this one; else encode anew."""
-        prefix = self._prefix
-        if prefix is None or shown[: prefix.num_shots] != prefix.demonstrations:
-            return self.engine.prefill(self.asked.task, shown)
-        added = shown[prefix.num_shots :]
-        return self.engine.extend(prefix, added) if added else prefix
-
-    def _scored(self, predictions: Sequence[Prediction]) -> list[PredictedAnswer]:
-        metrics = [METRICS[name] for name in metrics_of(self.asked.task)]
-        return [
+        before, self._prefix = self._prefix, self.engine.prefill(self.task, demonstrations, reuse=self._prefix)
+        if before is not None and before.demonstrations == self._prefix.demonstrations:
+            return
+        metrics = [METRICS[name] for name in metrics_of(self.task)]
+        predictions = self.engine.predict(self._prefix, [one.query for one in self.task.test])
+        self._answers = [
             PredictedAnswer(
                 origin=example.origin,
                 query=example.query.text,
@@ -299,67 +268,17 @@ class _Curve:
                 log_probability=prediction.log_probability,
                 stopped=prediction.stopped,
             )
-            for example, prediction in zip(self.asked.queries, predictions, strict=True)
+            for example, prediction in zip(self.task.test, predictions, strict=True)
         ]
-
-    def _scores(self, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
-        """Score the whole set in the task's metric and its companions."""
-        primary, *others = metrics_of(self.asked.task)
-        texts = [one.answer for one in answers]
-        references = [one.references for one in answers]
-        metric = METRICS[primary]
-        each = resampled = None
-        if metric.of_example is not None:
-            each = tuple(one.scores[primary] for one in answers)
-            standard_error = mean_over_queries(each).standard_error
-        else:
-            resampled = resampled_scores(
-                lambda drawn: metric.score([texts[i] for i in drawn], [references[i] for i in drawn]), len(texts)
-            )
-            standard_error = honest_error(spread(resampled), len(texts))
-        return {
-            "metric": primary,
-            "score": metric.score(texts, references),
-            "standard_error": standard_error,
-            "query_scores": each,
-            "resampled_scores": resampled,
-            "companions": {name: METRICS[name].score(texts, references) for name in others},
-            "num_cut_answers": sum(not one.stopped for one in answers),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        """Say which task, which queries and which model."""
-        task, manifest = self.asked.task, self.engine.manifest
-        return {
-            "task": task.name,
-            "family": task.family,
-            "source": task.source,
-            "data_hash": task.data_hash,
-            "num_labels": len(task.labels) if task.labels else None,
-            "sampling": self.settings.sampling,
-            "query_seed": self.settings.seed,
-            "num_queries": len(self.asked.queries),
-            "num_queries_skipped": self.asked.num_skipped,
-            "queries_hash": self.queries_hash,
-            "model": self.engine.reference,
-            "model_name": self.name,
-            "model_fingerprint": self.engine.fingerprint,
-            "text_format": self.engine.encoder.format.model_dump(),
-            "max_context_tokens": self.engine.max_context_tokens,
-            "trained_context_tokens": self.engine.trained_context_tokens,
-            "trained_shots": manifest.max_trained_shots if manifest else None,
-            "seen_in_training": _seen(task, manifest) if manifest else None,
-        }
+        self._seconds = time.perf_counter() - start
 
     def _context(self, shown: Sequence[Example]) -> dict[str, Any]:
-        """Say what stood before the queries, in tokens, and whether training ever went so far."""
-        engine, task = self.engine, self.asked.task
-        encoder = engine.encoder
+        """Describe the context in tokens, and whether training ever went so far."""
+        engine, task, encoder = self.engine, self.task, self.engine.encoder
         prefix_ids = encoder.encode_prefix(task.instruction(), shown)
         place = encoder.place(task.instruction(), len(shown))
-        query_ids = (encoder.query_ids(one.query.text, place) for one in self.asked.queries)
-        trained_tokens = engine.trained_context_tokens
-        trained_shots = engine.manifest.max_trained_shots if engine.manifest else None
+        query_ids = (encoder.query_ids(one.query.text, place) for one in task.test)
+        trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
         num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)
         return {
             "prompt_hash": hash_of(str(prefix_ids), *map(str, query_ids)),
@@ -369,17 +288,42 @@ class _Curve:
         }
 
 
+def _scores(task: Task, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
+    """Score the whole set in the task's metric and its companions."""
+    primary, *others = metrics_of(task)
+    metric = METRICS[primary]
+    texts = [one.answer for one in answers]
+    references = [one.references for one in answers]
+    each = resampled = None
+    if metric.of_example is not None:
+        each = tuple(one.scores[primary] for one in answers)
+        standard_error = mean_over_queries(each).standard_error
+    else:
+        resampled = resampled_scores(
+            lambda drawn: metric.score([texts[i] for i in drawn], [references[i] for i in drawn]), len(texts)
+        )
+        standard_error = honest_error(spread(resampled), len(texts))
+    return {
+        "score": metric.score(texts, references),
+        "standard_error": standard_error,
+        "query_scores": each,
+        "resampled_scores": resampled,
+        "companions": {name: METRICS[name].score(texts, references) for name in others},
+        "num_cut_answers": sum(not one.stopped for one in answers),
+    }
+
+
 def _seen(task: Task, manifest: Manifest) -> bool:
-    """Tell whether fine-tuning used this task or a sibling drawn from its source."""
+    """Tell whether fine-tuning used this task or another one of its source."""
     return any(task.source == one.source or task.data_hash == one.data_hash for one in manifest.tasks)
 
 
-def _levels(task: Task, shown: Sequence[Example]) -> dict[str, Any]:
-    """Compute the levels that cost nothing, and why any is missing."""
+def _baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
+    """Score the trivial baselines, and say why any is missing."""
     levels = {
         "chance": chance_level(task, task.test),
         "majority": majority_level(task, task.test),
-        "tfidf": tfidf_level(task, shown, task.test),
+        "tfidf": tfidf_level(task, demonstrations, task.test),
     }
     notes = {name: level.note for name, level in levels.items() if level.note}
     return {**{name: level.score for name, level in levels.items()}, "level_notes": notes}
