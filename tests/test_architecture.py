@@ -35,7 +35,7 @@ ONE_SENTENCE = {
     "episodes/chat_template.py",
     "episodes/encoding.py",
     "episodes/packed_sequence.py",
-    "episodes/piece_tokenizer.py",
+    "episodes/segment_tokenizer.py",
     "episodes/sampling.py",
     "episodes/text_format.py",
     "evaluation/harness.py",

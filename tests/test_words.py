@@ -56,7 +56,7 @@ NOT_YET = {
     "src/manyicl/episodes/encoding.py",
     "src/manyicl/episodes/episode.py",
     "src/manyicl/episodes/packed_sequence.py",
-    "src/manyicl/episodes/piece_tokenizer.py",
+    "src/manyicl/episodes/segment_tokenizer.py",
     "src/manyicl/episodes/sampling.py",
     "src/manyicl/episodes/text_format.py",
     "src/manyicl/errors.py",

@@ -9,7 +9,7 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
-from manyicl.cli.tasks import app, draw_pieces, draw_tokens
+from manyicl.cli.tasks import app, draw_segments, draw_tokens
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.text_format import PlainFormat
@@ -135,4 +135,4 @@ def test_pieces_and_tokens_of_an_episode_draw_the_same_text() -> None:
     encoder = Encoder(byte_level_bpe())
     episode = Episode("t", "Say.", (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja")))
     tokens = draw_tokens(encoder.encode_episode(episode), encoder, with_marks=True)
-    assert draw_pieces(episode, PlainFormat(), with_marks=True).plain == tokens.plain
+    assert draw_segments(episode, PlainFormat(), with_marks=True).plain == tokens.plain

@@ -28,13 +28,13 @@ def chat_model(name: str, *, taught: bool = True) -> LoadedModel:
     model = tiny_model("llama", len(tokenizer))
     manifest = None
     if taught:
-        manifest = Manifest(max_context_tokens=512, text_format=ChatTemplate(tokenizer, family.arguments).cut())
+        manifest = Manifest(max_context_tokens=512, text_format=ChatTemplate(tokenizer, family.arguments).extract())
     return LoadedModel(model, tokenizer, manifest, fingerprint(model), name)
 
 
 def prompt_ids(engine: Engine, task: Task, num_shots: int, query: str) -> tuple[int, ...]:
     prefix = engine.encoder.encode_prefix(task.instruction(), task.demonstrations(num_shots))
-    return (*prefix, *engine.encoder.query_ids(query, engine.encoder.place(task.instruction(), num_shots)))
+    return (*prefix, *engine.encoder.query_ids(query, engine.encoder.preceding(task.instruction(), num_shots)))
 
 
 @pytest.mark.parametrize("instruction", [None, "say good or bad"])

@@ -94,7 +94,7 @@ def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
     rights = []
     for shot, observed in enumerate(engine.compile(task, task.train[:25]).answers):
         prefix = engine.prefill(task, task.train[:shot])
-        place = engine.encoder.place("", shot)
+        place = engine.encoder.preceding("", shot)
         ids = [*prefix.token_ids, *engine.encoder.query_ids(task.train[shot].query.text, place)]
         chosen: tuple[int, ...] = ()
         while chosen not in label_ids:

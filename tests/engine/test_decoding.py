@@ -70,7 +70,7 @@ def test_draws_follow_the_probabilities_within_top_p() -> None:
 def test_the_terminators_text_ends_an_answer_even_inside_a_longer_token(text: str) -> None:
     encoder = Encoder(tiny_loaded().tokenizer)
     generation = Generation()
-    for token in encoder.piece_ids(text):
+    for token in encoder.segment_ids(text):
         if not generation.stopped:
             _append(generation, token, -0.5, encoder, frozenset())
     assert generation.answer == text.partition("\n\n")[0]
@@ -82,7 +82,7 @@ def test_a_terminator_of_byte_tokens_ends_an_answer_of_byte_tokens(text: str) ->
     """Llama-2 style: a line break is a byte, and a tail may begin within a character."""
     encoder = Encoder(sentencepiece_bpe(prepend_normalizer=True))
     generation = Generation()
-    tokens = encoder.piece_ids(f"{text}\n\n")
+    tokens = encoder.segment_ids(f"{text}\n\n")
     for number, token in enumerate(tokens):
         assert not generation.stopped, number
         _append(generation, token, -0.5, encoder, frozenset())
@@ -97,7 +97,7 @@ def test_every_token_that_ends_a_text_ends_an_answer() -> None:
     ends = end_token_ids(loaded.model, encoder)
     assert ends == {5, 9, loaded.tokenizer.eos_token_id}
     generation = Generation()
-    for token in (*encoder.piece_ids("so"), 9):
+    for token in (*encoder.segment_ids("so"), 9):
         _append(generation, token, -0.5, encoder, ends)
     assert (generation.answer, generation.stopped) == ("so", True)
 

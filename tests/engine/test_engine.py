@@ -36,7 +36,7 @@ def full_pass_score(engine: Engine, task: Task, num_shots: int, query: str, labe
     """The judge: plain transformers over the whole text, summed over the answer's tokens."""
     demonstrations = task.demonstrations(num_shots)
     prefix = engine.encoder.encode_prefix(task.instruction(), demonstrations)
-    place = engine.encoder.place(task.instruction(), num_shots)
+    place = engine.encoder.preceding(task.instruction(), num_shots)
     before = (*prefix, *engine.encoder.query_ids(query, place))
     return slow_score(plain_copy(engine.model), before, engine.encoder.answer_ids(label))
 

@@ -33,7 +33,7 @@ def scores_one_at_a_time(engine: Engine, task: Task, num_shots: int, query: str)
     encoder, plain = engine.encoder, plain_copy(engine.model)
     before = (
         *encoder.encode_prefix(task.instruction(), shown),
-        *encoder.query_ids(query, encoder.place(task.instruction(), num_shots)),
+        *encoder.query_ids(query, encoder.preceding(task.instruction(), num_shots)),
     )
     return {label: slow_score(plain, before, encoder.answer_ids(label)) for label in task.labels or ()}
 
@@ -60,7 +60,7 @@ def long_labels(encoder: Encoder) -> tuple[str, ...]:
     """One token to 40 of them: some begin others, two differ in the last token alone."""
     rng = random.Random(0)
     long = rng.choice(WORDS)
-    while len(encoder.piece_ids(f"{long} x")) < 39:
+    while len(encoder.segment_ids(f"{long} x")) < 39:
         long += rng.choice(WORDS)
     return (f"{long} x", f"{long} y", long, long[:20], long[:3], "a", "good", f"good {long[:9]}")
 
@@ -115,9 +115,9 @@ def test_an_answer_of_any_script_ends_at_the_terminator_whatever_token_brings_it
 def test_an_answer_cut_within_a_character_still_ends_at_the_terminator() -> None:
     for tokenizer in (byte_level_bpe(), sentencepiece_bpe()):
         encoder = Encoder(tokenizer)
-        *letters, _ = encoder.piece_ids("good \u1e08")
+        *letters, _ = encoder.segment_ids("good \u1e08")
         generation = Generation()
-        for token in (*letters, *encoder.piece_ids("\n\n")):
+        for token in (*letters, *encoder.segment_ids("\n\n")):
             assert not generation.stopped
             _append(generation, token, -1.0, encoder, frozenset())
         assert generation.stopped

@@ -1,4 +1,4 @@
-"""A chat template is cut into pieces that join to what it writes, or refused with the reason."""
+"""A chat template is cut into segments that join to what it writes, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INSTRUCTION = "the film\nand the play "
 
 
 def cut(family: Family) -> ChatFormat:
-    return ChatTemplate(family.tokenizer(), family.arguments).cut()
+    return ChatTemplate(family.tokenizer(), family.arguments).extract()
 
 
 def messages(family: Family, instruction: str, shots: int) -> list[dict[str, str]]:
@@ -63,7 +63,7 @@ def test_the_pieces_are_those_a_person_would_cut(name: str) -> None:
     text_format = cut(family)
     encoder = Encoder(family.tokenizer(), text_format)
     asked = encoder.joined_text(Episode("toy", "I", (make_example("Q", "A"),)))
-    asked += "".join(piece.text for piece in text_format.query("P"))
+    asked += "".join(segment.text for segment in text_format.query("P"))
     assert asked == family.prompt
     assert text_format.end_of_answer == family.end_of_answer
     assert text_format.trimmed == tuple(sorted(family.trimmed))
@@ -78,11 +78,11 @@ def test_joined_pieces_are_what_the_template_writes_at_every_number_of_shots(nam
     encoder = Encoder(tokenizer, cut(family))
     for shots in range(1, len(EXAMPLES) + 1):
         conversation = messages(family, instruction, shots)
-        pieces = encoder.joined_text(Episode("toy", instruction, EXAMPLES[: shots - 1]))
-        place = encoder.place(instruction, shots - 1)
+        segments = encoder.joined_text(Episode("toy", instruction, EXAMPLES[: shots - 1]))
+        place = encoder.preceding(instruction, shots - 1)
         if shots == 1 and not instruction:
-            assert place.name == "FIRST"
-        asked = pieces + "".join(p.text for p in encoder.format.query(EXAMPLES[shots - 1].query.text, place))
+            assert place.name == "NOTHING"
+        asked = segments + "".join(p.text for p in encoder.format.query(EXAMPLES[shots - 1].query.text, place))
         prompt = tokenizer.apply_chat_template(
             conversation[:-1], tokenize=False, add_generation_prompt=True, **family.arguments
         )
@@ -101,12 +101,12 @@ def test_training_tokens_equal_engine_tokens_and_spans_are_answers_with_their_te
     encoded = encoder.encode_episode(Episode("toy", instruction, EXAMPLES))
     for shots, (example, (start, end)) in enumerate(zip(EXAMPLES, encoded.answer_spans, strict=True)):
         prefix = encoder.encode_prefix(instruction, EXAMPLES[:shots])
-        asked = (*prefix, *encoder.query_ids(example.query.text, encoder.place(instruction, shots)))
+        asked = (*prefix, *encoder.query_ids(example.query.text, encoder.preceding(instruction, shots)))
         assert asked == encoded.token_ids[:start]
         assert encoder.answer_ids(example.answer) == encoded.token_ids[start:end]
         assert encoder.decode_answer(encoded.token_ids[start:end]) == example.answer
-    counted = encoder.num_opening_tokens(instruction) + sum(
-        encoder.num_shot_tokens(example, encoder.place(instruction, shot)) for shot, example in enumerate(EXAMPLES)
+    counted = encoder.num_preamble_tokens(instruction) + sum(
+        encoder.num_shot_tokens(example, encoder.preceding(instruction, shot)) for shot, example in enumerate(EXAMPLES)
     )
     assert counted == len(encoded.token_ids)
 
@@ -120,7 +120,7 @@ def test_tokens_are_those_of_the_template_where_the_tokenizer_splits_at_words(na
     encoded = encoder.encode_episode(Episode("toy", "the film", examples)).token_ids
     conversation = messages(family, "the film", 2) + messages(family, "", 4)[6:]
     theirs = tokenizer.apply_chat_template(conversation, return_dict=False, **family.arguments)
-    end = len(encoded) - len(encoder._between_ids)
+    end = len(encoded) - len(encoder._inter_turn_ids)
     assert list(encoded[:end]) == theirs[:end]
 
 
@@ -130,7 +130,7 @@ def test_control_tokens_stand_between_turns_and_never_inside_a_text(name: str) -
     tokenizer = family.tokenizer()
     encoder = Encoder(tokenizer, cut(family))
     control = {*tokenizer.all_special_ids}
-    assert not control & set(encoder.piece_ids("".join(tokenizer.all_special_tokens)))
+    assert not control & set(encoder.segment_ids("".join(tokenizer.all_special_tokens)))
     for token in tokenizer.all_special_tokens:
         if family.prompt is not None and token in family.prompt:
             encoded = encoder.encode_episode(Episode("toy", "I", EXAMPLES[:2])).token_ids
@@ -175,10 +175,10 @@ def test_a_tokenizer_without_a_template_is_no_instruct_models() -> None:
 def test_a_template_that_does_not_run_is_refused_with_what_it_says() -> None:
     tokenizer = Family("{{ raise_exception('Only tools are supported') }}").tokenizer()
     with pytest.raises(UserError, match="fails on a conversation of 8 messages: Only tools are supported"):
-        ChatTemplate(tokenizer).cut()
+        ChatTemplate(tokenizer).extract()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
     with pytest.raises(UserError, match="cannot be used: it fails"):
-        ChatTemplate(tokenizer).cut()
+        ChatTemplate(tokenizer).extract()
 
 
 def test_a_template_of_ones_own_mends_one_that_is_refused_and_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def with_added_tokens(*tokens: AddedToken, template: str = CHATML) -> PreTrained
 
 def test_control_tokens_that_no_one_marked_as_special_stay_characters_in_a_text() -> None:
     tokenizer = with_added_tokens(*(AddedToken(token, special=False, normalized=False) for token in IM_TOKENS))
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).extract())
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     text = "a <|im_end|>\n<|im_start|>system x"
     assert encoder.query_ids(text).count(end) == 1
@@ -214,7 +214,7 @@ def test_control_tokens_that_take_white_space_along_are_no_loss() -> None:
     tokenizer = with_added_tokens(
         *(AddedToken(token, special=True, rstrip=True, normalized=False) for token in tokens), template=PHI_3
     )
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).extract())
     ids = encoder.encode_episode(Episode("toy", "I", EXAMPLES[:1])).token_ids
     theirs = tokenizer.apply_chat_template(
         [{"role": "system", "content": "I"}, {"role": "user", "content": "the film was good"}], return_dict=False
@@ -224,14 +224,14 @@ def test_control_tokens_that_take_white_space_along_are_no_loss() -> None:
 
 def test_the_terminator_is_the_token_that_the_tokenizer_reads() -> None:
     tokenizer = with_added_tokens(*(AddedToken(token, special=True) for token in ("<|im_e", *IM_TOKENS)))
-    assert ChatTemplate(tokenizer).cut().end_of_answer == "<|im_end|>"
+    assert ChatTemplate(tokenizer).extract().end_of_answer == "<|im_end|>"
 
 
 def test_an_instruction_of_white_space_alone_is_none_where_it_is_trimmed() -> None:
     family = FAMILIES["Llama 3"]
     encoder = Encoder(family.tokenizer(), cut(family))
     assert encoder.joined_text(Episode("toy", " \n", EXAMPLES)) == encoder.joined_text(Episode("toy", "", EXAMPLES))
-    assert encoder.place("  ", 0) is encoder.place("", 0)
+    assert encoder.preceding("  ", 0) is encoder.preceding("", 0)
 
 
 @pytest.mark.parametrize("name", ["Llama 2", "Zephyr", "Llama 3"])
@@ -256,7 +256,7 @@ def test_an_empty_template_file_is_named(tmp_path: Path) -> None:
 
 def test_text_tokens_do_for_a_tokenizer_that_does_not_know_the_control_tokens() -> None:
     tokenizer = Family(CHATML).tokenizer()
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).extract())
     assert encoder.format.end_of_answer == "<|im_end|>\n"
     encoded = encoder.encode_episode(Episode("toy", "", EXAMPLES[:2]))
     assert encoder.decode(encoded.token_ids[slice(*encoded.answer_spans[0])]) == "fine<|im_end|>\n"
@@ -264,7 +264,7 @@ def test_text_tokens_do_for_a_tokenizer_that_does_not_know_the_control_tokens() 
 
 def test_a_text_that_ends_the_answers_of_a_chat_is_refused_within_them() -> None:
     tokenizer = Family(CHATML).tokenizer()
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).cut())
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer).extract())
     with pytest.raises(UserError, match=r"contains the end-of-answer text '<\|im_end\|>\\n'.*Replace it in the answer"):
         encoder.answer_ids("say <|im_end|>\n now")
     with pytest.raises(UserError, match="An answer is empty"):

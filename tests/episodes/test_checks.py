@@ -45,7 +45,7 @@ def test_guaranteed_shots_fit_however_they_are_drawn_and_one_more_does_not(encod
     longest = sorted((encoder.num_shot_tokens(example) for example in task.train), reverse=True)
     query = max(len(encoder.query_ids(example.query.text)) for example in task.test)
     answer = max(len(encoder.answer_ids(label)) for label in ("good", "bad"))
-    needed = encoder.num_opening_tokens(task.instruction()) + query + answer
+    needed = encoder.num_preamble_tokens(task.instruction()) + query + answer
     assert needed + sum(longest[: fit.guaranteed]) <= context < needed + sum(longest[: fit.guaranteed + 1])
     assert 0 < fit.guaranteed <= fit.typical < len(task.train)
 
@@ -67,7 +67,7 @@ def test_labels_that_begin_one_another_are_paired_as_text_and_as_tokens(encoder:
     rows = [make_example(f"q{i}", labels[i % 4]) for i in range(8)]
     check = check_task(make_task(train=rows, labels=labels), encoder, 2048)
     assert set(check.labels_in_labels) == {("car", "card"), ("car", "card lost"), ("card", "card lost")}
-    ids = {label: encoder.piece_ids(label) for label in labels}
+    ids = {label: encoder.segment_ids(label) for label in labels}
     slow = {(a, b) for a in labels for b in labels if a != b and ids[b][: len(ids[a])] == ids[a]}
     assert set(check.labels_in_labels_as_tokens) == slow
 

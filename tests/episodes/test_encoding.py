@@ -1,4 +1,4 @@
-"""Pieces join to the sequence, for every kind of tokenizer."""
+"""Segments join to the sequence, for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_training_tokens_equal_engine_tokens(encoder: Encoder, instruction: str,
     trained = encoder.encode_episode(Episode("toy", instruction, examples)).token_ids
     asked = (
         *encoder.encode_prefix(instruction, examples[:num_shots]),
-        *encoder.query_ids(examples[-1].query.text, encoder.place(instruction, num_shots)),
+        *encoder.query_ids(examples[-1].query.text, encoder.preceding(instruction, num_shots)),
         *encoder.answer_ids(examples[-1].answer),
     )
     assert asked == trained
@@ -71,8 +71,8 @@ def test_training_tokens_equal_engine_tokens(encoder: Encoder, instruction: str,
 
 def test_a_shot_costs_as_many_tokens_as_it_adds(encoder: Encoder) -> None:
     for instruction in ("", "the film"):
-        counted = encoder.num_opening_tokens(instruction) + sum(
-            encoder.num_shot_tokens(example, encoder.place(instruction, shot))
+        counted = encoder.num_preamble_tokens(instruction) + sum(
+            encoder.num_shot_tokens(example, encoder.preceding(instruction, shot))
             for shot, example in enumerate(EPISODE.examples)
         )
         assert counted == len(encoder.encode_episode(Episode("toy", instruction, EPISODE.examples)).token_ids)

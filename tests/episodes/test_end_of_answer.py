@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from manyicl.episodes.chat_template import chosen_format
+from manyicl.episodes.chat_template import ChatTemplate, chosen_format
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.text_format import FormatSettings, PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from tests.builders import byte_level_bpe, make_example, make_task
+from tests.episodes.chat_templates import FAMILIES
 from tests.episodes.test_encoding import TOKENIZERS
 
 PARAGRAPHS = "Dear film,\n\nit was good.\n\n\nA play\n"
@@ -53,7 +54,7 @@ def test_training_tokens_equal_engine_tokens(kind: str, instruction: str, num_sh
     encoder = ending_in("</s>", kind)
     examples = EPISODE.examples[: num_shots + 1]
     trained = encoder.encode_episode(Episode("toy", instruction, examples)).token_ids
-    place = encoder.place(instruction, num_shots)
+    place = encoder.preceding(instruction, num_shots)
     prefix = encoder.encode_prefix(instruction, examples[:num_shots])
     query = encoder.query_ids(examples[-1].query.text, place)
     assert (*prefix, *query, *encoder.answer_ids(examples[-1].answer)) == trained
@@ -151,3 +152,17 @@ def test_the_end_is_chosen_for_a_model_that_was_never_fine_tuned_and_for_no_othe
     )
     with pytest.raises(UserError, match="spaces alone"):
         format_to_ask_in(tokenizer, None, end_of_answer="  ")
+
+
+def test_the_turns_of_a_manifest_of_version_1_are_read(tmp_path: Path) -> None:
+    family = FAMILIES["Llama 3"]
+    taught = ChatTemplate(family.tokenizer(), family.arguments).extract()
+    content = json.loads(Manifest(max_context_tokens=9, text_format=taught).model_dump_json())
+    names = {"preamble_text": "opening_text", "inter_turn_text": "between_text", "end_of_answer": "terminator"}
+    earlier = {names.get(key, key): value for key, value in content["text_format"].items()}
+    (tmp_path / "manyicl.json").write_text(
+        json.dumps({**content, "format_version": 1, "text_format": earlier}), "utf-8"
+    )
+    manifest = Manifest.read(tmp_path)
+    assert manifest is not None
+    assert manifest.text_format == taught

@@ -1,4 +1,4 @@
-"""Pieces of any script join to the text and give answers back; labels that look alike are pointed out."""
+"""Segments of any script join to the text and give answers back; labels that look alike are pointed out."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def test_pieces_decode_to_the_joined_text_and_spans_to_answers(encoder: Encoder,
         assert encoder.decode(body).removeprefix(" ") == encoder.joined_text(episode)
         for (start, stop), example in zip(encoded.answer_spans, examples, strict=True):
             assert encoder.decode(encoded.token_ids[start:stop]) == f"{example.answer}\n\n"
-    assert not {encoder.tokenizer.eos_token_id, encoder.tokenizer.unk_token_id} & set(encoder.piece_ids(text))
+    assert not {encoder.tokenizer.eos_token_id, encoder.tokenizer.unk_token_id} & set(encoder.segment_ids(text))
 
 
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), min_size=1))
 def test_any_text_comes_back_from_its_tokens(encoder: Encoder, text: str) -> None:
-    assert encoder.decode(encoder.piece_ids(text)) == text
+    assert encoder.decode(encoder.segment_ids(text)) == text
 
 
 def test_a_whole_stop_takes_the_terminator_along_in_llama_3_style() -> None:
@@ -93,13 +93,13 @@ def test_a_whole_stop_takes_the_terminator_along_in_llama_3_style() -> None:
 
 def test_bytes_that_are_no_character_do_not_swallow_the_line_breaks_behind_them() -> None:
     encoder = Encoder(sentencepiece_bpe())
-    broken, *_ = encoder.piece_ids("\u4e00")  # the first of its three bytes
-    ends = encoder.piece_ids("\n\n")
+    broken, *_ = encoder.segment_ids("\u4e00")  # the first of its three bytes
+    ends = encoder.segment_ids("\n\n")
     assert encoder.decode([broken, *ends]) == "\ufffd\n\n"
-    letters = encoder.piece_ids("\u65e5\u672c")
+    letters = encoder.segment_ids("\u65e5\u672c")
     assert encoder.decode([*letters[:-1], *ends]) == "\u65e5\ufffd\n\n"
     assert (
-        encoder.decode([*encoder.piece_ids(" fine"), broken, *encoder.piece_ids(" good \u65e5")])
+        encoder.decode([*encoder.segment_ids(" fine"), broken, *encoder.segment_ids(" good \u65e5")])
         == " fine\ufffd good \u65e5"
     )
 
@@ -194,4 +194,4 @@ def test_words_of_scripts_with_marks_may_stand_in_for_labels() -> None:
 def test_composed_and_decomposed_letters_are_other_tokens() -> None:
     encoder = Encoder(byte_level_bpe())
     text = SCRIPTS["composed letters"]
-    assert encoder.piece_ids(text) != encoder.piece_ids(unicodedata.normalize("NFD", text))
+    assert encoder.segment_ids(text) != encoder.segment_ids(unicodedata.normalize("NFD", text))

@@ -543,7 +543,7 @@ def test_the_guide_says_whether_text_and_pieces_give_the_same_ids() -> None:
 def test_the_guide_of_a_chat_model_asks_by_messages_that_its_template_turns_into_the_same_text(name: str) -> None:
     family = FAMILIES[name]
     tokenizer = family.tokenizer()
-    manifest = Manifest(max_context_tokens=256, text_format=ChatTemplate(tokenizer, family.arguments).cut())
+    manifest = Manifest(max_context_tokens=256, text_format=ChatTemplate(tokenizer, family.arguments).extract())
     guide = guide_of(replace(tiny_loaded(tokenizer=tokenizer), manifest=manifest))
     [body] = map(json.loads, blocks(guide, "json"))
     prompt, _ = prompt_guide.example_prompt(Encoder(tokenizer, manifest.text_format))

@@ -33,7 +33,7 @@ def test_every_piece_of_a_training_row_comes_back_exactly(settings: TokenizerSet
 def test_a_byte_level_tokenizer_keeps_text_it_has_never_seen() -> None:
     encoder = Encoder(train_tokenizer([make_task()], BYTES, PlainFormat()))
     text = "Ünïcödé  日本語\t🎉\n"
-    assert encoder.decode(encoder.piece_ids(text)) == text
+    assert encoder.decode(encoder.segment_ids(text)) == text
 
 
 def test_a_word_tokenizer_has_one_token_a_word_and_never_looks_at_test_rows() -> None:

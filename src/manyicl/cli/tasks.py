@@ -224,17 +224,17 @@ def _check_in_characters(task: Task) -> TaskCheck:
     """Check a task as if every character were a token and no context too short: all that needs no tokenizer."""
     from manyicl.episodes.checks import check_task
     from manyicl.episodes.encoding import Encoder
-    from manyicl.episodes.text_format import Piece, PlainFormat
+    from manyicl.episodes.text_format import PlainFormat, Segment
 
     class Characters(Encoder):
         """Every character is a token, its number the character's own."""
 
         def __init__(self) -> None:
             self.bos_ids = ()
-            self._write_in(PlainFormat())
+            self._use_format(PlainFormat())
 
-        def _encode_piece(self, piece: Piece, opens_sequence: bool) -> tuple[int, ...]:
-            return tuple(map(ord, piece.text))
+        def _encode_segment(self, segment: Segment, opens_sequence: bool) -> tuple[int, ...]:
+            return tuple(map(ord, segment.text))
 
         def decode(self, token_ids: Iterable[int]) -> str:
             return "".join(map(chr, token_ids))
@@ -308,7 +308,7 @@ def show_task(
     console = _console()
     with_marks = console.color_system is None
     if model is None:
-        drawn = draw_pieces(episode, PlainFormat(), with_marks)
+        drawn = draw_segments(episode, PlainFormat(), with_marks)
         supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
     else:
         encoder, _ = _encoder(model, text_format, end_of_answer, [loaded])
@@ -325,20 +325,20 @@ def show_task(
     )
 
 
-def draw_pieces(episode: Episode, text_format: PlainFormat, with_marks: bool) -> Text:
-    """Draw an episode piece by piece, answers on a coloured ground.
+def draw_segments(episode: Episode, text_format: PlainFormat, with_marks: bool) -> Text:
+    """Draw an episode segment by segment, answers on a coloured ground.
 
     Args:
         episode: To be drawn.
-        text_format: Where its pieces meet.
-        with_marks: Put supervised pieces in «», for output without colour.
+        text_format: Where its segments meet.
+        with_marks: Put supervised segments in «», for output without colour.
     """
     from rich.text import Text
 
     from manyicl.episodes.text_format import text_of
 
     drawn = Text()
-    _draw(drawn, [text_of(text_format.opening(episode.instruction))], ASKED)
+    _draw(drawn, [text_of(text_format.preamble(episode.instruction))], ASKED)
     for example in episode.examples:
         _draw(drawn, [text_of(text_format.query(example.query.text))], ASKED)
         _draw_supervised(drawn, [text_of(text_format.answer(example.answer))], with_marks)
@@ -452,7 +452,7 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
     table.caption = f"{unit}: shortest / median / longest, with separator and end."
     if max_context_tokens is not None:
         table.caption += (
-            " joined: examples whose pieces equal the tokens of the joined text. shots: guaranteed to typical."
+            " joined: examples whose segments equal the tokens of the joined text. shots: guaranteed to typical."
         )
     return table
 

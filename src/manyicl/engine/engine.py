@@ -441,9 +441,9 @@ class Engine:
         # Behind a shot the instruction does not matter, and it would be rendered for every query.
         instruction = "" if prefix.num_shots else prefix.task.instruction()
         for shot, example in enumerate(own_examples, start=prefix.num_shots):
-            token_ids += self.encoder.shot_ids(example, self.encoder.place(instruction, shot))
-        place = self.encoder.place(instruction, prefix.num_shots + len(own_examples))
-        token_ids += self.encoder.passing_query_ids(query.text, place)
+            token_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
+        place = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
+        token_ids += self.encoder.query_ids_uncached(query.text, place)
         # What opens a sequence, such as bos, is part of a prefix, and of no query.
         return tuple(token_ids)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.sampling import DrawnEpisode
-from manyicl.episodes.text_format import Place
+from manyicl.episodes.text_format import Preceding
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
 
@@ -38,7 +38,7 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
     Nothing is truncated: a shot that is longer than the whole context is passed over and counted; the first
     other shot that does not fit ends the episode, so that short examples are not preferred within it.
     """
-    opening = encoder.num_opening_tokens(drawn.instruction)
+    opening = encoder.num_preamble_tokens(drawn.instruction)
     num_tokens = opening
     examples: list[Example] = []
     num_too_long = 0
@@ -46,7 +46,7 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
     for example in drawn.examples:
         if drawn.num_examples is not None and len(examples) == drawn.num_examples:
             break
-        num_shot_tokens = encoder.num_shot_tokens(example, encoder.place(drawn.instruction, len(examples)))
+        num_shot_tokens = encoder.num_shot_tokens(example, encoder.preceding(drawn.instruction, len(examples)))
         if opening + num_shot_tokens > max_context_tokens:
             num_too_long += 1
         elif num_tokens + num_shot_tokens > room:
@@ -65,7 +65,7 @@ def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, 
     """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
     # The first text of a sequence may be encoded with a leading marker, or begin otherwise than behind a shot.
     longest_query = max(
-        (max(len(encoder.query_ids(query.text, place)) for place in Place) for query in queries), default=0
+        (max(len(encoder.query_ids(query.text, place)) for place in Preceding) for query in queries), default=0
     )
     if task.labels:
         return longest_query + _longest_answer(encoder, task.labels)
@@ -87,7 +87,7 @@ def require_room_behind_instruction(task: Task, encoder: Encoder, max_context_to
     Raises:
         UserError: If they fill the context, as an instruction that lists thousands of labels may.
     """
-    opening = encoder.num_opening_tokens(task.instruction())
+    opening = encoder.num_preamble_tokens(task.instruction())
     if opening >= max_context_tokens:
         labels = f" (the task has {len(task.labels):,} labels)" if task.labels else ""
         raise UserError(
@@ -122,7 +122,7 @@ def fit_demonstrations(
     instruction = task.instruction()
     room = max_context_tokens - reserve - require_room_behind_instruction(task, encoder, max_context_tokens)
     costs = [
-        encoder.num_shot_tokens(example, encoder.place(instruction, shot))
+        encoder.num_shot_tokens(example, encoder.preceding(instruction, shot))
         for shot, example in enumerate(demonstrations)
     ]
     if sum(costs) <= room:

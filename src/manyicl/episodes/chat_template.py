@@ -1,4 +1,4 @@
-"""A chat template -> the constant texts between turns, cut once from a sentinel conversation and verified.
+"""A chat template -> the constant texts between turns, extracted once from a sentinel conversation and verified.
 
 A sequence of many shots is a long conversation. The engine encodes its beginning once and asks many queries behind it,
 so a turn must be the same text wherever it stands. Many templates do not hold that: they leave an empty think block in
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.checked import read_text
 from manyicl.episodes.checks import evenly_chosen
-from manyicl.episodes.piece_tokenizer import control_tokens
-from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Part, Place, text_of
+from manyicl.episodes.segment_tokenizer import control_tokens
+from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Preceding, TextRole, text_of
 from manyicl.errors import UserError, shortened
 from manyicl.tasks.task import Task
 
@@ -43,7 +43,7 @@ _DATE_VARIABLE = re.compile(r"(\w*date\w*) is (?:not )?defined")
 
 # More than any template puts around a text by itself, so that it cannot be taken for what was trimmed.
 WHITE_SPACE = (" " * 7, "\n" * 7)
-PART_OF_ROLE: Mapping[str, Part] = {"system": "instruction", "user": "query", "assistant": "answer"}
+TEXT_ROLE_OF: Mapping[str, TextRole] = {"system": "instruction", "user": "query", "assistant": "answer"}
 
 Turns = Sequence[tuple[str, str]]
 Messages = list[dict[str, str]]
@@ -61,7 +61,7 @@ def chosen_format(
     Args:
         settings: Of the recipe. Its own template becomes that of the tokenizer, so that it is saved with it.
         tokenizer: Of the model.
-        tasks: Whose rows the template and its pieces must write alike.
+        tasks: Whose rows the template and its segments must write alike.
 
     Raises:
         UserError: If there is no chat template, its turns change with their position, or it changes a row.
@@ -72,7 +72,7 @@ def chosen_format(
         tokenizer.chat_template = read_text(settings.template)
         if not tokenizer.chat_template.strip():
             raise UserError(f"format.template: {settings.template} is empty; expected a Jinja template.")
-    text_format = ChatTemplate(tokenizer, settings.template_arguments).cut()
+    text_format = ChatTemplate(tokenizer, settings.template_arguments).extract()
     require_rows_as_written(settings, tokenizer, text_format, tasks)
     return text_format
 
@@ -135,7 +135,7 @@ class ChatTemplate:
             raise _UnfitError(f"it fails on a conversation of {len(messages)} messages: {reason}") from error
         return str(text)
 
-    def cut(self) -> ChatFormat:
+    def extract(self) -> ChatFormat:
         """Cut the constant texts from a sentinel conversation, and verify them on others.
 
         The instruction is the system turn. Where a template has none, or does not keep it at the beginning, the
@@ -146,9 +146,9 @@ class ChatTemplate:
         """
         try:
             self._require_no_date()
-            without = _Cut.of(self, None)
+            without = _FixedParts.of(self, None)
             try:
-                return self._verified(without, _Cut.of(self, SENTINEL_INSTRUCTION))
+                return self._verified(without, _FixedParts.of(self, SENTINEL_INSTRUCTION))
             except (_UnfitError, UserError):
                 return self._verified(without, None)
         except (_UnfitError, UserError) as error:
@@ -178,7 +178,7 @@ class ChatTemplate:
                 remedy = f"; fix one with format.template_arguments.{variable}" if variable else ""
                 raise _UnfitError(f"it reads today's date{remedy}")
 
-    def _verified(self, without: _Cut, with_instruction: _Cut | None) -> ChatFormat:
+    def _verified(self, without: _FixedParts, with_instruction: _FixedParts | None) -> ChatFormat:
         """Put the format together and hold it to what the template writes.
 
         Args:
@@ -192,13 +192,13 @@ class ChatTemplate:
         if with_instruction is not None:
             before_instruction, after_instruction = with_instruction.opening
         text_format = ChatFormat(
-            opening_text=without.opening[0],
+            preamble_text=without.opening[0],
             before_instruction=before_instruction,
             after_instruction=after_instruction,
             separator=turn.generation_prompt,
             before_answer=turn.before_answer,
             end_of_answer=turn.end_of_answer,
-            between_text=turn.between,
+            inter_turn_text=turn.inter_turn,
             trimmed=(),
             instruction_in="system" if with_instruction else "first_turn",
             template_arguments=self.arguments,
@@ -213,17 +213,17 @@ class ChatTemplate:
             self._require_same(text_format, space + SENTINEL_INSTRUCTION + space, SENTINEL_TURNS)
         return text_format
 
-    def _trimmed(self, text_format: ChatFormat) -> tuple[Part, ...]:
+    def _trimmed(self, text_format: ChatFormat) -> tuple[TextRole, ...]:
         """Tell from whose ends the template takes white space, in any turn: there it never comes to stand."""
         has_system = text_format.instruction_in == "system"
-        trimmed: set[Part] = set()
+        trimmed: set[TextRole] = set()
         for space in WHITE_SPACE:
             instruction = space + SENTINEL_INSTRUCTION + space if has_system else None
             messages = _messages(instruction, _padded(SENTINEL_TURNS, space))
             text = self.render(messages, asks=False) + self.render(messages[:-1], asks=True)
             for message in messages:
                 if text.count(message["content"]) < text.count(message["content"].strip()):
-                    trimmed.add(PART_OF_ROLE[message["role"]])
+                    trimmed.add(TEXT_ROLE_OF[message["role"]])
         if not has_system and "query" in trimmed:
             trimmed.add("instruction")
         return tuple(sorted(trimmed))
@@ -241,7 +241,7 @@ class ChatTemplate:
             raise _UnfitError(_difference(prompt, rendered))
         rendered = self.render(messages, asks=False)
         if not rendered.startswith(whole):
-            raise _UnfitError(_difference(whole, rendered[: len(whole) + len(text_format.between_text)]))
+            raise _UnfitError(_difference(whole, rendered[: len(whole) + len(text_format.inter_turn_text)]))
 
     def require_same_rows(self, text_format: ChatFormat, task: Task) -> None:
         """Hold rows of a task, each as the only turn and all as one conversation, to what the template writes of them.
@@ -269,7 +269,7 @@ class ChatTemplate:
 
 
 def _trial_conversations(text_format: ChatFormat) -> Iterator[Turns]:
-    """Yield conversations that a template must write as its pieces say: short, odd, padded, long."""
+    """Yield conversations that a template must write as its segments say: short, odd, padded, long."""
     for num_turns in range(1, NUM_TURNS + 1):
         yield SENTINEL_TURNS[:num_turns]
     tried = (*SENTINEL_TURNS, *((text, text) for text in AWKWARD_TEXTS))
@@ -284,11 +284,11 @@ class _Turn(NamedTuple):
     generation_prompt: str
     before_answer: str
     end_of_answer: str
-    between: str
+    inter_turn: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
+class _FixedParts:
     """The constant texts of one sentinel conversation.
 
     Attributes:
@@ -300,7 +300,7 @@ class _Cut:
     turn: _Turn
 
     @classmethod
-    def of(cls, template: ChatTemplate, instruction: str | None) -> _Cut:
+    def of(cls, template: ChatTemplate, instruction: str | None) -> _FixedParts:
         """Cut a conversation and hold that all its turns are alike.
 
         Raises:
@@ -349,15 +349,15 @@ def _messages(instruction: str | None, turns: Turns) -> Messages:
 
 
 def _assembled(text_format: ChatFormat, instruction: str, turns: Turns) -> tuple[str, str]:
-    """Put a conversation together from pieces: the prompt for its last answer, and the whole up to its end."""
-    text = text_of(text_format.opening(instruction))
-    place = Place.AFTER_INSTRUCTION if text_format.has_instruction(instruction) else Place.FIRST
+    """Put a conversation together from segments: the prompt for its last answer, and the whole up to its end."""
+    text = text_of(text_format.preamble(instruction))
+    preceding = Preceding.INSTRUCTION if text_format.has_instruction(instruction) else Preceding.NOTHING
     prompt = ""
     for number, (query, answer) in enumerate(turns):
-        text += text_of(text_format.between) if number else ""
-        prompt = text + text_of(text_format.query(query, place))
+        text += text_of(text_format.inter_turn) if number else ""
+        prompt = text + text_of(text_format.query(query, preceding))
         text = prompt + text_of(text_format.answer(answer))
-        place = Place.AFTER_SHOT
+        preceding = Preceding.DEMONSTRATION
     return prompt, text
 
 

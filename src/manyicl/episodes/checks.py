@@ -77,7 +77,7 @@ class TaskCheck:
         dropped: Reason -> rows left out when the task was read.
         labels_in_labels: Pairs of labels of which the first begins the second, as text.
         labels_in_labels_as_tokens: The same among their tokens, which only the terminator keeps apart.
-        joined_share: Share of examined examples whose pieces equal the tokens of the joined text.
+        joined_share: Share of examined examples whose segments equal the tokens of the joined text.
         num_altered_answers: Examined answers that their tokens do not give back.
         num_examined: Examples encoded for the two figures above.
         shots_that_fit: For the context asked about.
@@ -112,7 +112,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         task: The task.
         encoder: Of the model it is meant for.
         max_context_tokens: Context for which fitting shots are counted.
-        num_examined: Most examples that are encoded twice, to compare pieces with the joined text.
+        num_examined: Most examples that are encoded twice, to compare segments with the joined text.
 
     Raises:
         UserError: If answers contain the end-of-answer text of the model.
@@ -127,7 +127,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     labels = task.labels or ()
     alike = _beginnings({label: encoder.answer_ids(label) for label in labels})
     set_of_alike = set(alike)
-    in_tokens = _beginnings({label: encoder.piece_ids(label) for label in labels})
+    in_tokens = _beginnings({label: encoder.segment_ids(label) for label in labels})
     check = TaskCheck(
         name=task.name,
         family=task.family,
@@ -144,12 +144,12 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         labels_in_labels=_beginnings({label: label for label in labels}),
         labels_in_labels_as_tokens=tuple(pair for pair in in_tokens if pair not in set_of_alike),
         joined_share=_joined_share(task, examined, encoder),
-        num_altered_answers=sum(encoder.decode(encoder.piece_ids(e.answer)) != e.answer for e in examined),
+        num_altered_answers=sum(encoder.decode(encoder.segment_ids(e.answer)) != e.answer for e in examined),
         num_examined=len(examined),
         shots_that_fit=_shots_that_fit(task, encoder, max_context_tokens, shot_lengths, max(answer_lengths)),
         problems=(),
     )
-    opening = encoder.num_opening_tokens(task.instruction())
+    opening = encoder.num_preamble_tokens(task.instruction())
     num_too_long = sum(opening + length > max_context_tokens for length in shot_lengths)
     if opening >= max_context_tokens:
         problems = [
@@ -314,7 +314,7 @@ def _beginnings(spelled: Mapping[str, Sequence[object]]) -> tuple[tuple[str, str
 
 
 def _joined_share(task: Task, examples: Sequence[Example], encoder: Encoder) -> float:
-    """Share of examples whose pieces, as second shot of an episode, equal the tokens of the joined text.
+    """Share of examples whose segments, as second shot of an episode, equal the tokens of the joined text.
 
     Instruction and first shot are the same for all and are compared once: an instruction may list 10,000 labels.
     """
@@ -335,7 +335,7 @@ def _shots_that_fit(
     """Count shots of median length, and shots at their longest, that leave room to ask."""
     queries = [example.query for example in task.test or task.train]
     reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or longest_answer, queries)
-    room = max_context_tokens - encoder.num_opening_tokens(task.instruction()) - reserve
+    room = max_context_tokens - encoder.num_preamble_tokens(task.instruction()) - reserve
     filled = accumulate(sorted(shot_lengths, reverse=True))
     return ShotsThatFit(
         typical=max(0, min(len(shot_lengths), room // median_low(shot_lengths))),

@@ -10,8 +10,8 @@ from itertools import chain, takewhile
 from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.episode import EncodedEpisode, Episode
-from manyicl.episodes.piece_tokenizer import REPLACEMENT, PieceTokenizer, bos_ids, control_tokens
-from manyicl.episodes.text_format import AnyFormat, Piece, Place, PlainFormat, text_of
+from manyicl.episodes.segment_tokenizer import REPLACEMENT, SegmentTokenizer, bos_ids, control_tokens
+from manyicl.episodes.text_format import AnyFormat, PlainFormat, Preceding, Segment, text_of
 from manyicl.errors import UserError, counted, shortened
 from manyicl.tasks.task import Example, Task
 
@@ -27,9 +27,9 @@ NUM_TEXTS_REMEMBERED = 200_000
 
 
 class Encoder:
-    """Encodes the pieces of an example one by one, so that an answer's tokens are known by construction.
+    """Encodes the segments of an example one by one, so that an answer's tokens are known by construction.
 
-    The text format says what the pieces are. The concatenation of their tokens is the sequence, in training as in
+    The text format says what the segments are. The concatenation of their tokens is the sequence, in training as in
     the engine.
     """
 
@@ -44,22 +44,22 @@ class Encoder:
         if isinstance(text_format, PlainFormat):
             text_format = text_format.decided(control_tokens(tokenizer))
         self.tokenizer = tokenizer
-        self._pieces = PieceTokenizer(tokenizer, text_format.constants)
+        self._pieces = SegmentTokenizer(tokenizer, text_format.constants)
         self.bos_ids: tuple[int, ...] = bos_ids(tokenizer) if text_format.begins_with_bos else ()
-        self._write_in(text_format)
+        self._use_format(text_format)
 
-    def _write_in(self, text_format: AnyFormat) -> None:
+    def _use_format(self, text_format: AnyFormat) -> None:
         self.format: AnyFormat = text_format
-        self._query_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self.passing_query_ids)
+        self._query_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self.query_ids_uncached)
         self._answer_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self._encode_answer)
-        self._between_ids = self._encode(text_format.between)
+        self._inter_turn_ids = self._encode(text_format.inter_turn)
         self.answer_end_id = self._control_end_id()
         self._encodable: deque[Task] = deque(maxlen=8)
 
     def _control_end_id(self) -> int | None:
         """Return the id of the control token in which every answer ends; None where answers end in text."""
         *_, end = self.format.answer("a")
-        last = self._encode_piece(end, False)[-1] if end.is_control else None
+        last = self._encode_segment(end, False)[-1] if end.is_control else None
         return last if last is not None and last in self.tokenizer.added_tokens_decoder else None
 
     def _encode_answer(self, answer: str) -> tuple[int, ...]:
@@ -77,37 +77,37 @@ class Encoder:
     def _ends_early(self, answer: str) -> bool:
         return self.answer_end_id is None and self.format.ends_early(answer)
 
-    def _encode_piece(self, piece: Piece, opens_sequence: bool) -> tuple[int, ...]:
-        return self._pieces.encode(piece, opens_sequence)
+    def _encode_segment(self, segment: Segment, opens_sequence: bool) -> tuple[int, ...]:
+        return self._pieces.encode(segment, opens_sequence)
 
-    def _encode(self, pieces: Iterable[Piece], opens_sequence: bool = False) -> tuple[int, ...]:
-        """Encode pieces one by one; ``opens_sequence`` says that no text stands before them."""
+    def _encode(self, segments: Iterable[Segment], opens_sequence: bool = False) -> tuple[int, ...]:
+        """Encode segments one by one; ``opens_sequence`` says that no text stands before them."""
         token_ids: list[int] = []
-        for piece in pieces:
-            token_ids += self._encode_piece(piece, opens_sequence)
+        for segment in segments:
+            token_ids += self._encode_segment(segment, opens_sequence)
             opens_sequence = False
         return tuple(token_ids)
 
-    def piece_ids(self, text: str, opens_sequence: bool = False) -> tuple[int, ...]:
+    def segment_ids(self, text: str, opens_sequence: bool = False) -> tuple[int, ...]:
         """Encode a text by itself; ``opens_sequence`` says that no text stands before it."""
-        return self._encode_piece(Piece(text), opens_sequence)
+        return self._encode_segment(Segment(text), opens_sequence)
 
-    def place(self, instruction: str, num_shots: int) -> Place:
-        """Tell what a query after this instruction and so many demonstrations stands behind."""
+    def preceding(self, instruction: str, num_shots: int) -> Preceding:
+        """Tell what comes before a query after this instruction and so many demonstrations."""
         if num_shots:
-            return Place.AFTER_SHOT
-        return Place.AFTER_INSTRUCTION if self.format.has_instruction(instruction) else Place.FIRST
+            return Preceding.DEMONSTRATION
+        return Preceding.INSTRUCTION if self.format.has_instruction(instruction) else Preceding.NOTHING
 
-    def _opens_sequence(self, place: Place) -> bool:
-        return place is Place.FIRST and not self.format.opening("")
+    def _opens_sequence(self, preceding: Preceding) -> bool:
+        return preceding is Preceding.NOTHING and not self.format.preamble("")
 
-    def query_ids(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[int, ...]:
+    def query_ids(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query up to where its answer begins."""
-        return self._query_ids(query, place)
+        return self._query_ids(query, preceding)
 
-    def passing_query_ids(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[int, ...]:
+    def query_ids_uncached(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query that will not come again, as `query_ids` without remembering it; streams have no end."""
-        return self._encode(self.format.query(query, place), self._opens_sequence(place))
+        return self._encode(self.format.query(query, preceding), self._opens_sequence(preceding))
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Encode an answer with the end-of-answer text.
@@ -117,12 +117,12 @@ class Encoder:
         """
         return self._answer_ids(answer)
 
-    def shot_ids(self, example: Example, place: Place = Place.AFTER_SHOT) -> tuple[int, ...]:
-        """Encode a demonstration: a query, its answer, and what stands between it and the next query."""
+    def shot_ids(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
+        """Encode a demonstration: a query, its answer, and the inter-turn text after it."""
         return (
-            *self.query_ids(example.query.text, place),
+            *self.query_ids(example.query.text, preceding),
             *self.answer_ids(example.answer),
-            *self._between_ids,
+            *self._inter_turn_ids,
         )
 
     def require_encodable(self, task: Task) -> None:
@@ -197,31 +197,31 @@ class Encoder:
         return self.encode_episode(Episode("", instruction, tuple(examples))).token_ids
 
     def encode_episode(self, episode: Episode) -> EncodedEpisode:
-        """Encode an episode piece by piece.
+        """Encode an episode segment by segment.
 
         ::
 
             <bos> instruction ⏎⏎ query ⏎ answer ⏎⏎ query ⏎ answer ⏎⏎
                                          └───span──┘         └───span──┘
         """
-        token_ids = [*self.bos_ids, *self._encode(self.format.opening(episode.instruction), True)]
+        token_ids = [*self.bos_ids, *self._encode(self.format.preamble(episode.instruction), True)]
         spans = []
         for shot, example in enumerate(episode.examples):
-            token_ids += self.query_ids(example.query.text, self.place(episode.instruction, shot))
+            token_ids += self.query_ids(example.query.text, self.preceding(episode.instruction, shot))
             start = len(token_ids)
             token_ids += self.answer_ids(example.answer)
             spans.append((start, len(token_ids)))
-            token_ids += self._between_ids
+            token_ids += self._inter_turn_ids
         return EncodedEpisode(episode.task_name, tuple(token_ids), tuple(spans))
 
-    def num_opening_tokens(self, instruction: str) -> int:
+    def num_preamble_tokens(self, instruction: str) -> int:
         """Count the tokens that stand before the first query."""
         return len(self.encode_prefix(instruction, ()))
 
-    def num_shot_tokens(self, example: Example, place: Place = Place.AFTER_SHOT) -> int:
+    def num_shot_tokens(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> int:
         """Count the tokens of one demonstration."""
-        query_ids, answer_ids = self.query_ids(example.query.text, place), self.answer_ids(example.answer)
-        return len(query_ids) + len(answer_ids) + len(self._between_ids)
+        query_ids, answer_ids = self.query_ids(example.query.text, preceding), self.answer_ids(example.answer)
+        return len(query_ids) + len(answer_ids) + len(self._inter_turn_ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included."""
@@ -250,20 +250,20 @@ class Encoder:
             text = text.removesuffix(self.format.end_of_answer.removesuffix(self.decode([self.answer_end_id])))
         return text.removeprefix(self.format.before_answer)
 
-    def episode_pieces(self, episode: Episode) -> tuple[Piece, ...]:
-        """Return the pieces of an episode in order."""
-        pieces = list(self.format.opening(episode.instruction))
+    def episode_segments(self, episode: Episode) -> tuple[Segment, ...]:
+        """Return the segments of an episode in order."""
+        segments = list(self.format.preamble(episode.instruction))
         for shot, example in enumerate(episode.examples):
-            pieces += self.format.query(example.query.text, self.place(episode.instruction, shot))
-            pieces += (*self.format.answer(example.answer), *self.format.between)
-        return tuple(pieces)
+            segments += self.format.query(example.query.text, self.preceding(episode.instruction, shot))
+            segments += (*self.format.answer(example.answer), *self.format.inter_turn)
+        return tuple(segments)
 
     def joined_text(self, episode: Episode) -> str:
-        """Return the text of an episode, its pieces joined."""
-        return text_of(self.episode_pieces(episode))
+        """Return the text of an episode, its segments joined."""
+        return text_of(self.episode_segments(episode))
 
     def joined_ids(self, episode: Episode) -> tuple[int, ...]:
         """Encode the joined text in one go: what a user of the plain tokenizer would feed the model."""
-        pieces = self.episode_pieces(episode)
-        joined = Piece(text_of(pieces), is_control=any(piece.is_control for piece in pieces))
-        return (*self.bos_ids, *self._encode_piece(joined, True))
+        segments = self.episode_segments(episode)
+        joined = Segment(text_of(segments), is_control=any(segment.is_control for segment in segments))
+        return (*self.bos_ids, *self._encode_segment(joined, True))

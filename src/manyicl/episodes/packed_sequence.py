@@ -128,10 +128,10 @@ def _require_one_shot_fits(task: Task, encoder: Encoder, max_context_tokens: int
     if not task.train:
         raise UserError(f"Task {task.name!r} has no training example.")
     instruction = task.instruction()
-    opening = encoder.num_opening_tokens(instruction)
+    opening = encoder.num_preamble_tokens(instruction)
     shortest = None
     for example in task.train:
-        num_tokens = opening + encoder.num_shot_tokens(example, encoder.place(instruction, 0))
+        num_tokens = opening + encoder.num_shot_tokens(example, encoder.preceding(instruction, 0))
         if num_tokens <= max_context_tokens:
             return
         shortest = min(shortest or num_tokens, num_tokens)

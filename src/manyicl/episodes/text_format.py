@@ -1,4 +1,4 @@
-"""Where the pieces of an example meet: the plain format, and turns of a chat."""
+"""Where the segments of an example meet: the plain format, and turns of a chat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyicl.checked import Section
 from manyicl.errors import UserError
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A text that is encoded by itself.
 
     Attributes:
@@ -28,12 +28,12 @@ class Piece(NamedTuple):
     is_control: bool = False
 
 
-class Place(Enum):
-    """What stands before a query in its sequence."""
+class Preceding(Enum):
+    """What comes before a query in its sequence."""
 
-    FIRST = "nothing"
-    AFTER_INSTRUCTION = "an instruction"
-    AFTER_SHOT = "a demonstration"
+    NOTHING = "nothing"
+    INSTRUCTION = "an instruction"
+    DEMONSTRATION = "a demonstration"
 
 
 class TextFormat(BaseModel, ABC):
@@ -41,7 +41,7 @@ class TextFormat(BaseModel, ABC):
 
     ::
 
-        opening(instruction)  [query  answer  between]  [query  answer  between]  query
+        preamble(instruction)  [query  answer  inter_turn]  [query  answer  inter_turn]  query
 
     The separator closes a query, the end-of-answer text an answer. That text belongs to the answer: it is supervised,
     generation stops on it, and a label is scored with it, so that a label which begins another label is compared
@@ -54,21 +54,21 @@ class TextFormat(BaseModel, ABC):
     end_of_answer: str
 
     @abstractmethod
-    def opening(self, instruction: str) -> tuple[Piece, ...]:
-        """Return what stands before the first query."""
+    def preamble(self, instruction: str) -> tuple[Segment, ...]:
+        """Return what comes before the first query: the instruction, in its turn where there are turns."""
 
     @abstractmethod
-    def query(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[Piece, ...]:
+    def query(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[Segment, ...]:
         """Return a query up to where its answer begins."""
 
     @abstractmethod
-    def answer(self, answer: str) -> tuple[Piece, ...]:
-        """Return the supervised pieces of an answer, the end-of-answer text included."""
+    def answer(self, answer: str) -> tuple[Segment, ...]:
+        """Return the supervised segments of an answer, the end-of-answer text included."""
 
     @property
     @abstractmethod
-    def between(self) -> tuple[Piece, ...]:
-        """What is between the end of an answer and the next query."""
+    def inter_turn(self) -> tuple[Segment, ...]:
+        """Inter-turn text: from the end of an answer to the next query."""
 
     @property
     @abstractmethod
@@ -77,7 +77,7 @@ class TextFormat(BaseModel, ABC):
 
     @property
     @abstractmethod
-    def constants(self) -> tuple[Piece, ...]:
+    def constants(self) -> tuple[Segment, ...]:
         """All that the format itself writes, so that a tokenizer which loses some of it is found out."""
 
     def has_instruction(self, instruction: str) -> bool:
@@ -91,7 +91,7 @@ class TextFormat(BaseModel, ABC):
 
 
 class PlainFormat(TextFormat):
-    """Pieces one after the other: query, separator, answer, end of the answer.
+    """Segments one after the other: query, separator, answer, end of the answer.
 
     A blank line ends the instruction, whatever ends an answer: it is a paragraph before the examples, as in the texts
     that a base model has read. A control token there would stand after something that nobody answered, and weaken
@@ -134,19 +134,19 @@ class PlainFormat(TextFormat):
             return self.model_copy(update={"end_is_control_token": is_control})
         return self
 
-    def opening(self, instruction: str) -> tuple[Piece, ...]:
+    def preamble(self, instruction: str) -> tuple[Segment, ...]:
         """Return the instruction and what ends it; nothing where there is no instruction."""
-        return (Piece(f"{instruction}{self.end_of_instruction}"),) if instruction else ()
+        return (Segment(f"{instruction}{self.end_of_instruction}"),) if instruction else ()
 
-    def query(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[Piece, ...]:
-        """Return a query with the separator, one piece."""
-        return (Piece(f"{query}{self.separator}"),)
+    def query(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[Segment, ...]:
+        """Return a query with the separator, one segment."""
+        return (Segment(f"{query}{self.separator}"),)
 
-    def answer(self, answer: str) -> tuple[Piece, ...]:
-        """Return an answer and its end: one piece, or two where a control token ends it."""
+    def answer(self, answer: str) -> tuple[Segment, ...]:
+        """Return an answer and its end: one segment, or two where a control token ends it."""
         if self.end_is_control_token:
-            return Piece(answer), *_control(self.end_of_answer)
-        return (Piece(f"{answer}{self.end_of_answer}"),)
+            return Segment(answer), *_control(self.end_of_answer)
+        return (Segment(f"{answer}{self.end_of_answer}"),)
 
     @property
     def before_answer(self) -> str:
@@ -154,7 +154,7 @@ class PlainFormat(TextFormat):
         return ""
 
     @property
-    def between(self) -> tuple[Piece, ...]:
+    def inter_turn(self) -> tuple[Segment, ...]:
         """Nothing."""
         return ()
 
@@ -164,73 +164,73 @@ class PlainFormat(TextFormat):
         return True
 
     @property
-    def constants(self) -> tuple[Piece, ...]:
+    def constants(self) -> tuple[Segment, ...]:
         """All that ends a query, an answer or an instruction."""
-        end = Piece(self.end_of_answer, is_control=bool(self.end_is_control_token))
-        return Piece(self.separator), end, Piece(self.end_of_instruction)
+        end = Segment(self.end_of_answer, is_control=bool(self.end_is_control_token))
+        return Segment(self.separator), end, Segment(self.end_of_instruction)
 
 
 FormatKind = Literal["plain", "chat"]
-Part = Literal["instruction", "query", "answer"]
+TextRole = Literal["instruction", "query", "answer"]
 
 
 class ChatFormat(TextFormat):
-    """Each shot is two turns of a chat; all that stands between texts was cut once from a chat template.
+    """Each shot is two turns of a chat; the fixed parts around texts were extracted once from a chat template.
 
     White space at the end of a constant, as in ``[INST] ``, is kept apart: tokenizers join a space to the word behind
     it, so it is encoded with the text that follows.
 
     Attributes:
-        opening_text: Before the first query where there is no instruction.
+        preamble_text: Before the first query where there is no instruction.
         before_instruction: Before an instruction.
         after_instruction: Between an instruction and the first query.
         separator: Between a query and its answer: the generation prompt.
         before_answer: White space that opens an answer.
         end_of_answer: Ends an answer, up to its control token.
-        between_text: Between the end of an answer and the next query.
+        inter_turn_text: Between the end of an answer and the next query.
         trimmed: The texts from whose ends the template takes white space.
         instruction_in: Where an instruction stands: a system turn, or the first query's turn where there is none.
         template_arguments: That the template was given; whoever sends messages to a server must give them too.
     """
 
     kind: Literal["chat"] = "chat"
-    opening_text: str
+    preamble_text: str
     before_instruction: str
     after_instruction: str
     before_answer: str
-    between_text: str
-    trimmed: tuple[Part, ...]
+    inter_turn_text: str
+    trimmed: tuple[TextRole, ...]
     instruction_in: Literal["system", "first_turn"]
     template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
-    def opening(self, instruction: str) -> tuple[Piece, ...]:
+    def preamble(self, instruction: str) -> tuple[Segment, ...]:
         """Return all up to the first query, a system turn with the instruction included."""
         if not self.has_instruction(instruction):
-            return _control(self.opening_text.rstrip(" "))
+            return _control(self.preamble_text.rstrip(" "))
         lead = _spaces_at_the_end(self.before_instruction)
         return (
             *_control(self.before_instruction.rstrip(" ")),
-            Piece(lead + self.trim("instruction", instruction)),
+            Segment(lead + self.trim("instruction", instruction)),
             *_control(self.after_instruction.rstrip(" ")),
         )
 
-    def query(self, query: str, place: Place = Place.AFTER_SHOT) -> tuple[Piece, ...]:
+    def query(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[Segment, ...]:
         """Return a query and the generation prompt."""
         before = {
-            Place.FIRST: self.opening_text,
-            Place.AFTER_INSTRUCTION: self.after_instruction,
-            Place.AFTER_SHOT: self.between_text,
-        }[place]
-        return Piece(_spaces_at_the_end(before) + self.trim("query", query)), *_control(self.separator)
+            Preceding.NOTHING: self.preamble_text,
+            Preceding.INSTRUCTION: self.after_instruction,
+            Preceding.DEMONSTRATION: self.inter_turn_text,
+        }[preceding]
+        return Segment(_spaces_at_the_end(before) + self.trim("query", query)), *_control(self.separator)
 
-    def answer(self, answer: str) -> tuple[Piece, ...]:
+    def answer(self, answer: str) -> tuple[Segment, ...]:
         """Return an answer, and the end of its turn."""
-        return Piece(self.before_answer + self.trim("answer", answer)), *_control(self.end_of_answer)
+        return Segment(self.before_answer + self.trim("answer", answer)), *_control(self.end_of_answer)
 
     @property
-    def between(self) -> tuple[Piece, ...]:
+    def inter_turn(self) -> tuple[Segment, ...]:
         """The opening of the next query's turn."""
-        return _control(self.between_text.rstrip(" "))
+        return _control(self.inter_turn_text.rstrip(" "))
 
     @property
     def begins_with_bos(self) -> bool:
@@ -238,19 +238,19 @@ class ChatFormat(TextFormat):
         return False
 
     @property
-    def constants(self) -> tuple[Piece, ...]:
+    def constants(self) -> tuple[Segment, ...]:
         """Openings and endings of all turns."""
-        openings = self.opening_text, self.before_instruction, self.after_instruction, self.between_text
+        openings = self.preamble_text, self.before_instruction, self.after_instruction, self.inter_turn_text
         texts = (*(text.rstrip(" ") for text in openings), self.separator, self.end_of_answer)
-        return tuple(piece for text in texts for piece in _control(text))
+        return tuple(segment for text in texts for segment in _control(text))
 
     def has_instruction(self, instruction: str) -> bool:
         """Tell whether anything of an instruction is left where the template trims it."""
         return bool(self.trim("instruction", instruction))
 
-    def trim(self, part: Part, text: str) -> str:
+    def trim(self, role: TextRole, text: str) -> str:
         """Take white space off where the template does."""
-        return text.strip() if part in self.trimmed else text
+        return text.strip() if role in self.trimmed else text
 
 
 AnyFormat = Annotated[PlainFormat | ChatFormat, Field(discriminator="kind")]
@@ -348,13 +348,13 @@ _NAMES_TAKEN = frozenset(
 )
 
 
-def text_of(pieces: Iterable[Piece]) -> str:
-    """Join pieces."""
-    return "".join(piece.text for piece in pieces)
+def text_of(segments: Iterable[Segment]) -> str:
+    """Join segments."""
+    return "".join(segment.text for segment in segments)
 
 
-def _control(text: str) -> tuple[Piece, ...]:
-    return (Piece(text, is_control=True),) if text else ()
+def _control(text: str) -> tuple[Segment, ...]:
+    return (Segment(text, is_control=True),) if text else ()
 
 
 def _spaces_at_the_end(text: str) -> str:

@@ -276,7 +276,7 @@ class _Curve:
         """Describe the context in tokens, and whether training ever went so far."""
         engine, task, encoder = self.engine, self.task, self.engine.encoder
         prefix_ids = encoder.encode_prefix(task.instruction(), shown)
-        place = encoder.place(task.instruction(), len(shown))
+        place = encoder.preceding(task.instruction(), len(shown))
         query_ids = (encoder.query_ids(one.query.text, place) for one in task.test)
         trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
         num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)

@@ -95,6 +95,9 @@ def _of_this_version(content: Any) -> Any:
     text_format = dict(content.get("text_format") or {})
     if (end := text_format.pop("terminator", None)) is not None:
         text_format["end_of_answer"] = end
+    for earlier, name in (("opening_text", "preamble_text"), ("between_text", "inter_turn_text")):
+        if earlier in text_format:
+            text_format[name] = text_format.pop(earlier)
     if text_format.get("kind", "plain") == "plain":
         text_format["end_is_control_token"] = False
         text_format |= {} if end is None else {"end_of_instruction": end}
@@ -115,7 +118,7 @@ def format_to_ask_in(
         manifest: What the model remembers of its fine-tuning; None where it was not fine-tuned here.
         kind: Kind of format that the user asks for.
         end_of_answer: End-of-answer text, or control token, that the user asks for.
-        tasks: Tasks whose rows a chat template and the pieces cut from it must write alike.
+        tasks: Tasks whose rows a chat template and the segments cut from it must write alike.
 
     Raises:
         UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end is

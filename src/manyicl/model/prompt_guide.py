@@ -146,13 +146,13 @@ def _pieces(encoder: Encoder) -> str:
     opening, turn = ("instruction, blank line", "query, separator")
     if isinstance(text_format, ChatFormat):
         opening, turn = ("opening, instruction", "query, its turn's end")
-    pieces = [(opening, text_of(text_format.opening(INSTRUCTION)))]
+    pieces = [(opening, text_of(text_format.preamble(INSTRUCTION)))]
     for shot, example in enumerate(DEMONSTRATIONS):
-        query = text_format.query(example.query.text, encoder.place(INSTRUCTION, shot))
+        query = text_format.query(example.query.text, encoder.preceding(INSTRUCTION, shot))
         pieces.append((turn, text_of(query)))
         pieces.append(("answer, its end", text_of(text_format.answer(example.answer))))
-        if text_format.between:
-            pieces.append(("opening of a turn", text_of(text_format.between)))
+        if text_format.inter_turn:
+            pieces.append(("opening of a turn", text_of(text_format.inter_turn)))
     pieces.append((turn, text_of(text_format.query(ASKED))))
     return "\n".join(f"{name:<25}{json.dumps(piece)}" for name, piece in pieces)
 
@@ -300,7 +300,7 @@ manifest = read_manifest(folder)
 encoder = Encoder(load_tokenizer(folder), manifest.text_format if manifest else None)
 instruction = task.instruction()
 prefix = encoder.encode_prefix(instruction, demonstrations)
-place = encoder.place(instruction, len(demonstrations))
+place = encoder.preceding(instruction, len(demonstrations))
 query = encoder.query_ids(task.query({{"text": "I lost my card"}}).text, place)
 body = {{
     "model": folder,

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from manyicl.episodes.text_format import Piece, PlainFormat, text_of
+from manyicl.episodes.text_format import PlainFormat, Segment, text_of
 from manyicl.errors import UserError, did_you_mean
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
@@ -34,9 +34,9 @@ UNKNOWN, PADDING, END = "<unk>", "<pad>", "<eos>"
 def train_tokenizer(
     tasks: Sequence[Task], settings: TokenizerSettings, text_format: PlainFormat
 ) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on instructions, queries and answers, piece by piece as they will be encoded."""
+    """Train a tokenizer on instructions, queries and answers, segment by segment as they will be encoded."""
     tokenizer, trainer = _word_level(settings) if settings.kind == "word" else _byte_level_bpe(settings)
-    tokenizer.train_from_iterator(training_pieces(tasks, text_format), trainer)
+    tokenizer.train_from_iterator(training_segments(tasks, text_format), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PADDING,
@@ -46,19 +46,19 @@ def train_tokenizer(
     )
 
 
-def training_pieces(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator[str]:
+def training_segments(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator[str]:
     """Yield the texts that training rows are made of; test rows are never looked at."""
     for task in tasks:
-        yield text_of(text_format.opening(task.instruction()))
+        yield text_of(text_format.preamble(task.instruction()))
         yield from (_written(text_format.answer(label)) for label in task.labels or ())
         for example in task.train:
             yield text_of(text_format.query(example.query.text))
             yield _written(text_format.answer(example.answer))
 
 
-def _written(pieces: Iterable[Piece]) -> str:
-    """Join pieces without control tokens, which a tokenizer does not learn from text."""
-    return text_of(piece for piece in pieces if not piece.is_control)
+def _written(segments: Iterable[Segment]) -> str:
+    """Join segments without control tokens, which a tokenizer does not learn from text."""
+    return text_of(segment for segment in segments if not segment.is_control)
 
 
 def _word_level(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Trainer]:

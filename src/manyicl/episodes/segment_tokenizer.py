@@ -1,4 +1,4 @@
-"""One piece -> token ids, and back: markers before words, control tokens, bytes of broken characters."""
+"""One segment -> token ids, and back: markers before words, control tokens, bytes of broken characters."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from manyicl.episodes.text_format import Piece
+from manyicl.episodes.text_format import Segment
 from manyicl.errors import UserError
 
 REPLACEMENT = "\ufffd"
 
 
-class PieceTokenizer:
-    """Encodes pieces by themselves so that their tokens join to those of the whole text.
+class SegmentTokenizer:
+    """Encodes segments by themselves so that their tokens join to those of the whole text.
 
     SentencePiece-style tokenizers put a leading space marker before every text they are given. Here only the first
-    piece of a sequence gets one, which a copy of the backend tokenizer with that marker switched off takes care of.
-    Control tokens are recognised in control pieces alone: a row that spells out ``</s>`` means these characters.
+    segment of a sequence gets one, which a copy of the backend tokenizer with that marker switched off takes care of.
+    Control tokens are recognised in control segments alone: a row that spells out ``</s>`` means these characters.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, constants: Sequence[Piece]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, constants: Sequence[Segment]) -> None:
         """Copy the backend of a fast tokenizer.
 
         Args:
@@ -39,7 +39,7 @@ class PieceTokenizer:
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast backend; expected a tokenizer with a tokenizer.json."
             )
-        written = "".join(piece.text for piece in constants if piece.is_control)
+        written = "".join(segment.text for segment in constants if segment.is_control)
         description = _with_special_tokens(json.loads(backend.to_str()), written)
         self._first = _copy(description)
         self._inner = _copy(_without_leading_marker(description))
@@ -51,32 +51,32 @@ class PieceTokenizer:
         if written:
             self._control_first = _copy(description, with_control_tokens=True)
             self._control_inner = _copy(_without_leading_marker(description), with_control_tokens=True)
-        for piece in constants:
-            self._require_kept(piece)
+        for segment in constants:
+            self._require_kept(segment)
 
-    def _require_kept(self, piece: Piece) -> None:
-        """Refuse a tokenizer that loses a piece of the format."""
-        decoded = self.decode(self.encode(piece))
-        if piece.is_control and self._strips:
+    def _require_kept(self, segment: Segment) -> None:
+        """Refuse a tokenizer that loses a segment of the format."""
+        decoded = self.decode(self.encode(segment))
+        if segment.is_control and self._strips:
             # Some control tokens take the white space beside them along, in the template's own text as well.
-            same = "".join(decoded.split()) == "".join(piece.text.split())
+            same = "".join(decoded.split()) == "".join(segment.text.split())
         else:
-            same = decoded == piece.text
+            same = decoded == segment.text
         if not same:
-            remedy = "or another separator and terminator" if not piece.is_control else "or format.kind: plain"
+            remedy = "or another separator and terminator" if not segment.is_control else "or format.kind: plain"
             raise UserError(
-                f"The tokenizer does not keep {piece.text!r}, which the format needs: it decodes to {decoded!r}. "
+                f"The tokenizer does not keep {segment.text!r}, which the format needs: it decodes to {decoded!r}. "
                 f"Use a tokenizer that keeps line breaks, {remedy}."
             )
 
-    def encode(self, piece: Piece, opens_sequence: bool = False) -> tuple[int, ...]:
-        """Encode one piece; ``opens_sequence`` says that no text stands before it."""
-        if piece.is_control:
+    def encode(self, segment: Segment, opens_sequence: bool = False) -> tuple[int, ...]:
+        """Encode one segment; ``opens_sequence`` says that no text stands before it."""
+        if segment.is_control:
             # Some tokenizers put their marker behind every control token, so they decide what follows one.
-            decides = opens_sequence or piece.text.startswith(self._added)
+            decides = opens_sequence or segment.text.startswith(self._added)
             backend = self._control_first if decides else self._control_inner
-            return tuple(backend.encode(piece.text, add_special_tokens=False).ids)
-        return self._encode_text(piece.text, self._first if opens_sequence else self._inner)
+            return tuple(backend.encode(segment.text, add_special_tokens=False).ids)
+        return self._encode_text(segment.text, self._first if opens_sequence else self._inner)
 
     def _encode_text(self, text: str, backend: Tokenizer) -> tuple[int, ...]:
         """Encode a text without control tokens; a Unigram vocabulary spells out ``</s>`` with the very token."""
