@@ -187,8 +187,8 @@ def measure_queries(model: PreTrainedModel) -> None:
     print("| Way | ms per query | times ours |\n| --- | ---: | ---: |")
     for name, value in (
         ("floor: bare linear layers and attention calls", floor),
-        ("packed behind one prefix (manyicl)", per_query),
-        ("the same, answers of one token and a terminator", with_terminator / NUM_QUERIES),
+        ("packed after one prefix (manyicl)", per_query),
+        ("the same, answers of one token and an end-of-answer token", with_terminator / NUM_QUERIES),
         ("the same, one query alone", single),
         ("transformers, copied cache, batch 8", seconds[8]),
         ("transformers, copied cache, batch 1", seconds[1]),
@@ -220,7 +220,7 @@ def measure_labels(model: PreTrainedModel) -> None:
     """Best-first expansion and one full pass over the trie."""
     prefix, asked = random_ids(NUM_PREFIX, 0), queries()
     head = model.get_output_embeddings().weight
-    print("\n## The best of a label set: likeliest first, or the whole trie at once\n")
+    print("\n## The best of a label set: most probable first, or the whole trie at once\n")
     print(
         "| Labels | Inner nodes | Queries | Head | best-first, ms per query | tokens read | full pass, ms per query "
         "| ratio | same answers |\n| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
@@ -323,7 +323,7 @@ def draw_lengths(lengths: Sequence[int], ours: Sequence[float], copied: Sequence
 
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     axes.plot(lengths, copied, "o-", color="0.55", label="transformers, copied cache, batch 8")
-    axes.plot(lengths, ours, "o-", color="tab:blue", label="packed behind one prefix")
+    axes.plot(lengths, ours, "o-", color="tab:blue", label="packed after one prefix")
     axes.set(xscale="log", yscale="log", xlabel="tokens of demonstrations", ylabel="milliseconds per query")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
     axes.minorticks_off()

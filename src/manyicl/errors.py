@@ -78,7 +78,7 @@ class UserError(Exception):
 
 
 class QueryError(UserError):
-    """A query cannot be answered; ``row`` says which, so that whoever read it from a file can name the line."""
+    """A query cannot be answered; ``row`` says which, so that the caller who read it from a file can name the line."""
 
 
 class MachineError(Exception):
@@ -105,7 +105,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """Cut what a person wrote down to what a sentence can hold."""
+    """Cut a text down to what a sentence can hold."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from manyicl.errors import UserError
 from manyicl.evaluation.result import (
+    ContextExample,
     PredictedAnswer,
     Result,
     ResultStore,
-    ShownExample,
     file_stem,
     hash_of,
     result_key,
@@ -28,7 +28,7 @@ def make_result(**changes: object) -> Result:
         "source": "toy",
         "data_hash": "0" * 64,
         "num_shots": 4,
-        "num_shots_shown": 4,
+        "num_shots_used": 4,
         "seed": 0,
         "sampling": "balanced",
         "query_seed": 0,
@@ -62,7 +62,7 @@ ANSWER = PredictedAnswer(
     scores={},
     log_probability=-1,
 )
-SHOWN = ShownExample(origin="train.jsonl:7", query="a\u2029b", answer="c")
+SHOWN = ContextExample(origin="train.jsonl:7", query="a\u2029b", answer="c")
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_record_of_version_1_is_read(tmp_path: Path) -> None:
         1,
     )
     assert len(store.predictions(result)) == result.num_queries == 2
-    assert len(store.context(result)) == result.num_shots_shown == 6
+    assert len(store.context(result)) == result.num_shots_used == 6
     assert ResultStore(tmp_path).save(result, [], []).name == next(folder.glob("*.result.json")).name
 
 

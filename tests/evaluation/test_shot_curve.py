@@ -139,8 +139,8 @@ def test_a_task_with_too_few_rows_shows_all_it_has_and_says_so(tmp_path: Path) -
     task = make_task(train=[make_example(f"row {i}", ("good", "bad")[i % 2]) for i in range(5)])
     settings = EvaluationSettings(shots=(4, 64), num_seeds=1, num_queries=3)
     few, many = measure(OracleEngine(), [task], tmp_path, settings).results
-    assert (few.num_shots_shown, few.num_shots_missing) == (4, 0)
-    assert (many.num_shots, many.num_shots_shown, many.num_shots_missing) == (64, 5, 59)
+    assert (few.num_shots_used, few.num_shots_missing) == (4, 0)
+    assert (many.num_shots, many.num_shots_used, many.num_shots_missing) == (64, 5, 59)
 
 
 def test_a_full_context_drops_demonstrations_and_is_answered_once(tmp_path: Path) -> None:
@@ -148,11 +148,11 @@ def test_a_full_context_drops_demonstrations_and_is_answered_once(tmp_path: Path
     settings = EvaluationSettings(shots=(2, 30, 40), num_seeds=1, num_queries=5)
     fits, full, fuller = measure(engine, [make_task()], tmp_path, settings).results
     assert fits.num_shots_dropped == 0
-    assert full.num_shots_shown + full.num_shots_dropped == 30
-    assert 2 < full.num_shots_shown < 30
+    assert full.num_shots_used + full.num_shots_dropped == 30
+    assert 2 < full.num_shots_used < 30
     assert full.num_context_tokens <= 150
     assert fuller.num_shots_dropped > full.num_shots_dropped
-    assert full.seconds == fuller.seconds or full.num_shots_shown != fuller.num_shots_shown
+    assert full.seconds == fuller.seconds or full.num_shots_used != fuller.num_shots_used
 
 
 def test_a_query_longer_than_the_context_is_passed_over_and_counted(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path
         engine, [task, free], tmp_path / "b", EvaluationSettings(shots=(6,), num_seeds=1, num_queries=5)
     )
     for one, other in zip(whole.results[2::3], alone.results, strict=True):
-        assert one.num_shots_shown == 6
+        assert one.num_shots_used == 6
         assert one.prompt_hash == other.prompt_hash
         assert one.key == other.key
         extended, anew = (ResultStore(tmp_path / folder).predictions(one) for folder in "ab")

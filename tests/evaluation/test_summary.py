@@ -19,7 +19,7 @@ def scored(model: str, task: str, shots: int, scores: tuple[float, ...], **chang
         "model_fingerprint": model * 8,
         "task": task,
         "num_shots": shots,
-        "num_shots_shown": shots,
+        "num_shots_used": shots,
         "query_scores": scores,
         "score": sum(scores) / len(scores),
         "num_queries": len(scores),

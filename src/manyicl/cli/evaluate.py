@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
+from manyicl.cli.options import DataRoot, Device, Dtype, EndOfAnswer, MaxContextTokens, TextFormat, WorkingMemoryMib
 from manyicl.errors import UserError, counted, shortened
 from manyicl.outputs import require_output_folder
 
@@ -27,18 +27,12 @@ def evaluate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")],
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
     seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
-    queries: Annotated[int, typer.Option(min=1, help="Test rows asked of each task.")] = 200,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
-    ] = None,
-    working_memory_mib: Annotated[
-        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the query order and of the first draw.")] = 0,
+    queries: Annotated[int, typer.Option(min=1, help="Test queries of each task.")] = 200,
+    data_root: DataRoot = None,
+    working_memory_mib: WorkingMemoryMib = None,
+    seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
-    max_context_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
-    ] = None,
+    max_context_tokens: MaxContextTokens = None,
     text_format: TextFormat = None,
     end_of_answer: EndOfAnswer = None,
     dtype: Dtype = None,
@@ -47,7 +41,7 @@ def evaluate_command(
     """Measure how a model's score grows with the number of examples in its context.
 
     Every task, shot count and seed becomes one record in the output folder; a second run skips what is there. The
-    same test rows are asked at every shot count, seed and model, so that models can be compared pair by pair.
+    same test queries are answered at every shot count, seed and model, so that models can be compared pair by pair.
 
     Examples:
 
@@ -105,7 +99,7 @@ def measure_with_progress(
     name: str | None,
     console: Console,
 ) -> ShotCurves:
-    """Measure shot curves and show how far they are."""
+    """Measure shot curves and show the progress."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from manyicl.evaluation.result import Result

@@ -64,7 +64,7 @@ def common_options(
 
 
 def main() -> None:
-    """Run a command; a person's mistake ends with 2, a machine's failure with 1, never with a traceback."""
+    """Run a command; a mistake of the user ends with 2, a failure of the machine with 1, never with a traceback."""
     _quiet_libraries()
     _write_utf8()
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def print_error(error: UserError, console: Console) -> None:
-    """Print the sentence of a user's mistake."""
+    """Print the sentence of a mistake."""
     console.print(f"[bold red]error[/] {escape(str(error))}")
 
 

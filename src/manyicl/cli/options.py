@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,15 @@ EndOfAnswer = Annotated[
         help="Text that ends an answer, or a control token of the tokenizer such as '<|im_end|>', for a model that was "
         "not fine-tuned here. [default: a blank line]",
     ),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+]
+MaxContextTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+]
+WorkingMemoryMib = Annotated[
+    int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")]

@@ -22,7 +22,7 @@ from manyicl.tasks.words import folded, parts
 References = Sequence[str]
 
 _PUNCTUATION = regex.compile(rf"[\p{{P}}\p{{Sc}}{regex.escape(string.punctuation)}]")
-# The Ethiopic mark that stands where other scripts leave a space.
+# The Ethiopic mark that separates words, as a space does in other scripts.
 _WORD_SPACE = "\u1361"
 _ARTICLE = regex.compile(r"(?<![\w\p{M}])(?:a|an|the)(?![\w\p{M}])")
 

@@ -44,7 +44,7 @@ _GROUPED = tuple(
 )
 _RESULT_FOLLOWS = regex.compile(r"####|=|\banswer\s*(?:is\b|:)", regex.IGNORECASE)
 
-# Signs of other scripts and keyboards that stand for one of ASCII's in a number.
+# Signs of other scripts and keyboards, and the ASCII sign that each is in a number.
 _SIGNS = str.maketrans(
     {
         **dict.fromkeys("\u2212\ufe63\uff0d", "-"),
@@ -56,7 +56,7 @@ _SIGNS = str.maketrans(
         "\uff0b": "+",
     }
 )
-# A hyphen or an en dash is a minus only where it stands before a number and behind nothing; else it is a dash.
+# A hyphen or an en dash is a minus only before a number and after nothing; otherwise it is a dash.
 _DASH_AS_MINUS = regex.compile(r"(?<![^\s(\[{=])[\u2010\u2011\u2013](?=[0-9.\p{Sc}])")
 _CURRENCY = regex.compile(r"\p{Sc}")
 # Python refuses to read integers of more than 4,300 digits; a looping model writes them.
@@ -69,7 +69,7 @@ def last_number(text: str) -> Number | None:
 
     A comma groups digits only before exactly three of them, or as in India; one between other digits without a
     space is not clear. A percent sign, a currency and any other unit are passed over: ``50%`` is 50, not 0.5. A minus
-    counts as a sign where nothing that could be subtracted from stands before it.
+    counts as a sign unless something before it could be subtracted from.
     """
     found = _numbers(text)
     return found[-1] if found else None
@@ -78,7 +78,7 @@ def last_number(text: str) -> Number | None:
 def only_number(text: str) -> Number | None:
     """Return the number a reference means, or None where it means something else.
 
-    A reference with one number means it; with several, the part behind its last ``####``, ``=`` or "answer is"
+    A reference with one number means it; with several, the part after its last ``####``, ``=`` or "answer is"
     must have one. ``628, 372`` and ``2^11 - 1`` mean no single number.
     """
     found = _numbers(text)

@@ -30,6 +30,7 @@ class _Record(BaseModel):
 # Names of fields in records of version 1.
 _RENAMED = {
     "num_shots_asked": "num_shots",
+    "num_shots_shown": "num_shots_used",
     "num_shots_left_out": "num_shots_dropped",
     "num_queries_left_out": "num_queries_skipped",
 }
@@ -48,7 +49,7 @@ class Result(_Record):
     num_labels: int | None = Field(None, description="Size of the closed label set; None for other answers.")
 
     num_shots: int = Field(ge=0, description="Requested number of demonstrations.")
-    num_shots_shown: int = Field(ge=0, description="Demonstrations in the context.")
+    num_shots_used: int = Field(ge=0, description="Demonstrations in the context.")
     num_shots_missing: int = Field(0, ge=0, description="Requested beyond the task's training rows.")
     num_shots_dropped: int = Field(0, ge=0, description="Dropped because they did not fit the context.")
     seed: int = Field(description="Seed of the draw of demonstrations.")
@@ -97,9 +98,10 @@ class Result(_Record):
     @model_validator(mode="before")
     @classmethod
     def _of_version_1(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or fields.get("record_version") != 1:
+        if not isinstance(fields, dict):
             return fields
-        return {_RENAMED.get(name, name): value for name, value in fields.items()} | {"record_version": 2}
+        renamed = {_RENAMED.get(name, name): value for name, value in fields.items()}
+        return {**renamed, "record_version": 2} if fields.get("record_version") == 1 else renamed
 
     @property
     def stem(self) -> str:
@@ -119,7 +121,7 @@ class PredictedAnswer(_Record):
     stopped: bool = Field(True, description="False if the answer was cut at the token limit.")
 
 
-class ShownExample(_Record):
+class ContextExample(_Record):
     """One line of a context file: a demonstration, in the order of the context."""
 
     origin: str
@@ -141,7 +143,7 @@ def hash_of(*texts: str) -> str:
 
 
 def file_stem(task: str, num_shots: int, seed: int, key: str) -> str:
-    """Return a file name that a person can read and that the key makes unique."""
+    """Return a readable file name that the key makes unique."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip("-.")[:60] or "task"
     return f"{readable}-{num_shots}shots-seed{seed}-{key}"
 
@@ -166,7 +168,7 @@ class ResultStore:
         path = self.folder / f"{stem}{RECORD_ENDING}"
         return read_record(path) if path.is_file() else None
 
-    def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ShownExample]) -> Path:
+    def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
         """Write predictions and context, then the record: a record is there only if the rest is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(result, PREDICTIONS_ENDING), _lines(predictions))
@@ -202,9 +204,9 @@ class ResultStore:
         """Read the predictions of a result; empty where their file was not kept."""
         return self._lines_of(result, PREDICTIONS_ENDING, PredictedAnswer)
 
-    def context(self, result: Result) -> list[ShownExample]:
+    def context(self, result: Result) -> list[ContextExample]:
         """Read the demonstrations of a result in order; empty where their file was not kept."""
-        return self._lines_of(result, CONTEXT_ENDING, ShownExample)
+        return self._lines_of(result, CONTEXT_ENDING, ContextExample)
 
     def _path(self, result: Result, ending: str) -> Path:
         return self._folders.get(result.stem, self.folder) / f"{result.stem}{ending}"

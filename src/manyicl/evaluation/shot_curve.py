@@ -23,10 +23,10 @@ from manyicl.errors import UserError
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
 from manyicl.evaluation.result import (
+    ContextExample,
     PredictedAnswer,
     Result,
     ResultStore,
-    ShownExample,
     file_stem,
     hash_of,
     result_key,
@@ -215,23 +215,23 @@ class _Curve:
         num_available = min(num_shots, len(self.task.train))
         self._answer_after(self.task.demonstrations(num_available, seed, self.conditions["sampling"]))
         assert self._prefix is not None, "the queries were answered after it"
-        shown = self._prefix.demonstrations
+        demonstrations = self._prefix.demonstrations
         result = Result(
             key=key,
             num_shots=num_shots,
-            num_shots_shown=len(shown),
+            num_shots_used=len(demonstrations),
             num_shots_missing=num_shots - num_available,
-            num_shots_dropped=num_available - len(shown),
+            num_shots_dropped=num_available - len(demonstrations),
             seed=seed,
             seconds=self._seconds,
             created=datetime.now(UTC),
             **self.conditions,
             **self.description,
             **_scores(self.task, self._answers),
-            **_baselines(self.task, shown),
-            **self._context(shown),
+            **_baselines(self.task, demonstrations),
+            **self._context(demonstrations),
         )
-        context = (ShownExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in shown)
+        context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in demonstrations)
         self.store.save(result, self._answers, context)
         return result, False
 
@@ -272,19 +272,19 @@ class _Curve:
         ]
         self._seconds = time.perf_counter() - start
 
-    def _context(self, shown: Sequence[Example]) -> dict[str, Any]:
+    def _context(self, demonstrations: Sequence[Example]) -> dict[str, Any]:
         """Describe the context in tokens, and whether training ever went so far."""
         engine, task, encoder = self.engine, self.task, self.engine.encoder
-        prefix_ids = encoder.encode_prefix(task.instruction(), shown)
-        place = encoder.preceding(task.instruction(), len(shown))
-        query_ids = (encoder.query_ids(one.query.text, place) for one in task.test)
+        prefix_ids = encoder.encode_prefix(task.instruction(), demonstrations)
+        preceding = encoder.preceding(task.instruction(), len(demonstrations))
+        query_ids = (encoder.query_ids(one.query.text, preceding) for one in task.test)
         trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
         num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)
         return {
             "prompt_hash": hash_of(str(prefix_ids), *map(str, query_ids)),
             "num_context_tokens": len(prefix_ids),
             "beyond_training": (trained_tokens is not None and num_tokens > trained_tokens)
-            or (trained_shots is not None and len(shown) > trained_shots),
+            or (trained_shots is not None and len(demonstrations) > trained_shots),
         }
 
 

@@ -16,10 +16,10 @@ from manyicl.errors import counted
 from manyicl.evaluation.report.lines import notes, sections
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.result import (
+    ContextExample,
     PredictedAnswer,
     Result,
     ResultStore,
-    ShownExample,
 )
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
@@ -29,7 +29,7 @@ from manyicl.outputs import require_output_file
 WORKED_SHOTS = 8
 WORKED_QUERIES = 2
 MAX_SHOWN_CHARACTERS = 700
-# What report.html says of itself, and at the end of its title, which older pages have alone.
+# How a page of ours is recognised: its generator, or in older pages the end of its title.
 PAGE_MARKS = (b'<meta name="generator" content="manyicl">', " · manyicl</title>".encode())
 
 
@@ -177,7 +177,7 @@ def _findings(summary: Summary) -> list[Finding]:
 
 
 def _compared(difference: Estimate) -> str:
-    """Say how a difference was measured, and whether it is told apart from none."""
+    """Say how a difference was measured, and whether its interval excludes 0."""
     is_paired = difference.pairing == "paired"
     measured = "paired over the same queries" if is_paired else "not paired: other queries, seeds or number of them"
     if difference.interval is None:
@@ -213,7 +213,7 @@ class WorkedTask:
     metric: str
     num_shots: int
     seed: int
-    context: list[ShownExample]
+    context: list[ContextExample]
     queries: list[WorkedQuery]
 
 
@@ -235,14 +235,14 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
     if not answers:
         return None
     # A model with a shorter context may have fewer demonstrations; it is then not part of this comparison.
-    shown = next(iter(answers))
-    result, context = results[shown], store.context(results[shown])
+    result = results[next(iter(answers))]
+    context = store.context(result)
     answers = {model: lines for model, lines in answers.items() if store.context(results[model]) == context}
     return WorkedTask(
         task=task,
         family=summary.families[task],
         metric=result.metric,
-        num_shots=result.num_shots_shown,
+        num_shots=result.num_shots_used,
         seed=result.seed,
         context=context,
         queries=[_worked_query(answers, result, i) for i in range(min(WORKED_QUERIES, result.num_queries))],
@@ -250,16 +250,16 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
 
 
 def _worked_query(answers: dict[str, list[PredictedAnswer]], result: Result, position: int) -> WorkedQuery:
-    asked = next(iter(answers.values()))[position]
+    first = next(iter(answers.values()))[position]
     same = {
         model: lines[position]
         for model, lines in answers.items()
-        if position < len(lines) and lines[position].query == asked.query
+        if position < len(lines) and lines[position].query == first.query
     }
     return WorkedQuery(
-        query=asked.query,
-        references=asked.references,
-        origin=asked.origin,
+        query=first.query,
+        references=first.references,
+        origin=first.origin,
         answers=[
             (model, line, line.scores.get(result.metric, line.scores.get("accuracy"))) for model, line in same.items()
         ],

@@ -24,7 +24,7 @@ from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Summary, summarise
 from manyicl.printing import printable
 
-# Distinct for colour-blind readers, and of middle lightness so that they stand on white and on near-black.
+# Distinct for colour-blind readers, and of middle lightness so that they are visible on white and on near-black.
 MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a")
 TFIDF_COLOUR = "#d98324"
 
@@ -32,7 +32,7 @@ PICTURE_ENDINGS = (".svg", ".png", ".pdf")
 # What a picture says of who made it.
 _AUTHOR = "manyicl report"
 
-# In a page the ink follows the reader's theme: these stand in for it until the SVG is written.
+# In a page the ink follows the reader's theme: these are its placeholders until the SVG is written.
 _INK, _FAINT = "#010203", "#040506"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -51,7 +51,7 @@ def _style(salt: str) -> Any:
 
 
 def shot_position(shots: int, smallest: int = 1) -> float:
-    """Place a shot count on a logarithmic axis; 0 stands one doubling left of the smallest other count."""
+    """Place a shot count on a logarithmic axis; 0 is one doubling left of the smallest other count."""
     return math.log2(shots) if shots > 0 else math.log2(max(smallest, 1)) - 1
 
 
@@ -110,7 +110,7 @@ def plot_shot_curves(
 
 @contextmanager
 def _without_glyph_warnings() -> Iterator[None]:
-    """Pass over letters that this machine has no font for: an SVG holds them as text, for the fonts of its reader."""
+    """Silence warnings of letters that no font here has: an SVG keeps them as text, for the fonts of its reader."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
@@ -118,7 +118,7 @@ def _without_glyph_warnings() -> Iterator[None]:
 
 
 def _as_text(name: str) -> str:
-    """Return a name that matplotlib takes as it stands: no formula between dollars, no line of a hidden curve."""
+    """Return a name that matplotlib draws as it is: no formula between dollars, no line of a hidden curve."""
     plain = printable(name).replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
