@@ -36,11 +36,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from manyicl.engine.backend import Wanted
 from manyicl.engine.engine import Engine
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import WorkingMemory
-from manyicl.engine.prefix_cache import encode_behind
-from manyicl.engine.scoring import LabelSearch, Strategy, Wanted, score_labels
+from manyicl.engine.prefix_cache import extend_blocks
+from manyicl.engine.scoring import LabelSearch, Strategy, score_labels
 from manyicl.model.attention import ATTENTION
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, fingerprint
@@ -156,7 +157,7 @@ def measure_queries(model: PreTrainedModel) -> None:
     """One-token answers: milliseconds per query."""
     prefix, asked = random_ids(NUM_PREFIX, 0), queries()
     labels = [(token,) for token in range(2000, 2006)]
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     ours = best_of(5, lambda: search(model, blocks, asked, labels))
     with_terminator = best_of(3, lambda: search(model, blocks, asked, [(*label, 7) for label in labels]))
     answers = [one.best for one in search(model, blocks, asked, labels)]
@@ -229,7 +230,7 @@ def measure_labels(model: PreTrainedModel) -> None:
         with torch.no_grad():
             # Tied to the embeddings: norms undo the scale on the way in.
             head.mul_(sharpness)
-        blocks = encode_behind(model, (), prefix)
+        blocks = extend_blocks(model, (), prefix)
         for num_labels in (2, 6, 16, 77, 150):
             labels = label_set(num_labels)
             some = asked[: min(num_in_flight, 8 if num_labels >= 77 else num_in_flight)]
@@ -264,11 +265,11 @@ def measure_curve(model: PreTrainedModel) -> None:
         blocks: tuple[Block, ...] = ()
         start = 0
         for end in points:
-            blocks = encode_behind(model, blocks, prefix[start:end])
+            blocks = extend_blocks(model, blocks, prefix[start:end])
             start = end
 
     def longest() -> None:
-        encode_behind(model, (), prefix)
+        extend_blocks(model, (), prefix)
 
     longest()
     pairs = [(seconds_of(nested), seconds_of(longest)) for _ in range(5)]
@@ -295,7 +296,7 @@ def measure_lengths(model: PreTrainedModel, plot: Path | None) -> None:
     print("| ---: | ---: | ---: | ---: |")
     while (length := 256 << len(lengths)) <= len(ids):
         start = blocks[-1].end if blocks else 0
-        blocks = encode_behind(model, blocks, ids[start:length])
+        blocks = extend_blocks(model, blocks, ids[start:length])
         seconds = best_of(3, partial(search, model, blocks, asked, labels)) / len(asked)
         model.set_attn_implementation("sdpa")
         cache = DynamicCache()
@@ -353,11 +354,11 @@ def memory_in_this_process() -> None:
     asked = queries()
     labels = [(token,) for token in range(2000, 2006)]
     # Kernels keep buffers of their own from their first call on; that is not memory per query.
-    warm = encode_behind(model, (), random_ids(64, 9))
+    warm = extend_blocks(model, (), random_ids(64, 9))
     search(model, warm, asked[:2], labels)
     del warm
     loaded = forget_peak()
-    blocks = encode_behind(model, (), random_ids(NUM_PREFIX, 0))
+    blocks = extend_blocks(model, (), random_ids(NUM_PREFIX, 0))
     prefill_peak = resident_mib("VmHWM")
     behind = forget_peak()
     search(model, blocks, asked, labels)
@@ -423,7 +424,7 @@ def measure_compiled(model: PreTrainedModel) -> None:
     spec = TaskSpec(name="words", family="classification", query_template="{{ text }}", labels=labels)
     task = Task(spec, tuple(examples))
     loaded = LoadedModel(model, word_tokenizer(), None, fingerprint(model), "135M")
-    engine = Engine(loaded)
+    engine = Engine.local(loaded)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "words.prefix"
         prefix = engine.prefill(task, task.train)

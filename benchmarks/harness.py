@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from manyicl.engine.label_trie import num_shared_tokens, tries_of
 from manyicl.engine.packing import WorkingMemory
-from manyicl.engine.prefix_cache import encode_behind
+from manyicl.engine.prefix_cache import extend_blocks
 from manyicl.engine.scoring import score_labels
 from manyicl.evaluation.harness import HarnessModel
 from manyicl.model.manifest import library_versions
@@ -196,11 +196,11 @@ def measure_best(
     contexts = list(labels)
     num_shared = min(num_shared_tokens(contexts[0], other) for other in contexts[1:])
     started = time.perf_counter()
-    blocks = encode_behind(model.model, (), contexts[0][:num_shared])
+    blocks = extend_blocks(model.model, (), contexts[0][:num_shared])
     prefill = time.perf_counter() - started
     seconds = {}
     for mib in BEST_MEMORY_MIB:
-        memory = WorkingMemory.behind(model.model, blocks, mib)
+        memory = WorkingMemory.after(model.model, blocks, mib)
         started = time.perf_counter()
         tries = [tries_of(labels[context], memory.slots_per_query()) for context in contexts]
         score_labels(model.model, blocks, [context[num_shared:] for context in contexts], tries, memory, "best")

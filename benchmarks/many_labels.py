@@ -115,7 +115,7 @@ def main() -> None:
         folder = Path(name)
         write_task(folder, arguments.labels, random.Random(arguments.seed))
         task = timed("load the task", lambda: load_task(folder))
-    engine = Engine(tiny_model(task), max_context_tokens=MAX_CONTEXT_TOKENS)
+    engine = Engine.local(tiny_model(task), max_context_tokens=MAX_CONTEXT_TOKENS)
     queries = [example.query for example in task.test[:200]]
     timed("check it", lambda: check_task(task, engine.encoder, MAX_CONTEXT_TOKENS))
     timed("choose 200 queries", lambda: choose_queries(engine, task, EvaluationSettings(num_queries=200)))

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from manyicl.engine.engine import Engine, Nearest
-from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.evaluation.baselines import majority_answer, nearest_answers
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries
@@ -131,7 +131,7 @@ def measure(engine: Engine, task: Task, num_shared: int, nearest_counts: Sequenc
     )
 
 
-def prefix_with_room(engine: Engine, task: Task, shared: Sequence[Example], ways: dict[str, Nearest]) -> PrefixCache:
+def prefix_with_room(engine: Engine, task: Task, shared: Sequence[Example], ways: dict[str, Nearest]) -> TaskPrefix:
     """Encode the shared demonstrations that leave room for the longest own examples of any way."""
 
     def longest(query: Query) -> tuple[Example, ...]:
@@ -222,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model)
     trained_context = loaded.manifest.max_context_tokens if loaded.manifest else None
-    engine = Engine(loaded, max_context_tokens=arguments.context or trained_context)
+    engine = Engine.local(loaded, max_context_tokens=arguments.context or trained_context)
     nearest_counts = [k for k in arguments.nearest if k > 0]  # none is "shared only"
     settings = EvaluationSettings(num_queries=arguments.queries)
     measured = []

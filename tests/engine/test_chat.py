@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manyicl.engine.decoding import Generation, _append, end_token_ids
+from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.engine import Engine
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.errors import UserError
@@ -14,6 +14,7 @@ from manyicl.model.load import LoadedModel, fingerprint
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Task
 from tests.builders import make_task, tiny_model
+from tests.engine.parts import model_of, written
 from tests.episodes.chat_templates import CHATML, FAMILIES
 from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 
@@ -40,8 +41,8 @@ def prompt_ids(engine: Engine, task: Task, num_shots: int, query: str) -> tuple[
 @pytest.mark.parametrize("instruction", [None, "say good or bad"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_label_scores_as_in_a_full_pass_over_the_conversation(name: str, instruction: str | None) -> None:
-    engine = Engine(chat_model(name))
-    plain = plain_copy(engine.model)
+    engine = Engine.local(chat_model(name))
+    plain = plain_copy(model_of(engine))
     task = make_task(labels=LABELS, instruction=instruction)
     prefix = None
     for num_shots in (0, 1, 4):
@@ -57,8 +58,8 @@ def test_every_label_scores_as_in_a_full_pass_over_the_conversation(name: str, i
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nearest_examples_stand_as_turns_between_the_prefix_and_the_query(name: str) -> None:
-    engine = Engine(chat_model(name))
-    plain = plain_copy(engine.model)
+    engine = Engine.local(chat_model(name))
+    plain = plain_copy(model_of(engine))
     task = make_task(labels=LABELS)
     near = task.train[7:9]
     for num_shots in (0, 2):
@@ -74,9 +75,9 @@ def test_nearest_examples_stand_as_turns_between_the_prefix_and_the_query(name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_stops_at_the_end_of_the_turn_and_counts_its_token(name: str) -> None:
-    engine = Engine(chat_model(name))
+    engine = Engine.local(chat_model(name))
     encoder = engine.encoder
-    plain = plain_copy(engine.model)
+    plain = plain_copy(model_of(engine))
     task = make_task(labels=None, family="qa", metric="exact_match", max_answer_tokens=12)
     prefix = engine.prefill(task, task.demonstrations(3))
     eos, terminator = encoder.tokenizer.eos_token_id, encoder.format.end_of_answer
@@ -94,18 +95,14 @@ def test_generation_stops_at_the_end_of_the_turn_and_counts_its_token(name: str)
 
 
 def test_the_end_of_a_turn_that_is_the_end_of_sequence_token_is_part_of_the_answer() -> None:
-    encoder = Engine(chat_model("Llama 2")).encoder
-    generation = Generation()
+    encoder = Engine.local(chat_model("Llama 2")).encoder
     tokens = encoder.answer_ids("fine")
     assert tokens[-1] == encoder.tokenizer.eos_token_id
-    for token in tokens:
-        _append(generation, token, -0.5, encoder, frozenset({tokens[-1]}))
-    assert (generation.answer, generation.stopped) == ("fine", True)
-    assert generation.log_probability == -0.5 * len(tokens)
+    assert written(AnswerEnd(encoder), tokens) == (len(tokens), "fine", -0.5 * len(tokens))
 
 
 def test_a_compiled_task_keeps_its_turns(tmp_path: Path) -> None:
-    engine = Engine(chat_model("Gemma 2"))
+    engine = Engine.local(chat_model("Gemma 2"))
     task = make_task(labels=LABELS, instruction="say good or bad")
     engine.save(engine.compile(task, task.train[:5]), tmp_path / "toy.prefix")
     loaded = engine.load(tmp_path / "toy.prefix").prefix
@@ -118,25 +115,25 @@ def test_turns_cut_just_now_are_compared_with_the_rows_of_every_task() -> None:
     loaded = chat_model("ChatML (Yi, InternLM2)", taught=False)
     # Cutting behind a word shows in rows alone.
     loaded.tokenizer.chat_template = CHATML.replace("m.content", "m.content.split(' was ')[0]")
-    engine = Engine(loaded, text_format="chat")
+    engine = Engine.local(loaded, text_format="chat")
     with pytest.raises(UserError, match=r"Task 'toy'.*writes this otherwise than the turns cut from it"):
         engine.prefill(make_task())
 
 
 def test_a_turn_ends_where_the_models_own_token_ends_it() -> None:
     """Its white space before the control token may be missing in what an untaught model writes."""
-    encoder = Engine(chat_model("Llama 2")).encoder
+    encoder = Engine.local(chat_model("Llama 2")).encoder
     assert encoder.answer_end_id == encoder.tokenizer.eos_token_id
-    encoder = Engine(chat_model("Gemma 2")).encoder
+    encoder = Engine.local(chat_model("Gemma 2")).encoder
     assert encoder.answer_end_id == encoder.tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    assert encoder.answer_end_id in end_token_ids(Engine(chat_model("Gemma 2")).model, encoder)
+    assert encoder.answer_end_id in AnswerEnd(encoder).token_ids
 
 
 def test_a_model_that_was_not_fine_tuned_here_is_asked_in_its_own_turns_on_request() -> None:
     loaded = chat_model("Llama 3", taught=False)
-    assert Engine(loaded).encoder.format.kind == "plain"
-    assert Engine(loaded, text_format="chat").encoder.format.end_of_answer == "<|eot_id|>"
+    assert Engine.local(loaded).encoder.format.kind == "plain"
+    assert Engine.local(loaded, text_format="chat").encoder.format.end_of_answer == "<|eot_id|>"
     taught = chat_model("Llama 3")
-    assert Engine(taught).encoder.format.kind == "chat"
+    assert Engine.local(taught).encoder.format.kind == "chat"
     with pytest.raises(UserError, match="fine-tuned in another format; expected chat, found format plain"):
-        Engine(taught, text_format="plain")
+        Engine.local(taught, text_format="plain")

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from manyicl.engine.compiled import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
-from manyicl.engine.observed import DemonstrationWatch, ObservedAnswer, groups_of_shots
+from manyicl.engine.local import target_scores
+from manyicl.engine.observed import AnswerTargets, ObservedAnswer, groups_of_shots
 from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Task
 from tests.builders import make_example, make_task, tiny_loaded
+from tests.engine.parts import model_of, refused
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 
@@ -46,7 +48,7 @@ TASKS: list[Callable[[], Task]] = [closed, free, choices]
 def test_a_loaded_prefix_answers_exactly_as_the_one_in_memory(
     architecture: str, make: Callable[[], Task], tmp_path: Path
 ) -> None:
-    engine = Engine(tiny_loaded(architecture))
+    engine = Engine.local(tiny_loaded(architecture))
     task = make()
     compiled = engine.compile(task, task.train[:9])
     engine.save(compiled, tmp_path / "task.prefix")
@@ -61,7 +63,7 @@ def test_a_loaded_prefix_answers_exactly_as_the_one_in_memory(
 
 
 def test_the_prefix_of_a_compilation_is_that_of_a_prefill() -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     task = closed()
     compiled, prefilled = engine.compile(task, task.train[:20]).prefix, engine.prefill(task, task.train[:20])
     assert compiled.token_ids == prefilled.token_ids
@@ -71,7 +73,7 @@ def test_the_prefix_of_a_compilation_is_that_of_a_prefill() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_observed_is_what_asking_after_the_shots_before_it_would_say(seed: int) -> None:
-    engine = Engine(tiny_loaded(seed=seed))
+    engine = Engine.local(tiny_loaded(seed=seed))
     task = closed()
     compiled = engine.compile(task, task.train[:12])
     for shot, observed in enumerate(compiled.answers):
@@ -87,8 +89,8 @@ def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
     """The judge walks the labels by itself, with one full pass per token."""
     from tests.reference.slow_engine import full_pass_logits, plain_copy
 
-    engine = Engine(tiny_loaded(seed=1))
-    plain = plain_copy(engine.model)
+    engine = Engine.local(tiny_loaded(seed=1))
+    plain = plain_copy(model_of(engine))
     task = closed()
     label_ids = [engine.encoder.answer_ids(label) for label in LABELS]
     rights = []
@@ -108,26 +110,26 @@ def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
 
 @pytest.mark.parametrize(("others", "is_right"), [((), True), ((2,), False), ((0, 1, 2), False)])
 def test_a_free_answer_is_right_where_its_every_token_is_the_likeliest(others: tuple[int, ...], is_right: bool) -> None:
-    encoder = Engine(tiny_loaded()).encoder
+    encoder = Engine.local(tiny_loaded()).encoder
     task = make_task(labels=None, train=[make_example("film", "good film")], family="qa", metric="exact_match")
-    watch = DemonstrationWatch(task, task.train, encoder)
+    found = AnswerTargets.of(task, task.train, encoder)
     answer = encoder.answer_ids("good film")
     assert len(answer) >= 3
     logits = torch.zeros(len(answer), len(encoder.tokenizer))
     logits[range(len(answer)), list(answer)] = 3.0
     for row in others:
         logits[row, 7] = 3.5
+    allowed = [target.allowed for target in found.targets]
     # Two chunks of a prefill may tear an answer apart.
-    watch.observe(watch.places[:1], logits[:1])
-    watch.observe(watch.places[1:], logits[1:])
-    (observed,) = watch.answers
+    scores = [*target_scores(logits[:1], answer[:1], allowed[:1]), *target_scores(logits[1:], answer[1:], allowed[1:])]
+    (observed,) = found.answers(scores)
     assert observed.is_right == is_right
     expected = logits.log_softmax(-1)[range(len(answer)), list(answer)].sum()
     assert observed.log_probability == pytest.approx(float(expected), abs=1e-5)
 
 
 def saved(tmp_path: Path, engine: Engine | None = None) -> Path:
-    engine = engine or Engine(tiny_loaded())
+    engine = engine or Engine.local(tiny_loaded())
     task = closed()
     engine.save(engine.compile(task, task.train[:5]), tmp_path / "task.prefix")
     return tmp_path / "task.prefix"
@@ -176,7 +178,7 @@ def test_an_altered_file_is_refused(
     path = saved(tmp_path)
     rewritten(path, change)
     with pytest.raises(UserError, match=sentence):
-        Engine(tiny_loaded()).load(path)
+        Engine.local(tiny_loaded()).load(path)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 400, 0.5, -1])
@@ -185,11 +187,11 @@ def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match="not a whole compiled task"):
-        Engine(tiny_loaded()).load(path)
+        Engine.local(tiny_loaded()).load(path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     with pytest.raises(UserError, match="does not exist"):
         engine.load(tmp_path / "none.prefix")
     save_file({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
@@ -200,7 +202,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(UserError, match="compiled with another model: 'tiny-llama'"):
-        Engine(tiny_loaded(seed=1)).load(path)
+        Engine.local(tiny_loaded(seed=1)).load(path)
 
 
 # peft asks transformers for a property under its old name.
@@ -222,7 +224,7 @@ def test_another_adapter_of_the_same_base_is_called_that(tmp_path: Path) -> None
                     weights.copy_(torch.randn(weights.shape, generator=generator))
         model.eval()
         engines.append(
-            Engine(
+            Engine.local(
                 replace(loaded, model=model, manifest=manifest, fingerprint=fingerprint(model), reference=f"a{seed}")
             )
         )
@@ -235,17 +237,17 @@ def test_another_adapter_of_the_same_base_is_called_that(tmp_path: Path) -> None
 def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(UserError, match="another text format"):
-        Engine(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
+        Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
     loaded = tiny_loaded()
     loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="compiled in float32; the model is loaded in bfloat16"):
-        Engine(loaded).load(path)
-    with pytest.raises(UserError, match="max_context_tokens is 50"):
-        Engine(tiny_loaded(), max_context_tokens=50).load(path)
+        Engine.local(loaded).load(path)
+    with refused("prefix_too_long", expected="at most max_context_tokens, 50", file=str(path)):
+        Engine.local(tiny_loaded(), max_context_tokens=50).load(path)
 
 
 def test_nothing_to_compile_and_no_place_to_write_are_refused(tmp_path: Path) -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     with pytest.raises(UserError, match="nothing to compile"):
         engine.save(engine.compile(make_task(), ()), tmp_path / "task.prefix")
     task = closed()
@@ -326,7 +328,7 @@ def test_a_forged_file_with_a_hash_that_fits_is_refused(
         header = file.metadata()[HEADER_KEY]
     save_file(tensors, path, {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)})
     with pytest.raises(UserError, match=r"not a whole compiled task|another tokenizer"):
-        Engine(tiny_loaded()).load(path)
+        Engine.local(tiny_loaded()).load(path)
 
 
 def test_the_same_weights_under_another_configuration_are_refused(tmp_path: Path) -> None:
@@ -334,11 +336,11 @@ def test_the_same_weights_under_another_configuration_are_refused(tmp_path: Path
     loaded = tiny_loaded()
     loaded.model.config.rope_parameters = {**loaded.model.config.rope_parameters, "rope_theta": 123.0}
     with pytest.raises(UserError, match="another configuration"):
-        Engine(loaded).load(path)
+        Engine.local(loaded).load(path)
 
 
 def test_a_file_that_is_no_compiled_task_is_never_replaced(tmp_path: Path) -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     task = closed()
     compiled = engine.compile(task, task.train[:2])
     (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")

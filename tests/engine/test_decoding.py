@@ -9,12 +9,16 @@ from collections import Counter
 import pytest
 import torch
 
-from manyicl.engine.decoding import Generation, Sampling, _append, _draw, end_token_ids
+from manyicl.engine.answers import AnswerEnd
+from manyicl.engine.backend import Sampling
+from manyicl.engine.decoding import _draw
 from manyicl.engine.engine import Engine
+from manyicl.engine.local import identity_of
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
 from tests.builders import ARCHITECTURES, make_task, sentencepiece_bpe, tiny_loaded
+from tests.engine.parts import model_of, written
 from tests.reference.slow_engine import plain_copy, slow_greedy
 
 QUERIES = ["film 3 was good", "box 3 was good", "a", "the long red box was by the door"]
@@ -26,8 +30,8 @@ def free_task() -> Task:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_generation_equals_a_full_pass_per_token_and_generation_alone(architecture: str) -> None:
-    engine = Engine(tiny_loaded(architecture))
-    plain = plain_copy(engine.model)
+    engine = Engine.local(tiny_loaded(architecture))
+    plain = plain_copy(model_of(engine))
     task = free_task()
     prefix = engine.prefill(task, task.demonstrations(4))
     eos = engine.encoder.tokenizer.eos_token_id
@@ -45,7 +49,7 @@ def test_packed_generation_equals_a_full_pass_per_token_and_generation_alone(arc
 
 
 def test_drawn_answers_are_fixed_by_seed_and_number_and_not_by_what_is_asked_beside() -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     task = free_task()
     prefix = engine.prefill(task, task.demonstrations(4))
     drawn = [one.answer for one in engine.predict(prefix, QUERIES, sampling=Sampling(seed=3))]
@@ -69,37 +73,26 @@ def test_draws_follow_the_probabilities_within_top_p() -> None:
 @pytest.mark.parametrize("text", ["fine.\n\nthe next", "日本語 🎉\n\n", "\n\n"])
 def test_the_terminators_text_ends_an_answer_even_inside_a_longer_token(text: str) -> None:
     encoder = Encoder(tiny_loaded().tokenizer)
-    generation = Generation()
-    for token in encoder.segment_ids(text):
-        if not generation.stopped:
-            _append(generation, token, -0.5, encoder, frozenset())
-    assert generation.answer == text.partition("\n\n")[0]
-    assert generation.stopped
+    _, answer, _ = written(AnswerEnd(encoder), encoder.segment_ids(text))
+    assert answer == text.partition("\n\n")[0]
 
 
 @pytest.mark.parametrize("text", ["日本語です", "สวัสดีครับ", "🎉🎉🎉", "é"])
 def test_a_terminator_of_byte_tokens_ends_an_answer_of_byte_tokens(text: str) -> None:
     """Llama-2 style: a line break is a byte, and a tail may begin within a character."""
     encoder = Encoder(sentencepiece_bpe(prepend_normalizer=True))
-    generation = Generation()
     tokens = encoder.segment_ids(f"{text}\n\n")
-    for number, token in enumerate(tokens):
-        assert not generation.stopped, number
-        _append(generation, token, -0.5, encoder, frozenset())
-    assert generation.stopped
-    assert generation.answer == text
+    assert written(AnswerEnd(encoder), tokens)[:2] == (len(tokens), text)
 
 
 def test_every_token_that_ends_a_text_ends_an_answer() -> None:
     loaded = tiny_loaded()
     loaded.model.generation_config.eos_token_id = [5, 9]
     encoder = Encoder(loaded.tokenizer)
-    ends = end_token_ids(loaded.model, encoder)
-    assert ends == {5, 9, loaded.tokenizer.eos_token_id}
-    generation = Generation()
-    for token in (*encoder.segment_ids("so"), 9):
-        _append(generation, token, -0.5, encoder, ends)
-    assert (generation.answer, generation.stopped) == ("so", True)
+    end = AnswerEnd(encoder, identity_of(loaded).end_token_ids)
+    assert end.token_ids == {5, 9, loaded.tokenizer.eos_token_id}
+    so = encoder.segment_ids("so")
+    assert written(end, (*so, 9)) == (len(so) + 1, "so", -0.5 * len(so))
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.1}])

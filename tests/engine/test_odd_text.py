@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from manyicl.engine.decoding import Generation, _append
+from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.engine import Engine
 from manyicl.engine.label_trie import NODES_READ_TOGETHER
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
 from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, tiny_loaded
+from tests.engine.parts import model_of, written
 from tests.odd_text import SCRIPTS, TEXTS
 from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 
@@ -30,7 +31,7 @@ WORDS = [first + second for first in "bdfgklmnprst" for second in ("a", "e", "i"
 def scores_one_at_a_time(engine: Engine, task: Task, num_shots: int, query: str) -> dict[str, float]:
     """The judge: plain transformers over the whole text, each label by itself."""
     shown = task.demonstrations(num_shots)
-    encoder, plain = engine.encoder, plain_copy(engine.model)
+    encoder, plain = engine.encoder, plain_copy(model_of(engine))
     before = (
         *encoder.encode_prefix(task.instruction(), shown),
         *encoder.query_ids(query, encoder.preceding(task.instruction(), num_shots)),
@@ -40,7 +41,7 @@ def scores_one_at_a_time(engine: Engine, task: Task, num_shots: int, query: str)
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_labels_of_every_script_score_as_one_at_a_time(kind: str) -> None:
-    engine = Engine(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
+    engine = Engine.local(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
     labels = (*(text[:12] for text in SCRIPTS.values()), "caf\u00e9", "cafe\u0301", "good", "good\u200b", "</s>")
     rows = [make_example(f"{text[:20]} {i}", labels[i]) for i, text in enumerate(TEXTS.values()) if i < len(labels)]
     task = make_task(train=rows, test=rows, labels=labels)
@@ -67,7 +68,7 @@ def long_labels(encoder: Encoder) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_labels_of_forty_tokens_and_of_one_compare_as_one_at_a_time(kind: str) -> None:
-    engine = Engine(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
+    engine = Engine.local(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
     labels = long_labels(engine.encoder)
     first, second, shortest = (engine.encoder.answer_ids(label) for label in (labels[0], labels[1], "a"))
     assert len(first) >= 40
@@ -86,7 +87,7 @@ def test_labels_of_forty_tokens_and_of_one_compare_as_one_at_a_time(kind: str) -
 
 
 def test_room_is_kept_for_the_longest_label_of_all() -> None:
-    engine = Engine(tiny_loaded(), max_context_tokens=120)
+    engine = Engine.local(tiny_loaded(), max_context_tokens=120)
     labels = long_labels(engine.encoder)
     longest = max(len(engine.encoder.answer_ids(label)) for label in labels)
     rows = [make_example(f"q{i}", "good") for i in range(40)]
@@ -101,38 +102,32 @@ def test_room_is_kept_for_the_longest_label_of_all() -> None:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", ["日本語", "съешь", "שלום", "\U0001f468\u200d\U0001f467", "हिन्दी"])
 def test_an_answer_of_any_script_ends_at_the_terminator_whatever_token_brings_it(kind: str, text: str) -> None:
-    engine = Engine(tiny_loaded("llama", TOKENIZERS[kind]()))
+    engine = Engine.local(tiny_loaded("llama", TOKENIZERS[kind]()))
     encoder = engine.encoder
     for answer in (text, f"{text}.", f"{text}\nx"):
-        generation = Generation()
-        for token in encoder.answer_ids(answer):
-            assert not generation.stopped
-            _append(generation, token, -1.0, encoder, frozenset())
-        assert generation.stopped
-        assert generation.answer == answer
+        tokens = encoder.answer_ids(answer)
+        assert written(AnswerEnd(encoder), tokens)[:2] == (len(tokens), answer)
 
 
 def test_an_answer_cut_within_a_character_still_ends_at_the_terminator() -> None:
     for tokenizer in (byte_level_bpe(), sentencepiece_bpe()):
         encoder = Encoder(tokenizer)
         *letters, _ = encoder.segment_ids("good \u1e08")
-        generation = Generation()
-        for token in (*letters, *encoder.segment_ids("\n\n")):
-            assert not generation.stopped
-            _append(generation, token, -1.0, encoder, frozenset())
-        assert generation.stopped
-        assert (generation.answer or "").startswith("good ")
-        assert set((generation.answer or "").removeprefix("good ")) == {"\ufffd"}
+        tokens = (*letters, *encoder.segment_ids("\n\n"))
+        num_needed, answer, _ = written(AnswerEnd(encoder), tokens)
+        assert num_needed == len(tokens)
+        assert (answer or "").startswith("good ")
+        assert set((answer or "").removeprefix("good ")) == {"\ufffd"}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_free_answers_behind_any_script_equal_a_full_pass_per_token(kind: str) -> None:
-    engine = Engine(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
+    engine = Engine.local(tiny_loaded("llama", TOKENIZERS[kind]()), max_context_tokens=512)
     texts = [text[:15] for text in SCRIPTS.values()]
     rows = [make_example(text, other) for text, other in zip(texts, reversed(texts), strict=True)]
     task = make_task(train=rows, test=rows, labels=None, family="qa", metric="exact_match", max_answer_tokens=8)
     prefix = engine.prefill(task, task.demonstrations(2))
-    plain, encoder = plain_copy(engine.model), engine.encoder
+    plain, encoder = plain_copy(model_of(engine)), engine.encoder
     eos = encoder.tokenizer.eos_token_id
     for query, prediction in zip(texts[:6], engine.predict(prefix, texts[:6]), strict=True):
         before = [*prefix.token_ids, *encoder.query_ids(query)]
@@ -149,13 +144,13 @@ def test_ten_thousand_labels_are_asked_in_time_and_the_best_scores_as_alone() ->
     loaded = tiny_loaded()
     with torch.no_grad():  # as sharp as a trained model is
         loaded.model.get_output_embeddings().weight.mul_(4.0)
-    engine = Engine(loaded, max_context_tokens=512)
+    engine = Engine.local(loaded, max_context_tokens=512)
     rows = [make_example(f"q{i}", label) for i, label in enumerate(labels)]
     task = make_task(train=rows, test=rows, labels=labels)
     prefix = engine.prefill(task, task.demonstrations(4), [row.query for row in rows[:100]])
     assert prefix.num_shots == 4
     best = list(engine.predict(prefix, ["q1", "q2"]))
-    encoder, plain = engine.encoder, plain_copy(engine.model)
+    encoder, plain = engine.encoder, plain_copy(model_of(engine))
     for query, prediction in zip(("q1", "q2"), best, strict=True):
         before = (*prefix.token_ids, *encoder.query_ids(query))
         alone = slow_score(plain, before, encoder.answer_ids(prediction.answer))
@@ -167,7 +162,7 @@ def test_ten_thousand_labels_are_asked_in_time_and_the_best_scores_as_alone() ->
 
 
 def test_hundreds_of_labels_score_as_one_at_a_time_where_their_trie_is_cut() -> None:
-    engine = Engine(tiny_loaded(), max_context_tokens=512)
+    engine = Engine.local(tiny_loaded(), max_context_tokens=512)
     rng = random.Random(2)
     labels = tuple({"".join(rng.choices(WORDS, k=rng.randint(1, 3))): None for _ in range(400)})
     rows = [make_example(f"q{i}", label) for i, label in enumerate(labels)]
@@ -186,7 +181,7 @@ def test_hundreds_of_labels_score_as_one_at_a_time_where_their_trie_is_cut() -> 
 
 
 def test_an_instruction_longer_than_the_context_is_refused_before_it_is_read() -> None:
-    engine = Engine(tiny_loaded(), max_context_tokens=200)
+    engine = Engine.local(tiny_loaded(), max_context_tokens=200)
     labels = tuple(f"label {number}" for number in range(1_000))
     task = make_task(labels=labels, instruction="One of: {{ labels | join(', ') }}")
     with pytest.raises(

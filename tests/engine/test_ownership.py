@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from manyicl.engine.compiled import CompiledTask
 from manyicl.engine.engine import Engine
-from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.engine.task_prefix import CompiledTask, TaskPrefix
 from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Task
@@ -22,34 +21,34 @@ from tests.builders import make_example, make_task, tiny_loaded
 def in_bfloat16() -> Engine:
     loaded = tiny_loaded()
     loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    return Engine(loaded)
+    return Engine.local(loaded)
 
 
 def with_other_positions() -> Engine:
     loaded = tiny_loaded()
     loaded.model.config.rope_parameters = {**loaded.model.config.rope_parameters, "rope_theta": 123.0}
-    return Engine(loaded)
+    return Engine.local(loaded)
 
 
 def with_an_adapter() -> Engine:
     loaded = tiny_loaded()
-    return Engine(replace(loaded, fingerprint="of base and adapter", reference="adapter"))
+    return Engine.local(replace(loaded, fingerprint="of base and adapter", reference="adapter"))
 
 
 OTHERS: dict[str, Callable[[], Engine]] = {
-    "another model": lambda: Engine(tiny_loaded(seed=1)),
+    "another model": lambda: Engine.local(tiny_loaded(seed=1)),
     "another precision": in_bfloat16,
     "another configuration": with_other_positions,
-    "another text format": lambda: Engine(tiny_loaded(), text_format=PlainFormat(separator=" -> ")),
+    "another text format": lambda: Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")),
     "another model ": with_an_adapter,
 }
 
 
 @pytest.mark.parametrize("difference", OTHERS)
 def test_a_prefix_of_another_engine_is_refused_wherever_it_could_be_used(difference: str, tmp_path: Path) -> None:
-    engine, other, task = Engine(tiny_loaded()), OTHERS[difference](), make_task()
+    engine, other, task = Engine.local(tiny_loaded()), OTHERS[difference](), make_task()
     prefix = engine.prefill(task, task.train[:4])
-    uses: list[Callable[[PrefixCache], Any]] = [
+    uses: list[Callable[[TaskPrefix], Any]] = [
         lambda prefix: other.predict(prefix, ["film"]),
         lambda prefix: other.prefill(task, task.train[:4], reuse=prefix),
         lambda prefix: other.extend(prefix, task.train[4:5]),
@@ -65,7 +64,11 @@ def test_a_prefix_of_another_engine_is_refused_wherever_it_could_be_used(differe
 
 
 def test_a_prefix_of_the_same_model_loaded_again_is_accepted(tmp_path: Path) -> None:
-    engine, again, task = Engine(tiny_loaded()), Engine(replace(tiny_loaded(), reference="a copy")), make_task()
+    engine, again, task = (
+        Engine.local(tiny_loaded()),
+        Engine.local(replace(tiny_loaded(), reference="a copy")),
+        make_task(),
+    )
     prefix = engine.prefill(task, task.train[:4])
     assert list(again.predict(prefix, ["film"])) == list(engine.predict(prefix, ["film"]))
     again.save(CompiledTask(prefix, ()), tmp_path / "task.prefix")
@@ -75,7 +78,7 @@ def test_a_prefix_of_the_same_model_loaded_again_is_accepted(tmp_path: Path) -> 
 
 
 def test_demonstrations_may_come_from_an_iterator() -> None:
-    engine, task = Engine(tiny_loaded()), make_task()
+    engine, task = Engine.local(tiny_loaded()), make_task()
     expected = engine.prefill(task, task.train[:6])
     assert engine.prefill(task, iter(task.train[:6])).token_ids == expected.token_ids
     compiled = engine.compile(task, (example for example in task.train[:6]))
@@ -86,7 +89,7 @@ def test_demonstrations_may_come_from_an_iterator() -> None:
 
 
 def test_queries_may_come_from_an_iterator_and_keep_their_room() -> None:
-    engine, task = Engine(tiny_loaded(), max_context_tokens=300), make_task()
+    engine, task = Engine.local(tiny_loaded(), max_context_tokens=300), make_task()
     long = replace(task.train[0].query, text="film " * 40)
     fitting = engine.prefill(task, task.train, iter([long])).num_shots
     assert fitting == engine.prefill(task, task.train, [long]).num_shots < engine.prefill(task, task.train).num_shots
@@ -107,7 +110,7 @@ def quiz() -> Task:
     ],
 )
 def test_demonstrations_of_another_task_are_refused(make: Callable[[], Task], wrong: Example, found: str) -> None:
-    engine, task = Engine(tiny_loaded()), make()
+    engine, task = Engine.local(tiny_loaded()), make()
     shown = (task.train[0], wrong)
     prefix = engine.prefill(task, task.train[:1])
     uses: list[Callable[[], Any]] = [
@@ -124,7 +127,7 @@ def test_demonstrations_of_another_task_are_refused(make: Callable[[], Task], wr
 
 
 def test_what_is_no_example_is_no_demonstration() -> None:
-    engine, task = Engine(tiny_loaded()), make_task()
+    engine, task = Engine.local(tiny_loaded()), make_task()
     rows: Any = [("film", "good")]
     with pytest.raises(UserError) as caught:
         engine.prefill(task, rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyicl.engine.packing import MOST_PADDING, QueriesInFlight, WorkingMemory, log_probabilities
-from manyicl.engine.prefix_cache import encode_behind, longer, shared_beginning
+from manyicl.engine.prefix_cache import extend_blocks, longer, shared_beginning
 from manyicl.model.continuation import Block
 from tests.builders import ARCHITECTURES, tiny_model
 from tests.reference.slow_engine import full_pass_logits, plain_copy
@@ -33,7 +33,7 @@ def test_packed_queries_score_as_each_alone_in_plain_transformers(architecture: 
     plain = plain_copy(model)
     prefix = ids(num_prefix, 0)
     queries = [ids(length, i) for i, length in enumerate((3, 47, 31, 1, 3))]
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     with torch.no_grad():
         packed = QueriesInFlight(model, blocks, queries).read()
     for row, query in zip(packed, queries, strict=True):
@@ -53,7 +53,7 @@ def test_a_tree_behind_packed_queries_scores_as_each_path_alone(architecture: st
         ([1, 1], [17, 18], [0, 0]),
     ]
     with torch.no_grad():
-        flight = QueriesInFlight(model, encode_behind(model, (), prefix), queries, num_later_slots=6)
+        flight = QueriesInFlight(model, extend_blocks(model, (), prefix), queries, num_later_slots=6)
         flight.read()
         paths: list[list[list[int]]] = [[], [], []]
         for query_numbers, tokens, parents in passes:
@@ -84,10 +84,10 @@ def test_tokens_that_were_forgotten_leave_no_trace() -> None:
 def test_a_prefix_in_any_blocks_and_chunks_scores_as_one(architecture: str, cuts: tuple[int, ...]) -> None:
     model = tiny_model(architecture)
     prefix, query = ids(NUM_PREFIX, 0), ids(6, 1)
-    whole = encode_behind(model, (), prefix)
+    whole = extend_blocks(model, (), prefix)
     blocks: tuple[Block, ...] = ()
     for start, end in zip((0, *cuts), (*cuts, NUM_PREFIX), strict=True):
-        blocks = encode_behind(model, blocks, prefix[start:end], chunk_tokens=7)
+        blocks = extend_blocks(model, blocks, prefix[start:end], chunk_tokens=7)
     with torch.no_grad():
         one = QueriesInFlight(model, whole, [query]).read()
         other = QueriesInFlight(model, blocks, [query]).read()
@@ -98,7 +98,7 @@ def test_steps_that_grow_smaller_end_in_few_blocks_too() -> None:
     model = tiny_model()
     blocks: tuple[Block, ...] = ()
     for step in range(20, 0, -1):
-        blocks = encode_behind(model, blocks, ids(step, 0))
+        blocks = extend_blocks(model, blocks, ids(step, 0))
     assert blocks[-1].end == 210
     assert len(blocks) <= 8
 
@@ -107,17 +107,17 @@ def test_many_small_steps_end_in_few_blocks() -> None:
     model = tiny_model()
     blocks: tuple[Block, ...] = ()
     for token in ids(100, 0):
-        blocks = encode_behind(model, blocks, [token])
+        blocks = extend_blocks(model, blocks, [token])
     assert len(blocks) <= 7
     assert [block.start for block in blocks] == [0, *(block.end for block in blocks[:-1])]
 
 
 def test_a_shared_beginning_is_a_view_of_the_longer_prefix() -> None:
     model = tiny_model()
-    blocks = longer(encode_behind(model, (), ids(30, 0)), encode_behind(model, (), ids(9, 1))[0])
-    shared = shared_beginning(encode_behind(model, (), ids(30, 0)), 12)
+    blocks = longer(extend_blocks(model, (), ids(30, 0)), extend_blocks(model, (), ids(9, 1))[0])
+    shared = shared_beginning(extend_blocks(model, (), ids(30, 0)), 12)
     assert shared[-1].end == 12
-    parent = encode_behind(model, (), ids(30, 0))
+    parent = extend_blocks(model, (), ids(30, 0))
     (view,) = shared_beginning(parent, 12)
     assert view.keys[0].data_ptr() == parent[0].keys[0].data_ptr()
     assert shared_beginning(parent, 30) == parent

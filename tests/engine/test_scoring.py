@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from manyicl.engine.backend import Wanted
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import WorkingMemory
-from manyicl.engine.prefix_cache import encode_behind
-from manyicl.engine.scoring import LabelSearch, Strategy, Wanted, score_labels
+from manyicl.engine.prefix_cache import extend_blocks
+from manyicl.engine.scoring import LabelSearch, Strategy, score_labels
 from manyicl.model.continuation import Block
 from tests.builders import ARCHITECTURES, tiny_model
 from tests.engine.test_label_trie import AWKWARD, random_labels
@@ -55,7 +56,7 @@ def search(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_label_scores_as_alone_and_the_best_is_found(architecture: str) -> None:
     model, prefix = sharpened(architecture)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     expected = slow_scores(model, AWKWARD)
     everything = search(model, blocks, AWKWARD, "all")
     best_first = search(model, blocks, AWKWARD, "best", strategy="best_first")
@@ -71,7 +72,7 @@ def test_every_label_scores_as_alone_and_the_best_is_found(architecture: str) ->
 def test_best_first_finds_what_reading_everything_finds(seed: int, factor: float) -> None:
     """Over flat and sharp models, 150 labels with shared beginnings, one beginning another, single tokens."""
     model, prefix = sharpened(factor=factor, seed=seed)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     labels = random_labels(seed, 150)
     everything = search(model, blocks, labels, "all")
     for most_inner_nodes in (10_000, 9):
@@ -84,7 +85,7 @@ def test_best_first_finds_what_reading_everything_finds(seed: int, factor: float
 
 def test_a_sharp_model_reads_a_small_part_of_the_trie() -> None:
     model, prefix = sharpened(factor=4.0)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     labels = random_labels(3, 150, vocabulary=90)
     everything, best_first = search(model, blocks, labels, "all"), search(model, blocks, labels, "best")
     assert sum(one.num_read for one in best_first) < 0.2 * sum(one.num_read for one in everything)
@@ -92,7 +93,7 @@ def test_a_sharp_model_reads_a_small_part_of_the_trie() -> None:
 
 def test_equal_scores_fall_to_the_first_label_however_they_are_searched() -> None:
     model, prefix = sharpened(factor=0.0)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     for labels in ([(9, 4), (2, 4), (3, 4)], [(2, 4), (9, 4), (3, 4)], [(1, 2, 3), (7, 4), (1, 4)]):
         shortest = min(len(label) for label in labels)
         first = next(i for i, label in enumerate(labels) if len(label) == shortest)
@@ -105,7 +106,7 @@ def test_equal_scores_fall_to_the_first_label_however_they_are_searched() -> Non
 @pytest.mark.parametrize("limit", [1, 2_000, 20_000])
 def test_passes_of_any_size_give_the_same_scores(limit: int) -> None:
     model, prefix = sharpened("gemma2")
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     labels = random_labels(5, 40)
     small = WorkingMemory(limit=limit, per_token=100, per_logits=300, per_slot=40)
     for one, other in zip(
@@ -116,7 +117,7 @@ def test_passes_of_any_size_give_the_same_scores(limit: int) -> None:
 
 def test_each_query_may_have_labels_of_its_own() -> None:
     model, prefix = sharpened("qwen2")
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     label_sets: list[list[tuple[int, ...]]] = [[(1, 2), (3,)], [(4, 5, 6)], random_labels(1, 30)]
     found = score_labels(model, blocks, QUERIES, [tries_of(labels, 100) for labels in label_sets], MEMORY)
     plain = plain_copy(model)
@@ -127,7 +128,7 @@ def test_each_query_may_have_labels_of_its_own() -> None:
 
 def test_ten_thousand_labels_are_searched_in_pieces() -> None:
     model, prefix = sharpened(factor=2.0)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     labels = random_labels(7, 10_000, vocabulary=90, most_tokens=4)
     (best, *_) = search(model, blocks, labels, "best", 200)
     plain = plain_copy(model)
@@ -141,7 +142,7 @@ def test_ten_thousand_labels_are_searched_in_pieces() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_that_greedy_decoding_would_write_are_told(seed: int) -> None:
     model, prefix = sharpened(seed=seed)
-    blocks = encode_behind(model, (), prefix)
+    blocks = extend_blocks(model, (), prefix)
     plain = plain_copy(model)
     (query, *_) = QUERIES
     written, _ = slow_greedy(plain, [*prefix, *query], lambda answer: False, 4)

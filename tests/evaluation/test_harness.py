@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from manyicl.engine import local
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import WorkingMemory
 from manyicl.errors import UserError
@@ -78,6 +79,23 @@ def asked(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
 def assert_equal_answers(ours: Sequence[tuple[float, bool]], theirs: Sequence[tuple[float, bool]]) -> None:
     assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5, abs=1e-4)
     assert [is_greedy for _, is_greedy in ours] == [is_greedy for _, is_greedy in theirs]
+
+
+class Never:
+    """Ends no answer before its limit."""
+
+    texts: tuple[str, ...] = ()
+    token_ids: frozenset[int] = frozenset()
+
+    def ended(self, token_ids: Sequence[int]) -> bool:
+        return False
+
+
+def greedy(model: HarnessModel, context: Sequence[int], num_tokens: int) -> list[int]:
+    """Write the most probable tokens after a context."""
+    backend = model.local
+    tokens = backend.generate(backend.prefill(()), [tuple(context)], Never(), num_tokens)
+    return [token.token_id for token in tokens]
 
 
 def saved(folder: Path, architecture: str = "llama", tokenizer: str = "byte_level_bpe", **changes: Any) -> Path:
@@ -221,7 +239,7 @@ def test_the_order_of_requests_changes_nothing(both: Both) -> None:
 def test_however_requests_are_read_the_scores_are_the_same(
     both: Both, monkeypatch: pytest.MonkeyPatch, least_spared: int, most_trie_tokens: int
 ) -> None:
-    monkeypatch.setattr(harness, "MOST_TRIE_TOKENS", most_trie_tokens)
+    monkeypatch.setattr(local, "MOST_TRIE_TOKENS", most_trie_tokens)
     monkeypatch.setattr(harness, "shared_beginnings", lambda contexts: shared_beginnings(contexts, least_spared))
     rng = random.Random(2)
     beginnings = [sentence(rng, 40) for _ in range(3)]
@@ -232,7 +250,7 @@ def test_however_requests_are_read_the_scores_are_the_same(
 def test_little_working_memory_changes_nothing(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token a pass: queries are longer than a pass, and tries are cut."""
     small = WorkingMemory.of(both.ours.model, 1)
-    monkeypatch.setattr(WorkingMemory, "behind", lambda model, blocks, mib: small)
+    monkeypatch.setattr(WorkingMemory, "after", lambda model, blocks, mib: small)
     rng = random.Random(3)
     options = [f" {sentence(rng)}" for _ in range(12)]
     pairs = both.scorable([(f"the film was {word}", option) for word in ("good", "bad and long") for option in options])
@@ -243,7 +261,7 @@ def test_little_working_memory_changes_nothing(both: Both, monkeypatch: pytest.M
 
 def test_greedy_continuations_are_told_from_others(both: Both) -> None:
     for context in ([5, 9, 33], [7], list(range(40, 90))):
-        (text,) = both.ours._write(next(both.ours._packs([tuple(context)])), (), 6)
+        text = greedy(both.ours, context, 6)
         changed = [[*text[:i], (text[i] + 1) % 97, *text[i + 1 :]] for i in range(6)]
         requests = [(None, context, ids) for ids in (text, text[:1], text[:4], *changed)]
         theirs = both.theirs._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -297,7 +315,7 @@ def test_answers_end_at_any_token_that_the_model_ends_with(tmp_path: Path) -> No
     folder = saved(tmp_path)
     free = Both(folder)
     arguments = [(TEXTS[0], {"until": [], "max_gen_toks": 20})]
-    (written,) = free.ours._write(next(free.ours._packs([tuple(free.ours.tok_encode(TEXTS[0]))])), (), 20)
+    written = greedy(free.ours, free.ours.tok_encode(TEXTS[0]), 20)
     GenerationConfig(eos_token_id=[written[7], 1]).save_pretrained(folder)
     both = Both(folder)
     theirs = both.theirs.generate_until(asked("generate_until", arguments), disable_tqdm=True)
@@ -344,9 +362,9 @@ def test_what_cannot_be_scored_is_refused(llama: Path) -> None:
     for continuation in ([], list(range(9))):
         with pytest.raises(UserError, match=f"request 2 has {len(continuation)} tokens"):
             model._loglikelihood_tokens([(None, [1], [2]), (("a", "b"), [1], continuation)])
-    with pytest.raises(UserError, match="allows 512 positions"):
+    with pytest.raises(UserError, match="512, the positions of"):
         HarnessModel.from_pretrained(str(llama), max_context_tokens=513)
-    with pytest.raises(UserError, match="working_memory_mib is at least 1"):
+    with pytest.raises(UserError, match="working_memory_mib is out of range"):
         HarnessModel.from_pretrained(str(llama), working_memory_mib=0)
 
 

@@ -204,7 +204,7 @@ def test_negative_shot_counts_are_refused() -> None:
 
 
 def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path: Path) -> None:
-    engine = Engine(tiny_loaded())
+    engine = Engine.local(tiny_loaded())
     task = make_task(max_answer_tokens=4)
     free = task.with_spec(name="free", labels=None, metric="exact_match", family="qa")
     whole = measure_shot_curves(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from manyicl.engine.decoding import Sampling
+from manyicl.engine.backend import Sampling
 from manyicl.engine.engine import DEFAULT_MAX_ANSWER_TOKENS, Engine
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
@@ -476,8 +476,9 @@ def test_the_code_of_the_guide_makes_the_ids_that_the_engine_uses(
     task = load_task(f"{tmp_path / 'tickets.csv'}:text:label")
     query = task.query({"text": "I lost my card"})
     prefix = engine.prefill(task, task.demonstrations(num_shots, seed=0), [query])
-    assert (prefix.num_shots, prefix.num_left_out) == (num_shots, 0)
-    assert body["prompt"] == [*prefix.token_ids, *engine._continuation_ids(prefix, (), query)]
+    assert (prefix.num_shots, prefix.num_dropped) == (num_shots, 0)
+    (encoded,) = engine.encode_queries(task, [query], after_shots=num_shots > 0)
+    assert body["prompt"] == [*prefix.token_ids, *encoded.token_ids]
     assert body["model"] == "one-model"
     assert body["stop"] == [FORMAT.end_of_answer]
 
@@ -495,10 +496,11 @@ def test_the_example_of_the_guide_is_encoded_as_the_engine_does() -> None:
     encoder = Encoder(loaded.tokenizer)
     examples = prompt_guide.DEMONSTRATIONS
     task = make_task(train=examples, test=(), instruction=prompt_guide.INSTRUCTION)
-    engine = Engine(loaded)
+    engine = Engine.local(loaded)
     query = Query(prompt_guide.ASKED)
     prefix = engine.prefill(task, examples, [query])
-    wanted = (*prefix.token_ids, *engine._continuation_ids(prefix, (), query))
+    (encoded,) = engine.encode_queries(task, [query])
+    wanted = (*prefix.token_ids, *encoded.token_ids)
     assert prompt_guide.example_prompt(encoder)[1] == wanted
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from manyicl.engine.compiled import CompiledTask
+    from manyicl.engine.task_prefix import CompiledTask
     from manyicl.evaluation.uncertainty import Estimate
 
 BAR_CHARACTERS = 20
@@ -89,7 +89,7 @@ def compile_command(
         compiled = engine.compile(loaded_task, demonstrations)
         engine.save(compiled, output)
     prefix = compiled.prefix
-    left_out = f"; {prefix.num_left_out} more did not fit the context" if prefix.num_left_out else ""
+    left_out = f"; {prefix.num_dropped} more did not fit the context" if prefix.num_dropped else ""
     out = Console(highlight=False)
     out.print(
         f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens{left_out}",

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from manyicl.engine.engine import Engine, Prediction
-    from manyicl.engine.prefix_cache import PrefixCache
-    from manyicl.tasks.nearest import NearestExamples
+    from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.tasks.rows import LocatedRow, Quotes
     from manyicl.tasks.task import Example, Query, Task
 
@@ -101,7 +100,7 @@ def predict_command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from manyicl.engine.decoding import Sampling
+    from manyicl.engine.backend import Sampling
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
@@ -142,10 +141,7 @@ def predict_command(
         cache = engine.load(prefix).prefix
         _require_no_rows_of(cache.task.name, cache.demonstrations, output)
     else:
-        if nearest:
-            cache, near = _prefill_with_nearest(engine, loaded_task, demonstrations, queries, nearest)
-        else:
-            cache = engine.prefill(loaded_task, demonstrations, queries)
+        cache, near = engine.prepare(loaded_task, demonstrations, queries, num_nearest=nearest)
     console.print(_described(engine, cache), markup=False, highlight=False)
     predictions = partial(
         engine.predict,
@@ -210,44 +206,23 @@ def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
 
 def _queries(task: Task, rows: Iterable[LocatedRow]) -> list[Query]:
     """Render the rows of a file, or say which of them cannot be asked, before a model is loaded."""
-    from manyicl.engine.engine import require_askable
+    from manyicl.engine.engine import checked_query
 
     queries = []
     for number, row in enumerate(rows, start=1):
         try:
-            query = task.query(row.columns)
-            require_askable(query, task)
+            query = checked_query(row.columns, task)
         except UserError as error:
             raise UserError(f"{row.place}: Query {number}: {error}") from error
         queries.append(query)
     return queries
 
 
-def _prefill_with_nearest(
-    engine: Engine, task: Task, demonstrations: Sequence[Example], queries: Sequence[Query] | None, num_nearest: int
-) -> tuple[PrefixCache, NearestExamples]:
-    """Prefill demonstrations and find the nearest among the rows that did not become any.
-
-    Which rows these are is known only once the demonstrations that fit are, and how many fit depends on the room that
-    the nearest need: so it is tried with the nearest of all rows first.
-    """
-    from manyicl.tasks.nearest import NearestExamples
-
-    near = NearestExamples(task.train, num_nearest)
-    cache: PrefixCache | None = None
-    while True:
-        earlier, cache = cache, engine.prefill(task, demonstrations, queries, nearest=near, reuse=cache)
-        near = NearestExamples(task.train, num_nearest, exclude=cache.demonstrations)
-        needed = cache.num_tokens + engine.num_reserved_tokens(task, queries, near)
-        if needed <= engine.max_context_tokens or (earlier and earlier.num_shots <= cache.num_shots):
-            return cache, near
-
-
-def _described(engine: Engine, prefix: PrefixCache) -> str:
+def _described(engine: Engine, prefix: TaskPrefix) -> str:
     """Say what stands before every query, and what a reader should know of it."""
     text = f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
-    if prefix.num_left_out:
-        text += f"; {prefix.num_left_out} more did not fit the context of {engine.max_context_tokens:,}"
+    if prefix.num_dropped:
+        text += f"; {prefix.num_dropped} more did not fit the context of {engine.max_context_tokens:,}"
     if engine.trained_context_tokens and prefix.num_tokens > engine.trained_context_tokens:
         text += f"; beyond the {engine.trained_context_tokens:,} tokens that the model was trained on"
     return text

@@ -199,7 +199,7 @@ def held_out_evaluation(recipe: Recipe, tasks: tuple[Task, ...]) -> Evaluation:
     def evaluation(loaded: LoadedModel) -> dict[str, float]:
         # The figures go to the log; the records of a model that changes with every step are not kept.
         with TemporaryDirectory() as folder:
-            results = measure_shot_curves(Engine(loaded), asked, folder, settings).results
+            results = measure_shot_curves(Engine.local(loaded), asked, folder, settings).results
         figures = {"score": sum(result.score for result in results) / len(results)}
         for num_shots in settings.shots:
             scores = [result.score for result in results if result.num_shots == num_shots]

@@ -1,20 +1,38 @@
-"""What an engine asks of whatever runs a network: token ids in, numbers out. Knows no task and imports no torch."""
+"""What an engine needs of whatever runs a network: token ids in, numbers out. Knows no task and imports no torch.
+
+A backend has an identity and three methods: `Backend.prefill` processes the tokens that queries share, `Backend.score`
+scores closed answer sets after it, and `Backend.generate` writes free answers after it, token by token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from manyicl.errors import UserError
+
+# Temperatures below it leave the range of floating point.
+LEAST_TEMPERATURE = 1e-4
+
+TokenIds = tuple[int, ...]
+Wanted = Literal["best", "all"]
+# Called between two chunks of a long prefill with the tokens that are done and those in all; may raise to end it.
+BetweenChunks = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which network made something, as far as its numbers depend on it.
+    """Which network computes, as far as its numbers depend on it.
 
     Attributes:
         fingerprint: Hash of all weights, those of an adapter included.
         config_hash: Hash of the configuration, which says how the weights are used.
         dtype: Precision of the computation, such as ``bfloat16``.
         base_fingerprint: Hash of the weights below an adapter; None for a model that is no adapter.
-        reference: How the user named the model; takes no part in comparisons.
+        reference: Name that the user gave the model; takes no part in comparisons, and neither do those below.
+        max_context_tokens: Most positions that the network allows; None if it does not say.
+        end_token_ids: Tokens that end a text according to the model's own settings.
     """
 
     fingerprint: str
@@ -22,6 +40,8 @@ class Identity:
     dtype: str
     base_fingerprint: str | None = None
     reference: str = field(default="", compare=False)
+    max_context_tokens: int | None = field(default=None, compare=False)
+    end_token_ids: frozenset[int] = field(default=frozenset(), compare=False)
 
     def difference(self, other: Identity) -> str | None:
         """Say in a few words how another network differs from this one; None where both are the same.
@@ -38,3 +58,276 @@ class Identity:
                 return "another adapter of the same base"
             return "another model"
         return None if self == other else "another configuration of the same weights"
+
+
+class Prefix(Protocol):
+    """What a backend keeps of tokens that queries share, such as their keys and values. Immutable."""
+
+    @property
+    def identity(self) -> Identity:
+        """The network that made it."""
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The shared tokens, (P,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionScores:
+    """Scores of the options of one query.
+
+    Attributes:
+        log_probabilities: Option number -> log-probability of all its tokens, in nats; of every option where all
+            were wanted, otherwise at least of the best.
+        best: Number of the most probable option; the first among equals.
+        greedy: Numbers of the options that greedy decoding would have written.
+    """
+
+    log_probabilities: Mapping[int, float]
+    best: int
+    greedy: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """The next token of one query's answer.
+
+    Attributes:
+        query: Position of the query among those given.
+        token_id: The token.
+        log_probability: Its log-probability under the model, in nats; temperature and top-p leave it as it is.
+        stopped: Whether the answer has ended with this token.
+        is_last: Whether no further token of this query follows: the answer has ended, or reached the limit.
+    """
+
+    query: int
+    token_id: int
+    log_probability: float
+    stopped: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the tokens of free answers are drawn, instead of taking the most probable ones.
+
+    Attributes:
+        temperature: Divisor of the logits before they become probabilities.
+        top_p: Probability that the most probable tokens must reach together; others are never drawn.
+        seed: Seed of the draws. With the number of a query it fixes that query's answer, whatever is asked beside it.
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                "out_of_range",
+                "the temperature is out of range",
+                expected=f"at least {LEAST_TEMPERATURE}",
+                found=str(self.temperature),
+                remedy="Leave it out for the most probable tokens.",
+                field="temperature",
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(
+                "out_of_range",
+                "top_p is out of range",
+                expected="above 0 and at most 1",
+                found=str(self.top_p),
+                field="top_p",
+            )
+
+
+class Stop(Protocol):
+    """Decides where a generated answer ends."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of which each ends an answer; for backends that stop on text themselves."""
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Tokens of which each ends an answer."""
+
+    def ended(self, token_ids: Sequence[int]) -> bool:
+        """Tell whether an answer that has these tokens so far has ended; called after every token."""
+
+
+class Backend(Protocol):
+    """Runs a network for an `manyicl.engine.engine.Engine`: ours in this process, or another one anywhere.
+
+    A backend of a few lines is enough for every kind of task:
+
+    >>> class Uniform:
+    ...     "Every token of a vocabulary of ten is as probable as any other."
+    ...     identity = Identity("uniform", "", "float32", max_context_tokens=100)
+    ...
+    ...     def prefill(self, token_ids, reuse=None, *, between_chunks=None):
+    ...         return SharedTokens(self.identity, tuple(token_ids))
+    ...
+    ...     def score(self, prefix, queries, options, wanted):
+    ...         scores = [{i: -2.303 * len(ids) for i, ids in enumerate(some)} for some in options]
+    ...         return [OptionScores(own, max(own, key=own.get)) for own in scores]
+    ...
+    ...     def generate(self, prefix, queries, stop, max_tokens, sampling=None, numbers=None):
+    ...         for query in range(len(queries)):
+    ...             yield GeneratedToken(query, 7, -2.303, stopped=False, is_last=True)
+    >>> backend: Backend = Uniform()
+    >>> backend.score(backend.prefill([1, 2]), [(3,)], [[(4, 5), (6,)]], "best")[0].best
+    1
+    """
+
+    @property
+    def identity(self) -> Identity:
+        """Which network this is."""
+
+    def prefill(
+        self, token_ids: Sequence[int], reuse: Prefix | None = None, *, between_chunks: BetweenChunks | None = None
+    ) -> Prefix:
+        """Process tokens that queries share.
+
+        Args:
+            token_ids: The whole prefix, (P,); may be empty.
+            reuse: Another prefix; what both begin with is taken over. It stays as it is.
+            between_chunks: Called between chunks of a long prefix, so that other work can go first; chunks are then
+                sized by time. If it raises, the prefill ends there and leaves nothing behind.
+        """
+
+    def score(
+        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], wanted: Wanted
+    ) -> list[OptionScores]:
+        """Score the options of each query after the prefix and the query.
+
+        Args:
+            prefix: From `prefill` of this backend.
+            queries: Tokens of each query up to where its answer begins, at least one; any number of queries.
+            options: Options of each query, each at least one token; the same object where queries share them.
+            wanted: ``best`` needs the best option only, ``all`` the scores of all.
+        """
+
+    def generate(
+        self,
+        prefix: Prefix,
+        queries: Sequence[TokenIds],
+        stop: Stop,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[GeneratedToken]:
+        """Write an answer to each query, and yield its tokens as they come; closing the iterator ends the work.
+
+        The tokens of one query come in order, those of different queries in any.
+
+        Args:
+            prefix: From `prefill` of this backend.
+            queries: As for `score`.
+            stop: Decides after every token whether the answer has ended.
+            max_tokens: Limit for answers that do not end before.
+            sampling: How tokens are drawn; None for the most probable ones.
+            numbers: Number of each query, which fixes its draws together with the seed; None for 0, 1, 2, …
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A token of a prefix whose prediction is wanted.
+
+    Attributes:
+        position: Its position in the prefix; at least 1.
+        allowed: Tokens it is compared with, itself among them; None for the whole vocabulary.
+    """
+
+    position: int
+    allowed: TokenIds | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetScore:
+    """How a token of a prefix was predicted from those before it.
+
+    Attributes:
+        log_probability: Log-probability of the token, in nats.
+        is_best: Whether it was the most probable of those allowed.
+    """
+
+    log_probability: float
+    is_best: bool
+
+
+class ObservingBackend(Backend, Protocol):
+    """A backend that can tell from a prefill how it predicted some of the tokens; `Engine.compile` needs one."""
+
+    def observe(self, token_ids: Sequence[int], targets: Sequence[Target]) -> tuple[Prefix, list[TargetScore]]:
+        """Prefill, and score some of the tokens in the same pass.
+
+        Args:
+            token_ids: The whole prefix, (P,).
+            targets: Tokens of it, by rising position.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTokens:
+    """The tokens alone: the prefix of a backend that keeps nothing else of them, such as a server with its own cache.
+
+    Attributes:
+        identity: The network that it belongs to.
+        token_ids: The shared tokens, (P,).
+    """
+
+    identity: Identity
+    token_ids: TokenIds
+
+
+def require_own(prefix: Prefix, identity: Identity) -> None:
+    """Refuse a prefix of another network: its keys and values would give wrong answers without a word.
+
+    Raises:
+        UserError: If so.
+    """
+    difference = identity.difference(prefix.identity)
+    if difference is not None:
+        raise foreign_prefix(difference, prefix.identity, identity)
+
+
+def foreign_prefix(difference: str, found: Identity, expected: Identity) -> UserError:
+    """Make the error for a prefix that belongs elsewhere."""
+    return UserError(
+        "foreign_prefix",
+        f"the prefix was made with {difference}",
+        expected=f"one of {expected.reference!r}",
+        found=f"one of {found.reference!r}",
+        remedy="Prefill the task with this engine.",
+    )
+
+
+def backend_cannot_compile(identity: Identity) -> UserError:
+    """Make the error for a backend that keeps no keys and values which could go to a file."""
+    return UserError(
+        "backend_cannot_compile",
+        f"the backend of {identity.reference!r} keeps no keys and values of its own",
+        remedy="Load the model in this process to compile tasks.",
+    )
+
+
+def require_context(max_context_tokens: int | None, identity: Identity) -> None:
+    """Refuse a longest context below 1, or beyond what the network allows; None asks for no bound.
+
+    Raises:
+        UserError: If so.
+    """
+    allowed = identity.max_context_tokens
+    if max_context_tokens is not None and (max_context_tokens < 1 or (allowed and max_context_tokens > allowed)):
+        raise UserError(
+            "out_of_range",
+            "max_context_tokens is out of range",
+            expected=f"1 to {allowed:,}, the positions of {identity.reference!r}" if allowed else "at least 1",
+            found=f"{max_context_tokens:,}",
+            field="max_context_tokens",
+        )

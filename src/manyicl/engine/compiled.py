@@ -7,9 +7,7 @@ the model's fingerprint. It holds the demonstrations in recoverable form, as tex
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,32 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.engine.backend import Identity
+from manyicl.engine.backend import Backend, Identity, backend_cannot_compile
+from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
+from manyicl.engine.task_prefix import CompiledTask, TaskPrefix
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import MachineError, UserError
 from manyicl.model.continuation import Block, key_shape
-from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.task import Example, Family, Query, Task, TaskSpec
 
 FORMAT_VERSION = 2
-# Keys of a configuration that change no result here.
-NOT_COMPUTED = frozenset(
-    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"}
-    | {"pad_token_id", "max_position_embeddings"}
-)
 HEADER_KEY, HASH_KEY = "manyicl_compiled_task", "sha256"
-
-
-@dataclass(frozen=True)
-class CompiledTask:
-    """A prefix, and how the model did on its demonstrations while it was made."""
-
-    prefix: PrefixCache
-    answers: tuple[ObservedAnswer, ...]
 
 
 class SavedTemplate(BaseModel):
@@ -128,26 +114,26 @@ def save_compiled(compiled: CompiledTask, path: Path) -> None:
         UserError: If the file cannot stand there, or the prefix is empty.
         MachineError: If the disk refuses.
     """
-    prefix = compiled.prefix
-    if not prefix.blocks:
+    prefix, cache = compiled.prefix, compiled.prefix.cache
+    if not isinstance(cache, PrefixCache) or not cache.blocks:
         raise UserError(f"Task {prefix.task.name!r} has neither instruction nor demonstrations; nothing to compile.")
     require_place(path)
     tensors = {"token_ids": torch.tensor(prefix.token_ids)}
-    num_layers = len(prefix.blocks[0].keys)
+    num_layers = len(cache.blocks[0].keys)
     for layer in range(num_layers):
-        tensors[f"keys.{layer}"] = torch.cat([block.keys[layer] for block in prefix.blocks], dim=2)
-        tensors[f"values.{layer}"] = torch.cat([block.values[layer] for block in prefix.blocks], dim=2)
+        tensors[f"keys.{layer}"] = torch.cat([block.keys[layer] for block in cache.blocks], dim=2)
+        tensors[f"values.{layer}"] = torch.cat([block.values[layer] for block in cache.blocks], dim=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = Header(
-        model=prefix.identity.reference,
-        model_fingerprint=prefix.identity.fingerprint,
-        base_fingerprint=prefix.identity.base_fingerprint,
-        config_hash=prefix.identity.config_hash,
-        dtype=prefix.identity.dtype,
+        model=cache.identity.reference,
+        model_fingerprint=cache.identity.fingerprint,
+        base_fingerprint=cache.identity.base_fingerprint,
+        config_hash=cache.identity.config_hash,
+        dtype=cache.identity.dtype,
         text_format=prefix.text_format,
         task=_saved_task(prefix.task),
         demonstrations=tuple(map(SavedExample.of, prefix.demonstrations)),
-        num_left_out=prefix.num_left_out,
+        num_left_out=prefix.num_dropped,
         answers=tuple((one.num_shots, one.log_probability, one.is_right) for one in compiled.answers),
     ).model_dump_json()
     part = path.with_name(path.name + ".part")
@@ -177,7 +163,7 @@ def require_place(path: Path) -> None:
             raise UserError(f"{str(path)!r} is there and no compiled task; give another name, or remove it.")
 
 
-def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> CompiledTask:
+def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTask:
     """Read a compiled task for the model that it was compiled with.
 
     Whoever can write the file can make up keys and values, as they could a model; what is checked here is that the
@@ -187,6 +173,8 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
         UserError: If the file is no compiled task, is truncated or altered, or belongs to another model, adapter,
             precision, format or version; the sentence says which.
     """
+    if not isinstance(backend, LocalBackend):
+        raise backend_cannot_compile(backend.identity)
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; expected a file written by `manyicl compile`.")
     if not path.is_file():
@@ -195,7 +183,7 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             header = _checked_header(path, metadata)
-            _require_same_model(path, header, loaded, encoder.format)
+            _require_same_model(path, header, backend.identity, encoder.format)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is not a whole compiled task: {error}. Compile it again.") from error
@@ -205,26 +193,27 @@ def load_compiled(path: Path, loaded: LoadedModel, encoder: Encoder) -> Compiled
     task = _task(header.task, demonstrations)
     encoder.require_encodable(task)
     token_ids = encoder.encode_prefix(task.instruction(), demonstrations)
-    _require_whole(path, tensors, token_ids, loaded)
-    layers = range(loaded.model.config.get_text_config().num_hidden_layers)
+    _require_whole(path, tensors, token_ids, backend.model)
+    layers = range(backend.model.config.get_text_config().num_hidden_layers)
     block = Block(
         0,
-        tuple(tensors[f"keys.{layer}"].to(loaded.model.device) for layer in layers),
-        tuple(tensors[f"values.{layer}"].to(loaded.model.device) for layer in layers),
+        tuple(tensors[f"keys.{layer}"].to(backend.model.device) for layer in layers),
+        tuple(tensors[f"values.{layer}"].to(backend.model.device) for layer in layers),
     )
-    prefix = PrefixCache(
-        identity_of(loaded), encoder.format, task, demonstrations, header.num_left_out, token_ids, (block,)
-    )
+    cache = PrefixCache(backend.identity, token_ids, (block,))
+    prefix = TaskPrefix(task, demonstrations, header.num_left_out, encoder.format, cache)
     return CompiledTask(prefix, tuple(ObservedAnswer(*answer) for answer in header.answers))
 
 
-def _require_whole(path: Path, tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], loaded: LoadedModel) -> None:
+def _require_whole(
+    path: Path, tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], model: PreTrainedModel
+) -> None:
     """Refuse tensors that are not those of this text in this network."""
-    key_heads, head_size = key_shape(loaded.model)
+    key_heads, head_size = key_shape(model)
     states = (1, key_heads, len(token_ids), head_size)
-    layers = range(loaded.model.config.get_text_config().num_hidden_layers)
+    layers = range(model.config.get_text_config().num_hidden_layers)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    expected = {f"{kind}.{layer}": (states, loaded.model.dtype) for kind in ("keys", "values") for layer in layers}
+    expected = {f"{kind}.{layer}": (states, model.dtype) for kind in ("keys", "values") for layer in layers}
     expected["token_ids"] = ((len(token_ids),), torch.int64)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -261,9 +250,8 @@ def _checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
         ) from error
 
 
-def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_format: AnyFormat) -> None:
+def _require_same_model(path: Path, header: Header, identity: Identity, text_format: AnyFormat) -> None:
     """Refuse keys and values that another network made."""
-    identity = identity_of(loaded)
     if header.dtype != identity.dtype:
         raise UserError(
             f"{str(path)!r} was compiled in {header.dtype}; the model is loaded in {identity.dtype}. Load it with "
@@ -274,8 +262,8 @@ def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_fo
         another = "another adapter of the same base" if base and base == header.base_fingerprint else "another model"
         raise UserError(
             f"{str(path)!r} was compiled with {another}: {header.model!r} with fingerprint "
-            f"{header.model_fingerprint[:12]}; {loaded.reference!r} has {loaded.fingerprint[:12]}. Use the model it "
-            "was compiled with, or compile the task again."
+            f"{header.model_fingerprint[:12]}; {identity.reference!r} has {identity.fingerprint[:12]}. Use the model "
+            "it was compiled with, or compile the task again."
         )
     if header.config_hash != identity.config_hash:
         raise UserError(
@@ -287,25 +275,6 @@ def _require_same_model(path: Path, header: Header, loaded: LoadedModel, text_fo
             f"{str(path)!r} was compiled with another text format ({header.text_format.model_dump()}); the engine "
             f"uses {text_format.model_dump()}. Compile the task again."
         )
-
-
-def identity_of(loaded: LoadedModel) -> Identity:
-    """Tell which network this is, as far as keys and values depend on it."""
-    is_adapter = loaded.manifest is not None and hasattr(loaded.model, "peft_config")
-    return Identity(
-        fingerprint=loaded.fingerprint,
-        config_hash=_config_hash(loaded.model),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        base_fingerprint=loaded.manifest.base_fingerprint if is_adapter and loaded.manifest else None,
-        reference=loaded.reference,
-    )
-
-
-def _config_hash(model: PreTrainedModel) -> str:
-    """Hash what a configuration says about how the network computes."""
-    config = model.config.get_text_config().to_dict()
-    told = {name: value for name, value in config.items() if name not in NOT_COMPUTED and not name.startswith("_")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

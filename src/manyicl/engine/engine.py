@@ -1,42 +1,56 @@
-"""Engine, the one door in: demonstrations -> prefix cache -> answers to queries."""
+"""Engine: demonstrations -> prefix -> answers to queries. Knows tasks, text and answers; a backend runs the network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
-from manyicl.engine.compiled import CompiledTask, identity_of, load_compiled, save_compiled
-from manyicl.engine.decoding import Generation, Sampling, generate
+from manyicl.engine.answers import AnswerEnd
+from manyicl.engine.backend import (
+    Backend,
+    BetweenChunks,
+    GeneratedToken,
+    ObservingBackend,
+    Prefix,
+    Sampling,
+    Wanted,
+    backend_cannot_compile,
+    foreign_prefix,
+    require_context,
+    require_own,
+)
 from manyicl.engine.label_scores import LabelScores, mean_scores
-from manyicl.engine.label_trie import NODES_READ_TOGETHER, num_shared_tokens, tries_of
-from manyicl.engine.observed import OBSERVED_CHUNK_TOKENS, DemonstrationWatch
-from manyicl.engine.packing import WorkingMemory, require_bounds
-from manyicl.engine.prefix_cache import PrefixCache, encode_behind, shared_beginning
-from manyicl.engine.scoring import LabelSearch, Wanted, score_labels
+from manyicl.engine.label_trie import num_shared_tokens
+from manyicl.engine.observed import AnswerTargets
+from manyicl.engine.task_prefix import CompiledTask, TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind
-from manyicl.errors import QueryError, UserError, shown
-from manyicl.model.continuation import Block
-from manyicl.model.load import LoadedModel, load_model, max_positions
-from manyicl.model.manifest import format_to_ask_in
+from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind, Preceding
+from manyicl.errors import QueryError, UserError
+from manyicl.model.manifest import Manifest, format_to_ask_in
+from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Columns, Example, Query, Task
+
+if TYPE_CHECKING:
+    from manyicl.model.load import LoadedModel
 
 DEFAULT_MAX_ANSWER_TOKENS = 64
 # Queries are read ahead so many at a time, so that those of like length can advance together.
 READ_AHEAD_QUERIES = 256
+# `answer` fits demonstrations to so many queries at once; a longer query after them makes it fit again.
+FITTED_QUERIES = 1024
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
 Nearest = Callable[[Query], Sequence[Example]]
-AnsweredT = TypeVar("AnsweredT")
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +58,12 @@ class Prediction:
     """An answer to one query.
 
     Attributes:
-        answer: The best label or choice, or the generated text without its terminator.
-        log_probability: Of the answer, terminator included, in nats.
-        scores: Of every label or choice, where all were asked for; None otherwise, and for free answers.
+        answer: The best label or choice, or the generated text without its end-of-answer text.
+        log_probability: Log-probability of the answer with its end-of-answer text, in nats.
+        scores: Scores of every label or choice, where all were wanted; None otherwise, and for free answers.
         stopped: False if a generated answer was cut at the limit.
-        abstained: True if the answer's probability among the labels was below the threshold asked for.
+        abstained: True if the answer's probability among the labels was below the given threshold.
+        num_shots: Number of demonstrations before the query that all queries share.
     """
 
     answer: str
@@ -56,64 +71,143 @@ class Prediction:
     scores: LabelScores | None = None
     stopped: bool = True
     abstained: bool = False
+    num_shots: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the prediction as JSON holds it; the answer is null where it abstained.
+
+        >>> Prediction("good", -0.25, num_shots=4).as_json()
+        {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
+        """
+        known: dict[str, Any] = {
+            "answer": None if self.abstained else self.answer,
+            "log_probability": self.log_probability,
+            "stopped": self.stopped,
+            "abstained": self.abstained,
+            "num_shots": self.num_shots,
+        }
+        if self.scores is not None:
+            known["scores"] = dict(self.scores.log_probabilities)
+            known["probabilities"] = self.scores.probabilities
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedQuery:
+    """A query of a task, rendered and encoded once; `Engine.prefill` and `Engine.predict` take it in place of a row.
+
+    Attributes:
+        query: The rendered query.
+        preceding: What it comes after: a demonstration, the instruction or nothing.
+        token_ids: Its tokens up to where the answer begins, (Q,).
+        option_ids: Tokens of each label or choice with the end-of-answer text; empty for free answers.
+    """
+
+    query: Query
+    preceding: Preceding
+    token_ids: tuple[int, ...]
+    option_ids: tuple[tuple[int, ...], ...]
+
+
+Row = Columns | str | Query | EncodedQuery
+
+
+@dataclass(frozen=True, slots=True)
+class _FittingQuery:
+    """A query that fits after a prefix: its number, the tokens after the prefix, and its options."""
+
+    number: int
+    token_ids: tuple[int, ...]
+    options: tuple[str, ...]
+    option_ids: tuple[tuple[int, ...], ...]
 
 
 class Engine:
-    """Answers queries of any task after examples of it, without training."""
+    """Answers queries of any task after examples of it, without training.
+
+    >>> from manyicl import Engine, Task
+    >>> engine = Engine.from_pretrained("builtin:nano")
+    >>> pairs = [("a red hat", "hat"), ("the blue lamp", "lamp"), ("a red lamp", "lamp"), ("one hat", "hat")]
+    >>> task = Task.from_examples("things", pairs, labels=("hat", "lamp"))
+    >>> prefix = engine.prefill(task, task.train)
+    >>> [prediction.answer for prediction in engine.predict(prefix, ["a white lamp", "a pink hat"])]
+    ['lamp', 'hat']
+    """
 
     def __init__(
         self,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        manifest: Manifest | None = None,
+        text_format: AnyFormat | FormatKind | None = None,
+        end_of_answer: str | None = None,
+        max_context_tokens: int | None = None,
+    ) -> None:
+        """Take a backend and its tokenizer.
+
+        Args:
+            backend: Runs the network.
+            tokenizer: Tokenizer of that network.
+            manifest: What the model remembers of its fine-tuning; None if it was not fine-tuned here.
+            text_format: How examples become text; None for the format saved with the model, else plain. ``"chat"``
+                takes the turns of an instruct model's chat template.
+            end_of_answer: Text that ends an answer, or a control token of the tokenizer, for a model that was not
+                fine-tuned here; None for the one it was fine-tuned with, else a blank line.
+            max_context_tokens: Longest prefix and query together; None for what the architecture allows.
+
+        Raises:
+            UserError: If the model was fine-tuned in another kind of format, or its chat template cannot be used; if
+                ``max_context_tokens`` is below 1 or more than the model allows, or needed and not given.
+        """
+        self.backend = backend
+        self.manifest = manifest
+        # Turns that were extracted just now are compared with the rows of every task; a manifest has those of training.
+        self._template: ChatTemplate | None = None
+        self._compared: set[tuple[str, str]] = set()
+        if not isinstance(text_format, BaseModel):
+            if text_format == "chat" and manifest is None:
+                self._template = ChatTemplate(tokenizer)
+            text_format = format_to_ask_in(tokenizer, manifest, text_format, end_of_answer)
+        self.encoder = Encoder(tokenizer, text_format)
+        self.trained_context_tokens = manifest.max_context_tokens if manifest else None
+        require_context(max_context_tokens, backend.identity)
+        limit = max_context_tokens or backend.identity.max_context_tokens or self.trained_context_tokens
+        if limit is None:
+            raise UserError(
+                "unknown_context",
+                f"{self.reference!r} does not say how long its context is",
+                remedy="Give max_context_tokens.",
+            )
+        self.max_context_tokens: int = limit
+        self._end = AnswerEnd(self.encoder, backend.identity.end_token_ids)
+
+    @classmethod
+    def local(
+        cls,
         loaded: LoadedModel,
         *,
         text_format: AnyFormat | FormatKind | None = None,
         end_of_answer: str | None = None,
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
-    ) -> None:
-        """Take a loaded model.
+    ) -> Self:
+        """Run a loaded model in this process; arguments are those of `__init__` and of `LocalBackend`."""
+        from manyicl.engine.local import LocalBackend
 
-        Args:
-            loaded: From `manyicl.model.load.load_model`.
-            text_format: How examples become text; None for the format saved with the model, else plain. ``"chat"``
-                takes the turns of an instruct model's chat template.
-            end_of_answer: Text that ends an answer, or a control token of the tokenizer, for a model that was not
-                fine-tuned here; None for the one it was taught, else a blank line.
-            max_context_tokens: Longest prefix and query together; None for what the architecture allows.
-            working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
-                many advance together, never a result. None for half of what the prefix uses, and at least 64.
-
-        Raises:
-            UserError: If the model was taught another kind of format, or its chat template cannot be used; if it
-                allows fewer positions than ``max_context_tokens``, or a bound is below 1.
-        """
-        self.loaded = loaded
-        self.model = loaded.model
-        self.manifest = loaded.manifest
-        self.fingerprint = loaded.fingerprint
-        self.reference = loaded.reference
-        self.identity = identity_of(loaded)
-        # Turns cut just now are compared with the rows of every task; those of a manifest are what was taught.
-        self._template: ChatTemplate | None = None
-        self._compared: set[tuple[str, str]] = set()
-        if not isinstance(text_format, BaseModel):
-            if text_format == "chat" and loaded.manifest is None:
-                self._template = ChatTemplate(loaded.tokenizer)
-            text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, text_format, end_of_answer)
-        self.encoder = Encoder(loaded.tokenizer, text_format)
-        self.trained_context_tokens = loaded.manifest.max_context_tokens if loaded.manifest else None
-        require_bounds(loaded, max_context_tokens, working_memory_mib)
-        limit = max_context_tokens or max_positions(loaded.model) or self.trained_context_tokens
-        if limit is None:
-            raise UserError(f"{loaded.reference!r} does not say how long its context is; give max_context_tokens.")
-        self.max_context_tokens: int = limit
-        self.working_memory_mib = working_memory_mib
-        # Label sets of tasks; choices per row seldom come again.
-        self._tries = lru_cache(maxsize=8)(tries_of)
+        return cls(
+            LocalBackend(loaded, working_memory_mib=working_memory_mib),
+            loaded.tokenizer,
+            manifest=loaded.manifest,
+            text_format=text_format,
+            end_of_answer=end_of_answer,
+            max_context_tokens=max_context_tokens,
+        )
 
     @classmethod
     def from_pretrained(
         cls,
-        reference: str,
+        reference: str | Path,
         *,
         dtype: str | None = None,
         device: str | None = None,
@@ -122,40 +216,62 @@ class Engine:
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> Self:
-        """Load a model folder, ``hf:owner/name`` or ``builtin:nano``, with the format it was taught.
+        """Load a model folder, ``hf:owner/name`` or ``builtin:nano``, with the format it was fine-tuned in.
 
         Raises:
-            UserError: If it cannot be loaded, or mixes the episodes of a packed row.
+            UserError: If it cannot be loaded, or mixes the episodes of a packed sequence.
         """
-        return cls(
-            load_model(reference, dtype=dtype, device=device),
+        from manyicl.model.load import load_model
+
+        return cls.local(
+            load_model(str(reference), dtype=dtype, device=device),
             text_format=text_format,
             end_of_answer=end_of_answer,
             max_context_tokens=max_context_tokens,
             working_memory_mib=working_memory_mib,
         )
 
+    @property
+    def reference(self) -> str:
+        """Name that the user gave the model."""
+        return self.backend.identity.reference
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights."""
+        return self.backend.identity.fingerprint
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the computation, such as ``bfloat16``."""
+        return self.backend.identity.dtype
+
+    # --- Prefixes
+
     def prefill(
         self,
         task: Task,
         demonstrations: Iterable[Example] = (),
-        queries: Iterable[Query] | None = None,
+        queries: Iterable[Row] | None = None,
         *,
         nearest: Nearest | None = None,
-        reuse: PrefixCache | None = None,
-    ) -> PrefixCache:
+        reuse: TaskPrefix | None = None,
+        between_chunks: BetweenChunks | None = None,
+    ) -> TaskPrefix:
         """Encode an instruction and demonstrations once.
 
-        Demonstrations that do not fit the context together with the longest query are left out, balanced by
-        label, and counted in ``num_left_out``.
+        Demonstrations that do not fit the context together with the longest query are dropped, balanced by label,
+        and counted in ``num_dropped``.
 
         Args:
-            task: What is asked.
-            demonstrations: Shown in this order.
-            queries: What will be asked, so that the longest fits; None for the task's test rows, or its training
-                rows if it has none.
-            nearest: Gives each query examples of its own, for which room is kept too.
+            task: Task of the demonstrations.
+            demonstrations: Examples in the order in which they are shown.
+            queries: Queries that will follow, so that the longest fits; None for the task's test rows, or its
+                training rows if it has none.
+            nearest: Gives each query examples of its own, for which tokens are reserved too.
             reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
+            between_chunks: Called with the tokens done and those in all between chunks of a long prefill, which then
+                take a fraction of a second each, so that other work can go first. If it raises, the prefill ends.
 
         Raises:
             UserError: If the tokenizer cannot tell the task's labels apart, a demonstration is of another task, or
@@ -163,19 +279,89 @@ class Engine:
         """
         if reuse is not None:
             self._require_own(reuse)
-        fitting, num_left_out = self._fitting(task, demonstrations, queries, nearest)
+        fitting, num_dropped = self._fitting(task, demonstrations, queries, nearest)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
-        shared: tuple[Block, ...] = ()
-        if reuse is not None:
-            shared = shared_beginning(reuse.blocks, num_shared_tokens(token_ids, reuse.token_ids))
-        blocks = encode_behind(self.model, shared, token_ids[shared[-1].end if shared else 0 :])
-        return self._prefix(task, fitting, num_left_out, token_ids, blocks)
+        cache = self.backend.prefill(token_ids, reuse.cache if reuse else None, between_chunks=between_chunks)
+        return self._prefix(task, fitting, num_dropped, cache, reuse)
+
+    def prepare(
+        self, task: Task, demonstrations: Sequence[Example], queries: Iterable[Row] | None = None, *, num_nearest: int
+    ) -> tuple[TaskPrefix, Nearest | None]:
+        """Prefill demonstrations, and find each query's nearest examples among the rows that did not become any.
+
+        Which rows these are is known only once the demonstrations that fit are, and how many fit depends on the tokens
+        reserved for the nearest: so it is tried with the nearest of all rows first.
+
+        Args:
+            task: Task of the demonstrations.
+            demonstrations: Examples in the order in which they are shown.
+            queries: Queries that will follow, as for `prefill`.
+            num_nearest: Number of examples that each query gets of its own; 0 for none.
+
+        Returns:
+            The prefix, and what gives a query its own examples; None without any.
+        """
+        if not num_nearest:
+            return self.prefill(task, demonstrations, queries), None
+        queries = None if queries is None else list(queries)
+        nearest = NearestExamples(task.train, num_nearest)
+        prefix: TaskPrefix | None = None
+        while True:
+            earlier, prefix = prefix, self.prefill(task, demonstrations, queries, nearest=nearest, reuse=prefix)
+            nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
+            needed = prefix.num_tokens + self.num_reserved_tokens(task, queries, nearest)
+            if needed <= self.max_context_tokens or (earlier and earlier.num_shots <= prefix.num_shots):
+                return prefix, nearest
+
+    def extend(
+        self,
+        prefix: TaskPrefix,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Row] | None = None,
+        *,
+        labels: Iterable[str] | None = None,
+        nearest: Nearest | None = None,
+        between_chunks: BetweenChunks | None = None,
+    ) -> TaskPrefix:
+        """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.
+
+        Args:
+            prefix: Prefix of this engine.
+            demonstrations: Examples that are shown after those that are there.
+            queries: Queries that will follow, as for `prefill`; a loaded prefix knows no rows but its demonstrations.
+            labels: The whole label set from now on, where it grows; None for the task's. Where the instruction lists
+                the labels it changes with them: then the prefix is rebuilt from there and says so in ``rebuilt``.
+            nearest: As for `prefill`.
+            between_chunks: As for `prefill`.
+
+        Raises:
+            UserError: If the demonstrations do not all fit, one is of another task, or another engine made ``prefix``.
+        """
+        self._require_own(prefix)
+        task = prefix.task
+        if labels is not None:
+            task = task.with_spec(labels=tuple(dict.fromkeys(labels)))
+            self.encoder.require_encodable(task)
+        together = (*prefix.demonstrations, *demonstrations)
+        require_demonstrations(together, task)
+        token_ids = self.encoder.encode_prefix(task.instruction(), together)
+        most = self.max_context_tokens - self.num_reserved_tokens(task, queries, nearest)
+        if len(token_ids) > most:
+            raise UserError(
+                "too_many_demonstrations",
+                f"{len(together)} demonstrations of task {task.name!r} do not fit before the longest query",
+                expected=f"at most {most:,} of {self.max_context_tokens:,} tokens",
+                found=f"{len(token_ids):,}",
+                remedy="Extend by fewer.",
+            )
+        cache = self.backend.prefill(token_ids, prefix.cache, between_chunks=between_chunks)
+        return self._prefix(task, together, prefix.num_dropped, cache, prefix, is_extension=True)
 
     def compile(
         self,
         task: Task,
         demonstrations: Iterable[Example],
-        queries: Iterable[Query] | None = None,
+        queries: Iterable[Row] | None = None,
         *,
         nearest: Nearest | None = None,
     ) -> CompiledTask:
@@ -183,25 +369,22 @@ class Engine:
 
         Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
         """
-        fitting, num_left_out = self._fitting(task, demonstrations, queries, nearest)
+        fitting, num_dropped = self._fitting(task, demonstrations, queries, nearest)
         token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
-        watch = DemonstrationWatch(task, fitting, self.encoder)
-        blocks = encode_behind(
-            self.model,
-            (),
-            token_ids,
-            chunk_tokens=OBSERVED_CHUNK_TOKENS,
-            keep=watch.places,
-            on_logits=watch.observe,
-        )
-        return CompiledTask(self._prefix(task, fitting, num_left_out, token_ids, blocks), watch.answers)
+        answers = AnswerTargets.of(task, fitting, self.encoder)
+        if not hasattr(self.backend, "observe"):
+            raise backend_cannot_compile(self.backend.identity)
+        cache, scores = cast(ObservingBackend, self.backend).observe(token_ids, answers.targets)
+        return CompiledTask(self._prefix(task, fitting, num_dropped, cache), answers.answers(scores))
 
     def save(self, compiled: CompiledTask, path: str | Path) -> None:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
 
         Raises:
-            UserError: If the file cannot stand there, or another engine compiled the task.
+            UserError: If the file cannot be there, or another engine compiled the task.
         """
+        from manyicl.engine.compiled import save_compiled
+
         self._require_own(compiled.prefix)
         save_compiled(compiled, Path(path))
 
@@ -209,13 +392,18 @@ class Engine:
         """Read a task that this model compiled, in a fraction of the time it took.
 
         Raises:
-            UserError: If the file is not whole, or belongs to another model, adapter, precision, format or version.
+            UserError: If the file is incomplete, or belongs to another model, adapter, precision, format or version.
         """
-        compiled = load_compiled(Path(path), self.loaded, self.encoder)
+        from manyicl.engine.compiled import load_compiled
+
+        compiled = load_compiled(Path(path), self.backend, self.encoder)
         if compiled.prefix.num_tokens > self.max_context_tokens:
             raise UserError(
-                f"{str(path)!r} holds {compiled.prefix.num_tokens:,} tokens; max_context_tokens is "
-                f"{self.max_context_tokens:,}. Raise it, or compile the task with fewer demonstrations."
+                "prefix_too_long",
+                f"the prefix has {compiled.prefix.num_tokens:,} tokens",
+                expected=f"at most max_context_tokens, {self.max_context_tokens:,}",
+                remedy="Raise it, or compile the task with fewer demonstrations.",
+                file=path,
             )
         return compiled
 
@@ -223,31 +411,40 @@ class Engine:
         self,
         task: Task,
         demonstrations: tuple[Example, ...],
-        num_left_out: int,
-        token_ids: tuple[int, ...],
-        blocks: tuple[Block, ...],
-    ) -> PrefixCache:
-        return PrefixCache(self.identity, self.encoder.format, task, demonstrations, num_left_out, token_ids, blocks)
+        num_dropped: int,
+        cache: Prefix,
+        source: TaskPrefix | None = None,
+        *,
+        is_extension: bool = False,
+    ) -> TaskPrefix:
+        """Put a prefix together, with what it took over from ``source``."""
+        num_reused = num_shared_tokens(cache.token_ids, source.token_ids) if source else 0
+        rebuilt = is_extension and source is not None and num_reused < source.num_tokens
+        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.format, cache, num_reused, rebuilt)
 
-    def _require_own(self, prefix: PrefixCache) -> None:
-        """Refuse a prefix that another engine made: its keys and values would give wrong answers without a word."""
-        difference = self.identity.difference(prefix.identity)
-        if difference is None and prefix.text_format != self.encoder.format:
-            difference = "another text format"
-        if difference is not None:
+    def _require_own(self, prefix: TaskPrefix) -> None:
+        """Refuse a prefix of another network or text format.
+
+        Raises:
+            UserError: If it is one.
+        """
+        if not isinstance(prefix, TaskPrefix):
             raise UserError(
-                "foreign_prefix",
-                f"the prefix of task {prefix.task.name!r} was made with {difference}",
-                expected=f"one of {self.reference!r}",
-                found=f"one of {prefix.identity.reference!r}",
-                remedy="Prefill the task with this engine.",
+                "not_a_prefix",
+                "queries are answered after a prefix",
+                expected="what prefill or extend returns, or the prefix of a compiled task",
+                found=type(prefix).__name__,
             )
+        identity = self.backend.identity
+        require_own(prefix.cache, identity)
+        if prefix.text_format != self.encoder.format:
+            raise foreign_prefix("another text format", prefix.cache.identity, identity)
 
     def _fitting(
         self,
         task: Task,
         demonstrations: Iterable[Example],
-        queries: Iterable[Query] | None,
+        queries: Iterable[Row] | None,
         nearest: Nearest | None,
     ) -> tuple[tuple[Example, ...], int]:
         """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
@@ -255,115 +452,134 @@ class Engine:
         require_demonstrations(demonstrations, task)
         self.encoder.require_encodable(task)
         identity = task.name, task.data_hash
-        if (
-            self._template is not None
-            and isinstance(self.encoder.format, ChatFormat)
-            and identity not in self._compared
-        ):
-            self._template.require_same_rows(self.encoder.format, task)
+        text_format = self.encoder.format
+        if self._template is not None and isinstance(text_format, ChatFormat) and identity not in self._compared:
+            self._template.require_same_rows(text_format, task)
             # A shot curve prefills the same task for every draw.
             self._compared.add(identity)
         reserve = self.num_reserved_tokens(task, queries, nearest)
         return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
 
-    def extend(
-        self,
-        prefix: PrefixCache,
-        demonstrations: Iterable[Example],
-        queries: Iterable[Query] | None = None,
-        *,
-        nearest: Nearest | None = None,
-    ) -> PrefixCache:
-        """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.
-
-        Args:
-            prefix: Of this engine.
-            demonstrations: Shown behind those that are there.
-            queries: What will be asked, as for `prefill`; a loaded prefix knows no other rows than its demonstrations.
-            nearest: As for `prefill`.
-
-        Raises:
-            UserError: If the demonstrations do not all fit, one is of another task, or another engine made ``prefix``.
-        """
-        self._require_own(prefix)
-        added = tuple(demonstrations)
-        require_demonstrations(added, prefix.task)
-        demonstrations = (*prefix.demonstrations, *added)
-        token_ids = self.encoder.encode_prefix(prefix.task.instruction(), demonstrations)
-        room = self.max_context_tokens - self.num_reserved_tokens(prefix.task, queries, nearest)
-        if len(token_ids) > room:
-            raise UserError(
-                f"{len(demonstrations)} demonstrations of {prefix.task.name!r} need {len(token_ids):,} tokens; "
-                f"{room:,} of max_context_tokens {self.max_context_tokens:,} are free before the longest query. "
-                "Extend by fewer."
-            )
-        blocks = encode_behind(self.model, prefix.blocks, token_ids[prefix.num_tokens :])
-        return self._prefix(prefix.task, demonstrations, prefix.num_left_out, token_ids, blocks)
-
     def num_reserved_tokens(
-        self, task: Task, queries: Iterable[Query] | None = None, nearest: Nearest | None = None
+        self, task: Task, queries: Iterable[Row] | None = None, nearest: Nearest | None = None
     ) -> int:
-        """Count the tokens kept free for the longest query, its own examples and its answer; see `prefill`."""
-        queries = [example.query for example in task.test or task.train] if queries is None else list(queries)
-        own_examples = (
-            max((sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in queries), default=0)
-            if nearest
-            else 0
-        )
-        return own_examples + num_tokens_for_asking(task, self.encoder, self.max_answer_tokens(task), queries)
+        """Count the tokens reserved for the longest query, its own examples and its answer; see `prefill`."""
+        if queries is None:
+            queries = [example.query for example in task.test or task.train]
+        asked = [row if isinstance(row, Query | EncodedQuery) else task.query(row) for row in queries]
+        each = [row.query if isinstance(row, EncodedQuery) else row for row in asked]
+        own = 0
+        if nearest is not None:
+            own = max((sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in each), default=0)
+        limit = self.max_answer_tokens(task)
+        if task.choices_column:
+            choices = {choice for query in each for choice in query.choices or ()}
+            answer = max((len(self.encoder.answer_ids(choice)) for choice in choices), default=limit)
+        else:
+            answer = num_tokens_for_asking(task, self.encoder, limit, ())
+        return own + max(map(self._num_query_tokens, asked), default=0) + answer
 
-    @property
-    def dtype(self) -> str:
-        """What the model computes in, such as ``bfloat16``."""
-        return str(self.model.dtype).removeprefix("torch.")
+    def _num_query_tokens(self, row: Query | EncodedQuery) -> int:
+        """Count the tokens of a query; of one not yet encoded, of the longest way to encode it."""
+        if isinstance(row, EncodedQuery):
+            return len(row.token_ids)
+        return max(len(self.encoder.query_ids(row.text, preceding)) for preceding in Preceding)
 
     def max_answer_tokens(self, task: Task) -> int:
-        """Return where a free answer of this task is cut: the task's own limit, or a default."""
+        """Return the limit for free answers of this task: the task's own, or a default."""
         return task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS
+
+    # --- Queries
+
+    def encode_queries(self, task: Task, rows: Iterable[Row], *, after_shots: bool = True) -> Iterator[EncodedQuery]:
+        """Render and encode queries, each once; `prefill` and `predict` take the result in place of rows.
+
+        Args:
+            task: Task of the queries.
+            rows: As for `predict`.
+            after_shots: Whether demonstrations will come before them.
+
+        Raises:
+            UserError: If a row lacks a column, is empty, or does not fit the task; ``row`` is its number.
+        """
+        preceding = self.encoder.preceding("" if after_shots else task.instruction(), int(after_shots))
+        label_ids = tuple(self.encoder.answer_ids(label) for label in task.labels or ())
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, EncodedQuery) and row.preceding is preceding:
+                yield row
+                continue
+            try:
+                query = row.query if isinstance(row, EncodedQuery) else checked_query(row, task)
+                option_ids = label_ids or tuple(self.encoder.answer_ids(choice) for choice in query.choices or ())
+                token_ids = self.encoder.query_ids_uncached(query.text, preceding)
+            except UserError as error:
+                raise _query_error(error, number) from error
+            yield EncodedQuery(query, preceding, token_ids, option_ids)
 
     def predict(
         self,
-        prefix: PrefixCache,
-        rows: Iterable[Columns | str | Query],
+        prefix: TaskPrefix,
+        rows: Iterable[Row],
         *,
         scores: Wanted = "best",
         abstain_below: float | None = None,
         sampling: Sampling | None = None,
         nearest: Nearest | None = None,
     ) -> Iterator[Prediction]:
-        """Answer queries in order, in bounded memory.
+        """Answer queries in order, in bounded memory; closing the iterator ends the work.
 
         Args:
             prefix: From `prefill` or `extend`.
             rows: Mappings with the task's columns, plain strings where it has one column, or queries.
-            scores: ``best`` finds the best label alone; ``all`` scores every label, at the cost of reading them all.
+            scores: ``best`` finds the best label alone; ``all`` scores every label, at the cost of processing them all.
             abstain_below: Mark answers whose probability among the labels is below this; needs ``scores="all"``.
-            sampling: Draw free answers; None for the likeliest tokens.
+            sampling: Draw free answers; None for the most probable tokens.
             nearest: Gives each query examples of its own, shown between the prefix and the query.
 
         Raises:
-            UserError: If a row lacks a column, or a query does not fit behind the prefix, then the row is numbered;
+            UserError: If a row lacks a column, or a query does not fit after the prefix, with the number of the row;
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        if isinstance(rows, str | Mapping | Query):
-            raise UserError(f"predict answers a list of rows; found one {type(rows).__name__}. Put it in a list.")
-        if scores not in ("best", "all"):
-            raise UserError(f"scores is 'best' or 'all'; found {scores!r}.")
-        if abstain_below is not None and (scores != "all" or not 0 <= abstain_below <= 1):
-            raise UserError(
-                f"abstain_below is a probability among all labels, from 0 to 1, and needs scores='all'; found "
-                f"{abstain_below} with scores={scores!r}."
-            )
-        is_closed = _is_closed(prefix.task)
-        if scores == "all" and not is_closed:
-            raise UserError(f"Task {prefix.task.name!r} has free answers; scores='all' needs labels to score.")
-        if sampling is not None and is_closed:
-            raise UserError(f"Task {prefix.task.name!r} has a closed answer set, which is scored; sampling draws none.")
+        _require_options(prefix.task, rows, scores, abstain_below, sampling)
         return self._predict(prefix, rows, scores, abstain_below, sampling, nearest)
 
-    def prior(self, prefix: PrefixCache, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
-        """Score the labels behind queries that say nothing, for `LabelScores.corrected`.
+    def answer(
+        self,
+        task: Task,
+        demonstrations: Iterable[Example],
+        rows: Iterable[Row],
+        *,
+        num_nearest: int = 0,
+        scores: Wanted = "best",
+        abstain_below: float | None = None,
+        sampling: Sampling | None = None,
+        on_prefix: Callable[[TaskPrefix], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """Fit demonstrations to queries and answer these, in one pass over them; streams need no end.
+
+        Demonstrations are fitted to the longest of the first ``FITTED_QUERIES`` queries. Where a later one needs more
+        tokens they are fitted again, so from there on fewer are shown; ``num_shots`` of a prediction says how many.
+
+        Args:
+            task: Task of demonstrations and queries.
+            demonstrations: Examples in the order in which they are shown.
+            rows: As for `predict`.
+            num_nearest: Number of examples that each query gets of its own, as for `prepare`.
+            scores: As for `predict`.
+            abstain_below: As for `predict`.
+            sampling: As for `predict`.
+            on_prefix: Called with every prefix before its answers.
+
+        Raises:
+            UserError: As for `prefill` and `predict`.
+        """
+        _require_options(task, rows, scores, abstain_below, sampling)
+        shots = tuple(demonstrations)
+        return self._answer(task, shots, rows, num_nearest, scores, abstain_below, sampling, on_prefix)
+
+    def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
+        """Score the labels after queries that say nothing, for `LabelScores.corrected`.
 
         Every column of the query template holds the neutral text.
 
@@ -373,56 +589,72 @@ class Engine:
         Source: Zhao et al. 2021, arXiv:2102.09690.
         """
         if not prefix.task.labels:
-            raise UserError(f"Task {prefix.task.name!r} has no closed label set; there is no prior to take.")
+            raise UserError(
+                "no_labels", f"Task {prefix.task.name!r} has no closed label set; there is no prior to take"
+            )
         neutral = [prefix.task.query(dict.fromkeys(prefix.task.columns, text)) for text in neutral_queries]
         return mean_scores([one.scores for one in self.predict(prefix, neutral, scores="all") if one.scores])
 
-    def working_memory(self, prefix: PrefixCache) -> WorkingMemory:
-        """Return the bound on what queries in flight use, and what their tokens cost."""
-        return WorkingMemory.behind(self.model, prefix.blocks, self.working_memory_mib)
+    def _answer(
+        self,
+        task: Task,
+        demonstrations: tuple[Example, ...],
+        rows: Iterable[Row],
+        num_nearest: int,
+        wanted: Wanted,
+        abstain_below: float | None,
+        sampling: Sampling | None,
+        on_prefix: Callable[[TaskPrefix], None] | None,
+    ) -> Iterator[Prediction]:
+        prefix: TaskPrefix | None = None
+        nearest: Nearest | None = None
+        encoded = self.encode_queries(task, rows, after_shots=bool(demonstrations))
+        num_answered = 0
+        most = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
+        for batch in _batches(encoded, FITTED_QUERIES):
+            # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
+            possible = [query for query in batch if self.num_reserved_tokens(task, [query]) <= most]
+            needed = self.num_reserved_tokens(task, possible, nearest)
+            if prefix is None or (prefix.num_shots and prefix.num_tokens + needed > self.max_context_tokens):
+                shown = prefix.demonstrations if prefix else demonstrations
+                prefix, nearest = self.prepare(task, shown, possible, num_nearest=num_nearest)
+                prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
+                if on_prefix is not None:
+                    on_prefix(prefix)
+            yield from self._predict(prefix, batch, wanted, abstain_below, sampling, nearest, num_answered)
+            num_answered += len(batch)
 
     def _predict(
         self,
-        prefix: PrefixCache,
-        rows: Iterable[Columns | str | Query],
+        prefix: TaskPrefix,
+        rows: Iterable[Row],
         wanted: Wanted,
         abstain_below: float | None,
         sampling: Sampling | None,
         nearest: Nearest | None,
+        num_before: int = 0,
     ) -> Iterator[Prediction]:
-        labels = prefix.task.labels
-        label_ids = tuple(self.encoder.answer_ids(label) for label in labels) if labels else None
-        asked = (self._asked(prefix, row, number, nearest, label_ids) for number, row in enumerate(rows, start=1))
-        while True:
-            chunk, failure = _read_ahead(asked, READ_AHEAD_QUERIES)
-            if chunk and _is_closed(prefix.task):
-                yield from self._choose(prefix, chunk, wanted, abstain_below)
-            elif chunk:
-                yield from self._generate(prefix, chunk, sampling)
-            if failure is not None:
-                raise failure
-            if not chunk:
-                return
+        """Answer queries; ``num_before`` others of their stream were answered before."""
+        after_shots = bool(prefix.num_shots or nearest)
+        encoded = self.encode_queries(prefix.task, rows, after_shots=after_shots)
+        numbered = enumerate(encoded, start=num_before + 1)
+        fitting = (self._fitting_query(prefix, query, number, nearest) for number, query in numbered)
+        for batch in _batches(fitting, READ_AHEAD_QUERIES):
+            if is_closed(prefix.task):
+                yield from self._choose(prefix, batch, wanted, abstain_below)
+            else:
+                yield from self._generate(prefix, batch, sampling)
 
-    def _asked(
-        self,
-        prefix: PrefixCache,
-        row: Columns | str | Query,
-        number: int,
-        nearest: Nearest | None,
-        label_ids: tuple[tuple[int, ...], ...] | None,
-    ) -> _AskedQuery:
-        """Render and encode one row, and make sure that it fits behind the prefix."""
-        try:
-            query = row if isinstance(row, Query) else prefix.task.query(row)
-            require_askable(query, prefix.task)
-            own_examples = tuple(nearest(query)) if nearest else ()
-            token_ids = self._continuation_ids(prefix, own_examples, query)
-            options = query.choices or prefix.task.labels
-            option_ids = label_ids or tuple(self.encoder.answer_ids(option) for option in options or ())
-        except UserError as error:
-            raise QueryError("query_refused", str(error), row=number) from error
-        answer_tokens = max(map(len, option_ids)) if option_ids else self.max_answer_tokens(prefix.task)
+    def _fitting_query(
+        self, prefix: TaskPrefix, encoded: EncodedQuery, number: int, nearest: Nearest | None
+    ) -> _FittingQuery:
+        """Put a query's own examples before it, and make sure that it fits after the prefix."""
+        own_examples = tuple(nearest(encoded.query)) if nearest else ()
+        token_ids = encoded.token_ids
+        if nearest is not None:
+            token_ids = self._ids_with_own_examples(prefix, own_examples, encoded)
+        options = encoded.query.choices or prefix.task.labels or ()
+        answer_tokens = max(map(len, encoded.option_ids), default=self.max_answer_tokens(prefix.task))
         needed = prefix.num_tokens + len(token_ids) + answer_tokens
         if needed > self.max_context_tokens:
             own = f" and {len(own_examples)} nearest" if own_examples else ""
@@ -433,171 +665,166 @@ class Engine:
                 remedy="Use fewer demonstrations or a shorter query.",
                 row=number,
             )
-        return _AskedQuery(number, token_ids, options, option_ids)
+        return _FittingQuery(number, token_ids, options, encoded.option_ids)
 
-    def _continuation_ids(self, prefix: PrefixCache, own_examples: Sequence[Example], query: Query) -> tuple[int, ...]:
+    def _ids_with_own_examples(
+        self, prefix: TaskPrefix, own_examples: Sequence[Example], encoded: EncodedQuery
+    ) -> tuple[int, ...]:
         """Encode what follows the prefix: a query's own examples, then the query up to its answer."""
-        token_ids: list[int] = []
-        # Behind a shot the instruction does not matter, and it would be rendered for every query.
+        # After a shot the instruction does not matter, and it would be rendered for every query.
         instruction = "" if prefix.num_shots else prefix.task.instruction()
+        token_ids: list[int] = []
         for shot, example in enumerate(own_examples, start=prefix.num_shots):
             token_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
-        place = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
-        token_ids += self.encoder.query_ids_uncached(query.text, place)
+        preceding = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
+        if preceding is encoded.preceding:
+            return (*token_ids, *encoded.token_ids)
         # What opens a sequence, such as bos, is part of a prefix, and of no query.
-        return tuple(token_ids)
+        return (*token_ids, *self.encoder.query_ids_uncached(encoded.query.text, preceding))
 
     def _choose(
-        self, prefix: PrefixCache, asked: Sequence[_AskedQuery], wanted: Wanted, abstain_below: float | None
+        self, prefix: TaskPrefix, queries: Sequence[_FittingQuery], wanted: Wanted, abstain_below: float | None
     ) -> Iterator[Prediction]:
-        """Find the best option of each query; the first of equals wins."""
-        memory = self.working_memory(prefix)
-        most = memory.slots_per_query()
-        if wanted == "all":
-            most = min(most, NODES_READ_TOGETHER)
-        if prefix.task.labels:
-            tries = [self._tries(asked[0].option_ids, most)] * len(asked)
-        else:
-            tries = [tries_of(one.option_ids, most) for one in asked]
-
-        def search(
-            blocks: Sequence[Block], queries: Sequence[tuple[int, ...]], places: Sequence[int]
-        ) -> list[LabelSearch]:
-            return score_labels(self.model, blocks, queries, [tries[i] for i in places], memory, wanted)
-
-        for one, found in zip(asked, self._behind(prefix, asked, memory, search), strict=True):
-            assert one.options is not None, "a chunk of queries is closed or free as a whole"
+        """Find the best option of each query; the first among equals."""
+        found = self.backend.score(
+            prefix.cache, [query.token_ids for query in queries], [query.option_ids for query in queries], wanted
+        )
+        for query, scores in zip(queries, found, strict=True):
             label_scores = None
             if wanted == "all":
-                log_probabilities = {option: found.scores[number] for number, option in enumerate(one.options)}
-                num_tokens = {option: len(ids) for option, ids in zip(one.options, one.option_ids, strict=True)}
+                log_probabilities = {option: scores.log_probabilities[n] for n, option in enumerate(query.options)}
+                num_tokens = {option: len(ids) for option, ids in zip(query.options, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
-            answer = one.options[found.best]
+            answer = query.options[scores.best]
             abstained = (
                 label_scores is not None
                 and abstain_below is not None
                 and label_scores.probabilities[answer] < abstain_below
             )
-            yield Prediction(answer, found.scores[found.best], label_scores, abstained=abstained)
+            log_probability = scores.log_probabilities[scores.best]
+            yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
 
     def _generate(
-        self, prefix: PrefixCache, asked: Sequence[_AskedQuery], sampling: Sampling | None
+        self, prefix: TaskPrefix, queries: Sequence[_FittingQuery], sampling: Sampling | None
     ) -> Iterator[Prediction]:
-        memory = self.working_memory(prefix)
+        """Write the answer of each query; those that end early wait for the ones before them."""
         limit = self.max_answer_tokens(prefix.task)
-
-        def write(
-            blocks: Sequence[Block], queries: Sequence[tuple[int, ...]], places: Sequence[int]
-        ) -> list[Generation]:
-            numbers = [asked[i].number for i in places]
-            return generate(self.model, self.encoder, blocks, queries, limit, memory, sampling, numbers)
-
-        for generation in self._behind(prefix, asked, memory, write):
-            yield Prediction(generation.answer or "", generation.log_probability, None, generation.stopped)
-
-    def _behind(
-        self,
-        prefix: PrefixCache,
-        asked: Sequence[_AskedQuery],
-        memory: WorkingMemory,
-        answer: Callable[[Sequence[Block], Sequence[tuple[int, ...]], Sequence[int]], list[AnsweredT]],
-    ) -> list[AnsweredT]:
-        """Answer queries behind the prefix: those that fit a pass together, each longer one behind a prefix of its own.
-
-        A query that would exceed the working memory is read in chunks as demonstrations are, up to its last token.
-        """
-        most = memory.tokens_per_pass()
-        answered: dict[int, AnsweredT] = {}
-        places = [i for i, one in enumerate(asked) if len(one.token_ids) <= most]
-        if places:
-            together = answer(prefix.blocks, [asked[i].token_ids for i in places], places)
-            answered.update(zip(places, together, strict=True))
-        for i, one in enumerate(asked):
-            if len(one.token_ids) > most:
-                blocks = encode_behind(self.model, prefix.blocks, one.token_ids[:-1], chunk_tokens=most)
-                answered[i] = answer(blocks, [one.token_ids[-1:]], [i])[0]
-        return [answered[i] for i in range(len(asked))]
+        numbers = [query.number for query in queries]
+        ids = [query.token_ids for query in queries]
+        written: list[list[GeneratedToken]] = [[] for _ in queries]
+        finished: set[int] = set()
+        next_query = 0
+        for token in self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers):
+            written[token.query].append(token)
+            if token.is_last:
+                finished.add(token.query)
+            while next_query in finished:
+                text, log_probability = self._end.text_of(written[next_query])
+                stopped = written[next_query][-1].stopped
+                yield Prediction(text, log_probability, None, stopped, num_shots=prefix.num_shots)
+                written[next_query] = []
+                next_query += 1
 
 
-@dataclass(frozen=True, slots=True)
-class _AskedQuery:
-    """A row, ready to be read.
-
-    Attributes:
-        number: Of the row in its stream, from 1.
-        token_ids: What follows the prefix, up to where the answer begins.
-        options: The closed answer set; None for free answers.
-        option_ids: Tokens of each option, terminator included.
-    """
-
-    number: int
-    token_ids: tuple[int, ...]
-    options: tuple[str, ...] | None
-    option_ids: tuple[tuple[int, ...], ...]
-
-
-def _is_closed(task: Task) -> bool:
+def is_closed(task: Task) -> bool:
     """Tell whether the answers of a task are chosen from a set, its own or each row's."""
     return bool(task.labels or task.choices_column)
 
 
-def require_askable(query: Query, task: Task) -> None:
-    """Refuse a query without text, of characters that are none, or with options where the task has none.
+def checked_query(row: Columns | str | Query, task: Task) -> Query:
+    """Render a row, and refuse a query without text, with half a character, or with options where there are none.
 
     Raises:
-        UserError: If so.
+        UserError: If so, or if the row lacks a column.
     """
+    query = row if isinstance(row, Query) else task.query(row)
     if not query.text.strip():
-        raise UserError("it is empty; expected a text to answer.")
+        raise UserError("empty_query", "it is empty", expected="a text to answer")
     try:
         "".join((query.text, *(query.choices or ()))).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"it holds {error.object[error.start]!r}, half of a character; save the text as UTF-8."
+            "half_a_character",
+            f"it holds {error.object[error.start]!r}, half of a character",
+            remedy="Save the text as UTF-8.",
         ) from error
     if bool(query.choices) != bool(task.choices_column):
-        expected = "options of its own" if task.choices_column else "no options of its own"
-        raise UserError(f"task {task.name!r} expects {expected}; found {query.choices!r}.")
+        raise UserError(
+            "choices_mismatch",
+            f"it does not suit task {task.name!r}",
+            expected="options of its own" if task.choices_column else "no options of its own",
+            found=repr(query.choices),
+        )
+    return query
 
 
-def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:
-    """Refuse demonstrations that are not of the task, by their number.
+def _query_error(error: UserError, number: int) -> QueryError:
+    """Say which query a mistake is in."""
+    same = QueryError(
+        error.code, error.what, expected=error.expected, found=error.found, remedy=error.remedy, field=error.field
+    )
+    return same.at(file=error.file, row=error.row if error.file else number)
+
+
+def _require_options(
+    task: Task, rows: object, scores: Wanted, abstain_below: float | None, sampling: Sampling | None
+) -> None:
+    """Refuse options of `Engine.predict` that contradict each other or the task.
 
     Raises:
-        UserError: If one is no example, has an answer outside the labels or its own choices, or has choices where
-            the task has none, or none where it has some.
+        UserError: If they do.
     """
-    for number, example in enumerate(demonstrations, start=1):
-        if not isinstance(example, Example):
-            raise UserError(
-                "not_an_example",
-                f"demonstration {number} of task {task.name!r} is no example",
-                expected="an Example, such as those of task.train",
-                found=type(example).__name__,
-            )
-        choices = example.query.choices
-        options = choices if task.choices_column else task.labels
-        if bool(choices) != bool(task.choices_column):
-            expected = "choices of its own" if task.choices_column else "no choices of its own"
-            found = shown(choices)
-        elif options and example.answer not in options:
-            expected, found = f"an answer among {shown(list(options))}", shown(example.answer)
-        else:
-            continue
+    if isinstance(rows, str | Mapping | Query | EncodedQuery) or not isinstance(rows, Iterable):
         raise UserError(
-            "foreign_demonstration",
-            f"demonstration {number} is not of task {task.name!r}",
-            expected=expected,
-            found=found,
-            remedy="Show examples of the task itself.",
+            "not_a_list",
+            "predict answers a list of rows",
+            expected="an iterable of rows",
+            found=f"one {type(rows).__name__}",
+            remedy="Put the row in a list.",
+        )
+    if scores not in ("best", "all"):
+        raise UserError(
+            "unknown_value", "scores has no such value", expected="'best' or 'all'", found=repr(scores), field="scores"
+        )
+    if abstain_below is not None and not 0 <= abstain_below <= 1:
+        raise UserError(
+            "out_of_range",
+            "abstain_below is a probability among all labels",
+            expected="from 0 to 1",
+            found=str(abstain_below),
+            field="abstain_below",
+        )
+    if abstain_below is not None and scores != "all":
+        raise UserError(
+            "conflicting_options", "abstain_below needs scores='all'", found=f"scores={scores!r}", field="abstain_below"
+        )
+    if scores == "all" and not is_closed(task):
+        raise UserError(
+            "conflicting_options",
+            f"Task {task.name!r} has free answers; scores='all' needs labels to score",
+            field="scores",
+        )
+    if sampling is not None and is_closed(task):
+        raise UserError(
+            "conflicting_options",
+            f"Task {task.name!r} has a closed answer set, which is scored; sampling draws none",
+            field="sampling",
         )
 
 
-def _read_ahead(asked: Iterator[_AskedQuery], most: int) -> tuple[list[_AskedQuery], UserError | None]:
-    """Take up to ``most`` queries; one that is wrong ends them, so that those before it are still answered."""
-    chunk: list[_AskedQuery] = []
-    try:
-        chunk.extend(islice(asked, most))
-    except UserError as failure:
-        return chunk, failure
-    return chunk, None
+def _batches(items: Iterator[ItemT], most: int) -> Iterator[list[ItemT]]:
+    """Yield lists of up to ``most`` items; where the iterator raises, those before come first, then the error."""
+    batch: list[ItemT] = []
+    while True:
+        try:
+            # Not list.extend: nobody promises that it keeps the items of an iterator that raises.
+            for item in islice(items, most - len(batch)):
+                batch.append(item)
+        except UserError:
+            if batch:
+                yield batch
+            raise
+        if not batch:
+            return
+        yield batch
+        batch = []

@@ -1,32 +1,26 @@
-"""How a model does on its own demonstrations, each given those before it, read off the pass that encodes them."""
+"""How a model does on its own demonstrations, each given those before it, from the pass that prefills them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from manyicl.engine.backend import Target, TargetScore
 from manyicl.engine.label_trie import ROOT, LabelTrie
-from manyicl.engine.packing import log_denominators
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.tasks.task import Example, Task
 
-# The logits of every answer are looked at, so demonstrations are read in smaller chunks than for a prefix alone.
-OBSERVED_CHUNK_TOKENS = 512
-
 
 @dataclass(frozen=True, slots=True)
 class ObservedAnswer:
-    """What the model made of one demonstration's answer, given the demonstrations before it.
+    """How the model predicted one demonstration's answer, given the demonstrations before it.
 
     Attributes:
         num_shots: Demonstrations before it.
-        log_probability: Of the answer, terminator included, in nats.
-        is_right: Whether its every token was the likeliest that the labels or choices allow, or of all tokens where
-            answers are free: the answer that the model would have given, chosen token by token.
+        log_probability: Log-probability of the answer with its end-of-answer text, in nats.
+        is_right: Whether each of its tokens was the most probable that the labels or choices allow, or of all tokens
+            where answers are free: the answer that the model would have given, chosen token by token.
     """
 
     num_shots: int
@@ -34,58 +28,56 @@ class ObservedAnswer:
     is_right: bool
 
 
-class DemonstrationWatch:
-    """Reads off the logits of a prefill how the model did on each demonstration."""
+@dataclass(frozen=True)
+class AnswerTargets:
+    """The tokens of a prefix that are answers of demonstrations, to be compared with the model's predictions.
 
-    def __init__(self, task: Task, demonstrations: Sequence[Example], encoder: Encoder) -> None:
-        """Note which tokens of the prefix are answers, and what else could have stood in their place."""
+    Attributes:
+        targets: Every token of every answer, with the tokens that could have been there instead.
+        shots: Demonstration that each target belongs to.
+        num_demonstrations: Number of demonstrations in the prefix.
+    """
+
+    targets: tuple[Target, ...]
+    shots: tuple[int, ...]
+    num_demonstrations: int
+
+    @classmethod
+    def of(cls, task: Task, demonstrations: Sequence[Example], encoder: Encoder) -> AnswerTargets:
+        """Find the answers in the tokens of the prefix."""
         episode = encoder.encode_episode(Episode(task.name, task.instruction(), tuple(demonstrations)))
-        self._answers = [ObservedAnswer(shot, 0.0, True) for shot in range(len(demonstrations))]
-        # Place whose logits are wanted -> shot, token that stands there, tokens that could; None for any.
-        self._wanted: dict[int, tuple[int, int, list[int] | None]] = {}
+        targets: list[Target] = []
+        shots: list[int] = []
         tries: dict[tuple[str, ...], LabelTrie] = {}
         for shot, (example, (start, end)) in enumerate(zip(demonstrations, episode.answer_spans, strict=True)):
             options = example.query.choices or task.labels
             if options and options not in tries:
                 tries[options] = LabelTrie.of([encoder.answer_ids(option) for option in options])
             trie, node = tries[options] if options else None, ROOT
-            for place in range(start, end):
-                token = episode.token_ids[place]
+            for position in range(start, end):
                 allowed = None
                 if trie is not None:
                     by_token = {trie.tokens[child]: child for child in trie.children[node]}
-                    allowed, node = list(by_token), by_token[token]
-                self._wanted[place - 1] = (shot, token, allowed)
+                    allowed, node = tuple(by_token), by_token[episode.token_ids[position]]
+                targets.append(Target(position, allowed))
+                shots.append(shot)
+        return cls(tuple(targets), tuple(shots), len(demonstrations))
 
-    @property
-    def places(self) -> list[int]:
-        """Places of the prefix whose logits are wanted."""
-        return list(self._wanted)
-
-    @property
-    def answers(self) -> tuple[ObservedAnswer, ...]:
-        """What was observed."""
-        return tuple(self._answers)
-
-    def observe(self, places: Sequence[int], logits: Tensor) -> None:
-        """Take in the logits of some places, (S, V)."""
-        wanted = [self._wanted[place] for place in places]
-        tokens = torch.tensor([token for _, token, _ in wanted], device=logits.device)
-        scores = logits.gather(1, tokens[:, None])[:, 0].float()
-        log_probabilities = (scores - log_denominators(logits)).tolist()
-        highest = logits.max(dim=-1).values.float()
-        for row, (shot, _, allowed) in enumerate(wanted):
-            best = highest[row] if allowed is None else logits[row, allowed].float().max()
-            before = self._answers[shot]
-            self._answers[shot] = ObservedAnswer(
-                shot, before.log_probability + log_probabilities[row], before.is_right and bool(scores[row] >= best)
+    def answers(self, scores: Sequence[TargetScore]) -> tuple[ObservedAnswer, ...]:
+        """Put the scores of the tokens together to those of the answers."""
+        answers = [ObservedAnswer(shot, 0.0, True) for shot in range(self.num_demonstrations)]
+        for shot, score in zip(self.shots, scores, strict=True):
+            before = answers[shot]
+            answers[shot] = ObservedAnswer(
+                shot, before.log_probability + score.log_probability, before.is_right and score.is_best
             )
+        return tuple(answers)
 
 
 def groups_of_shots(answers: Sequence[ObservedAnswer]) -> Iterator[tuple[int, int, list[ObservedAnswer]]]:
     """Group answers by the shots before them, 0, 1, 2-3, 4-7, 8-15, …; yield first, last and the group."""
     first = 0
     while first < len(answers):
-        behind = max(1, 2 * first)
-        yield first, min(behind, len(answers)) - 1, list(answers[first:behind])
-        first = behind
+        after = max(1, 2 * first)
+        yield first, min(after, len(answers)) - 1, list(answers[first:after])
+        first = after

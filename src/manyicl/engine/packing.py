@@ -11,33 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.errors import MachineError, UserError
+from manyicl.errors import MachineError
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model, key_shape
-from manyicl.model.load import LoadedModel, max_positions
 
-# Without a bound of the person's own, queries in flight may use half of what the prefix uses, and at least this.
+# Names that configurations have for the width of the feed-forward layer; without one it is four times the hidden size.
+INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
+# Without a bound of the user's own, queries in flight may use half of what the prefix uses, and at least this.
 LEAST_WORKING_MEMORY_MIB = 64
 # Queries that advance together differ so little in length that at most this share of their rectangle is empty.
 MOST_PADDING = 0.10
 # Normalising logits in float32 goes through so many bytes at a time.
 NORMALISING_BYTES = 8 * 2**20
-
-
-def require_bounds(loaded: LoadedModel, max_context_tokens: int | None, working_memory_mib: int | None) -> None:
-    """Refuse bounds below 1, and a context longer than the model allows; None is no bound of the person's own.
-
-    Raises:
-        UserError: If so.
-    """
-    for name, value in (("max_context_tokens", max_context_tokens), ("working_memory_mib", working_memory_mib)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is at least 1; found {value}.")
-    allowed = max_positions(loaded.model)
-    if max_context_tokens and allowed and max_context_tokens > allowed:
-        raise UserError(
-            f"max_context_tokens is {max_context_tokens:,}; {loaded.reference!r} allows {allowed:,} positions. "
-            "Use no more, or another model."
-        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +44,8 @@ class WorkingMemory:
     per_slot: int
 
     @classmethod
-    def behind(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> WorkingMemory:
-        """Bound what queries behind a prefix use: ``mib``, or half of what the prefix uses and at least 64 MiB."""
+    def after(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> WorkingMemory:
+        """Bound what queries after a prefix use: ``mib``, or half of what the prefix uses and at least 64 MiB."""
         half = sum(block.num_bytes for block in prefix) // 2
         return cls.of(model, mib * 2**20 if mib is not None else max(half, LEAST_WORKING_MEMORY_MIB * 2**20))
 
@@ -72,8 +56,10 @@ class WorkingMemory:
         size = torch.empty(0, dtype=model.dtype).element_size()
         heads: int = config.num_attention_heads
         key_heads, head_size = key_shape(model)
+        inner_sizes = [getattr(config, name, None) for name in INNER_SIZES]
+        inner_size = next(filter(None, inner_sizes), 4 * config.hidden_size)
         # Residual, norms, query, keys and values, outputs of the parts in float32, and the gated inner layer.
-        per_token = size * (8 * config.hidden_size + 4 * config.intermediate_size) + 4 * 4 * heads * head_size
+        per_token = size * (8 * config.hidden_size + 4 * inner_size) + 4 * 4 * heads * head_size
         per_slot = size * 2 * config.num_hidden_layers * key_heads * head_size
         return cls(limit, per_token, size * config.vocab_size, per_slot)
 

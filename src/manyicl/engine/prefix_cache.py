@@ -1,7 +1,8 @@
-"""Demonstrations prefilled once, reused by every query."""
+"""Keys and values of tokens that queries share, computed once."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,51 +10,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.engine.backend import Identity
-from manyicl.episodes.text_format import AnyFormat
+from manyicl.engine.backend import BetweenChunks, Identity, TokenIds
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
-from manyicl.tasks.task import Example, Task
 
 # Prefilling in chunks bounds the memory of activations; the result is the same for any chunk size.
 PREFILL_CHUNK_TOKENS = 1024
+# Where other work may go first between chunks, a chunk takes about so long, whatever its length in tokens.
+CHUNK_SECONDS = 0.25
+FEWEST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 16, 4096
 
 OnLogits = Callable[[Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys and values of an instruction and its demonstrations, of batch size 1. Immutable.
+    """Keys and values of a prefix, of batch size 1. Immutable.
 
     Queries keep their own keys apart, and a longer prefix adds a block to those it shares with a shorter one, so
     nothing that an interrupted call leaves behind can spoil a prefix.
 
     Attributes:
         identity: The network that made the keys and values.
-        text_format: How examples became text.
-        task: What the demonstrations are of.
-        demonstrations: Those that stand in the prefix, in order.
-        num_left_out: Demonstrations that were given and did not fit the context.
         token_ids: The prefix, (P,).
         blocks: Keys and values of consecutive parts of it; none while P is 0.
     """
 
     identity: Identity
-    text_format: AnyFormat
-    task: Task
-    demonstrations: tuple[Example, ...]
-    num_left_out: int
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     blocks: tuple[Block, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """P, the tokens before a query."""
-        return len(self.token_ids)
-
-    @property
-    def num_shots(self) -> int:
-        """Demonstrations before a query."""
-        return len(self.demonstrations)
 
 
 def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, ...]:
@@ -67,9 +51,9 @@ def shared_beginning(blocks: Sequence[Block], num_tokens: int) -> tuple[Block, .
 
 
 def longer(blocks: Sequence[Block], added: Block) -> tuple[Block, ...]:
-    """Put a block behind others, joining it with those before it that are less than twice as large.
+    """Append a block to others, joined with those before it that are less than twice as large.
 
-    So every block is at least twice as large as the next, and P tokens lie in at most log2(P) + 1 blocks however small
+    So every block is at least twice as large as the next, and P tokens are in at most log2(P) + 1 blocks however small
     the steps they came in; each block costs a call of the attention kernel per layer.
     """
     kept = list(blocks)
@@ -79,7 +63,7 @@ def longer(blocks: Sequence[Block], added: Block) -> tuple[Block, ...]:
 
 
 @torch.no_grad()
-def encode_behind(
+def extend_blocks(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     token_ids: Sequence[int],
@@ -87,44 +71,64 @@ def encode_behind(
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     keep: Sequence[int] = (),
     on_logits: OnLogits | None = None,
+    between_chunks: BetweenChunks | None = None,
 ) -> tuple[Block, ...]:
-    """Run tokens through the model once, in chunks, behind what is there.
+    """Run tokens through the model once, in chunks, after what is there.
 
     Args:
         model: In evaluation mode.
         blocks: What the tokens continue; stays as it is.
         token_ids: New tokens, (T,).
-        chunk_tokens: Tokens per pass.
-        keep: Rising places among the new tokens whose logits are wanted.
-        on_logits: Called after each chunk with its places out of ``keep`` and their logits, (S, V).
+        chunk_tokens: Tokens per forward pass; of the first alone where ``between_chunks`` is given.
+        keep: Positions among the new tokens whose logits are wanted, rising.
+        on_logits: Called after each chunk with its positions out of ``keep`` and their logits, (S, V).
+        between_chunks: Called between two chunks; from the second on, chunks take about ``CHUNK_SECONDS`` each.
 
     Returns:
-        ``blocks`` and the new tokens behind them.
+        ``blocks`` and the new tokens after them.
     """
     if not token_ids:
         return tuple(blocks)
     start = blocks[-1].end if blocks else 0
     own = OwnKeys(1, len(token_ids))
-    for begin in range(0, len(token_ids), chunk_tokens):
+    begin = 0
+    while begin < len(token_ids):
         chunk = token_ids[begin : begin + chunk_tokens]
-        place = torch.arange(begin, begin + len(chunk), device=model.device)
+        position = torch.arange(begin, begin + len(chunk), device=model.device)
         before = (*blocks, Block(start, tuple(own.keys), tuple(own.values)).first(begin)) if begin else blocks
         kept = [i for i in keep if begin <= i < begin + len(chunk)]
+        started = time.perf_counter()
         logits = continue_model(
             model,
             chunk,
             Continuation(
                 prefix=before,
-                positions=start + place,
-                sequence=torch.zeros_like(place),
-                column=place - begin,
+                positions=start + position,
+                sequence=torch.zeros_like(position),
+                column=position - begin,
                 num_sequences=1,
                 num_columns=len(chunk),
                 own=own,
-                slot=place,
+                slot=position,
             ),
             [i - begin for i in kept],
         )
         if on_logits is not None and kept:
             on_logits(kept, logits)
+        begin += len(chunk)
+        if between_chunks is not None and begin < len(token_ids):
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            chunk_tokens = next_chunk_tokens(len(chunk), time.perf_counter() - started)
+            between_chunks(start + begin, start + len(token_ids))
     return longer(blocks, Block(start, tuple(own.keys), tuple(own.values)))
+
+
+def next_chunk_tokens(num_tokens: int, seconds: float) -> int:
+    """Size the next chunk so that it takes about ``CHUNK_SECONDS``, growing at most fourfold at a time.
+
+    >>> next_chunk_tokens(1024, 2.0), next_chunk_tokens(64, 0.0001), next_chunk_tokens(64, 100.0)
+    (128, 256, 16)
+    """
+    wanted = int(num_tokens * CHUNK_SECONDS / max(seconds, 1e-9))
+    return max(FEWEST_CHUNK_TOKENS, min(wanted, 4 * num_tokens, MOST_CHUNK_TOKENS))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from manyicl.engine.backend import Wanted
 from manyicl.engine.label_trie import ROOT, LabelTrie
 from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_probabilities
 from manyicl.model.continuation import Block
@@ -25,7 +26,6 @@ from manyicl.model.continuation import Block
 # in all, reading every label of all queries at once costs no more than the second round that it may save.
 TOKENS_WORTH_A_PASS = 20
 
-Wanted = Literal["best", "all"]
 Strategy = Literal["best_first", "full_pass"]
 # Log-probability of a path, and whether its every token is the likeliest of the whole vocabulary.
 NodeScore = tuple[float, bool]

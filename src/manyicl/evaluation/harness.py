@@ -24,30 +24,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
-import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from manyicl.engine.label_trie import num_shared_tokens, tries_of
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory, require_bounds
-from manyicl.engine.prefix_cache import encode_behind, shared_beginning
-from manyicl.engine.scoring import score_labels
+from manyicl.engine.backend import Prefix, TokenIds, require_context
+from manyicl.engine.local import LocalBackend
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
-from manyicl.evaluation.shared_contexts import Answer, Pack, score_alone, shared_beginnings
-from manyicl.model.continuation import Block
+from manyicl.evaluation.shared_contexts import shared_beginnings
 from manyicl.model.load import LoadedModel, load_model
 
 try:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-    from lm_eval.models.utils_hf import stop_sequences_criteria
 except ImportError as error:
     raise UserError(
         f"lm-evaluation-harness cannot be imported: {error}. Install it with `pip install 'manyicl[lm-eval]'`."
@@ -55,8 +50,9 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# Longer continuations are read straight through, each alone: which token of a trie sees which is a square.
-MOST_TRIE_TOKENS = 256
+# Log-probability in nats, and whether greedy decoding would have written the continuation.
+Answer = tuple[float, bool]
+
 # lm-eval hands rolling windows over in batches of so many.
 ROLLING_WINDOWS = 64
 # Arguments without effect on greedy decoding.
@@ -123,7 +119,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             UserError: If the model allows fewer positions, the tokenizer has no token that may stand for an empty
                 context, or a bound is below 1.
         """
-        require_bounds(loaded, max_context_tokens, working_memory_mib)
+        self.local = LocalBackend(loaded, working_memory_mib=working_memory_mib)
+        require_context(max_context_tokens, self.local.identity)
         if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer of {loaded.reference!r} has neither a bos nor an eos token; lm-eval puts one of them "
@@ -139,13 +136,11 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 trust_remote_code=False,
             )
         self.loaded = loaded
-        self.working_memory_mib = working_memory_mib
         self.truncated = Truncation()
-        self._tries = lru_cache(maxsize=64)(tries_of)
-        self._encode = lru_cache(maxsize=4)(super().tok_encode)
-        # A text that ends answers is left aside: lm-eval's tasks have formats and stop strings of their own.
+        # An end-of-answer text plays no part: lm-eval's tasks have formats and stop strings of their own.
         manifest = loaded.manifest
         self._answer_end_id = Encoder(loaded.tokenizer, manifest.text_format).answer_end_id if manifest else None
+        self._encode = lru_cache(maxsize=4)(super().tok_encode)
 
     @classmethod
     def from_pretrained(
@@ -225,13 +220,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         contexts = sorted(groups)
         answers: dict[int, Answer] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
-        for pack in self._packs(contexts):
-            options = [{i: tuple(requests[i][2]) for i in groups[contexts[number]]} for number in pack.numbers]
-            for place, answer in self._score(pack, options).items():
-                answers[place] = answer
-                if requests[place][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
-                progress.update(1)
+        for prefix, numbers, queries in self._after_shared_beginnings(contexts):
+            options = [[tuple(requests[i][2]) for i in groups[contexts[number]]] for number in numbers]
+            for number, scores in zip(numbers, self.local.score(prefix, queries, options, "all"), strict=True):
+                for option, i in enumerate(groups[contexts[number]]):
+                    answers[i] = scores.log_probabilities[option], option in scores.greedy
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                    progress.update(1)
         progress.close()
         return [answers[place] for place in range(len(requests))]
 
@@ -258,10 +254,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
         for (stop, most), groups in asked.items():
             contexts = sorted(groups)
-            for pack in self._packs(contexts):
-                for number, token_ids in zip(pack.numbers, self._write(pack, stop, most), strict=True):
-                    if token_ids[-1] == self._answer_end_id:
-                        token_ids = token_ids[:-1]
+            own_end = frozenset() if self._answer_end_id is None else frozenset({self._answer_end_id})
+            ending = _Ending(self.tokenizer, stop, self.local.identity.end_token_ids | own_end)
+            for prefix, numbers, queries in self._after_shared_beginnings(contexts):
+                written: list[list[int]] = [[] for _ in queries]
+                for token in self.local.generate(prefix, queries, ending, most):
+                    written[token.query].append(token.token_id)
+                for number, token_ids in zip(numbers, written, strict=True):
+                    if token_ids[-1] in own_end:
+                        token_ids.pop()
                     text = postprocess_generated_text(self.tok_decode(token_ids), list(stop), None)
                     for place in groups[contexts[number]]:
                         answers[place] = text
@@ -329,70 +330,33 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 f"{truncation.num_tokens:,}",
             )
 
-    def _packs(self, contexts: Sequence[tuple[int, ...]]) -> Iterator[Pack]:
-        """Read what contexts share, beginning after beginning, and yield what is left of them behind it."""
-        read: tuple[int, ...] = ()
-        blocks: tuple[Block, ...] = ()
+    def _after_shared_beginnings(
+        self, contexts: Sequence[TokenIds]
+    ) -> Iterator[tuple[Prefix, list[int], list[TokenIds]]]:
+        """Prefill what contexts share, beginning after beginning; yield it, the contexts' numbers and their rests."""
+        prefix: Prefix | None = None
         for beginning in shared_beginnings(contexts):
             token_ids = contexts[beginning.contexts[0]][: beginning.num_tokens]
-            num_known = num_shared_tokens(token_ids, read)
-            blocks = encode_behind(self.model, shared_beginning(blocks, num_known), token_ids[num_known:])
-            read = token_ids
-            memory = WorkingMemory.behind(self.model, blocks, self.working_memory_mib)
-            most = memory.tokens_per_pass()
-            rests = {number: contexts[number][len(read) :] for number in beginning.contexts}
-            together = [number for number, rest in rests.items() if len(rest) <= most]
-            if together:
-                yield Pack(together, blocks, [rests[number] for number in together], memory)
-            for number, rest in rests.items():
-                # What would exceed the working memory is read in chunks, up to its last token.
-                if len(rest) > most:
-                    own = encode_behind(self.model, blocks, rest[:-1], chunk_tokens=most)
-                    yield Pack([number], own, [rest[-1:]], memory)
+            prefix = self.local.prefill(token_ids, prefix)
+            yield prefix, beginning.contexts, [contexts[number][len(token_ids) :] for number in beginning.contexts]
 
-    def _score(self, pack: Pack, options: Sequence[Mapping[int, tuple[int, ...]]]) -> dict[int, Answer]:
-        """Score the options of each query of a pack, numbered as they are asked for."""
-        short = [{i: ids for i, ids in some.items() if len(ids) <= MOST_TRIE_TOKENS} for some in options]
-        asked = [(query, some) for query, some in zip(pack.queries, short, strict=True) if some]
-        tries = [self._tries(tuple(some.values()), pack.memory.slots_per_query()) for _, some in asked]
-        found = score_labels(self.model, pack.blocks, [query for query, _ in asked], tries, pack.memory)
-        answers: dict[int, Answer] = {}
-        for (_, some), search in zip(asked, found, strict=True):
-            answers.update({i: (search.scores[n], n in search.greedy) for n, i in enumerate(some)})
-        for query, wanted in zip(pack.queries, options, strict=True):
-            for i in wanted.keys() - answers.keys():
-                answers[i] = score_alone(self.model, pack.blocks, query, wanted[i], pack.memory)
-        return answers
 
-    @torch.no_grad()
-    def _write(self, pack: Pack, stop: Sequence[str], most: int) -> list[list[int]]:
-        """Write the likeliest tokens behind each query of a pack, the one that ended it included."""
-        answers: list[list[int]] = [[] for _ in pack.queries]
-        has_ended = [self._ending(stop) for _ in pack.queries]
-        for chunk in pack.memory.chunks([len(query) for query in pack.queries], [most] * len(pack.queries)):
-            flight = QueriesInFlight(self.model, pack.blocks, [pack.queries[i] for i in chunk], most)
-            logits = flight.read()
-            live = list(range(len(chunk)))
-            for place in range(most):
-                for i, token in zip(live, logits.argmax(dim=-1).tolist(), strict=True):
-                    answers[chunk[i]].append(token)
-                live = [i for i in live if not has_ended[chunk[i]](answers[chunk[i]])]
-                if not live or place == most - 1:
-                    break
-                logits = flight.follow(live, [answers[chunk[i]][-1] for i in live], [place - 1] * len(live))
-        return answers
+class _Ending:
+    """Ends an answer as lm-eval's own model does: at a stop string or a token that the model ends with."""
 
-    def _ending(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Return what tells, token after token, whether an answer has ended."""
-        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        end_ids = {self._answer_end_id, *(ends if isinstance(ends, list) else [ends])}
-        criteria = stop_sequences_criteria(self.tokenizer, list(stop), 0, 1)
+    def __init__(self, tokenizer: Any, texts: tuple[str, ...], token_ids: frozenset[int]) -> None:
+        self.texts = texts
+        self.token_ids = token_ids
+        self._tokenizer = tokenizer
+        # As in lm-eval's MultiTokenEOSCriteria, whose state would keep one object from serving several answers.
+        self._num_decoded = [len(tokenizer.encode(text, add_special_tokens=False)) + 2 for text in texts]
 
-        def has_ended(answer: list[int]) -> bool:
-            token_ids = torch.tensor([answer])
-            return answer[-1] in end_ids or any(criterion(token_ids, None) for criterion in criteria)
-
-        return has_ended
+    def ended(self, token_ids: Sequence[int]) -> bool:
+        """Tell whether an answer with these tokens has ended."""
+        decode = self._tokenizer.decode
+        return token_ids[-1] in self.token_ids or any(
+            text in decode(token_ids[-most:]) for text, most in zip(self.texts, self._num_decoded, strict=True)
+        )
 
 
 @contextmanager

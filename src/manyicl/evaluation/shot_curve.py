@@ -39,7 +39,7 @@ from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
-    from manyicl.engine.prefix_cache import PrefixCache
+    from manyicl.engine.task_prefix import TaskPrefix
 
 
 class EvaluationSettings(BaseModel):
@@ -195,7 +195,7 @@ class _Curve:
             "seen_in_training": _seen(task, manifest) if manifest else None,
             "versions": _versions(),
         }
-        self._prefix: PrefixCache | None = None
+        self._prefix: TaskPrefix | None = None
         self._answers: list[PredictedAnswer] = []
         self._seconds = 0.0
 

@@ -1,0 +1,97 @@
+"""A prefix with its meaning: instruction and demonstrations of one task, and what a model made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manyicl.engine.backend import Prefix
+from manyicl.engine.observed import ObservedAnswer
+from manyicl.episodes.text_format import AnyFormat
+from manyicl.errors import UserError, shown
+from manyicl.tasks.task import Example, Task
+
+
+@dataclass(frozen=True)
+class TaskPrefix:
+    """Instruction and demonstrations of a task, prefilled once and reused by every query. Immutable.
+
+    Attributes:
+        task: Task of the demonstrations.
+        demonstrations: Demonstrations in the prefix, in order.
+        num_dropped: Number of demonstrations that were given and did not fit the context.
+        text_format: How examples became text.
+        cache: The backend's side of it: tokens with their keys and values.
+        num_reused_tokens: Tokens taken over from the prefix it was made from; 0 if it was made anew.
+        rebuilt: True if an extension changed the instruction, because it lists the labels and these changed; all
+            that follows the first changed token was then encoded anew.
+    """
+
+    task: Task
+    demonstrations: tuple[Example, ...]
+    num_dropped: int
+    text_format: AnyFormat
+    cache: Prefix
+    num_reused_tokens: int = 0
+    rebuilt: bool = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens before a query, (P,)."""
+        return self.cache.token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """P, the number of tokens before a query."""
+        return len(self.cache.token_ids)
+
+    @property
+    def num_shots(self) -> int:
+        """Number of demonstrations before a query."""
+        return len(self.demonstrations)
+
+
+@dataclass(frozen=True)
+class CompiledTask:
+    """A prefix that can be kept on disk, and how the model did on its demonstrations while it was made.
+
+    Attributes:
+        prefix: The prefix.
+        answers: One per demonstration, in order.
+    """
+
+    prefix: TaskPrefix
+    answers: tuple[ObservedAnswer, ...]
+
+
+def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:
+    """Refuse demonstrations that are not of the task, by their number.
+
+    Raises:
+        UserError: If one is no example, has an answer outside the labels or its own choices, or has choices where
+            the task has none, or none where it has some.
+    """
+    for number, example in enumerate(demonstrations, start=1):
+        if not isinstance(example, Example):
+            raise UserError(
+                "not_an_example",
+                f"demonstration {number} of task {task.name!r} is no example",
+                expected="an Example, such as those of task.train",
+                found=type(example).__name__,
+            )
+        choices = example.query.choices
+        options = choices if task.choices_column else task.labels
+        if bool(choices) != bool(task.choices_column):
+            expected = "choices of its own" if task.choices_column else "no choices of its own"
+            found = shown(choices)
+        elif options and example.answer not in options:
+            expected, found = f"an answer among {shown(list(options))}", shown(example.answer)
+        else:
+            continue
+        raise UserError(
+            "foreign_demonstration",
+            f"demonstration {number} is not of task {task.name!r}",
+            expected=expected,
+            found=found,
+            remedy="Show examples of the task itself.",
+        )
