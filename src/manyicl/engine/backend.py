@@ -114,7 +114,7 @@ class Sampling:
     Attributes:
         temperature: Divisor of the logits before they become probabilities.
         top_p: Probability that the most probable tokens must reach together; others are never drawn.
-        seed: Seed of the draws. With the number of a query it fixes that query's answer, whatever is asked beside it.
+        seed: Seed of the draws. With the number of a query it fixes that query's answer, whatever else is answered.
 
     Raises:
         UserError: If a value is out of range.
@@ -196,7 +196,7 @@ class Backend(Protocol):
             token_ids: The whole prefix, (P,); may be empty.
             reuse: Another prefix; what both begin with is taken over. It stays as it is.
             between_chunks: Called between chunks of a long prefix, so that other work can go first; chunks are then
-                sized by time. If it raises, the prefill ends there and leaves nothing behind.
+                sized by time. If it raises, the prefill ends there and nothing of it stays.
         """
 
     def score(

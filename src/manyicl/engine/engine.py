@@ -342,8 +342,10 @@ class Engine:
         if labels is not None:
             task = task.with_spec(labels=tuple(dict.fromkeys(labels)))
             self.encoder.require_encodable(task)
-        together = (*prefix.demonstrations, *demonstrations)
-        require_demonstrations(together, task)
+        added = tuple(demonstrations)
+        require_demonstrations(prefix.demonstrations, task)
+        require_demonstrations(added, task)
+        together = (*prefix.demonstrations, *added)
         token_ids = self.encoder.encode_prefix(task.instruction(), together)
         most = self.max_context_tokens - self.num_reserved_tokens(task, queries, nearest)
         if len(token_ids) > most:

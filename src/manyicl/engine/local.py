@@ -1,4 +1,4 @@
-"""LocalBackend: the packed engine of this package behind the interface of `manyicl.engine.backend`."""
+"""LocalBackend: the packed engine of this package as a `manyicl.engine.backend.Backend`."""
 
 from __future__ import annotations
 
