@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS, exact_match, metric_named, metrics_of, numeric_match, token_f1
-from manyicl.evaluation.words import words
+from manyicl.tasks.words import words
 from tests.builders import make_task
 
 AWKWARD = ["", " ", "the", "A", "!!!", "1/0", "9" * 5000, "русский текст", "日本語です", "🎉", "a\n\nb", "-", "1e999"]

@@ -15,9 +15,8 @@ import regex  # type: ignore[import-untyped]
 
 from manyicl.errors import UserError, did_you_mean, shown
 from manyicl.evaluation.numbers import last_number, only_number, same_number
-from manyicl.evaluation.words import WordTokenizer
 from manyicl.tasks.task import Task
-from manyicl.tasks.words import folded, parts
+from manyicl.tasks.words import folded, parts, words
 
 References = Sequence[str]
 
@@ -35,7 +34,6 @@ class Metric:
         name: As in a task's ``metric``.
         of_example: Scores one prediction against its accepted answers; None if only a whole set has a score.
         of_corpus: Scores a whole set; None where that is the mean over examples.
-        higher_is_better: True for all of them; stated so that nobody has to guess.
         description: One line for tables and help.
     """
 
@@ -43,7 +41,6 @@ class Metric:
     of_example: Callable[[str, References], float] | None
     description: str
     of_corpus: Callable[[Sequence[str], Sequence[References]], float] | None = None
-    higher_is_better: bool = True
 
     def score(self, predictions: Sequence[str], references: Sequence[References]) -> float:
         """Score a set of predictions.
@@ -137,12 +134,20 @@ def _token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(accepted))
 
 
+class _WordTokenizer:
+    """Words of any script in the form that rouge-score expects."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a text into words."""
+        return words(text)
+
+
 @lru_cache
 def _rouge_scorer(kind: str) -> Any:
     """Build rouge-score's scorer once per kind; importing it costs about a second."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], tokenizer=WordTokenizer())
+    return RougeScorer([kind], tokenizer=_WordTokenizer())
 
 
 def _rouge(kind: str) -> Callable[[str, References], float]:
@@ -186,20 +191,13 @@ METRICS: dict[str, Metric] = {
             "exact_match", exact_match, "share of answers equal in SQuAD's normalisation, in other scripts Unicode's"
         ),
         Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation, characters where a script has no spaces"),
-        Metric(
-            "rouge1",
-            _rouge("rouge1"),
-            "ROUGE-1 F1 without stemming, words of any script, characters where it has no spaces",
-        ),
-        Metric(
-            "rouge2",
-            _rouge("rouge2"),
-            "ROUGE-2 F1 without stemming, words of any script, characters where it has no spaces",
-        ),
-        Metric(
-            "rougeL",
-            _rouge("rougeL"),
-            "ROUGE-L F1 without stemming, words of any script, characters where it has no spaces",
+        *(
+            Metric(
+                f"rouge{kind}",
+                _rouge(f"rouge{kind}"),
+                f"ROUGE-{kind} F1 without stemming, words of any script, characters where it has no spaces",
+            )
+            for kind in "12L"
         ),
         Metric("numeric_match", numeric_match, "share of answers with the right number, in the digits of any script"),
     )

@@ -74,7 +74,7 @@ def write_report(
         colours=model_colours(summary),
         tfidf_colour=TFIDF_COLOUR,
         sections=sections(summary),
-        panel=lambda group, wide=False: Markup(inline_panel(summary, group, wide=wide)),
+        panel=lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         worked=worked_tasks(summary, store) if store is not None and examples else [],
         notes=notes(summary),
         models=_models(summary),
@@ -195,26 +195,12 @@ def _interval(estimate: Estimate, write: Callable[[float], str] = _score) -> str
 
 
 @dataclass(frozen=True, slots=True)
-class WorkedQuery:
-    """A query and what each model answered after the same demonstrations."""
-
-    query: str
-    references: tuple[str, ...]
-    origin: str
-    answers: list[tuple[str, PredictedAnswer, float | None]]
-
-
-@dataclass(frozen=True, slots=True)
 class WorkedTask:
-    """Demonstrations as they are in the context, and the first test queries after them."""
+    """Demonstrations as they are in the context, and what each model answered to the first queries after them."""
 
-    task: str
-    family: str
-    metric: str
-    num_shots: int
-    seed: int
+    result: Result
     context: list[ContextExample]
-    queries: list[WorkedQuery]
+    answers: dict[str, list[PredictedAnswer]]
 
 
 def worked_tasks(summary: Summary, store: ResultStore) -> list[WorkedTask]:
@@ -230,40 +216,18 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
     measured = [s for s in summary.shots if any((model, task, s) in summary.tasks for model in summary.models)]
     shots = max((s for s in measured if s <= WORKED_SHOTS), default=measured[0])
     results = {model: found[0] for model in summary.models if (found := summary.by_point.get((model, task, shots)))}
-    answers = {model: store.predictions(result) for model, result in results.items()}
-    answers = {model: lines for model, lines in answers.items() if lines}
-    if not answers:
+    answers = {model: store.predictions(result)[:WORKED_QUERIES] for model, result in results.items()}
+    model = next((model for model, lines in answers.items() if lines), None)
+    if model is None:
         return None
+    context, queries = store.context(results[model]), [line.query for line in answers[model]]
     # A model with a shorter context may have fewer demonstrations; it is then not part of this comparison.
-    result = results[next(iter(answers))]
-    context = store.context(result)
-    answers = {model: lines for model, lines in answers.items() if store.context(results[model]) == context}
-    return WorkedTask(
-        task=task,
-        family=summary.families[task],
-        metric=result.metric,
-        num_shots=result.num_shots_used,
-        seed=result.seed,
-        context=context,
-        queries=[_worked_query(answers, result, i) for i in range(min(WORKED_QUERIES, result.num_queries))],
-    )
-
-
-def _worked_query(answers: dict[str, list[PredictedAnswer]], result: Result, position: int) -> WorkedQuery:
-    first = next(iter(answers.values()))[position]
     same = {
-        model: lines[position]
-        for model, lines in answers.items()
-        if position < len(lines) and lines[position].query == first.query
+        other: lines
+        for other, lines in answers.items()
+        if [line.query for line in lines] == queries and store.context(results[other]) == context
     }
-    return WorkedQuery(
-        query=first.query,
-        references=first.references,
-        origin=first.origin,
-        answers=[
-            (model, line, line.scores.get(result.metric, line.scores.get("accuracy"))) for model, line in same.items()
-        ],
-    )
+    return WorkedTask(results[model], context, same)
 
 
 def _models(summary: Summary) -> list[tuple[str, Result]]:

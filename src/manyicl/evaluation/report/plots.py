@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
-from manyicl.evaluation.report.lines import BASELINES
+from manyicl.evaluation.report.lines import BASELINES, Section, sections
 from manyicl.evaluation.result import Result
-from manyicl.evaluation.summary import OVERALL, Summary, summarise
+from manyicl.evaluation.summary import Summary, summarise
 from manyicl.printing import printable
 
 # Distinct for colour-blind readers, and of middle lightness so that they are visible on white and on near-black.
@@ -80,26 +80,34 @@ def plot_shot_curves(
         UserError: If no task was measured at all shot counts of all models, or the ending is unknown.
     """
     path = Path(path)
-    if path.suffix.lower() not in PICTURE_ENDINGS:
+    ending = path.suffix.lower()
+    if ending not in PICTURE_ENDINGS:
         raise UserError("wrong_ending", "wrong file name", expected=" or ".join(PICTURE_ENDINGS), found=repr(str(path)))
     summary = summarise(records)
-    groups = _panels(summary)
-    columns = min(columns, len(groups))
-    num_rows = math.ceil(len(groups) / columns)
+    panels = [section for section in sections(summary) if section.lines]
+    if not panels:
+        raise UserError(
+            "no_common_task",
+            "no task was measured at every shot count of every model, so there is no curve to compare",
+            remedy="Evaluate the models with the same tasks and shots.",
+        )
+    columns = min(columns, len(panels))
+    num_rows = math.ceil(len(panels) / columns)
     with _style("manyicl"):
         figure = Figure(figsize=(3.7 * columns, 2.9 * num_rows + 0.7), layout="constrained")
         axes = list(figure.subplots(num_rows, columns, squeeze=False).flat)
-        for ax, group in zip(axes, groups, strict=False):
-            draw_panel(ax, summary, group, ink="#20242b", faint="#d9dde3")
-        for ax in axes[len(groups) :]:
+        for ax, section in zip(axes, panels, strict=False):
+            draw_panel(ax, summary, section, ink="#20242b", faint="#d9dde3")
+            ax.set_title(family_title(section.group), color="#20242b", loc="left", fontweight="bold", fontsize=11)
+        for ax in axes[len(panels) :]:
             ax.set_visible(False)
-        handles, labels = _legend_entries(axes[: len(groups)])
-        drawable = _as_text if path.suffix.lower() == ".svg" else _with_escapes
-        labels = [drawable(label) for label in labels]
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+        # Not `get_legend_handles_labels`, which leaves out a model whose name begins with an underscore.
+        curves = {str(curve.get_label()): curve for ax in axes for curve in ax.get_lines()}
+        drawable = _as_text if ending == ".svg" else _with_escapes
+        labels = [drawable(label) for label in curves]
+        figure.legend(curves.values(), labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
         if title:
             figure.suptitle(drawable(title))
-        ending = path.suffix.lower()
         metadata: dict[str, Any] = {"Software" if ending == ".png" else "Creator": _AUTHOR}
         if ending == ".svg":
             metadata["Date"] = None
@@ -130,15 +138,14 @@ def _with_escapes(name: str) -> str:
     return _as_text("".join(c if ord(c) in known else c.encode("unicode_escape").decode("ascii") for c in name))
 
 
-def inline_panel(summary: Summary, group: str, *, wide: bool = False) -> str:
+def inline_panel(summary: Summary, section: Section, *, wide: bool = False) -> str:
     """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
-    with _style(f"manyicl {group}"):
+    with _style(f"manyicl {section.group}"):
         figure = Figure(figsize=(10.6, 4.2) if wide else (3.9, 2.9), layout="constrained")
-        ax = figure.subplots()
-        draw_panel(ax, summary, group, ink=_INK, faint=_FAINT, titled=False)
+        draw_panel(figure.subplots(), summary, section, ink=_INK, faint=_FAINT)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(buffer.getvalue(), _spoken(summary, group))
+    return _for_page(buffer.getvalue(), _spoken(summary, section))
 
 
 def _for_page(svg: str, spoken: str) -> str:
@@ -155,23 +162,25 @@ def _for_page(svg: str, spoken: str) -> str:
     return f'<svg {namespaces} {view_box.group()} role="img" aria-label="{html.escape(spoken)}">{content}'
 
 
-def draw_panel(ax: Axes, summary: Summary, group: str, *, ink: str, faint: str, titled: bool = True) -> None:
+def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint: str) -> None:
     """Draw the curves of one family, or of the mean over families, 95 % bands and trivial baselines."""
     smallest = min((shots for shots in summary.shots if shots > 0), default=1)
-    for model, colour in model_colours(summary).items():
-        points = [
-            (shot_position(shots, smallest), score)
-            for shots in summary.shots
-            if (score := summary.score(model, group, shots)) is not None
-        ]
-        x = [position for position, _ in points]
-        ax.plot(x, [s.mean for _, s in points], color=colour, marker="o", ms=3.6, lw=2, label=model, zorder=3)
-        bands = [(position, *score.interval) for position, score in points if score.interval is not None]
-        if bands:
-            x, low, high = (list(column) for column in zip(*bands, strict=True))
-            ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=2)
-    _draw_baselines(ax, summary, group, smallest, ink)
-    ax.set_xticks([shot_position(shots, smallest) for shots in summary.shots], [str(s) for s in summary.shots])
+    positions = [shot_position(shots, smallest) for shots in summary.shots]
+    colours = model_colours(summary)
+    for line in section.lines:
+        points = [(x, cell) for x, cell in zip(positions, line.cells, strict=True) if cell is not None]
+        x, y = [x for x, _ in points], [cell.mean for _, cell in points]
+        if line.kind == "model":
+            colour = colours[line.label]
+            ax.plot(x, y, color=colour, marker="o", ms=3.6, lw=2, label=line.label, zorder=3)
+            if bands := [(x, *cell.interval) for x, cell in points if cell.interval is not None]:
+                x, low, high = (list(column) for column in zip(*bands, strict=True))
+                ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=2)
+        elif line.label == BASELINES["majority"]:
+            ax.axhline(y[0], color=ink, alpha=0.55, lw=1.1, ls=(0, (5, 3)), label=line.label, zorder=1)
+        elif line.label == BASELINES["tfidf"]:
+            ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label=line.label)
+    ax.set_xticks(positions, [str(shots) for shots in summary.shots])
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     ax.grid(axis="y", color=faint, lw=0.7)
@@ -180,47 +189,13 @@ def draw_panel(ax: Axes, summary: Summary, group: str, *, ink: str, faint: str, 
     ax.set_xlabel("demonstrations in context", color=ink)
     for spine in ax.spines.values():
         spine.set_color(faint)
-    if titled:
-        ax.set_title(family_title(group), color=ink, loc="left", fontweight="bold", fontsize=11)
 
 
-def _draw_baselines(ax: Axes, summary: Summary, group: str, smallest: int, ink: str) -> None:
-    majority = summary.level("majority", group)
-    if majority is not None:
-        ax.axhline(majority, color=ink, alpha=0.55, lw=1.1, ls=(0, (5, 3)), label=BASELINES["majority"], zorder=1)
-    points = [
-        (shot_position(shots, smallest), level)
-        for shots in summary.shots
-        if (level := summary.level("tfidf", group, shots)) is not None
-    ]
-    if points:
-        x, y = zip(*points, strict=True)
-        ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label=BASELINES["tfidf"])
-
-
-def _panels(summary: Summary) -> tuple[str, ...]:
-    if not summary.compared:
-        raise UserError(
-            "no_common_task",
-            "no task was measured at every shot count of every model, so there is no curve to compare",
-            remedy="Evaluate the models with the same tasks and shots.",
-        )
-    return (OVERALL, *summary.groups) if len(summary.groups) > 1 else summary.groups
-
-
-def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    entries: dict[str, Any] = {}
-    for ax in axes:
-        # Not `get_legend_handles_labels`, which leaves out a model whose name begins with an underscore.
-        for line in ax.get_lines():
-            entries.setdefault(str(line.get_label()), line)
-    return list(entries.values()), list(entries)
-
-
-def _spoken(summary: Summary, group: str) -> str:
+def _spoken(summary: Summary, section: Section) -> str:
     """Say the panel in words, for readers who do not see it."""
-    parts = [f"Shot curve, {group}."]
-    for model in summary.models:
-        scores = [(s, summary.score(model, group, s)) for s in summary.shots]
-        parts.append(f"{model}: " + ", ".join(f"{e.mean:.2f} at {s}" for s, e in scores if e is not None) + ".")
+    parts = [f"Shot curve, {section.group}."]
+    for line in section.lines:
+        if line.kind == "model":
+            cells = zip(summary.shots, line.cells, strict=True)
+            parts.append(f"{line.label}: " + ", ".join(f"{cell.mean:.2f} at {n}" for n, cell in cells if cell) + ".")
     return " ".join(parts)
