@@ -84,11 +84,11 @@ def test_nearest_rows_are_shown_to_each_query(
         (["--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
         (["--prefix", "PREFIX", "--nearest", 3], "--nearest goes with --task"),
         (["--prefix", "none.prefix"], "does not exist"),
-        (["--prefix", "INPUT"], "not a whole compiled task"),
+        (["--prefix", "INPUT"], "no complete compiled task"),
         (["--prefix", "PREFIX", "--max-context-tokens", 20], "max_context_tokens, 20"),
         (["--prefix", "PREFIX", "--temperature", 1], "closed answer set"),
         (["--prefix", "PREFIX", "--temperature", 0], "the temperature is out of range"),
-        (["--prefix", "PREFIX", "--dtype", "bfloat16"], "compiled in float32"),
+        (["--prefix", "PREFIX", "--dtype", "bfloat16"], "another precision"),
         (["--prefix", "PREFIX", "--abstain-below", 2], "less than or equal to 1"),
     ],
 )
@@ -117,11 +117,11 @@ def test_what_does_not_fit_together_ends_with_one_sentence(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"--output": "."}, "cannot be written"),
-        ({"--output": "nowhere/x.prefix"}, "cannot be written"),
+        ({"--output": "."}, "the output is a folder"),
+        ({"--output": "nowhere/x.prefix"}, "does not exist"),
         ({"--task": "nowhere.csv:text:label"}, "nowhere.csv"),
         ({"--model": "runs/nowhere"}, "does not exist"),
-        ({"--shots": 0}, "nothing to compile"),
+        ({"--shots": 0}, "neither instruction nor demonstrations"),
         ({"--shots": 4000}, "4000"),
     ],
 )
@@ -153,7 +153,7 @@ def test_the_tasks_own_rows_are_never_written_over(
 ) -> None:
     before, task = table.read_bytes(), f"{table}:text:label"
     assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", table, "--shots", 4) == 2
-    assert "no compiled task" in capsys.readouterr().err
+    assert "no earlier output of this command" in capsys.readouterr().err
     common = ["predict", "--model", model_folder, "--input", queries]
     assert run(monkeypatch, *common, "--task", task, "--shots", 4, "--output", table) == 2
     assert "holds rows of task 'tickets'" in capsys.readouterr().err

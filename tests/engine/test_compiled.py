@@ -164,20 +164,20 @@ def lost_key(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "code", "what"),
     [
-        (earlier_version, "format version 1"),
-        (other_example, "was altered"),
-        (other_values, "was altered"),
-        (lost_key, "not a whole compiled task: task"),
+        (earlier_version, "other_version", "another version"),
+        (other_example, "altered_file", "altered"),
+        (other_values, "altered_file", "altered"),
+        (lost_key, "incomplete_file", "task: field required"),
     ],
 )
 def test_an_altered_file_is_refused(
-    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], sentence: str, tmp_path: Path
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], code: str, what: str, tmp_path: Path
 ) -> None:
     path = saved(tmp_path)
     rewritten(path, change)
-    with pytest.raises(UserError, match=sentence):
+    with refused(code, what=what, file=str(path)):
         Engine.local(tiny_loaded()).load(path)
 
 
@@ -186,22 +186,22 @@ def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
     path = saved(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(UserError, match="not a whole compiled task"):
+    with refused("incomplete_file", file=str(path)):
         Engine.local(tiny_loaded()).load(path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     engine = Engine.local(tiny_loaded())
-    with pytest.raises(UserError, match="does not exist"):
+    with refused("not_a_compiled_task", what="does not exist"):
         engine.load(tmp_path / "none.prefix")
     save_file({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="not a compiled task"):
+    with refused("not_a_compiled_task", what="no compiled task"):
         engine.load(tmp_path / "weights.safetensors")
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    with pytest.raises(UserError, match="compiled with another model: 'tiny-llama'"):
+    with refused("foreign_prefix", what="another model", found="'tiny-llama'"):
         Engine.local(tiny_loaded(seed=1)).load(path)
 
 
@@ -230,17 +230,17 @@ def test_another_adapter_of_the_same_base_is_called_that(tmp_path: Path) -> None
         )
     path = saved(tmp_path, engines[0])
     assert engines[0].load(path).prefix.num_shots == 5
-    with pytest.raises(UserError, match="another adapter of the same base: 'a0'"):
+    with refused("foreign_prefix", what="another adapter of the same base", found="'a0'"):
         engines[1].load(path)
 
 
 def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    with pytest.raises(UserError, match="another text format"):
+    with refused("foreign_prefix", what="another text format"):
         Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
     loaded = tiny_loaded()
     loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="compiled in float32; the model is loaded in bfloat16"):
+    with refused("foreign_prefix", what="precision", expected="bfloat16", found="float32", remedy="dtype='float32'"):
         Engine.local(loaded).load(path)
     with refused("prefix_too_long", expected="at most max_context_tokens, 50", file=str(path)):
         Engine.local(tiny_loaded(), max_context_tokens=50).load(path)
@@ -248,13 +248,14 @@ def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_to_compile_and_no_place_to_write_are_refused(tmp_path: Path) -> None:
     engine = Engine.local(tiny_loaded())
-    with pytest.raises(UserError, match="nothing to compile"):
+    with refused("nothing_to_compile"):
         engine.save(engine.compile(make_task(), ()), tmp_path / "task.prefix")
     task = closed()
     compiled = engine.compile(task, task.train[:2])
-    for place in (tmp_path, tmp_path / "none" / "task.prefix"):
-        with pytest.raises(UserError, match="cannot be written"):
-            engine.save(compiled, place)
+    with refused("output_is_folder"):
+        engine.save(compiled, tmp_path)
+    with refused("output_folder_missing"):
+        engine.save(compiled, tmp_path / "none" / "task.prefix")
 
 
 def test_shots_are_grouped_by_doubling() -> None:
@@ -296,6 +297,14 @@ def no_labels(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     header["task"]["labels"] = []
 
 
+def label_twice(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    header["task"]["labels"].append(header["task"]["labels"][0])
+
+
+def label_gone(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del header["task"]["labels"][0]
+
+
 def wrong_limit(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     header["task"]["max_answer_tokens"] = -5
 
@@ -311,6 +320,8 @@ def wrong_limit(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
         other_tokens,
         other_demonstrations,
         no_labels,
+        label_twice,
+        label_gone,
         wrong_limit,
     ],
 )
@@ -327,15 +338,16 @@ def test_a_forged_file_with_a_hash_that_fits_is_refused(
     with safe_open(path, framework="pt") as file:
         header = file.metadata()[HEADER_KEY]
     save_file(tensors, path, {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)})
-    with pytest.raises(UserError, match=r"not a whole compiled task|another tokenizer"):
+    with pytest.raises(UserError) as caught:
         Engine.local(tiny_loaded()).load(path)
+    assert caught.value.code in ("incomplete_file", "foreign_prefix", "foreign_demonstration")
 
 
 def test_the_same_weights_under_another_configuration_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     loaded = tiny_loaded()
     loaded.model.config.rope_parameters = {**loaded.model.config.rope_parameters, "rope_theta": 123.0}
-    with pytest.raises(UserError, match="another configuration"):
+    with refused("foreign_prefix", what="another configuration"):
         Engine.local(loaded).load(path)
 
 
@@ -344,10 +356,16 @@ def test_a_file_that_is_no_compiled_task_is_never_replaced(tmp_path: Path) -> No
     task = closed()
     compiled = engine.compile(task, task.train[:2])
     (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")
-    with pytest.raises(UserError, match="is there and no compiled task"):
+    with refused("output_exists"):
         engine.save(compiled, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "text,label\n"
     for _ in range(2):
         engine.save(compiled, tmp_path / "task.prefix")
-    with pytest.raises(UserError, match="is a folder"):
+    with refused("not_a_compiled_task", what="is a folder"):
         engine.load(tmp_path)
+
+
+def test_a_file_of_the_first_version_is_refused_with_what_to_do() -> None:
+    old = Path(__file__).parent / "compiled_v1.prefix"
+    with refused("other_version", expected="format version 2", found="1", remedy="Compile the task again."):
+        Engine.local(tiny_loaded()).load(old)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
-from manyicl.cli.outputs import require_writable
 from manyicl.errors import counted
 
 if TYPE_CHECKING:
@@ -68,12 +67,11 @@ def compile_command(
     """
     from rich.console import Console
 
-    from manyicl.engine.compiled import require_place
+    from manyicl.engine.compiled import require_output
     from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
-    require_writable(output)
-    require_place(output)
+    require_output(output)
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)

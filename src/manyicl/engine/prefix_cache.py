@@ -27,7 +27,7 @@ class PrefixCache:
     """Keys and values of a prefix, of batch size 1. Immutable.
 
     Queries keep their own keys apart, and a longer prefix adds a block to those it shares with a shorter one, so
-    nothing that an interrupted call leaves behind can spoil a prefix.
+    nothing that an interrupted call leaves can spoil a prefix.
 
     Attributes:
         identity: The network that made the keys and values.
