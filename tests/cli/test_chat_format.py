@@ -77,7 +77,7 @@ def test_a_template_that_cannot_be_used_is_refused_with_the_reason(
     argv = ["tasks", "check", f"{table}:text:label", "--model", str(thinking), "--format", "chat"]
     assert run(monkeypatch, *argv) == 2
     error = capsys.readouterr().err
-    assert "think block stands in some turns and not in others" in error
+    assert "think block is in some turns and not in others" in error
     assert "Traceback" not in error
 
 

@@ -116,7 +116,7 @@ def test_turns_cut_just_now_are_compared_with_the_rows_of_every_task() -> None:
     # Cutting behind a word shows in rows alone.
     loaded.tokenizer.chat_template = CHATML.replace("m.content", "m.content.split(' was ')[0]")
     engine = Engine.local(loaded, text_format="chat")
-    with pytest.raises(UserError, match=r"Task 'toy'.*writes this otherwise than the turns cut from it"):
+    with pytest.raises(UserError, match=r"Task 'toy'.*writes this otherwise than its turns"):
         engine.prefill(make_task())
 
 

@@ -348,7 +348,9 @@ FAMILIES: dict[str, Family] = {
     "gpt-oss (Harmony)": Family(
         HARMONY, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"), refused="it reads today's date"
     ),
-    "a template that keeps only the newest turn": Family(FORGETFUL, (), refused="leaves out the sentinel of query 001"),
+    "a template that keeps only the newest turn": Family(
+        FORGETFUL, (), refused="leaves out, repeats or moves the sentinel"
+    ),
     "a template that trims all turns but the last": Family(
         TRIMS_ALL_BUT_THE_LAST,
         IM_TOKENS,
@@ -358,7 +360,7 @@ FAMILIES: dict[str, Family] = {
         trimmed=ALL_THREE,
     ),
     "a template that trims the end of the last query's turn": Family(
-        TRIMS_THE_LAST_QUERY, IM_TOKENS, refused="white space stands in some turns and not in others"
+        TRIMS_THE_LAST_QUERY, IM_TOKENS, refused="white space is in some turns and not in others"
     ),
     "Alpaca, where nothing ends an answer": Family(ALPACA, (), refused="no text ends every answer"),
     "a template that keeps the newest ten messages": Family(
@@ -380,7 +382,9 @@ FAMILIES: dict[str, Family] = {
         CHATML.replace("m.content", "m.content | replace('\n', ' ')"), IM_TOKENS, refused="its text"
     ),
     "a template that draws by lot": Family(
-        "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }}" + CHATML, IM_TOKENS, refused="writes something else each time"
+        "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }}" + CHATML,
+        IM_TOKENS,
+        refused="fails on a conversation of 8 messages: no filter named",
     ),
     "a template that calls itself": Family(
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", IM_TOKENS, refused="it fails on a conversation"
@@ -388,7 +392,7 @@ FAMILIES: dict[str, Family] = {
     "a line break that opens and ends an answer": Family(
         "{% for m in messages %}{{ m.role + ':\n' + m.content|trim + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
-        refused="ends an answer and stands before it",
+        refused="ends an answer and opens it, too",
     ),
     "a template without a generation prompt": Family(
         NO_PROMPT, IM_TOKENS, refused="its generation prompt ends before '<|im_start|>assistant"

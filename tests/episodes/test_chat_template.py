@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import date
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def test_a_tokenizer_without_a_template_is_no_instruct_models() -> None:
 
 def test_a_template_that_does_not_run_is_refused_with_what_it_says() -> None:
     tokenizer = Family("{{ raise_exception('Only tools are supported') }}").tokenizer()
-    with pytest.raises(UserError, match="fails on a conversation of 8 messages: Only tools are supported"):
+    with pytest.raises(UserError, match="fails on a conversation of 8 messages: only tools are supported"):
         ChatTemplate(tokenizer).extract()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
     with pytest.raises(UserError, match="cannot be used: it fails"):
@@ -250,7 +251,7 @@ def test_no_answer_of_a_chat_is_refused_where_a_control_token_ends_it(name: str)
 
 def test_an_empty_template_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jinja").write_text("\n", "utf-8")
-    with pytest.raises(UserError, match=r"empty\.jinja is empty; expected a Jinja template"):
+    with pytest.raises(UserError, match=r"empty\.jinja: The file is empty; expected a Jinja template"):
         chosen_format(FormatSettings(kind="chat", template=tmp_path / "empty.jinja"), byte_level_bpe())
 
 
@@ -298,3 +299,20 @@ def test_a_task_is_checked_in_the_tokens_of_its_turns() -> None:
     check = check_task(make_task(instruction="good or bad"), Encoder(family.tokenizer(), cut(family)), 2048)
     assert check.joined_share == 1
     assert check.num_altered_answers == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for x in range(90000) %}{% for y in range(90000) %}{% endfor %}{% endfor %}" + CHATML,
+        CHATML + "{{ 'a' * 10000000000 }}",
+        CHATML + "{% for m in messages %}{{ 'a' * (messages | length) * 100000000 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_runs_away_is_refused_within_a_second(template: str) -> None:
+    tokenizer = Family(template, IM_TOKENS).tokenizer()
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"fails on a conversation of 8 messages: .* more than") as raised:
+        ChatTemplate(tokenizer).extract()
+    assert time.process_time() - started < 1
+    assert raised.value.code == "unfit_chat_template"

@@ -1,8 +1,8 @@
-"""A chat template -> the constant texts between turns, extracted once from a sentinel conversation and verified.
+"""A chat template -> the fixed parts of its turns, extracted once from a sentinel conversation and verified.
 
-A sequence of many shots is a long conversation. The engine encodes its beginning once and asks many queries behind it,
-so a turn must be the same text wherever it stands. Many templates do not hold that: they leave an empty think block in
-the last turn alone, write today's date, or trim some turns and not others. Such templates are refused with the reason.
+A sequence of many shots is a long conversation. The engine encodes its beginning once and many queries after it, so a
+turn must be the same text wherever it comes. Many templates do not comply: they leave an empty think block in the last
+turn alone, write today's date, or trim some turns and not others. Such templates are refused with the difference.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from manyicl.checked import read_text
-from manyicl.episodes.checks import evenly_chosen
 from manyicl.episodes.segment_tokenizer import control_tokens
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Preceding, TextRole, text_of
 from manyicl.errors import UserError, shortened
+from manyicl.library_errors import reason
+from manyicl.tasks.demonstrations import evenly_chosen
+from manyicl.tasks.sandbox import render_chat_template
 from manyicl.tasks.task import Task
 
 NUM_TURNS = 4
 # Templates may change late, or keep the newest turns alone: one conversation is as long as those of many shots.
 NUM_TURNS_OF_MANY_SHOTS = 256
 NUM_ROWS_COMPARED = 100
+# Of all rows in one conversation, so that the work of a rendering, which is limited, does.
+NUM_CHARACTERS_COMPARED = 400_000
 SENTINEL_INSTRUCTION = "sentinel of the instruction"
 SENTINEL_TURNS = tuple((f"sentinel of query {n:03}", f"sentinel of answer {n:03}") for n in range(1, NUM_TURNS + 1))
 # A template must not change what is written in a turn, whatever it is.
@@ -38,30 +41,42 @@ AWKWARD_TEXTS = (
     "0" * 3000,
     "[1, 2]",
 )
-_THINKS = re.compile(r"think|thought|reason|analysis|channel", re.IGNORECASE)
-_DATE_VARIABLE = re.compile(r"(\w*date\w*) is (?:not )?defined")
-
 # More than any template puts around a text by itself, so that it cannot be taken for what was trimmed.
 WHITE_SPACE = (" " * 7, "\n" * 7)
 TEXT_ROLE_OF: Mapping[str, TextRole] = {"system": "instruction", "user": "query", "assistant": "answer"}
+REMEDY = "Use format.kind: plain, or name a patched template with format.template."
+_THINKS = re.compile(r"think|thought|reason|analysis|channel", re.IGNORECASE)
+_DATE_VARIABLE = re.compile(r"(\w*date\w*) is (?:not )?defined")
 
 Turns = Sequence[tuple[str, str]]
 Messages = list[dict[str, str]]
 
 
 class _UnfitError(Exception):
-    """A template whose turns cannot be cut: says why, as the end of a sentence."""
+    """A template that cannot be used: says why, as the end of a sentence."""
+
+
+class _FixedParts(NamedTuple):
+    """What a template writes around the texts of one conversation.
+
+    Attributes:
+        preamble: Before the first query: one text, or two with the instruction between them.
+        turn: After a query: generation prompt, white space before the answer, its end, inter-turn text.
+    """
+
+    preamble: tuple[str, ...]
+    turn: tuple[str, str, str, str]
 
 
 def chosen_format(
     settings: FormatSettings, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task] = ()
 ) -> AnyFormat:
-    """Return the format that a recipe asks for; a chat template is cut, and compared with rows of the tasks.
+    """Return the format that a recipe asks for; the parts of a chat template are compared with rows of the tasks.
 
     Args:
-        settings: Of the recipe. Its own template becomes that of the tokenizer, so that it is saved with it.
-        tokenizer: Of the model.
-        tasks: Whose rows the template and its segments must write alike.
+        settings: Settings of the recipe. A template of its own becomes that of the tokenizer, to be saved with it.
+        tokenizer: Tokenizer of the model.
+        tasks: Tasks whose rows the template and its fixed parts must write alike.
 
     Raises:
         UserError: If there is no chat template, its turns change with their position, or it changes a row.
@@ -71,7 +86,13 @@ def chosen_format(
     if settings.template is not None:
         tokenizer.chat_template = read_text(settings.template)
         if not tokenizer.chat_template.strip():
-            raise UserError(f"format.template: {settings.template} is empty; expected a Jinja template.")
+            raise UserError(
+                "empty_template",
+                "The file is empty",
+                expected="a Jinja template",
+                file=settings.template,
+                field="format.template",
+            )
     text_format = ChatTemplate(tokenizer, settings.template_arguments).extract()
     require_rows_as_written(settings, tokenizer, text_format, tasks)
     return text_format
@@ -80,7 +101,7 @@ def chosen_format(
 def require_rows_as_written(
     settings: FormatSettings, tokenizer: PreTrainedTokenizerBase, text_format: AnyFormat, tasks: Iterable[Task]
 ) -> None:
-    """Hold rows of tasks to what the chat template writes of them; the plain format has none.
+    """Verify rows of tasks against what the chat template writes of them; the plain format has none.
 
     Raises:
         UserError: If the template changes a row.
@@ -92,7 +113,7 @@ def require_rows_as_written(
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with fixed arguments."""
+    """The chat template of a tokenizer, with fixed arguments; it renders with all its work counted."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
         """Take a tokenizer that has one.
@@ -102,8 +123,9 @@ class ChatTemplate:
         """
         if not tokenizer.chat_template:
             raise UserError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, as those of instruct models have. Use "
-                "format.kind: plain, or name a template with format.template."
+                "no_chat_template",
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, as those of instruct models have",
+                remedy="Use format.kind: plain, or name a template with format.template.",
             )
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
@@ -115,107 +137,119 @@ class ChatTemplate:
         """Write a conversation; ``asks`` adds the generation prompt.
 
         Raises:
-            _UnfitError: If the template refuses it.
+            _UnfitError: If the template fails, refuses it, or does too much.
         """
+        variables = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, **self.arguments}
+        variables |= {**arguments, "messages": messages, "add_generation_prompt": asks}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks, **{**self.arguments, **arguments}
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-            MemoryError,
-        ) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-            raise _UnfitError(f"it fails on a conversation of {len(messages)} messages: {reason}") from error
-        return str(text)
+            return render_chat_template(self.tokenizer.get_chat_template(), variables)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise _UnfitError(f"it fails on a conversation of {len(messages)} messages: {reason(error)}") from error
 
     def extract(self) -> ChatFormat:
-        """Cut the constant texts from a sentinel conversation, and verify them on others.
+        """Extract the fixed parts from a sentinel conversation, and verify them on others.
 
         The instruction is the system turn. Where a template has none, or does not keep it at the beginning, the
-        instruction opens the turn of the first query, with a blank line behind it.
+        instruction opens the turn of the first query, with a blank line after it.
 
         Raises:
-            UserError: If turns change with their position; it names the reason.
+            UserError: If turns change with their position; it names the difference.
         """
         try:
             self._require_no_date()
-            without = _FixedParts.of(self, None)
+            plain = self._fixed_parts(None)
             try:
-                return self._verified(without, _FixedParts.of(self, SENTINEL_INSTRUCTION))
-            except (_UnfitError, UserError):
-                return self._verified(without, None)
-        except (_UnfitError, UserError) as error:
-            raise UserError(
-                f"{self} cannot be used: {str(error).rstrip('.')}. Use format.kind: plain, or name a mended template "
-                "with format.template."
-            ) from error
+                return self._verified(plain, self._fixed_parts(SENTINEL_INSTRUCTION))
+            except _UnfitError:
+                return self._verified(plain, None)
+        except _UnfitError as error:
+            raise UserError("unfit_chat_template", f"{self} cannot be used: {error}", remedy=REMEDY) from error
 
     def _require_no_date(self) -> None:
-        """Refuse a template that reads the date, or chance: tomorrow's prompts would differ from those of training."""
+        """Refuse a template that reads the date: tomorrow's prompts would differ from those of training."""
         for instruction in (None, SENTINEL_INSTRUCTION):
             messages = _messages(instruction, SENTINEL_TURNS)
             try:
                 today = self.render(messages, asks=False)
             except _UnfitError:
+                if instruction is None:
+                    raise
                 continue  # no system turn
-            if any(self.render(messages, asks=False) != today for _ in range(3)):
-                raise _UnfitError("it writes something else each time")
             try:
-                # The date comes from a function of this name, which an argument of the same name stands before.
+                # The date comes from a function, which an argument of the same name hides.
                 differs = self.render(messages, asks=False, strftime_now="no date") != today
             except _UnfitError:
                 differs = True
             if differs:
-                template = self.tokenizer.get_chat_template()
-                variable = next(iter(_DATE_VARIABLE.findall(template)), None)
+                variable = next(iter(_DATE_VARIABLE.findall(self.tokenizer.get_chat_template())), None)
                 remedy = f"; fix one with format.template_arguments.{variable}" if variable else ""
                 raise _UnfitError(f"it reads today's date{remedy}")
 
-    def _verified(self, without: _FixedParts, with_instruction: _FixedParts | None) -> ChatFormat:
-        """Put the format together and hold it to what the template writes.
+    def _fixed_parts(self, instruction: str | None) -> _FixedParts:
+        """Extract what is written around sentinels, and check that it is the same in all turns."""
+        messages = _messages(instruction, SENTINEL_TURNS)
+        texts = _around(self.render(messages, asks=False), messages)
+        num_before_queries = len(messages) - 2 * NUM_TURNS + 1
+        preamble, (*turns, closing) = tuple(texts[:num_before_queries]), texts[num_before_queries:]
+        separator, between = _same(turns[::2]), _same(turns[1::2])
+        prompt = _around(self.render(messages[:-1], asks=True), messages[:-1])[-1]
+        if not separator.startswith(prompt):
+            raise _UnfitError(_difference(separator, prompt))
+        before_answer = separator.removeprefix(prompt)
+        if before_answer.strip():
+            raise _UnfitError(f"its generation prompt ends before {before_answer!r}, which opens every answer")
+        end = self._end_of_answer(closing, between)
+        return _FixedParts(preamble, (prompt, before_answer, end, between.removeprefix(end)))
+
+    def _end_of_answer(self, closing: str, between: str) -> str:
+        """Return the text that ends every answer, the last like those before: up to its control token, if any."""
+        common = _common_start(closing, between)
+        tokens = control_tokens(self.tokenizer) | set(self.tokenizer.all_special_tokens)
+        # The first of them, and the longest that begins there, as a tokenizer reads it.
+        ends = [(common.index(token), -len(token)) for token in tokens if token.strip() and token in common]
+        end = common[: min(ends)[0] - min(ends)[1]] if ends else common
+        if not end.strip(" ") or (not ends and end != closing):
+            raise _UnfitError(
+                f"the last answer ends in {closing!r}, those before it in {between!r}, so no text ends every answer"
+            )
+        return end
+
+    def _verified(self, plain: _FixedParts, with_system: _FixedParts | None) -> ChatFormat:
+        """Put the format together and verify it against what the template writes.
 
         Args:
-            without: Cut from a conversation without instruction.
-            with_instruction: Cut from one with a system turn; None where the instruction opens the first query's turn.
+            plain: Fixed parts of a conversation without instruction.
+            with_system: Fixed parts of one with a system turn; None where the instruction opens the first query's turn.
         """
-        turn = without.turn
-        if with_instruction is not None and with_instruction.turn != turn:
-            raise _UnfitError(_difference("".join(turn), "".join(with_instruction.turn)))
-        before_instruction, after_instruction = without.opening[0], "\n\n"
-        if with_instruction is not None:
-            before_instruction, after_instruction = with_instruction.opening
+        if with_system is not None and with_system.turn != plain.turn:
+            raise _UnfitError(_difference("".join(plain.turn), "".join(with_system.turn)))
+        before_instruction, after_instruction = with_system.preamble if with_system else (plain.preamble[0], "\n\n")
+        separator, before_answer, end_of_answer, inter_turn_text = plain.turn
         text_format = ChatFormat(
-            preamble_text=without.opening[0],
+            preamble_text=plain.preamble[0],
             before_instruction=before_instruction,
             after_instruction=after_instruction,
-            separator=turn.generation_prompt,
-            before_answer=turn.before_answer,
-            end_of_answer=turn.end_of_answer,
-            inter_turn_text=turn.inter_turn,
-            trimmed=(),
-            instruction_in="system" if with_instruction else "first_turn",
+            separator=separator,
+            before_answer=before_answer,
+            end_of_answer=end_of_answer,
+            inter_turn_text=inter_turn_text,
+            trimmed=self._trimmed(has_system=with_system is not None),
+            instruction_in="system" if with_system else "first_turn",
             template_arguments=self.arguments,
         )
         if text_format.ends_early("a"):
-            raise _UnfitError(f"{turn.end_of_answer!r} ends an answer and stands before it, too")
-        text_format = text_format.model_copy(update={"trimmed": self._trimmed(text_format)})
+            raise _UnfitError(f"{end_of_answer!r} ends an answer and opens it, too")
         for instruction in ("", SENTINEL_INSTRUCTION):
-            for turns in _trial_conversations(text_format):
+            for turns in _trial_conversations():
                 self._require_same(text_format, instruction, turns)
+        many_shots = [SENTINEL_TURNS[n % NUM_TURNS] for n in range(NUM_TURNS_OF_MANY_SHOTS)]
+        self._require_same(text_format, SENTINEL_INSTRUCTION, many_shots)
         for space in WHITE_SPACE:
             self._require_same(text_format, space + SENTINEL_INSTRUCTION + space, SENTINEL_TURNS)
         return text_format
 
-    def _trimmed(self, text_format: ChatFormat) -> tuple[TextRole, ...]:
-        """Tell from whose ends the template takes white space, in any turn: there it never comes to stand."""
-        has_system = text_format.instruction_in == "system"
+    def _trimmed(self, *, has_system: bool) -> tuple[TextRole, ...]:
+        """Return the texts from whose ends the template takes white space in some turn: there it is never written."""
         trimmed: set[TextRole] = set()
         for space in WHITE_SPACE:
             instruction = space + SENTINEL_INSTRUCTION + space if has_system else None
@@ -229,11 +263,7 @@ class ChatTemplate:
         return tuple(sorted(trimmed))
 
     def _require_same(self, text_format: ChatFormat, instruction: str, turns: Turns) -> None:
-        """Hold a conversation, and the prompt for its last answer, to what the template writes.
-
-        Raises:
-            _UnfitError: If they differ.
-        """
+        """Verify a conversation, and the prompt for its last answer, against what the template writes."""
         messages = messages_of(text_format, instruction, turns)
         prompt, whole = _assembled(text_format, instruction, turns)
         rendered = self.render(messages[:-1], asks=True)
@@ -244,87 +274,40 @@ class ChatTemplate:
             raise _UnfitError(_difference(whole, rendered[: len(whole) + len(text_format.inter_turn_text)]))
 
     def require_same_rows(self, text_format: ChatFormat, task: Task) -> None:
-        """Hold rows of a task, each as the only turn and all as one conversation, to what the template writes of them.
+        """Verify rows of a task, each as the only turn and all as one conversation, against what the template writes.
 
         Raises:
             UserError: If it writes one otherwise, for example because it cuts texts at a think block.
         """
-        examples = evenly_chosen((*task.train, *task.test), NUM_ROWS_COMPARED)
         instruction = task.instruction()
-        turns = [(example.query.text, example.answer) for example in examples]
-        place = f"Task {task.name!r}"
+        conversation: list[tuple[str, str]] = []
+        num_characters = 0
+        where = f"Task {task.name!r}"
         try:
-            for example, turn in zip(examples, turns, strict=True):
-                place = f"Task {task.name!r}, {example.origin}" if example.origin else place
+            for example in evenly_chosen(task.train, task.test, NUM_ROWS_COMPARED):
+                turn = example.query.text, example.answer
+                where = f"Task {task.name!r}, {example.origin}" if example.origin else where
                 self._require_same(text_format, instruction, [turn])
-            place = f"Task {task.name!r}, {len(turns)} rows as one conversation"
-            self._require_same(text_format, instruction, turns)
+                num_characters += len("".join(turn))
+                if num_characters <= NUM_CHARACTERS_COMPARED:
+                    conversation.append(turn)
+            where = f"Task {task.name!r}, {len(conversation)} rows as one conversation"
+            if conversation:
+                self._require_same(text_format, instruction, conversation)
         except _UnfitError as error:
             raise UserError(
-                f"{place}: {self} writes this otherwise than the turns cut from it: {error}. Change the row, or use "
-                "format.kind: plain."
+                "row_changed_by_template",
+                f"{where}: {self} writes this otherwise than its turns: {error}",
+                remedy="Change the row, or use format.kind: plain.",
             ) from error
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
 
 
-def _trial_conversations(text_format: ChatFormat) -> Iterator[Turns]:
-    """Yield conversations that a template must write as its segments say: short, odd, padded, long."""
+def _trial_conversations() -> Iterator[Turns]:
+    """Yield conversations that a template must write as its fixed parts say: short, odd, padded."""
     for num_turns in range(1, NUM_TURNS + 1):
         yield SENTINEL_TURNS[:num_turns]
-    tried = (*SENTINEL_TURNS, *((text, text) for text in AWKWARD_TEXTS))
     for space in ("", *WHITE_SPACE):
-        yield _padded(tried, space)
-    yield [SENTINEL_TURNS[n % NUM_TURNS] for n in range(NUM_TURNS_OF_MANY_SHOTS)]
-
-
-class _Turn(NamedTuple):
-    """The constant texts of a turn, in their order behind a query."""
-
-    generation_prompt: str
-    before_answer: str
-    end_of_answer: str
-    inter_turn: str
-
-
-@dataclass(frozen=True, slots=True)
-class _FixedParts:
-    """The constant texts of one sentinel conversation.
-
-    Attributes:
-        opening: Before the first query: one text, or two with the instruction between them.
-        turn: Of every turn.
-    """
-
-    opening: tuple[str, ...]
-    turn: _Turn
-
-    @classmethod
-    def of(cls, template: ChatTemplate, instruction: str | None) -> _FixedParts:
-        """Cut a conversation and hold that all its turns are alike.
-
-        Raises:
-            _UnfitError: If they are not.
-        """
-        messages = _messages(instruction, SENTINEL_TURNS)
-        parts = _split(template.render(messages, asks=False), [message["content"] for message in messages])
-        num_opening = len(messages) % 2 + 1
-        opening, (*turns, closing) = parts[:num_opening], parts[num_opening:]
-        separator, between = (_one_text(turns[start::2]) for start in (0, 1))
-        generation_prompt = _generation_prompt(template, messages, separator)
-        end_of_answer = _end_of_answer(template.tokenizer, closing, between)
-        before_answer = separator.removeprefix(generation_prompt)
-        return cls(
-            tuple(opening), _Turn(generation_prompt, before_answer, end_of_answer, between.removeprefix(end_of_answer))
-        )
-
-
-def _one_text(texts: Sequence[str]) -> str:
-    """Return the text that all of these are."""
-    for text in texts:
-        if text != texts[0]:
-            raise _UnfitError(_difference(texts[0], text))
-    return texts[0]
+        yield _padded((*SENTINEL_TURNS, *((text, text) for text in AWKWARD_TEXTS)), space)
 
 
 def _padded(turns: Turns, space: str) -> Turns:
@@ -361,72 +344,40 @@ def _assembled(text_format: ChatFormat, instruction: str, turns: Turns) -> tuple
     return prompt, text
 
 
-def _split(text: str, contents: Sequence[str]) -> list[str]:
-    """Return what stands before, between and behind contents that must appear once each, in order."""
-    for content in contents:
-        if text.count(content) != 1:
-            raise _UnfitError(f"it {'repeats' if content in text else 'leaves out'} the {content}")
+def _around(text: str, messages: Messages) -> list[str]:
+    """Return the texts before, between and after contents that must appear once each, in order."""
     parts = []
-    position = 0
-    for content in contents:
-        start = text.find(content, position)
-        if start < 0:
-            raise _UnfitError(f"it moves the {content} to another place")
-        parts.append(text[position:start])
-        position = start + len(content)
-    return [*parts, text[position:]]
+    for content in (message["content"] for message in messages):
+        part, found, text = text.partition(content)
+        if not found or content in text:
+            raise _UnfitError(f"it leaves out, repeats or moves the {content}")
+        parts.append(part)
+    return [*parts, text]
 
 
-def _generation_prompt(template: ChatTemplate, messages: Messages, separator: str) -> str:
-    """Return what stands between a query and the place where the model begins to write, the same in every turn."""
-    found: str | None = None
-    for end, message in enumerate(messages, start=1):
-        if message["role"] != "user":
-            continue
-        prompt = template.render(messages[:end], asks=True)
-        prompt = _split(prompt, [one["content"] for one in messages[:end]])[-1]
-        if not separator.startswith(prompt) or (found is not None and prompt != found):
-            raise _UnfitError(_difference(found or separator, prompt))
-        found = prompt
-    assert found is not None
-    rest = separator[len(found) :]
-    if rest.strip():
-        raise _UnfitError(f"its generation prompt ends before {rest!r}, which stands before every answer")
-    return found
-
-
-def _end_of_answer(tokenizer: PreTrainedTokenizerBase, closing: str, between: str) -> str:
-    """Return the text that ends every answer, the last like those before: up to its control token, if it has one."""
-    common = _common_start(closing, between)
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    # The first of them, and the longest that begins there, as a tokenizer reads it.
-    ends = [(common.index(token), -len(token)) for token in tokens if token.strip() and token in common]
-    end = common[: min(ends)[0] - min(ends)[1]] if ends else common
-    if not end.strip(" ") or (not ends and end != closing):
-        raise _UnfitError(
-            f"the last answer ends in {closing!r}, those before it in {between!r}, so no text ends every answer"
-        )
-    return end
+def _same(texts: Sequence[str]) -> str:
+    """Return the text that all of these are."""
+    for text in texts:
+        if text != texts[0]:
+            raise _UnfitError(_difference(texts[0], text))
+    return texts[0]
 
 
 def _difference(first: str, second: str) -> str:
-    """Say in what two texts differ that should be the same, by its likely cause."""
+    """Say how two texts differ that should be the same, with the likely cause."""
     start = len(_common_start(first, second))
     end = len(_common_start(first[start:][::-1], second[start:][::-1]))
-    ours, theirs = first[start : len(first) - end], second[start : len(second) - end]
-    if _THINKS.search(ours + theirs):
-        return f"a think block stands in some turns and not in others ({_shown(ours, theirs)})"
-    if not (ours + theirs).strip():
-        return f"white space stands in some turns and not in others ({_shown(ours, theirs)})"
-    return f"what it writes in a turn changes with its place or its text ({_shown(ours, theirs)})"
+    one, other = first[start : len(first) - end], second[start : len(second) - end]
+    cause = "what it writes in a turn changes with its place or its text"
+    if _THINKS.search(one + other):
+        cause = "a think block is in some turns and not in others"
+    elif not (one + other).strip():
+        cause = "white space is in some turns and not in others"
+    return f"{cause} ({shortened(one, 60)!r} against {shortened(other, 60)!r})"
 
 
 def _common_start(first: str, second: str) -> str:
     return os.path.commonprefix([first, second])  # noqa: RUF071  # characters are what is compared
-
-
-def _shown(*texts: str) -> str:
-    return " against ".join(repr(shortened(text, 60)) for text in texts)
 
 
 def describe(text_format: AnyFormat) -> Iterator[str]:
@@ -435,6 +386,6 @@ def describe(text_format: AnyFormat) -> Iterator[str]:
         if text_format.end_is_control_token:
             yield f"An answer ends in {text_format.end_of_answer!r}, a control token of the tokenizer."
         return
-    yield f"Turns are cut from the chat template; an answer ends in {text_format.end_of_answer!r}."
+    yield f"Turns are those of the chat template; an answer ends in {text_format.end_of_answer!r}."
     if text_format.instruction_in == "first_turn":
         yield "The template keeps no system turn at the beginning: the instruction opens the turn of the first query."

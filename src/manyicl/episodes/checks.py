@@ -15,6 +15,7 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import counted
 from manyicl.tasks.building import ON_BOTH_SIDES, normalised
+from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.task import Example, Task
 from manyicl.tasks.words import folded, without_invisible
 
@@ -119,10 +120,10 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     """
     encoder.require_no_end_inside(task)
     everything = (*task.train, *task.test)
-    query_lengths = [len(encoder.query_ids(example.query.text)) for example in everything]
+    query_lengths = [len(encoder.query_ids_uncached(example.query.text)) for example in everything]
     answer_lengths = [len(encoder.answer_ids(example.answer)) for example in everything]
     shot_lengths = [q + a for q, a in zip(query_lengths, answer_lengths, strict=True)][: len(task.train)]
-    examined = evenly_chosen(everything, num_examined)
+    examined = evenly_chosen(task.train, task.test, num_examined)
     num_repeated, num_contradictions = _repeats(task.train)
     labels = task.labels or ()
     alike = _beginnings({label: encoder.answer_ids(label) for label in labels})
@@ -255,13 +256,6 @@ def _first_of(sentences: Sequence[str], what: str) -> Iterator[str]:
     yield from sentences[:MOST_NAMED]
     if len(sentences) > MOST_NAMED:
         yield f"{len(sentences) - MOST_NAMED:,} more {what}."
-
-
-def evenly_chosen(examples: Sequence[Example], most: int) -> tuple[Example, ...]:
-    """Choose examples at even distances, so that both sides and all of a sorted file are seen."""
-    if len(examples) <= most:
-        return tuple(examples)
-    return tuple(examples[position * len(examples) // most] for position in range(most))
 
 
 def _lengths(lengths: Sequence[int]) -> Lengths:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 ShotSampling = Literal["random", "balanced"]
+T = TypeVar("T")
 
 
 def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> list[int]:
@@ -31,3 +32,10 @@ def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSamplin
         dealt.extend(pile.pop() for pile in piles)
         piles = [pile for pile in piles if pile]
     return dealt
+
+
+def evenly_chosen(train: Sequence[T], test: Sequence[T], most: int) -> list[T]:
+    """Choose examples at even distances from both sides, so that all of a sorted file is seen; no other is read."""
+    num_examples = len(train) + len(test)
+    positions = range(num_examples) if num_examples <= most else [n * num_examples // most for n in range(most)]
+    return [train[position] if position < len(train) else test[position - len(train)] for position in positions]
