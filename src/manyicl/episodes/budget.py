@@ -65,7 +65,7 @@ def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, 
     """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
     # The first text of a sequence may be encoded with a leading marker, or begin otherwise than behind a shot.
     longest_query = max(
-        (max(len(encoder.query_ids(query.text, place)) for place in Preceding) for query in queries), default=0
+        (max(len(encoder.query_ids_uncached(query.text, place)) for place in Preceding) for query in queries), default=0
     )
     if task.labels:
         return longest_query + _longest_answer(encoder, task.labels)

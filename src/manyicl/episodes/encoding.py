@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import chain, takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from manyicl.episodes.episode import EncodedEpisode, Episode
 from manyicl.episodes.segment_tokenizer import REPLACEMENT, SegmentTokenizer, bos_ids, control_tokens
 from manyicl.episodes.text_format import AnyFormat, PlainFormat, Preceding, Segment, text_of
+from manyicl.episodes.token_cache import TokenCache
 from manyicl.errors import UserError, counted, shortened
 from manyicl.tasks.task import Example, Task
 
@@ -22,15 +22,25 @@ REMEDY_FOR_END_INSIDE = (
     "end in a control token of its tokenizer: format.end_of_answer in a recipe, --end-of-answer for a model that was "
     "not fine-tuned."
 )
-# Texts that come again, as demonstrations do, are encoded once.
-NUM_TEXTS_REMEMBERED = 200_000
+# Texts that come again, as demonstrations do, are encoded once; in each of two caches.
+MAX_BYTES_REMEMBERED = 64 * 2**20
 
 
 class Encoder:
-    """Encodes the segments of an example one by one, so that an answer's tokens are known by construction.
+    r"""Encodes the segments of an example one by one, so that an answer's tokens are known by construction.
 
     The text format says what the segments are. The concatenation of their tokens is the sequence, in training as in
     the engine.
+
+    >>> from manyicl.model.load import load_tokenizer
+    >>> from manyicl.tasks.task import Example, Query
+    >>> encoder = Encoder(load_tokenizer("builtin:nano"))
+    >>> shot = Example(Query("hen lima"), "rice", ("rice",))
+    >>> prefix = encoder.encode_prefix("", [shot])
+    >>> encoder.decode((*prefix, *encoder.query_ids("jill")))
+    'hen lima\nrice\n\njill\n'
+    >>> encoder.decode(encoder.answer_ids("rice"))
+    'rice\n\n'
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: AnyFormat | None = None) -> None:
@@ -44,14 +54,14 @@ class Encoder:
         if isinstance(text_format, PlainFormat):
             text_format = text_format.decided(control_tokens(tokenizer))
         self.tokenizer = tokenizer
-        self._pieces = SegmentTokenizer(tokenizer, text_format.constants)
+        self._segments = SegmentTokenizer(tokenizer, text_format.constants)
         self.bos_ids: tuple[int, ...] = bos_ids(tokenizer) if text_format.begins_with_bos else ()
         self._use_format(text_format)
 
     def _use_format(self, text_format: AnyFormat) -> None:
         self.format: AnyFormat = text_format
-        self._query_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self.query_ids_uncached)
-        self._answer_ids = lru_cache(NUM_TEXTS_REMEMBERED)(self._encode_answer)
+        self._query_ids = TokenCache(self.query_ids_uncached, MAX_BYTES_REMEMBERED)
+        self._answer_ids = TokenCache(self._encode_answer, MAX_BYTES_REMEMBERED)
         self._inter_turn_ids = self._encode(text_format.inter_turn)
         self.answer_end_id = self._control_end_id()
         self._encodable: deque[Task] = deque(maxlen=8)
@@ -78,7 +88,7 @@ class Encoder:
         return self.answer_end_id is None and self.format.ends_early(answer)
 
     def _encode_segment(self, segment: Segment, opens_sequence: bool) -> tuple[int, ...]:
-        return self._pieces.encode(segment, opens_sequence)
+        return self._segments.encode(segment, opens_sequence)
 
     def _encode(self, segments: Iterable[Segment], opens_sequence: bool = False) -> tuple[int, ...]:
         """Encode segments one by one; ``opens_sequence`` says that no text stands before them."""
@@ -225,7 +235,7 @@ class Encoder:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included."""
-        return self._pieces.decode(token_ids)
+        return self._segments.decode(token_ids)
 
     def has_ended(self, token_ids: Sequence[int]) -> bool:
         """Tell whether the newest token of a generated answer completes the end-of-answer text.

@@ -277,7 +277,7 @@ class _Curve:
         engine, task, encoder = self.engine, self.task, self.engine.encoder
         prefix_ids = encoder.encode_prefix(task.instruction(), demonstrations)
         preceding = encoder.preceding(task.instruction(), len(demonstrations))
-        query_ids = (encoder.query_ids(one.query.text, preceding) for one in task.test)
+        query_ids = (encoder.query_ids_uncached(one.query.text, preceding) for one in task.test)
         trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
         num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)
         return {
