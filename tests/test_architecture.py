@@ -21,7 +21,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONE_SENTENCE = {
     "checked.py",
     "cli/doctor.py",
-    "cli/outputs.py",
     "cli/predict.py",
     "cli/quickstart.py",
     "cli/tasks.py",

@@ -139,23 +139,29 @@ ASKED = [
         ("--delimiter goes with queries in a .csv or .tsv file; found 'new.jsonl'",),
         asking(QUERIES),
     ),
-    Case(
+    refused(
         "answers over a file of somebody",
         PREDICT,
-        ("The output 'answers.jsonl' is there and holds no answers of `manyicl predict`", "give another name"),
-        {**asking(QUERIES), "answers.jsonl": lines({"text": "a", "label": "good"})},
+        "output_exists",
+        what="the output exists and holds no answers of `manyicl predict`",
+        remedy="Give another name",
+        file="answers.jsonl",
+        files={**asking(QUERIES), "answers.jsonl": lines({"text": "a", "label": "good"})},
     ),
-    Case(
+    refused(
         "answers over a table of somebody",
         spoilt("answers.jsonl", "answers.csv", PREDICT),
-        ("The output 'answers.csv' is there and holds no answers",),
-        {**asking(QUERIES), "answers.csv": "text,label\na,good\n"},
+        "output_exists",
+        file="answers.csv",
+        files={**asking(QUERIES), "answers.csv": "text,label\na,good\n"},
     ),
-    Case(
+    refused(
         "answers where an interrupted run left some",
         PREDICT,
-        ("answers.jsonl.part holds the answers of a run that was interrupted", "remove it"),
-        {**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "answer": "good", "log_probability": -1})},
+        "output_in_progress",
+        remedy="Give it another name, or remove it",
+        file="answers.jsonl.part",
+        files={**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "answer": "good", "log_probability": -1})},
     ),
     Case(
         "answers below a file",
@@ -295,11 +301,13 @@ OPTIONS = [
         task(),
         is_option=True,
     ),
-    Case(
+    refused(
         "an episode longer than the task",
         "tasks show t --shots 9",
-        ("Task 't' has 8 training examples; expected num_shots from 0 to 8, found 9",),
-        task(),
+        "num_shots_out_of_range",
+        expected="num_shots from 0 to 8",
+        found="9",
+        files=task(),
     ),
     Case(
         "a nano world that there is not",

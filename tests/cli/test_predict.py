@@ -157,7 +157,7 @@ def test_answers_of_an_interrupted_run_are_left_alone_and_none_are_promised_wher
     assert not part.exists()
     part.write_text(EARLIER, encoding="utf-8")
     assert run(monkeypatch, *arguments, "--output", output) == 2
-    assert "answers.csv.part holds the answers of a run that was interrupted" in capsys.readouterr().err
+    assert "answers.csv.part: it holds the answers of a run that was interrupted" in capsys.readouterr().err
     assert part.read_text(encoding="utf-8") == EARLIER
 
 

@@ -20,19 +20,23 @@ def require_earlier_answers(output: Path) -> None:
     """
     if output.exists() and output.stat().st_size and not ANSWER_COLUMNS.issubset(_first_columns(output)):
         raise UserError(
-            f"The output {str(output)!r} is there and holds no answers of `manyicl predict`; give another name, or "
-            "remove it."
+            "output_exists",
+            "the output exists and holds no answers of `manyicl predict`",
+            remedy="Give another name, or remove it.",
+            file=output,
         )
     part = part_of(output)
     if part.exists() and part.stat().st_size:
         raise UserError(
-            f"{part} holds the answers of a run that was interrupted, or of one that still writes them. Give it "
-            "another name, or remove it; then start again."
+            "output_in_progress",
+            "it holds the answers of a run that was interrupted, or of one that still writes them",
+            remedy="Give it another name, or remove it; then start again.",
+            file=part,
         )
 
 
 def part_of(output: Path) -> Path:
-    """Return the file that answers stand in until all of them are there."""
+    """Return the file that holds answers until all of them are there."""
     return output.with_name(f"{output.name}.part")
 
 
