@@ -1,4 +1,4 @@
-"""Files that a person writes -> checked objects, or one sentence that names file, line or key, and the mistake."""
+"""Files that a user writes -> checked objects, or an error that names file, line or key, and the mistake."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ import yaml
 from annotated_types import Le
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from manyicl.errors import UserError, did_you_mean, shortened, shown
+from manyicl.errors import UserError, did_you_mean, shown
+from manyicl.library_errors import reason
 
 # No recipe or task file comes near these; a few lines of aliases of aliases stand for billions of values.
 MOST_YAML_VALUES = 100_000
 MOST_YAML_LEVELS = 50
+_SAVE_AS_UTF8 = "Save the file as UTF-8."
+# Longer beginnings first: the mark of UTF-16 begins that of UTF-32.
+_NO_UTF8 = (
+    (b"\xff\xfe\0\0", "UTF-32", _SAVE_AS_UTF8),
+    (b"\0\0\xfe\xff", "UTF-32", _SAVE_AS_UTF8),
+    (b"\xff\xfe", "UTF-16", _SAVE_AS_UTF8),
+    (b"\xfe\xff", "UTF-16", _SAVE_AS_UTF8),
+    (b"\x1f\x8b", "packed with gzip", "Unpack it."),
+    (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it, or export it as CSV."),
+)
 # What torch takes as a number of threads, rows or steps.
 MOST_COUNTED = 2**31 - 1
 
@@ -54,25 +65,27 @@ def read_text(path: Path) -> str:
     The whole file is read into memory, so that the line of a wrong byte can be named.
 
     Raises:
-        UserError: If the file cannot be opened, is not UTF-8, or holds NUL bytes, which no text does.
+        UserError: If the file cannot be opened, is packed or not UTF-8, or holds NUL bytes, which no text does.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read, {(error.strerror or str(error)).lower()}.") from error
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: the file is UTF-16; save it as UTF-8.")
+        raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
+    for beginning, what, remedy in _NO_UTF8:
+        if content.startswith(beginning):
+            raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=path)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
+        position = content.find(b"\0")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8, the byte 0x{content[error.start]:02x} cannot be read; save the file as UTF-8."
-        ) from error
-    if (position := content.find(b"\0")) >= 0:
+        position = error.start
+    if position >= 0:
+        wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
         line = content.count(b"\n", 0, position) + 1
-        raise UserError(f"{path}:{line}: a NUL byte stands there, so this is no UTF-8 text; save the file as UTF-8.")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise UserError(
+            "not_utf8", "the file is not text in UTF-8", found=wrong, remedy=_SAVE_AS_UTF8, file=path, row=line
+        )
+    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -156,34 +169,43 @@ def _require_bounded(node: yaml.Node, sizes: dict[int, int], levels_left: int) -
 
 
 def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
-    """Read YAML; an error begins with ``place`` and, where the text has several lines, the line.
+    """Read YAML.
+
+    Args:
+        text: The YAML.
+        place: File that it stands in, or what an error names in its stead.
+        loader: How values are read.
 
     Raises:
-        UserError: If it is no YAML.
+        UserError: If it is no YAML; it names the line where the text has several.
     """
+    line, remedy = None, None
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{place}:{mark.line + 1}" if mark is not None and "\n" in text else place
-        raise UserError(f"{where}: not valid YAML, {_yaml_problem(error)}.") from error
+        line = mark.line + 1 if mark is not None and "\n" in text else None
+        problem, remedy = _yaml_problem(error)
+        cause: Exception = error
     except (ValueError, LookupError, OverflowError) as error:
         # A value of a tag that it does not fit, as in `!!int one`, or the number of no character, as in "\Uffffffff".
-        raise UserError(f"{place}: not valid YAML, {error}.") from error
+        problem, cause = str(error), error
     except RecursionError as error:
-        raise UserError(f"{place}: the YAML is nested too deeply.") from error
+        problem, cause = "it is nested too deeply", error
+    raise UserError("broken_yaml", f"not valid YAML, {problem}", remedy=remedy, file=place, row=line) from cause
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: yaml.YAMLError) -> tuple[str, str | None]:
     """Say what is wrong with YAML, and what to do about what is wrong most often."""
     problem: str = getattr(error, "problem", None) or str(error).splitlines()[0]
     if problem.startswith("but "):
         problem = f"{getattr(error, 'context', '')}, {problem}"
+    problem, _, remedy = problem.partition("; ")
     if "'\\t'" in problem:
-        problem += "; indent with spaces"
+        remedy = "indent with spaces"
     if "constructor for the tag" in problem:
-        problem += "; leave the tag out"
-    return problem
+        remedy = "leave the tag out"
+    return problem, f"{remedy[:1].upper()}{remedy[1:]}." if remedy else None
 
 
 def read_yaml(path: Path, loader: type[UniqueKeyLoader]) -> Any:
@@ -200,59 +222,56 @@ _UNFIT = re.compile("[\\0\\ud800-\\udfff]")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def validated(model: type[ModelT], values: Mapping[Any, Any], place: str) -> ModelT:
-    """Validate ``values``; the first thing wrong becomes one sentence that begins with ``place``.
+def validated(model: type[ModelT], values: Mapping[Any, Any] | str, place: str | Path | None, key: str = "") -> ModelT:
+    """Check values, or JSON text, against a model.
+
+    Args:
+        model: What the values must be.
+        values: Key -> value, or JSON text.
+        place: File that they stand in, or what an error names in its stead.
+        key: Key of that file under which they stand; empty for the whole file.
 
     Raises:
-        UserError: If anything is wrong.
+        UserError: If anything is wrong; it says the first.
     """
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate_json(values) if isinstance(values, str) else model.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{place}: {_sentence(model, error)}") from error
+        raise _first_error(model, error, key).at(file=place) from error
 
 
-def validated_json(model: type[ModelT], text: str, place: str) -> ModelT:
-    """Validate JSON text; the first thing wrong becomes one sentence that begins with ``place``.
-
-    Raises:
-        UserError: If anything is wrong.
-    """
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        raise UserError(f"{place}: {_sentence(model, error)}") from error
-
-
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> UserError:
     """Say the first thing that is wrong, where, what was found and what was meant."""
     problems = error.errors(include_url=False)
     # A misspelt key says more than the required key that it leaves missing.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    location = _written_location(first["loc"])
-    if first["type"] == "extra_forbidden":
-        location = [*_written_location(first["loc"][:-1]), first["loc"][-1]]  # any text may be a person's key
-    key = ".".join(map(str, location))
-    found = shortened(repr(first["input"]))
-    if first["type"] == "extra_forbidden":
+    kind, location = first["type"], _written_location(first["loc"])
+    if kind == "extra_forbidden":
+        location = [*_written_location(first["loc"][:-1]), first["loc"][-1]]  # any text may be a user's key
+    key = ".".join(filter(None, (under, *map(str, location))))
+    if kind == "extra_forbidden":
         known = list(_innermost_section(model, first["loc"]).model_fields)
-        return f"unknown key {key!r}.{did_you_mean(str(location[-1]), known) or f' Known here: {known}.'}"
-    if first["type"] == "missing":
-        meaning = _description(model, first["loc"])
-        return f"the key {key!r} is missing{f', {meaning[:1].lower()}{meaning[1:]}' if meaning else '.'}"
+        hint = did_you_mean(str(location[-1]), known).strip() or f"Known here: {known}."
+        return UserError("unknown_key", f"unknown key {key!r}", remedy=hint, field=key)
+    meaning = (_description(model, first["loc"]) or "").rstrip(".")
+    meaning = meaning[:1].lower() + meaning[1:]
+    if kind == "missing":
+        return UserError("missing_key", f"the key {key!r} is missing{meaning and f', {meaning}'}", field=key)
+    found: str | None = shown(first["input"])
     is_union = len(location) < len(first["loc"])
-    if (is_union or first["type"] == "string_pattern_mismatch") and (description := _description(model, first["loc"])):
-        return f"{key}: found {found}; expected: {description}"
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
+    if meaning and (is_union or kind == "string_pattern_mismatch"):
+        return UserError("wrong_value", f"{key}: wrong value", expected=meaning, found=found, field=key)
+    said = first["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
     for pythons, ours in (("tuple", "list"), ("valid dictionary", "mapping"), (" after validation", "")):
-        reason = reason.replace(pythons, ours)
-    if first["type"] != "value_error":
-        reason += f"; found {found}"
+        said = said.replace(pythons, ours)
     hint = ""
-    if first["type"] == "literal_error":
-        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
-    return f"{key + ': ' if key else ''}{reason}.{hint}"
+    if kind == "value_error":
+        found = None  # the message says it
+    elif kind == "literal_error":
+        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"])).strip()
+    what = f"{key}: {said}" if key else said
+    return UserError("wrong_value", what, found=found, remedy=hint or None, field=key or None)
 
 
 def _innermost_section(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -66,7 +68,9 @@ class UserError(Exception):
         place = self.file or ""
         if self.row is not None:
             place = f"{place}:{self.row}" if place else f"Query {self.row}"
-        sentence = f"{place}: {self.what}" if place else self.what
+        starts_with_word = re.match(r"[a-z]+ ", self.what) is not None
+        start = self.what[:1].upper() if starts_with_word else self.what[:1]
+        sentence = f"{place}: {self.what}" if place else start + self.what[1:]
         contrast = [f"expected {self.expected}"] if self.expected else []
         contrast += [f"found {self.found}"] if self.found else []
         if contrast:
@@ -75,6 +79,15 @@ class UserError(Exception):
             sentence += "."
         # A path or a library's message may hold line breaks; a sentence never does.
         return " ".join((f"{sentence} {self.remedy}" if self.remedy else sentence).splitlines())
+
+
+@contextmanager
+def located(*, file: str | Path | None = None, row: int | None = None, field: str | None = None) -> Iterator[None]:
+    """Fill in where a mistake is, as far as a `UserError` raised inside does not say."""
+    try:
+        yield
+    except UserError as error:
+        raise error.at(file=file, row=row, field=field)  # noqa: B904
 
 
 class QueryError(UserError):
@@ -91,6 +104,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Case counts only where several names are near: ``FAMILY`` is ``family``, and ``Good`` is ``Good`` before ``good``.
     """
     names = list(known)
+    if name in names:
+        return ""
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not nearest:
         written = {known_name.casefold(): known_name for known_name in names}

@@ -46,7 +46,7 @@ READING = [
     Case(
         "a tab in a recipe",
         TRAINED,
-        ("recipe.yaml:2: not valid YAML", "indent with spaces"),
+        ("recipe.yaml:2: not valid YAML", "Indent with spaces"),
         recipe("model:\n\tbase: x\n"),
     ),
     Case(
@@ -94,7 +94,7 @@ READING = [
     Case(
         "a section without values",
         TRAINED,
-        ("recipe.yaml: training: ", "found None"),
+        ("recipe.yaml: training: ", "found nothing"),
         recipe(spoilt("{num_steps: 2, sequences_per_step: 2, learning_rate: 1e-2, num_threads: 1}", "")),
     ),
     Case(
@@ -121,7 +121,7 @@ READING = [
         ("recipe.yaml: the file is UTF-16",),
         {**task(), "recipe.yaml": RECIPE.encode("utf-16")},
     ),
-    Case("a recipe of NUL bytes", TRAINED, ("recipe.yaml:1: a NUL byte",), {**task(), "recipe.yaml": bytes(100)}),
+    Case("a recipe of NUL bytes", TRAINED, ("recipe.yaml:1: ", "a NUL byte",), {**task(), "recipe.yaml": bytes(100)}),
     Case(
         "a tag that its value does not fit",
         TRAINED,
@@ -131,7 +131,7 @@ READING = [
     Case(
         "a tag of no value",
         TRAINED,
-        ("recipe.yaml:9: not valid YAML", "timestamp", "leave the tag out"),
+        ("recipe.yaml:9: not valid YAML", "timestamp", "Leave the tag out"),
         recipe(spoilt("output: run", "output: !!timestamp now")),
     ),
     Case(
@@ -301,7 +301,7 @@ VALUES = [
         ("--set output.folder=5: 'output' holds 'run', which has no keys of its own",),
         recipe(),
     ),
-    Case("--set of a whole section to nothing", f"{TRAINED} --set training=", ("training: ", "found None"), recipe()),
+    Case("--set of a whole section to nothing", f"{TRAINED} --set training=", ("training: ", "found nothing"), recipe()),
     Case(
         "--set of broken YAML",
         put("training.num_steps=[1, 2"),

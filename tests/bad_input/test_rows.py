@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input.case import Case, accepted, meet, table_of
+from tests.bad_input.case import Case, accepted, meet, refused, table_of
 from tests.bad_input.files import DATA, KEYS, TEST, TRAIN, lines, spoilt, table_task, task, task_with
 
 CHECK = "tasks check t"
@@ -80,304 +81,469 @@ def of_pyarrow(name: str, *arguments: Any) -> Callable[[], Any]:
     return lambda: getattr(pyarrow, name)(*arguments)
 
 
+def with_row(**row: object) -> dict[str, str]:
+    return task_with("labels: [good, bad]\n", train=[*TRAIN, row])
+
+
 FILES = [
-    Case(
+    refused(
         "a missing file",
         CHECK,
-        ("t/task.yaml: the data file t/test.jsonl does not exist.",),
-        task(),
+        "missing_file",
+        file="t/task.yaml",
+        field="data",
+        remedy="Did you mean 'train.jsonl'?",
+        files=task(),
         prepare=remove("t/test.jsonl"),
     ),
-    Case(
+    refused(
         "a misspelt file",
         CHECK,
-        ("the data file t/trian.jsonl does not exist. Did you mean 'train.jsonl'?",),
-        task(spoilt("train.jsonl", "trian.jsonl", KEYS + DATA)),
+        "missing_file",
+        file="t/task.yaml",
+        field="data",
+        remedy="Did you mean 'train.jsonl'?",
+        says=("t/task.yaml: the data file t/trian.jsonl does not exist. Did you mean 'train.jsonl'?",),
+        files=task(spoilt("train.jsonl", "trian.jsonl", KEYS + DATA)),
     ),
-    Case(
+    refused(
         "a link to itself for rows",
         CHECK,
-        ("does not exist", "t/train.jsonl is a link that leads nowhere"),
-        task(),
+        "missing_file",
+        file="t/task.yaml",
+        field="data",
+        files=task(),
         prepare=link("t/train.jsonl", "train.jsonl"),
     ),
-    Case(
+    refused(
         "a link to a file that is gone",
         CHECK,
-        ("does not exist", "t/train.jsonl is a link that leads nowhere"),
-        task(),
+        "missing_file",
+        file="t/task.yaml",
+        field="data",
+        files=task(),
         prepare=link("t/train.jsonl", "gone.jsonl"),
     ),
-    Case(
+    refused(
         "a folder for rows",
         CHECK,
-        ("t/rows is a folder; expected a file of rows (.jsonl",),
-        {"t/task.yaml": KEYS + "data: {file: rows}\n", "t/rows/x": ""},
+        "not_a_file",
+        file="t/rows",
+        files={"t/task.yaml": KEYS + "data: {file: rows}\n", "t/rows/x": ""},
     ),
-    Case(
+    refused(
         "a pipe for rows",
         CHECK,
-        ("t/rows.csv is no plain file",),
-        {"t/task.yaml": KEYS + "data: {file: rows.csv}\n"},
+        "not_a_file",
+        file="t/rows.csv",
+        files={"t/task.yaml": KEYS + "data: {file: rows.csv}\n"},
         prepare=fifo("t/rows.csv"),
     ),
-    Case("a device for rows", CHECK, ("/dev/zero is no plain file",), table_task("", "file: /dev/zero")),
-    Case(
+    refused("a device for rows", CHECK, "not_a_file", file="/dev/zero", files=table_task("", "file: /dev/zero")),
+    refused(
         "a spreadsheet",
         CHECK,
-        ("t/rows.xlsx: expected one of .jsonl", "found the suffix '.xlsx'. Export it as CSV."),
-        table_task(b"PK", "file: rows.xlsx", "rows.xlsx"),
+        "unknown_suffix",
+        file="t/rows.xlsx",
+        found="the suffix '.xlsx'",
+        says=(
+            "t/rows.xlsx: not a table; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, found",
+            "the suffix '.xlsx'. Export it as CSV.",
+        ),
+        files=table_task(b"PK", "file: rows.xlsx", "rows.xlsx"),
     ),
-    Case(
+    refused(
         "a file without a suffix",
         CHECK,
-        ("expected one of", "found the suffix ''"),
-        table_task(CSV, "file: rows", "rows"),
+        "unknown_suffix",
+        file="t/rows",
+        found="the suffix ''",
+        files=table_task(CSV, "file: rows", "rows"),
     ),
-    Case(
+    refused(
         "no Parquet in a Parquet file",
         CHECK,
-        ("t/rows.parquet: not a readable Parquet file",),
-        table_task("PAR1", "file: rows.parquet", "rows.parquet"),
+        "broken_parquet",
+        file="t/rows.parquet",
+        files=table_task("PAR1", "file: rows.parquet", "rows.parquet"),
     ),
-    Case(
+    refused(
         "a Parquet file with a column twice",
         CHECK,
-        ("t/rows.parquet: the column 'text' stands twice",),
-        table_task("", "file: rows.parquet"),
+        "repeated_column",
+        file="t/rows.parquet",
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet("t/rows.parquet", text=["a"], text_=["b"], label=["c"]),
     ),
-    Case(
+    refused(
         "a Parquet text that is not UTF-8",
         CHECK,
-        ("t/rows.parquet:2: the column 'text' cannot be read as text, 'utf-8' codec can't decode byte 0xe9",),
-        table_task("", "file: rows.parquet"),
+        "unreadable_value",
+        file="t/rows.parquet",
+        row=2,
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=bytes_as_text(b"caf", b"caf\xe9"),
     ),
-    Case(
+    refused(
         "Parquet bytes that are not UTF-8",
         CHECK,
-        ("t/rows.parquet:2: the column 'text' cannot be read as text", "write it as text in UTF-8, or leave it out."),
-        table_task("", "file: rows.parquet"),
+        "unreadable_value",
+        file="t/rows.parquet",
+        row=2,
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet_of(of_pyarrow("binary"), b"caf", b"caf\xe9"),
     ),
-    Case(
+    refused(
         "a Parquet date that no calendar has",
         CHECK,
-        ("t/rows.parquet:2: the column 'text' cannot be read as text",),
-        table_task("", "file: rows.parquet"),
+        "unreadable_value",
+        file="t/rows.parquet",
+        row=2,
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet_of(of_pyarrow("date32"), 0, 2**31 - 1),
     ),
-    Case(
+    refused(
         "a Parquet time that no calendar has",
         CHECK,
-        ("t/rows.parquet:1: the column 'text' cannot be read as text",),
-        table_task("", "file: rows.parquet"),
+        "unreadable_value",
+        file="t/rows.parquet",
+        row=1,
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet_of(of_pyarrow("timestamp", "ms"), 2**62),
     ),
-    Case(
+    refused(
         "a Parquet time zone that there is not",
         CHECK,
-        ("t/rows.parquet:1: the column 'text' cannot be read as text",),
-        table_task("", "file: rows.parquet"),
+        "unreadable_value",
+        file="t/rows.parquet",
+        row=1,
+        field="text",
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet_of(of_pyarrow("timestamp", "us", "Mars/Olympus"), 0),
     ),
-    Case(
+    refused(
         "a label of Parquet that is no number",
         CHECK,
-        ("t/rows.parquet:2: an answer or option is empty",),
-        table_task("", "file: rows.parquet"),
+        "empty_answer",
+        file="t/rows.parquet",
+        row=2,
+        files=table_task("", "file: rows.parquet"),
         prepare=parquet("t/rows.parquet", text=["a", "b"], label=[1.0, float("nan")]),
     ),
-    Case("an empty CSV file", CHECK, ("t/rows.csv", "no rows"), table_task("")),
-    Case("a CSV file of a header alone", CHECK, ("t/rows.csv", "no rows"), table_task("text,label\n")),
-    Case("an empty JSONL file", CHECK, ("t/train.jsonl", "no rows"), task(train=[])),
-    Case("a JSONL file of blank lines", CHECK, ("t/train.jsonl", "no rows"), {**task(), "t/train.jsonl": "\n\n \n"}),
+    refused("an empty CSV file", CHECK, "no_rows", file="t/rows.csv", files=table_task("")),
+    refused("a CSV file of a header alone", CHECK, "no_rows", file="t/rows.csv", files=table_task("text,label\n")),
+    refused("an empty JSONL file", CHECK, "no_rows", file="t/train.jsonl", files=task(train=[])),
+    refused(
+        "a JSONL file of blank lines",
+        CHECK,
+        "no_rows",
+        file="t/train.jsonl",
+        files={**task(), "t/train.jsonl": "\n\n \n"},
+    ),
     accepted(
         "an empty test file", CHECK, "There are no test rows; the task can be used, not evaluated", files=task(test=[])
     ),
-    Case(
+    refused(
         "an empty table named by its columns",
         "tasks check a.csv:text:label",
-        ("a.csv holds no rows",),
-        {"a.csv": "text,label\n"},
+        "no_rows",
+        file="a.csv",
+        files={"a.csv": "text,label\n"},
     ),
 ]
 
 BROKEN = [
-    Case(
+    refused(
         "a line of JSON that is cut",
         CHECK,
-        ("t/train.jsonl:9: broken JSON at character",),
-        {**task(), "t/train.jsonl": lines(*TRAIN) + '{"text": "x", "la'},
+        "broken_json",
+        file="t/train.jsonl",
+        row=9,
+        files={**task(), "t/train.jsonl": lines(*TRAIN) + '{"text": "x", "la'},
     ),
-    Case(
+    refused(
         "JSON with single quotes",
         CHECK,
-        ("t/train.jsonl:1: broken JSON at character 2",),
-        {**task(), "t/train.jsonl": "{'text': 'x'}\n"},
+        "broken_json",
+        file="t/train.jsonl",
+        row=1,
+        files={**task(), "t/train.jsonl": "{'text': 'x'}\n"},
     ),
-    Case(
+    refused(
         "a JSON document over several lines",
         CHECK,
-        ("t/train.jsonl:1: broken JSON", f"expected one object a line; {JSON_HINT}"),
-        {**task(), "t/train.jsonl": json.dumps(list(TRAIN), indent=1)},
+        "broken_json",
+        file="t/train.jsonl",
+        row=1,
+        files={**task(), "t/train.jsonl": json.dumps(list(TRAIN), indent=1)},
     ),
-    Case(
+    refused(
         "a JSON list a line",
         CHECK,
-        ("t/train.jsonl:1: expected one JSON object a line", "found a list"),
-        {**task(), "t/train.jsonl": '["x", "good"]\n'},
+        "not_an_object",
+        file="t/train.jsonl",
+        row=1,
+        found="a list",
+        files={**task(), "t/train.jsonl": '["x", "good"]\n'},
     ),
-    Case(
+    refused(
         "a whole list of rows on one line",
         CHECK,
-        ("t/train.jsonl:1: expected one JSON object a line", f"found a list of them; {JSON_HINT}"),
-        {**task(), "t/train.jsonl": json.dumps(list(TRAIN))},
+        "not_an_object",
+        file="t/train.jsonl",
+        row=1,
+        found="a list of them",
+        says=(
+            't/train.jsonl:1: not a row; expected one JSON object a line, such as {"text": …}, found a list',
+            "of them. `jq -c '.[]'` or pandas `to_json(orient='records', lines=True)` writes that.",
+        ),
+        files={**task(), "t/train.jsonl": json.dumps(list(TRAIN))},
     ),
-    Case(
+    refused(
         "a number on a line",
         CHECK,
-        ("t/train.jsonl:1: expected one JSON object a line", "found a text or number"),
-        {**task(), "t/train.jsonl": "12\n"},
+        "not_an_object",
+        file="t/train.jsonl",
+        row=1,
+        found="a text or number",
+        files={**task(), "t/train.jsonl": "12\n"},
     ),
-    Case(
+    refused(
         "null on a line",
         CHECK,
-        ("t/train.jsonl:1: expected one JSON object a line", "found null"),
-        {**task(), "t/train.jsonl": "null\n"},
+        "not_an_object",
+        file="t/train.jsonl",
+        row=1,
+        found="null",
+        files={**task(), "t/train.jsonl": "null\n"},
     ),
-    Case(
+    refused(
         "a key that stands twice in a row",
         CHECK,
-        ("t/train.jsonl:2: the key 'label' stands twice", "keep one of them"),
-        {**task(), "t/train.jsonl": lines(TRAIN[0]) + '{"text": "x", "label": "good", "label": "bad"}\n'},
+        "repeated_key",
+        file="t/train.jsonl",
+        row=2,
+        files={**task(), "t/train.jsonl": lines(TRAIN[0]) + '{"text": "x", "label": "good", "label": "bad"}\n'},
     ),
-    Case(
+    refused(
         "a key that stands twice within a column",
         CHECK,
-        ("t/train.jsonl:1: the key 'a' stands twice",),
-        {**task(), "t/train.jsonl": '{"text": {"a": 1, "a": 2}, "label": "good"}\n'},
+        "repeated_key",
+        file="t/train.jsonl",
+        row=1,
+        files={**task(), "t/train.jsonl": '{"text": {"a": 1, "a": 2}, "label": "good"}\n'},
     ),
-    Case(
+    refused(
         "JSON a hundred thousand deep",
         CHECK,
-        ("t/train.jsonl:1: ", "nested"),
-        {**task(), "t/train.jsonl": f'{{"text": {"[" * 100_000}{"]" * 100_000}}}\n'},
+        "nested_too_deep",
+        file="t/train.jsonl",
+        row=1,
+        files={**task(), "t/train.jsonl": f'{{"text": {"[" * 100_000}{"]" * 100_000}}}\n'},
     ),
-    Case(
+    refused(
         "JSON two hundred deep",
         CHECK,
-        ("t/train.jsonl:1: ", "nested more than 100 deep"),
-        {**task(), "t/train.jsonl": f'{{"text": {"[" * 200}{"]" * 200}, "label": "good"}}\n'},
+        "nested_too_deep",
+        file="t/train.jsonl",
+        row=1,
+        files={**task(), "t/train.jsonl": f'{{"text": {"[" * 200}{"]" * 200}, "label": "good"}}\n'},
     ),
-    Case(
+    refused(
         "JSON in Latin-1",
         CHECK,
-        ("t/train.jsonl:2: not UTF-8, the byte 0xe9 cannot be read; save the file as UTF-8",),
-        {**task(), "t/train.jsonl": lines(TRAIN[0]).encode() + '{"text": "caf\u00e9"}\n'.encode("latin-1")},
+        "not_utf8",
+        file="t/train.jsonl",
+        row=2,
+        found="the byte 0xe9",
+        says=("t/train.jsonl:2: the file is not text in UTF-8; found the byte 0xe9. Save the file as UTF-8.",),
+        files={**task(), "t/train.jsonl": lines(TRAIN[0]).encode() + '{"text": "caf\u00e9"}\n'.encode("latin-1")},
     ),
-    Case("a CSV file in UTF-16", CHECK, ("t/rows.csv: the file is UTF-16",), table_task(CSV.encode("utf-16"))),
-    Case("a CSV file of NUL bytes", CHECK, ("t/rows.csv:1: a NUL byte",), table_task(bytes(1000))),
-    Case(
+    refused("a CSV file in UTF-16", CHECK, "not_utf8", file="t/rows.csv", files=table_task(CSV.encode("utf-16"))),
+    refused(
+        "a CSV file of NUL bytes",
+        CHECK,
+        "not_utf8",
+        file="t/rows.csv",
+        row=1,
+        found="a NUL byte",
+        files=table_task(bytes(1000)),
+    ),
+    refused(
         "a NUL byte in the middle",
         CHECK,
-        ("t/rows.csv:3: a NUL byte",),
-        table_task(CSV.replace("film 1", "film\0")),
+        "not_utf8",
+        file="t/rows.csv",
+        row=3,
+        found="a NUL byte",
+        files=table_task(CSV.replace("film 1", "film\0")),
     ),
-    Case(
+    refused(
         "a row with a field too many",
         CHECK,
-        ("t/rows.csv:22: expected 2 fields as in the header, found 3", "double quotes"),
-        table_task(CSV + "good, if long,good\n"),
+        "wrong_number_of_fields",
+        file="t/rows.csv",
+        row=22,
+        found="3",
+        says=(
+            "t/rows.csv:22: the row does not fit the header; expected 2 fields, found 3. Put a field that",
+            "holds the delimiter in double quotes.",
+        ),
+        files=table_task(CSV + "good, if long,good\n"),
     ),
-    Case(
+    refused(
         "a row with a field too few",
         CHECK,
-        ("t/rows.csv:22: expected 2 fields as in the header, found 1",),
-        table_task(CSV + "good\n"),
+        "wrong_number_of_fields",
+        file="t/rows.csv",
+        row=22,
+        found="1",
+        files=table_task(CSV + "good\n"),
     ),
-    Case(
+    refused(
         "a quote that is not closed",
         CHECK,
-        ("t/rows.csv:22: broken CSV", "quotes: none"),
-        table_task(CSV + '"film,good\nplay,bad\n'),
+        "broken_csv",
+        file="t/rows.csv",
+        row=22,
+        files=table_task(CSV + '"film,good\nplay,bad\n'),
     ),
-    Case(
+    refused(
         "text behind a closing quote",
         CHECK,
-        ("t/rows.csv:22: broken CSV", "quotes: none"),
-        table_task(CSV + '"film" noir,good\n'),
+        "broken_csv",
+        file="t/rows.csv",
+        row=22,
+        files=table_task(CSV + '"film" noir,good\n'),
     ),
-    Case(
+    refused(
         "semicolons for commas",
         CHECK,
-        ("t/rows.csv:1: expected fields between ','", "found the one column 'text;label'", 'delimiter: ";"'),
-        table_task(CSV.replace(",", ";")),
+        "wrong_delimiter",
+        file="t/rows.csv",
+        row=1,
+        found="the one column 'text;label'",
+        says=(
+            "t/rows.csv:1: the table has another delimiter; expected fields between ',', found the one",
+            "column 'text;label'. Set `delimiter: \";\"` under `data` in a task.yaml (for queries:",
+            "`--delimiter`), or save the file with ','. If it is one column, put its name in double quotes.",
+        ),
+        files=table_task(CSV.replace(",", ";")),
     ),
-    Case(
+    refused(
         "tabs for commas",
         CHECK,
-        ("t/rows.csv:1: expected fields between ','", 'delimiter: "\\t"'),
-        table_task(CSV.replace(",", "\t")),
+        "wrong_delimiter",
+        file="t/rows.csv",
+        row=1,
+        found="the one column 'text\\tlabel'",
+        files=table_task(CSV.replace(",", "\t")),
     ),
-    Case(
+    refused(
         "commas for tabs",
         CHECK,
-        ("t/rows.tsv:1: expected fields between '\\t'", 'delimiter: ","'),
-        table_task(CSV, "file: rows.tsv", "rows.tsv"),
+        "wrong_delimiter",
+        file="t/rows.tsv",
+        row=1,
+        found="the one column 'text,label'",
+        files=table_task(CSV, "file: rows.tsv", "rows.tsv"),
     ),
-    Case(
+    refused(
         "a delimiter of the task file that the table has not",
         CHECK,
-        ("t/rows.csv:1: expected fields between ';'",),
-        table_task(CSV, "file: rows.csv, delimiter: ';'"),
+        "wrong_delimiter",
+        file="t/rows.csv",
+        row=1,
+        found="the one column 'text,label'",
+        files=table_task(CSV, "file: rows.csv, delimiter: ';'"),
     ),
-    Case("a table without a header", CHECK, ("t/rows.csv:2", "'text'", "lacks"), table_task(CSV.partition("\n")[2])),
-    Case("a column without a name", CHECK, ("t/rows.csv:1: a column has no name",), table_task("text,\nx,good\n")),
-    Case(
+    refused(
+        "a table without a header",
+        CHECK,
+        "missing_column",
+        file="t/rows.csv",
+        row=2,
+        field="text",
+        found="the columns ['bad', 'film 0']",
+        files=table_task(CSV.partition("\n")[2]),
+    ),
+    refused(
+        "a column without a name",
+        CHECK,
+        "unnamed_column",
+        file="t/rows.csv",
+        row=1,
+        files=table_task("text,\nx,good\n"),
+    ),
+    refused(
         "a table of pandas with its index",
         CHECK,
-        ("t/rows.csv:1: a column has no name", "without its index (`index=False` in pandas)."),
-        table_task(",text,label\n0,x,good\n"),
+        "unnamed_column",
+        file="t/rows.csv",
+        row=1,
+        files=table_task(",text,label\n0,x,good\n"),
     ),
-    Case(
+    refused(
         "empty columns of a spreadsheet",
         CHECK,
-        ("t/rows.csv:1: a column has no name", "delete it if it is empty"),
-        table_task("text,label,,\nx,good,,\n"),
+        "unnamed_column",
+        file="t/rows.csv",
+        row=1,
+        files=table_task("text,label,,\nx,good,,\n"),
     ),
-    Case(
+    refused(
         "a line for Excel alone",
         CHECK,
-        ("t/rows.csv:1: 'sep=;' tells Excel the delimiter and is no header; delete that line.",),
-        table_task("sep=;\n" + CSV.replace(",", ";"), "file: rows.csv, delimiter: ';'"),
+        "excel_note",
+        file="t/rows.csv",
+        row=1,
+        files=table_task("sep=;\n" + CSV.replace(",", ";"), "file: rows.csv, delimiter: ';'"),
     ),
-    Case("the same with commas", CHECK, ("t/rows.csv:1: 'sep=,' tells Excel",), table_task("sep=,\n" + CSV)),
-    Case(
+    refused("the same with commas", CHECK, "excel_note", file="t/rows.csv", row=1, files=table_task("sep=,\n" + CSV)),
+    refused(
         "an empty field too many",
         CHECK,
-        ("t/rows.csv:22: expected 2 fields as in the header, found 3; delete the empty field at its end.",),
-        table_task(CSV + "film,good,\n"),
+        "wrong_number_of_fields",
+        file="t/rows.csv",
+        row=22,
+        found="3",
+        says=(
+            "t/rows.csv:22: the row does not fit the header; expected 2 fields, found 3. Delete the empty",
+            "field at its end.",
+        ),
+        files=table_task(CSV + "film,good,\n"),
     ),
-    Case(
+    refused(
         "two empty fields too many",
         CHECK,
-        ("t/rows.csv:22: expected 2 fields", "found 4; delete the empty fields at its end."),
-        table_task(CSV + "film,good,, \n"),
+        "wrong_number_of_fields",
+        file="t/rows.csv",
+        row=22,
+        found="4",
+        files=table_task(CSV + "film,good,, \n"),
     ),
-    Case(
+    refused(
         "semicolons for commas, some in quotes",
         CHECK,
-        ("t/rows.csv:1: expected fields between ','", 'delimiter: ";"', "put its name in double quotes."),
-        table_task('text;label\n"a; b";good\nc, d;bad\n'),
+        "wrong_delimiter",
+        file="t/rows.csv",
+        row=1,
+        found="the one column 'text;label'",
+        files=table_task('text;label\n"a; b";good\nc, d;bad\n'),
     ),
     *(
-        Case(
+        refused(
             f"one column named {header} in {name}",
             CHECK,
-            ("names the column 'text'", "the row lacks"),
-            table_task(f"{header}\n{QUERIES}", f"file: {name}", name),
+            "missing_column",
+            row=2,
+            field="text",
+            files=table_task(f"{header}\n{QUERIES}", f"file: {name}", name),
         )
         for header, name in (
             ('"Question, if any"', "rows.csv"),
@@ -387,17 +553,24 @@ BROKEN = [
             ("text, original", "rows.tsv"),
         )
     ),
-    Case(
+    refused(
         "a column that stands twice",
         CHECK,
-        ("t/rows.csv:1: the column 'text' stands twice",),
-        table_task("text,text\n"),
+        "repeated_column",
+        file="t/rows.csv",
+        row=1,
+        field="text",
+        files=table_task("text,text\n"),
     ),
-    Case(
+    refused(
         "a group that there is not",
         CHECK,
-        ("t/rows.csv:2: the column 'grup' is missing",),
-        table_task(CSV, "file: rows.csv, group: grup"),
+        "missing_column",
+        file="t/rows.csv",
+        row=2,
+        field="grup",
+        found="the columns ['label', 'text']",
+        files=table_task(CSV, "file: rows.csv, group: grup"),
     ),
     accepted(
         "a byte order mark and CRLF in a table",
@@ -416,88 +589,188 @@ BROKEN = [
         "numbers that are none in JSON",
         CHECK,
         "1 checked",
+        files={**task(), "t/train.jsonl": lines(*TRAIN) + '{"text": "x", "label": "good", "score": NaN}\n'},
+    ),
+    refused(
+        "no number for a query, as in Parquet",
+        CHECK,
+        "empty_query",
+        file="t/train.jsonl",
+        row=9,
+        field="query",
         files={**task(), "t/train.jsonl": lines(*TRAIN) + '{"text": NaN, "label": "good"}\n'},
     ),
+    refused("a CSV file in UTF-32", CHECK, "not_utf8", file="t/rows.csv", files=table_task(CSV.encode("utf-32"))),
+    refused(
+        "a CSV file packed with gzip",
+        CHECK,
+        "not_utf8",
+        file="t/rows.csv",
+        files=table_task(gzip.compress(CSV.encode())),
+    ),
+    refused("a spreadsheet named a table", CHECK, "not_utf8", file="t/rows.csv", files=table_task(b"PK\x03\x04...")),
+    refused(
+        "a delimiter for JSON lines",
+        CHECK,
+        "no_effect",
+        file="t/task.yaml",
+        field="data.delimiter",
+        files=task(KEYS + DATA.replace("{train", "{delimiter: ';', train")),
+    ),
+    refused(
+        "a list in a query",
+        CHECK,
+        "template_fails",
+        file="t/train.jsonl",
+        row=9,
+        files=with_row(text=["x", "y"], label="good"),
+    ),
+    refused(
+        "a mapping in a query",
+        CHECK,
+        "template_fails",
+        file="t/train.jsonl",
+        row=9,
+        files=with_row(text={"x": "y"}, label="good"),
+    ),
+    refused(
+        "all rows with one query and labels",
+        CHECK,
+        "no_test_rows",
+        file="t/task.yaml",
+        files=table_task("text,label\n" + "x,good\nX,bad\n" * 10),
+    ),
+    refused(
+        "all rows of one file dropped",
+        CHECK,
+        "no_training_rows",
+        file="t/task.yaml",
+        files=table_task("text,label\nx,\ny,\n", more="bad_rows: drop\n"),
+    ),
+    refused(
+        "a bad row without a task file",
+        "tasks check a.csv:text:label,family=classification",
+        "empty_query",
+        file="a.csv",
+        row=22,
+        field="query",
+        files={"a.csv": CSV + ",good\n"},
+    ),
+    accepted("two byte order marks", CHECK, "1 checked", files=table_task("\ufeff\ufeff" + CSV)),
 ]
 
 
-def with_row(**row: object) -> dict[str, str]:
-    return task_with("labels: [good, bad]\n", train=[*TRAIN, row])
-
-
 BAD_ROWS = [
-    Case(
-        "an empty answer",
-        CHECK,
-        ("t/train.jsonl:9: an answer or option is empty", "bad_rows: drop"),
-        with_row(text="x", label=""),
-    ),
-    Case(
+    refused("an empty answer", CHECK, "empty_answer", file="t/train.jsonl", row=9, files=with_row(text="x", label="")),
+    refused(
         "an answer of spaces",
         CHECK,
-        ("t/train.jsonl:9: an answer or option is empty",),
-        with_row(text="x", label=" \n "),
+        "empty_answer",
+        file="t/train.jsonl",
+        row=9,
+        files=with_row(text="x", label=" \n "),
     ),
-    Case(
+    refused(
         "an answer that is null",
         CHECK,
-        ("t/train.jsonl:9: an answer or option is empty",),
-        with_row(text="x", label=None),
+        "empty_answer",
+        file="t/train.jsonl",
+        row=9,
+        files=with_row(text="x", label=None),
     ),
-    Case(
+    refused(
         "a list of no answers",
         CHECK,
-        ("t/train.jsonl:9: the answer column 'label' holds an empty list",),
-        with_row(text="x", label=[]),
+        "empty_answer",
+        file="t/train.jsonl",
+        row=9,
+        field="label",
+        files=with_row(text="x", label=[]),
     ),
-    Case(
+    refused(
         "an empty query",
         CHECK,
-        ("t/train.jsonl:9: the query is empty", "Mend the row"),
-        with_row(text=" ", label="good"),
+        "empty_query",
+        file="t/train.jsonl",
+        row=9,
+        field="query",
+        files=with_row(text=" ", label="good"),
     ),
-    Case("a query that is null", CHECK, ("t/train.jsonl:9: the query is empty",), with_row(text=None, label="good")),
-    Case(
+    refused(
+        "a query that is null",
+        CHECK,
+        "empty_query",
+        file="t/train.jsonl",
+        row=9,
+        field="query",
+        files=with_row(text=None, label="good"),
+    ),
+    refused(
         "a column that one row lacks",
         CHECK,
-        ("t/train.jsonl:9: Template", "names the column 'text'", "['label', 'txt']"),
-        with_row(txt="x", label="good"),
+        "missing_column",
+        file="t/train.jsonl",
+        row=9,
+        field="text",
+        found="the columns ['label', 'txt']",
+        remedy="Did you mean 'txt'?",
+        files=with_row(txt="x", label="good"),
     ),
-    Case(
+    refused(
         "a label outside the closed set",
         CHECK,
-        ("t/train.jsonl:9: 'goood' is no label of task 't'", "'good', 'bad'", "Did you mean 'good'?"),
-        with_row(text="x", label="goood"),
+        "unknown_label",
+        file="t/train.jsonl",
+        row=9,
+        remedy="Did you mean 'good'?",
+        says=(
+            "t/train.jsonl:9: 'goood' is no label of task 't'; expected one of 'good', 'bad'. Did you mean",
+            "'good'? Fix the row, or set `bad_rows: drop` in the task file of 't'.",
+        ),
+        files=with_row(text="x", label="goood"),
     ),
-    Case(
+    refused(
         "a label in other letters",
         CHECK,
-        ("t/train.jsonl:9: 'Good' is no label", "Did you mean 'good'?"),
-        with_row(text="x", label="Good"),
+        "unknown_label",
+        file="t/train.jsonl",
+        row=9,
+        remedy="Did you mean 'good'?",
+        files=with_row(text="x", label="Good"),
     ),
-    Case(
+    refused(
         "a label outside the set on the test side",
         CHECK,
-        ("t/test.jsonl:5: 'mixed' is no label",),
-        task_with("labels: [good, bad]\n", test=[*TEST, {"text": "x", "label": "mixed"}]),
+        "unknown_label",
+        file="t/test.jsonl",
+        row=5,
+        files=task_with("labels: [good, bad]\n", test=[*TEST, {"text": "x", "label": "mixed"}]),
     ),
-    Case(
+    refused(
         "a test label that no training row has",
         CHECK,
-        ("test.jsonl:5: no training row of task 't' has the label 'mixed', which stands in 1 test row.", "`labels:`"),
-        task(test=[*TEST, {"text": "x", "label": "mixed"}]),
+        "label_only_in_test",
+        file="t/task.yaml",
+        files=task(test=[*TEST, {"text": "x", "label": "mixed"}]),
     ),
-    Case(
+    refused(
         "one label in all training rows",
         CHECK,
-        ("t/task.yaml: task 't' takes its labels from the training rows", "'good'", "two labels"),
-        task(train=[TRAIN[0], TRAIN[2]], test=[TEST[0]]),
+        "one_label",
+        file="t/task.yaml",
+        files=task(train=[TRAIN[0], TRAIN[2]], test=[TEST[0]]),
     ),
-    Case(
+    refused(
         "several labels in a row",
         CHECK,
-        ("t/train.jsonl:9: task 't' is multi-label: this row has ['bad', 'good']", "yes/no task"),
-        with_row(text="x", label=["good", "bad"]),
+        "several_labels",
+        file="t/train.jsonl",
+        row=9,
+        says=(
+            "t/train.jsonl:9: task 't' is multi-label: this row has ['bad', 'good']; expected one label in",
+            "each row. Keep the rows with one label, or make a yes/no task of each label.",
+        ),
+        files=with_row(text="x", label=["good", "bad"]),
     ),
     accepted(
         "an answer with a blank line, which a model may have",
@@ -505,113 +778,165 @@ BAD_ROWS = [
         "1 answer with a blank line",
         files=task(FREE, train=[{"text": "x", "label": "a\n\nb"}]),
     ),
-    Case(
+    refused(
         "half a character",
         CHECK,
-        ("t/train.jsonl:9: a text holds half a character, '\\ud83d'",),
-        with_row(text="\ud83d", label="good"),
+        "half_a_character",
+        file="t/train.jsonl",
+        row=9,
+        files=with_row(text="\ud83d", label="good"),
     ),
-    Case(
+    refused(
         "a class number without a name",
         CHECK,
-        ("t/train.jsonl:9: The column 'label' holds '7', which class_names does not name; it names ['bad', 'good']",),
-        task_with("class_names: {label: {good: fine, bad: poor}}\n", train=[*TRAIN, {"text": "x", "label": 7}]),
+        "unknown_class",
+        file="t/train.jsonl",
+        row=9,
+        field="label",
+        files=task_with("class_names: {label: {good: fine, bad: poor}}\n", train=[*TRAIN, {"text": "x", "label": 7}]),
     ),
-    Case(
+    refused(
         "a row without a class",
         CHECK,
-        ("t/train.jsonl:9: the column 'label' is -1: the row has no label",),
-        task_with("class_names: {label: {good: fine, bad: poor}}\n", train=[*TRAIN, {"text": "x", "label": -1}]),
+        "row_without_label",
+        file="t/train.jsonl",
+        row=9,
+        field="label",
+        files=task_with("class_names: {label: {good: fine, bad: poor}}\n", train=[*TRAIN, {"text": "x", "label": -1}]),
     ),
-    Case(
+    refused(
         "an answer that is no option",
         CHECK,
-        ("t/train.jsonl:1: the answer 'c' is none of the row's options ['a', 'b']",),
-        task(CHOICES, train=[{"text": "x", "label": "c", "options": ["a", "b"]}]),
+        "not_an_option",
+        file="t/train.jsonl",
+        row=1,
+        files=task(CHOICES, train=[{"text": "x", "label": "c", "options": ["a", "b"]}]),
     ),
-    Case(
+    refused(
         "choices that are no list",
         CHECK,
-        ("t/train.jsonl:1: ", "expected a non-empty list, found 'a, b'"),
-        task(CHOICES, train=[{"text": "x", "label": "a", "options": "a, b"}]),
+        "not_a_list",
+        file="t/train.jsonl",
+        row=1,
+        field="options",
+        found="'a, b'",
+        files=task(CHOICES, train=[{"text": "x", "label": "a", "options": "a, b"}]),
     ),
-    Case(
+    refused(
         "no choices",
         CHECK,
-        ("t/train.jsonl:1: ", "expected a non-empty list, found []"),
-        task(CHOICES, train=[{"text": "x", "label": "a", "options": []}]),
+        "empty_option",
+        file="t/train.jsonl",
+        row=1,
+        field="options",
+        found="[]",
+        files=task(CHOICES, train=[{"text": "x", "label": "a", "options": []}]),
     ),
-    Case(
+    refused(
         "choices that are missing",
         CHECK,
-        ("t/train.jsonl:1: ", "'options'", "found nothing"),
-        task(CHOICES, train=[{"text": "x", "label": "a"}]),
+        "not_a_list",
+        file="t/train.jsonl",
+        row=1,
+        field="options",
+        found="nothing",
+        files=task(CHOICES, train=[{"text": "x", "label": "a"}]),
     ),
-    Case(
+    refused(
         "a choice that is empty",
         CHECK,
-        ("t/train.jsonl:1: An option in the column 'options' is empty",),
-        task(CHOICES, train=[{"text": "x", "label": "a", "options": ["a", " "]}]),
+        "empty_option",
+        file="t/train.jsonl",
+        row=1,
+        field="options",
+        found="['a', ' ']",
+        files=task(CHOICES, train=[{"text": "x", "label": "a", "options": ["a", " "]}]),
     ),
-    Case(
+    refused(
         "choices in a column that is missing",
         CHECK,
-        ("t/train.jsonl:1: the column 'c' is missing",),
-        task(spoilt("options", "b, c", CHOICES), train=[{"text": "x", "label": "a", "b": "a"}]),
+        "missing_column",
+        file="t/train.jsonl",
+        row=1,
+        field="c",
+        found="the columns ['b', 'label', 'text']",
+        files=task(spoilt("options", "b, c", CHOICES), train=[{"text": "x", "label": "a", "b": "a"}]),
     ),
-    Case(
+    refused(
         "references that are no list",
         CHECK,
-        ("t/train.jsonl:1: the column 'r' lists the accepted answers; expected a list, found 'a'",),
-        task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": "a"}]),
+        "not_a_list",
+        file="t/train.jsonl",
+        row=1,
+        field="r",
+        found="'a'",
+        files=task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": "a"}]),
     ),
-    Case(
+    refused(
         "an empty reference",
         CHECK,
-        ("t/train.jsonl:1: an answer or option is empty",),
-        task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": [""]}]),
+        "empty_answer",
+        file="t/train.jsonl",
+        row=1,
+        files=task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": [""]}]),
     ),
-    Case(
+    refused(
         "all rows dropped",
         CHECK,
-        ("t/task.yaml: task 't' has no test rows left; dropped: 12 (label outside the closed set)",),
-        task_with("labels: [x, y]\nbad_rows: drop\n"),
+        "no_test_rows",
+        file="t/task.yaml",
+        files=task_with("labels: [x, y]\nbad_rows: drop\n"),
     ),
-    Case(
+    refused(
         "all test rows dropped",
         CHECK,
-        ("t/task.yaml: task 't' has no test rows left; dropped: 1 (empty answer)",),
-        task_with("bad_rows: drop\n", test=[{"text": "x", "label": ""}]),
+        "no_test_rows",
+        file="t/task.yaml",
+        files=task_with("bad_rows: drop\n", test=[{"text": "x", "label": ""}]),
     ),
-    Case(
+    refused(
         "too few rows to split",
         CHECK,
-        ("too few rows to leave any for testing", "test_fraction to 0"),
-        table_task("text,label\nx,good\ny,bad\n"),
+        "no_test_rows",
+        file="t/task.yaml",
+        files=table_task("text,label\nx,good\ny,bad\n"),
     ),
-    Case(
+    refused(
         "all rows of one group",
         CHECK,
-        ("all 20 rows have the same value of 'customer', the group, so none is left for training; set test_fraction",),
-        table_task(CSV.replace("\n", ",x\n").replace("label,x", "label,customer"), "file: rows.csv, group: customer"),
+        "no_training_rows",
+        file="t/task.yaml",
+        files=table_task(
+            CSV.replace("\n", ",x\n").replace("label,x", "label,customer"), "file: rows.csv, group: customer"
+        ),
     ),
-    Case(
+    refused(
         "all rows with one query",
         CHECK,
-        ("all 3 rows have the same query, so none is left for training; set test_fraction to 0, or add rows.",),
-        {**table_task("text,label\nx,a\nX,b\nx ,c\n"), "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE)},
+        "no_training_rows",
+        file="t/task.yaml",
+        says=(
+            "t/task.yaml: task 't' has no training rows: all 3 rows have the same query, so none is left.",
+            "Set test_fraction to 0, or add rows.",
+        ),
+        files={
+            **table_task("text,label\nx,a\nX,b\nx ,c\n"),
+            "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE),
+        },
     ),
-    Case(
+    refused(
         "one row to split",
         CHECK,
-        ("has no training rows: there is one row, so none is left",),
-        {**table_task("text,label\nx,a\n"), "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE)},
+        "no_training_rows",
+        file="t/task.yaml",
+        files={**table_task("text,label\nx,a\n"), "t/task.yaml": spoilt(DATA, "data: {file: rows.csv}\n", FREE)},
     ),
-    Case(
+    refused(
         "a split that takes all rows",
         CHECK,
-        ("test_fraction is 0.9 of 2 rows, so none is left",),
-        {
+        "no_training_rows",
+        file="t/task.yaml",
+        files={
             **table_task("text,label\nx,a\ny,b\n"),
             "t/task.yaml": spoilt(DATA, "data: {file: rows.csv, test_fraction: 0.9}\n", FREE),
         },
@@ -636,47 +961,72 @@ BAD_ROWS = [
 
 LONG = "text too long"
 LONG_AND_BOTH = [
-    Case(
+    refused(
         "a query of a megabyte",
         CHECK,
-        ("t/train.jsonl:9: the query has 1,000,001 characters; max_characters is 1,000,000.", "bad_rows: drop"),
-        with_row(text=MEGABYTE, label="good"),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=9,
+        found="1,000,001 characters",
+        says=(
+            "t/train.jsonl:9: the query is too long; expected at most 1,000,000 (max_characters), found",
+            "1,000,001 characters. Fix the row, or set `bad_rows: drop` in the task file of 't'.",
+        ),
+        files=with_row(text=MEGABYTE, label="good"),
     ),
-    Case(
+    refused(
         "an answer of a megabyte",
         CHECK,
-        ("t/train.jsonl:1: the answer has 1,000,001 characters; max_characters is 1,000,000.",),
-        task(FREE, train=[{"text": "x", "label": MEGABYTE}]),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=1,
+        found="1,000,001 characters",
+        files=task(FREE, train=[{"text": "x", "label": MEGABYTE}]),
     ),
-    Case(
+    refused(
         "an option of a megabyte",
         CHECK,
-        ("t/train.jsonl:1: the option has 1,000,001 characters",),
-        task(CHOICES, train=[{"text": "x", "label": "a", "options": ["a", MEGABYTE]}]),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=1,
+        found="1,000,001 characters",
+        files=task(CHOICES, train=[{"text": "x", "label": "a", "options": ["a", MEGABYTE]}]),
     ),
-    Case(
+    refused(
         "a reference of a megabyte",
         CHECK,
-        ("t/train.jsonl:1: the answer has 1,000,001 characters",),
-        task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": [MEGABYTE]}]),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=1,
+        found="1,000,001 characters",
+        files=task(FREE + "references: r\n", train=[{"text": "x", "label": "a", "r": [MEGABYTE]}]),
     ),
-    Case(
+    refused(
         "a field of ten megabytes",
         CHECK,
-        ("t/rows.csv:22: the column 'text' has 10,000,010 characters; max_characters is 1,000,000.",),
-        table_task(f"{CSV}{MEGABYTE * 10},good\n"),
+        "text_too_long",
+        file="t/rows.csv",
+        row=22,
+        found="10,000,010 characters",
+        files=table_task(f"{CSV}{MEGABYTE * 10},good\n"),
     ),
-    Case(
+    refused(
         "a query longer than the task allows",
         CHECK,
-        ("t/train.jsonl:1: the query has 15 characters; max_characters is 14.",),
-        task_with("max_characters: 14\n"),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=1,
+        found="15 characters",
+        files=task_with("max_characters: 14\n"),
     ),
-    Case(
+    refused(
         "a text of one character too many",
         CHECK,
-        ("the query has 2 characters; max_characters is 1.",),
-        task_with("max_characters: 1\n", train=[{"text": "xy", "label": "a"}]),
+        "text_too_long",
+        file="t/train.jsonl",
+        row=1,
+        found="2 characters",
+        files=task_with("max_characters: 1\n", train=[{"text": "xy", "label": "a"}]),
     ),
     accepted(
         "a field of ten megabytes to be dropped",
@@ -699,38 +1049,50 @@ LONG_AND_BOTH = [
             "t/task.yaml": f"{spoilt('{{ text }}', '{{ text[:50] }}', KEYS)}data: {{file: rows.csv}}\n",
         },
     ),
-    Case(
+    refused(
         "a template at fault where rows may be dropped",
         CHECK,
-        ("t/train.jsonl:1: Template", "more than 4,000,000 characters"),
-        task(spoilt("{{ text }}", "{{ text * 99999999 }}", KEYS) + DATA + "bad_rows: drop\n"),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ text * 99999999 }}", KEYS) + DATA + "bad_rows: drop\n"),
     ),
-    Case(
+    refused(
         "a training row that is a test row",
         CHECK,
-        (
-            "t/task.yaml: task 't' has 1 training row whose query stands in test too",
-            "train.jsonl:9, like test.jsonl:2.",
-            "on_both_sides: drop",
+        "on_both_sides",
+        file="t/task.yaml",
+        says=(
+            "t/task.yaml: task 't' has 1 training row whose query is in test too; the first is",
+            "train.jsonl:9, like test.jsonl:2. Take such rows off one side, or set `on_both_sides: drop`,",
+            "which takes them off the training side.",
         ),
-        task_with("on_both_sides: refuse\n", train=[*TRAIN, TEST[1]]),
+        files=task_with("on_both_sides: refuse\n", train=[*TRAIN, TEST[1]]),
     ),
-    Case(
+    refused(
         "training rows that are test rows but for case and spaces",
         CHECK,
-        ("has 2 training rows whose query stands in test too; the first is train.jsonl:9, like test.jsonl:4.",),
-        task_with("on_both_sides: refuse\n", train=[*TRAIN, {"text": " PLAY 3\twas dull", "label": "good"}, TEST[0]]),
+        "on_both_sides",
+        file="t/task.yaml",
+        files=task_with(
+            "on_both_sides: refuse\n", train=[*TRAIN, {"text": " PLAY 3\twas dull", "label": "good"}, TEST[0]]
+        ),
     ),
-    Case(
+    refused(
         "only rows that stand in test",
         CHECK,
-        ("t/task.yaml: task 't' has no training rows left; dropped: 4 (training row that stands in test too)",),
-        task(train=TEST),
+        "no_training_rows",
+        file="t/task.yaml",
+        says=(
+            "t/task.yaml: task 't' has no training rows left; dropped: 4 (training row whose query is in",
+            "test too).",
+        ),
+        files=task(train=TEST),
     ),
     accepted(
         "training rows that are test rows, by default",
         CHECK,
-        "Dropped: 1 (training row that stands in test too).",
+        "Dropped: 1 (training row whose query is in test too).",
         files=task(train=[*TRAIN, TEST[1]]),
     ),
     accepted(

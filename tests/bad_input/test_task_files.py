@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.case import Case, accepted, meet, table_of
+from tests.bad_input.case import Case, accepted, meet, refused, table_of
 from tests.bad_input.files import DATA, KEYS, TRAIN, lines, spoilt, table_task, task, task_with
 
 CHECK = "tasks check t"
@@ -36,21 +36,24 @@ TABLE = "text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for 
 
 NOT_FOUND = [
     *(
-        Case(
-            f"columns of {name}",
-            f"tasks check {name}:text:label",
-            (f"{name}: expected one of .jsonl", f"found the suffix '{Path(name).suffix}'. {what_to_do}"),
-            {name: "PK"},
-        )
+        refused(f"columns of {name}", f"tasks check {name}:text:label", "unknown_suffix", files={name: "PK"})
         for name, what_to_do in (("x.xlsx", "Export"), ("n.txt", "Export"), ("x.csv.gz", "Unpack"))
     ),
-    Case(
+    refused(
         "an option of a table twice",
         "tasks check a.csv:text:label,seed=1,seed=2",
-        ("'seed' stands twice",),
-        {"a.csv": TABLE},
+        "bad_table",
+        file="a.csv",
+        files={"a.csv": TABLE},
     ),
-    Case("a task without a name", "tasks check ''", ("The name of a task is empty; expected a folder",)),
+    refused(
+        "an option of a table without a value",
+        "tasks check a.csv:text:label,name=",
+        "bad_table",
+        file="a.csv",
+        files={"a.csv": TABLE},
+    ),
+    refused("a task without a name", "tasks check ''", "no_task_named", found="an empty name"),
     accepted(
         "a Persian name of a table",
         "tasks check می\u200cروم.csv:text:label",
@@ -63,153 +66,203 @@ NOT_FOUND = [
         "1 checked",
         files={"a\u3000\u202eb.csv": TABLE},
     ),
-    Case("a folder that does not exist", "tasks check tt", ("'tt' does not exist. Did you mean 't'?",), task()),
-    Case("a folder without a task file", CHECK, ("The folder t holds no task.yaml",), {"t/train.jsonl": lines(*TRAIN)}),
-    Case(
+    refused("a folder that does not exist", "tasks check tt", "unknown_task", remedy="Did you mean 't'?", files=task()),
+    refused("a folder without a task file", CHECK, "no_tasks", file="t", files={"t/train.jsonl": lines(*TRAIN)}),
+    refused(
         "a task file of another name",
         "tasks show t",
-        ("holds no task.yaml.", "Did you mean 'task.yml'?"),
-        {"t/task.yml": KEYS + DATA},
+        "no_tasks",
+        file="t",
+        remedy="Did you mean 'task.yml'?",
+        files={"t/task.yml": KEYS + DATA},
     ),
-    Case(
-        "a link that leads to itself",
-        CHECK,
-        ("'t' does not exist. t is a link that leads nowhere.",),
-        prepare=link_to_itself,
+    refused("a link that leads to itself", CHECK, "unknown_task", prepare=link_to_itself),
+    refused(
+        "a name longer than a file may have",
+        f"tasks check {'t' * 5000}",
+        "bad_path",
+        file="ttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttttt…",
     ),
-    Case(
-        "a name longer than a file may have", f"tasks check {'t' * 5000}", ("cannot be looked for, file name too long",)
-    ),
-    Case("a task file that is a folder", "tasks show t", ("t holds no task.yaml",), {"t/task.yaml/x": ""}),
-    Case("a pattern that matches nothing", "tasks list 'u*/'", ("No task.yaml matches 'u*/'", "relative to"), task()),
-    Case(
+    refused("a task file that is a folder", "tasks show t", "no_tasks", file="t", files={"t/task.yaml/x": ""}),
+    refused("a pattern that matches nothing", "tasks list 'u*/'", "no_tasks", files=task()),
+    refused(
         "a table without its columns",
         "tasks check t/a.csv",
-        ("name its columns too, as in a.csv:text:label",),
-        {"t/a.csv": ""},
+        "table_without_columns",
+        file="t/a.csv",
+        files={"t/a.csv": ""},
     ),
-    Case(
+    refused(
         "a table with the name of one column",
         "tasks check a.csv:text",
-        ("found no answer column", "QUERY_COLUMN:ANSWER_COLUMN"),
-        {"a.csv": "text,label\n"},
+        "bad_table",
+        file="a.csv",
+        found="a.csv:text",
+        files={"a.csv": "text,label\n"},
     ),
-    Case(
+    refused(
         "a column that the table lacks",
         "tasks check a.csv:txt:label",
-        ("a.csv:2: the column 'txt' is missing", "Did you mean 'text'?"),
-        {"a.csv": "text,label\nx,y\n"},
+        "missing_column",
+        file="a.csv",
+        row=2,
+        field="txt",
+        found="the columns ['label', 'text']",
+        remedy="Did you mean 'text'?",
+        files={"a.csv": "text,label\nx,y\n"},
     ),
-    Case(
+    refused(
         "an unknown option of a table",
         "tasks check a.csv:text:label,grup=x",
-        ("found 'grup'. Did you mean 'group'?",),
-        {"a.csv": "text,label\nx,y\n"},
+        "bad_table",
+        file="a.csv",
+        remedy="Did you mean 'group'?",
+        files={"a.csv": "text,label\nx,y\n"},
     ),
-    Case("an entry that the catalogue lacks", "tasks show catalog:trecc", ("no task 'trecc'. Did you mean 'trec'?",)),
-    Case(
-        "a family of the catalogue where one task is meant",
-        "tasks show catalog:nli",
-        ("stands for", "name one of them"),
+    refused(
+        "an entry that the catalogue lacks", "tasks show catalog:trecc", "unknown_task", remedy="Did you mean 'trec'?"
     ),
-    Case("a word that no entry mentions", "tasks list --search zzz", ("mentions 'zzz'",)),
-    Case(
-        "a search among tasks of one's own",
-        "tasks list t --search film",
-        ("--search looks through the catalogue",),
-        task(),
+    refused("a family of the catalogue where one task is meant", "tasks show catalog:nli", "several_tasks"),
+    refused("a word that no entry mentions", "tasks list --search zzz", "no_match"),
+    refused("a search among tasks of one's own", "tasks list t --search film", "user_error", files=task()),
+    refused(
+        "a data root that is a file", "tasks check t --data-root a", "not_a_folder", file="a", files={**task(), "a": ""}
     ),
-    Case(
-        "a data root that is a file",
-        "tasks check t --data-root a",
-        ("The data root a is no folder",),
-        {**task(), "a": ""},
-    ),
-    Case(
+    refused(
         "two tasks of one name",
         "tasks check a b",
-        ("Two tasks are named 'same': a/task.yaml and b/task.yaml", "Rename one with `name:`"),
-        {**task(KEYS + DATA + "name: same\n", name="a"), **task(KEYS + DATA + "name: same\n", name="b")},
+        "duplicate_task",
+        says=("Two tasks are named 'same': a/task.yaml and b/task.yaml. Rename one with `name:` in its", "task.yaml."),
+        files={**task(KEYS + DATA + "name: same\n", name="a"), **task(KEYS + DATA + "name: same\n", name="b")},
     ),
-    Case("a context without a model that counts it", f"{CHECK} --context 100", ("name the model", "--model"), task()),
+    refused("a context without a model that counts it", f"{CHECK} --context 100", "user_error", files=task()),
 ]
 
 YAML = [
-    Case("an empty task file", CHECK, ("t/task.yaml: expected keys such as family", "found nothing"), task("")),
-    Case("a task file of comments", CHECK, ("t/task.yaml: expected keys", "found nothing"), task("# to be done\n")),
-    Case(
+    refused("an empty task file", CHECK, "no_mapping", file="t/task.yaml", found="nothing", files=task("")),
+    refused(
+        "a task file of comments",
+        CHECK,
+        "no_mapping",
+        file="t/task.yaml",
+        found="nothing",
+        files=task("# to be done\n"),
+    ),
+    refused(
         "a list in place of keys",
         CHECK,
-        ("expected keys such as", "found ['family', 'query']"),
-        task("- family\n- query\n"),
+        "no_mapping",
+        file="t/task.yaml",
+        found="['family', 'query']",
+        files=task("- family\n- query\n"),
     ),
-    Case("a sentence in place of keys", CHECK, ("expected keys such as", "found 'my task'"), task("my task")),
-    Case("two documents in one file", CHECK, ("t/task.yaml:", "not valid YAML"), task(f"{KEYS}{DATA}---\nname: x\n")),
-    Case("a tab that indents", CHECK, ("t/task.yaml:5: not valid YAML", "'\\t'"), task(f"{KEYS}data:\n\ttrain: x\n")),
-    Case(
-        "a key that stands twice",
+    refused(
+        "a sentence in place of keys", CHECK, "no_mapping", file="t/task.yaml", found="'my task'", files=task("my task")
+    ),
+    refused(
+        "two documents in one file",
         CHECK,
-        ("t/task.yaml:5: not valid YAML, the key 'family' stands twice",),
-        task_with("family: qa\n"),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=5,
+        files=task(f"{KEYS}{DATA}---\nname: x\n"),
     ),
-    Case("a bracket that is not closed", CHECK, ("t/task.yaml:", "not valid YAML"), task_with("labels: [a, b\n")),
-    Case(
+    refused(
+        "a tab that indents", CHECK, "broken_yaml", file="t/task.yaml", row=5, files=task(f"{KEYS}data:\n\ttrain: x\n")
+    ),
+    refused(
+        "a key that stands twice", CHECK, "broken_yaml", file="t/task.yaml", row=5, files=task_with("family: qa\n")
+    ),
+    refused(
+        "a bracket that is not closed",
+        CHECK,
+        "broken_yaml",
+        file="t/task.yaml",
+        row=6,
+        files=task_with("labels: [a, b\n"),
+    ),
+    refused(
         "a template without quotes",
         CHECK,
-        ("t/task.yaml:2: not valid YAML", "begins with a brace or a bracket in quotes"),
-        task(spoilt("'{{ text }}'", "{{ text }}", KEYS) + DATA),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=2,
+        files=task(spoilt("'{{ text }}'", "{{ text }}", KEYS) + DATA),
     ),
-    Case(
-        "a key that is a list", CHECK, ("t/task.yaml:5", "a key is a list or a mapping"), task_with("? [a, b]\n: c\n")
+    refused(
+        "a key that is a list", CHECK, "broken_yaml", file="t/task.yaml", row=5, files=task_with("? [a, b]\n: c\n")
     ),
-    Case(
+    refused(
         "aliases that stand for a billion values",
         CHECK,
-        ("more than 100,000 values", "without aliases"),
-        task_with(BOMB),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=9,
+        files=task_with(BOMB),
     ),
-    Case(
+    refused(
         "an alias within itself",
         CHECK,
-        ("t/task.yaml:", "nested more than 50 deep"),
-        task_with("labels: &a [*a, *a]\n"),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=5,
+        files=task_with("labels: &a [*a, *a]\n"),
     ),
-    Case("a list a thousand deep", CHECK, ("t/task.yaml", "nested"), task_with(f"labels: {'[' * 1000}{']' * 1000}\n")),
-    Case(
+    refused(
+        "a list a thousand deep",
+        CHECK,
+        "broken_yaml",
+        file="t/task.yaml",
+        files=task_with(f"labels: {'[' * 1000}{']' * 1000}\n"),
+    ),
+    refused(
         "a list seventy deep",
         CHECK,
-        ("t/task.yaml:5", "nested more than 50 deep"),
-        task_with(f"labels: {'[' * 70}{']' * 70}\n"),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=5,
+        files=task_with(f"labels: {'[' * 70}{']' * 70}\n"),
     ),
-    Case(
+    refused(
         "a tag that makes a program",
         CHECK,
-        ("not valid YAML", "python/object"),
-        task_with("name: !!python/object:os.system x\n"),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=5,
+        files=task_with("name: !!python/object:os.system x\n"),
     ),
-    Case(
+    refused(
         "half a character in a key",
         CHECK,
-        ("t/task.yaml:5", "a text holds '\\ud83d', which is no whole character"),
-        task_with('name: "\\ud83d"\n'),
+        "broken_yaml",
+        file="t/task.yaml",
+        row=5,
+        files=task_with('name: "\\ud83d"\n'),
     ),
-    Case(
+    refused(
         "a task file in Latin-1",
         CHECK,
-        ("t/task.yaml:5: not UTF-8, the byte 0xfc",),
-        {**task(), "t/task.yaml": (KEYS + DATA + "instruction: Gefühl\n").encode("latin-1")},
+        "not_utf8",
+        file="t/task.yaml",
+        row=5,
+        found="the byte 0xfc",
+        files={**task(), "t/task.yaml": (KEYS + DATA + "instruction: Gefühl\n").encode("latin-1")},
     ),
-    Case(
+    refused(
         "a task file in UTF-16",
         CHECK,
-        ("t/task.yaml: the file is UTF-16; save it as UTF-8",),
-        {**task(), "t/task.yaml": (KEYS + DATA).encode("utf-16")},
+        "not_utf8",
+        file="t/task.yaml",
+        files={**task(), "t/task.yaml": (KEYS + DATA).encode("utf-16")},
     ),
-    Case(
+    refused(
         "a task file in UTF-16 without a mark",
         CHECK,
-        ("t/task.yaml:1: a NUL byte", "save the file as UTF-8"),
-        {**task(), "t/task.yaml": (KEYS + DATA).encode("utf-16-le")},
+        "not_utf8",
+        file="t/task.yaml",
+        row=1,
+        found="a NUL byte",
+        files={**task(), "t/task.yaml": (KEYS + DATA).encode("utf-16-le")},
     ),
     accepted(
         "a byte order mark and CRLF in a task file",
@@ -221,207 +274,361 @@ YAML = [
 ]
 
 NAMED_KEYS = [
-    Case(
+    refused(
         "an unknown key",
         CHECK,
-        ("t/task.yaml: unknown key 'metrik'. Did you mean 'metric'?",),
-        task_with("metrik: accuracy\n"),
+        "unknown_key",
+        file="t/task.yaml",
+        field="metrik",
+        remedy="Did you mean 'metric'?",
+        says=("t/task.yaml: unknown key 'metrik'. Did you mean 'metric'?",),
+        files=task_with("metrik: accuracy\n"),
     ),
-    Case(
+    refused(
         "an unknown key that is like none",
         CHECK,
-        ("unknown key 'zzz'. Known here: ['name', 'family'",),
-        task_with("zzz: 1\n"),
+        "unknown_key",
+        file="t/task.yaml",
+        field="zzz",
+        files=task_with("zzz: 1\n"),
     ),
-    Case("a number as a key", CHECK, ("t/task.yaml: unknown key '1'",), task_with("1: 2\n")),
-    Case(
+    refused("a number as a key", CHECK, "unknown_key", file="t/task.yaml", field="1", files=task_with("1: 2\n")),
+    refused(
         "a key that is missing",
         CHECK,
-        ("t/task.yaml: the key 'answer' is missing",),
-        task(spoilt("answer: '{{ label }}'\n", "", KEYS) + DATA),
+        "missing_key",
+        file="t/task.yaml",
+        field="answer",
+        files=task(spoilt("answer: '{{ label }}'\n", "", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a key without a value",
         CHECK,
-        ("t/task.yaml: the key 'family' is missing",),
-        task(spoilt("family: classification", "family:", KEYS) + DATA),
+        "missing_key",
+        file="t/task.yaml",
+        field="family",
+        files=task(spoilt("family: classification", "family:", KEYS) + DATA),
     ),
-    Case("no data", CHECK, ("t/task.yaml: the key 'data' is missing",), task(KEYS)),
-    Case(
+    refused("no data", CHECK, "missing_key", file="t/task.yaml", field="data", files=task(KEYS)),
+    refused(
         "data that is a path",
         CHECK,
-        ("data: expected `train` and `test`, or `file`, or `hf`; found 'train.jsonl'",),
-        task(f"{KEYS}data: train.jsonl\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data",
+        found="'train.jsonl'",
+        files=task(f"{KEYS}data: train.jsonl\n"),
     ),
-    Case(
+    refused(
         "data with a misspelt key",
         CHECK,
-        ("t/task.yaml: data: expected", "Did you mean 'train'?"),
-        task(f"{KEYS}data: {{tran: x}}\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data",
+        found="['tran']",
+        remedy="Did you mean 'train'?",
+        says=(
+            "t/task.yaml: data: it does not say where the rows are; expected `train` and `test`, or `file`,",
+            "or `hf`, found ['tran']. Did you mean 'train'?",
+        ),
+        files=task(f"{KEYS}data: {{tran: x}}\n"),
     ),
-    Case(
+    refused(
         "data of two kinds",
         CHECK,
-        ("t/task.yaml: data: unknown key 'train'",),
-        task(f"{KEYS}data: {{file: x, train: y}}\n"),
+        "unknown_key",
+        file="t/task.yaml",
+        field="data.train",
+        files=task(f"{KEYS}data: {{file: x, train: y}}\n"),
     ),
-    Case(
+    refused(
         "data without the training side",
         CHECK,
-        ("t/task.yaml: data: expected",),
-        task(f"{KEYS}data: {{test: test.jsonl}}\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data",
+        found="['test']",
+        files=task(f"{KEYS}data: {{test: test.jsonl}}\n"),
     ),
-    Case("an empty list of files", CHECK, ("t/task.yaml: data: train",), task(f"{KEYS}data: {{train: []}}\n")),
-    Case(
+    refused(
+        "an empty list of files",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.train",
+        found="[]",
+        files=task(f"{KEYS}data: {{train: []}}\n"),
+    ),
+    refused(
         "a family that there is not",
         CHECK,
-        ("family: input should be", "found 'clasification'", "Did you mean 'classification'?"),
-        task(spoilt("classification", "clasification", KEYS) + DATA),
+        "wrong_value",
+        file="t/task.yaml",
+        field="family",
+        found="'clasification'",
+        remedy="Did you mean 'classification'?",
+        says=(
+            "t/task.yaml: family: input should be 'classification', 'nli', 'qa', 'summarization',",
+            "'generation' or 'math'; found 'clasification'. Did you mean 'classification'?",
+        ),
+        files=task(spoilt("classification", "clasification", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a metric that there is not",
         CHECK,
-        ("metric: input should be", "found 'acuracy'. Did you mean 'accuracy'?"),
-        task_with("metric: acuracy\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="metric",
+        found="'acuracy'",
+        remedy="Did you mean 'accuracy'?",
+        files=task_with("metric: acuracy\n"),
     ),
-    Case(
+    refused(
         "a share of everything",
         CHECK,
-        ("data: test_fraction", "less than 1; found '1.0'"),
-        table_task("", "file: rows.csv, test_fraction: 1.0"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.test_fraction",
+        found="'1.0'",
+        files=table_task("", "file: rows.csv, test_fraction: 1.0"),
     ),
-    Case(
+    refused(
         "a share that is not a number",
         CHECK,
-        ("test_fraction", "found 'nan'"),
-        table_task("", "file: rows.csv, test_fraction: nan"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.test_fraction",
+        found="'nan'",
+        files=table_task("", "file: rows.csv, test_fraction: nan"),
     ),
-    Case(
+    refused(
         "a share below nothing",
         CHECK,
-        ("test_fraction", "greater than or equal to 0; found '-0.5'"),
-        table_task("", "file: rows.csv, test_fraction: -0.5"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.test_fraction",
+        found="'-0.5'",
+        files=table_task("", "file: rows.csv, test_fraction: -0.5"),
     ),
-    Case("a seed that is a word", CHECK, ("data: seed", "found 'one'"), table_task("", "file: rows.csv, seed: one")),
-    Case(
+    refused(
+        "a seed that is a word",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.seed",
+        found="'one'",
+        files=table_task("", "file: rows.csv, seed: one"),
+    ),
+    refused(
         "a delimiter of two characters",
         CHECK,
-        ("data: delimiter", "found '||'"),
-        table_task("", "file: rows.csv, delimiter: '||'"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.delimiter",
+        found="'||'",
+        files=table_task("", "file: rows.csv, delimiter: '||'"),
     ),
-    Case(
+    refused(
         "a delimiter that is a quote",
         CHECK,
-        ("data: delimiter", "found '\"'"),
-        table_task("", "file: rows.csv, delimiter: '\"'"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.delimiter",
+        found="'\"'",
+        files=table_task("", "file: rows.csv, delimiter: '\"'"),
     ),
-    Case(
+    refused(
         "quotes that there are not",
         CHECK,
-        ("data: quotes", "'csv' or 'none'", "found 'single'"),
-        table_task("", "file: rows.csv, quotes: single"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.quotes",
+        found="'single'",
+        files=table_task("", "file: rows.csv, quotes: single"),
     ),
-    Case(
+    refused(
         "a Hub dataset without an owner",
         CHECK,
-        ("data: hf", "found 'banking77'"),
-        task(f"{KEYS}data: {{hf: banking77}}\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="data.hf",
+        found="'banking77'",
+        files=task(f"{KEYS}data: {{hf: banking77}}\n"),
     ),
-    Case(
+    refused(
         "no answer tokens",
         CHECK,
-        ("max_answer_tokens", "greater than or equal to 1; found '0'"),
-        task_with("max_answer_tokens: 0\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="max_answer_tokens",
+        found="'0'",
+        files=task_with("max_answer_tokens: 0\n"),
     ),
-    Case(
+    refused(
+        "more answer tokens than can be counted",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="max_answer_tokens",
+        found="'99999999999999999999'",
+        files=task_with(f"max_answer_tokens: {'9' * 20}\n"),
+    ),
+    refused(
         "more characters than a template may write",
         CHECK,
-        ("max_characters", "less than or equal to 4000000"),
-        task_with("max_characters: 5000000\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="max_characters",
+        found="'5000000'",
+        files=task_with("max_characters: 5000000\n"),
     ),
-    Case(
+    refused(
         "a word for a number of characters",
         CHECK,
-        ("max_characters: ", "found 'many'"),
-        task_with("max_characters: many\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="max_characters",
+        found="'many'",
+        files=task_with("max_characters: many\n"),
     ),
-    Case(
+    refused(
         "bad rows to be ignored",
         CHECK,
-        ("bad_rows: input should be 'refuse' or 'drop'; found 'ignore'",),
-        task_with("bad_rows: ignore\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="bad_rows",
+        found="'ignore'",
+        files=task_with("bad_rows: ignore\n"),
     ),
-    Case(
+    refused(
         "a key in capitals",
         CHECK,
-        ("t/task.yaml: unknown key 'FAMILY'. Did you mean 'family'?",),
-        task(spoilt("family", "FAMILY", KEYS) + DATA),
+        "unknown_key",
+        file="t/task.yaml",
+        field="FAMILY",
+        remedy="Did you mean 'family'?",
+        files=task(spoilt("family", "FAMILY", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "class names of a column that nothing reads",
         CHECK,
-        ("t/task.yaml: class_names: no template", "the column 'lable'; name one of ['label', 'text']", "mean 'label'?"),
-        task_with("class_names: {lable: {good: fine, bad: poor}}\n"),
+        "no_effect",
+        file="t/task.yaml",
+        field="class_names",
+        remedy="Did you mean 'label'?",
+        files=task_with("class_names: {lable: {good: fine, bad: poor}}\n"),
     ),
     *(
-        Case(f"a name with U+{ord(mark):04X}", CHECK, ("name: a name has no",), task_with(f'name: "a{mark}b"\n'))
+        refused(
+            f"a name with U+{ord(mark):04X}",
+            CHECK,
+            "wrong_value",
+            file="t/task.yaml",
+            field="name",
+            files=task_with(f'name: "a{mark}b"\n'),
+        )
         for mark in "\u00a0\u3000\u2028\u202e\u2066"
     ),
     *(
         accepted(f"a name that holds U+{ord(mark):04X}", CHECK, "1 checked", files=task_with(f'name: "a{mark}b"\n'))
         for mark in "\u200c\u200d\u200e\u200f\u00ad"
     ),
-    Case("a name with a slash", CHECK, ("name: a name has no spaces, slashes",), task_with("name: a/b\n")),
-    Case("a name of control characters", CHECK, ("name: a name has no",), task_with('name: "a\\e[31mb"\n')),
-    Case("one label", CHECK, ("labels: expected two labels at least, found ['good']",), task_with("labels: [good]\n")),
-    Case("no label", CHECK, ("labels: expected two labels at least, found []",), task_with("labels: []\n")),
-    Case(
+    refused(
+        "a name with a slash", CHECK, "wrong_value", file="t/task.yaml", field="name", files=task_with("name: a/b\n")
+    ),
+    refused(
+        "a name of control characters",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="name",
+        files=task_with('name: "a\\e[31mb"\n'),
+    ),
+    refused("one label", CHECK, "wrong_value", file="t/task.yaml", field="labels", files=task_with("labels: [good]\n")),
+    refused("no label", CHECK, "wrong_value", file="t/task.yaml", field="labels", files=task_with("labels: []\n")),
+    refused(
         "a label that stands twice",
         CHECK,
-        ("labels: 'good' stands twice",),
-        task_with("labels: [good, bad, ' good']\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="labels",
+        files=task_with("labels: [good, bad, ' good']\n"),
     ),
-    Case("an empty label", CHECK, ("labels: a label is empty",), task_with("labels: [good, '']\n")),
-    Case(
+    refused(
+        "an empty label",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="labels",
+        files=task_with("labels: [good, '']\n"),
+    ),
+    refused(
         "labels that are no list",
         CHECK,
-        ("labels: found 'good, bad'; expected: The closed answer set",),
-        task_with("labels: good, bad\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        field="labels",
+        found="'good, bad'",
+        files=task_with("labels: good, bad\n"),
     ),
-    Case(
+    refused(
         "labels and choices",
         CHECK,
-        ("labels are one set", "give one of them"),
-        task_with("labels: [good, bad]\nchoices: c\n"),
+        "wrong_value",
+        file="t/task.yaml",
+        files=task_with("labels: [good, bad]\nchoices: c\n"),
     ),
-    Case("references beside labels", CHECK, ("references list accepted free answers",), task_with("references: r\n")),
-    Case("class names that are a word", CHECK, ("class_names", "found 'label'"), task_with("class_names: label\n")),
+    refused("references beside labels", CHECK, "wrong_value", file="t/task.yaml", files=task_with("references: r\n")),
+    refused(
+        "class names that are a word",
+        CHECK,
+        "wrong_value",
+        file="t/task.yaml",
+        field="class_names",
+        found="'label'",
+        files=task_with("class_names: label\n"),
+    ),
 ]
 
 TEMPLATES = [
-    Case(
+    refused(
         "a template that names no column",
         CHECK,
-        ("query: the template 'text' names no column", "as in '{{ text }}'"),
-        task(spoilt("'{{ text }}'", "text", KEYS) + DATA),
+        "template_without_column",
+        file="t/task.yaml",
+        field="query",
+        files=task(spoilt("'{{ text }}'", "text", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that is not closed",
         CHECK,
-        ("t/task.yaml: query: Template '{{ text' does not parse",),
-        task(spoilt("{{ text }}", "{{ text", KEYS) + DATA),
+        "broken_template",
+        file="t/task.yaml",
+        field="query",
+        files=task(spoilt("{{ text }}", "{{ text", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a column that does not exist",
         CHECK,
-        ("t/train.jsonl:1: Template '{{ txt }}' names the column 'txt'", "Did you mean 'text'?"),
-        task(spoilt("{{ text }}", "{{ txt }}", KEYS) + DATA),
+        "missing_column",
+        file="t/train.jsonl",
+        row=1,
+        field="txt",
+        found="the columns ['label', 'text']",
+        remedy="Did you mean 'text'?",
+        says=(
+            "t/train.jsonl:1: Template '{{ txt }}' names the column 'txt', which is missing; found the",
+            "columns ['label', 'text']. Did you mean 'text'?",
+        ),
+        files=task(spoilt("{{ text }}", "{{ txt }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a column whose name has a space",
         CHECK,
-        ("does not parse", "A column whose name is no word is written row['a b']."),
-        task(spoilt("{{ text }}", "{{ a b }}", KEYS) + DATA),
+        "broken_template",
+        file="t/task.yaml",
+        field="query",
+        files=task(spoilt("{{ text }}", "{{ a b }}", KEYS) + DATA),
     ),
     *(
         Case(
@@ -436,37 +643,53 @@ TEMPLATES = [
         for column, others in (("a-b", {}), ("a.b", {}), ("a-b-c", {"a": "1", "b": "2", "c": "3"}))
     ),
     *(
-        Case(
+        refused(
             f"a column whose name has another meaning, {column}",
             CHECK,
-            ("names no column", "written row['true']."),
-            task(spoilt("{{ text }}", f"{{{{ {column} }}}}", KEYS) + DATA, train=[{column: "x", "label": "good"}]),
+            "template_without_column",
+            file="t/task.yaml",
+            field="query",
+            files=task(
+                spoilt("{{ text }}", f"{{{{ {column} }}}}", KEYS) + DATA, train=[{column: "x", "label": "good"}]
+            ),
         )
         for column in ("true", "range")
     ),
-    Case(
+    refused(
         "a filter that does not exist",
         CHECK,
-        ("query: Template", "does not parse", "'uper'"),
-        task(spoilt("{{ text }}", "{{ text | uper }}", KEYS) + DATA),
+        "broken_template",
+        file="t/task.yaml",
+        field="query",
+        files=task(spoilt("{{ text }}", "{{ text | uper }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that raises",
         CHECK,
-        ("t/train.jsonl:1: Template", "fails on a row", "division by zero"),
-        task(spoilt("{{ text }}", "{{ 1 / (text | length - text | length) }}", KEYS) + DATA),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ 1 / (text | length - text | length) }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that cuts to nothing",
         CHECK,
-        ("t/train.jsonl:1: Template", "truncate: expected length >= 3, got 0"),
-        task(spoilt("{{ text }}", "{{ text | truncate(0) }}", KEYS) + DATA),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ text | truncate(0) }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that loops",
         CHECK,
-        ("t/train.jsonl:1: Template", "more than 100,000 steps"),
-        task(
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        says=(
+            "t/train.jsonl:1: Template '{% for i in range(99999) %}{% for j in range(99999) %}{{ text }}{%",
+            "endfor %}{% endfor %}' fails: it takes more than 100,000 steps; loop over less.",
+        ),
+        files=task(
             spoilt(
                 "{{ text }}",
                 "{% for i in range(99999) %}{% for j in range(99999) %}{{ text }}{% endfor %}{% endfor %}",
@@ -475,47 +698,62 @@ TEMPLATES = [
             + DATA
         ),
     ),
-    Case(
+    refused(
         "a template that writes without end",
         CHECK,
-        ("t/train.jsonl:1: Template", "more than 4,000,000 characters"),
-        task(spoilt("{{ text }}", "{{ text * 99999999 }}", KEYS) + DATA),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ text * 99999999 }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that reaches for the machine",
         CHECK,
-        ("t/train.jsonl:1: Template", "unsafe"),
-        task(spoilt("{{ text }}", "{{ text.__class__.__mro__ }}", KEYS) + DATA),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ text.__class__.__mro__ }}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "a template that includes a file",
         CHECK,
-        ("query: Template", "includes"),
-        task(spoilt("{{ text }}", "{% include text %}", KEYS) + DATA),
+        "broken_template",
+        file="t/task.yaml",
+        field="query",
+        files=task(spoilt("{{ text }}", "{% include text %}", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "an answer that names nothing",
         CHECK,
-        ("answer: the template 'good' names no column",),
-        task(spoilt("'{{ label }}'", "good", KEYS) + DATA),
+        "template_without_column",
+        file="t/task.yaml",
+        field="answer",
+        files=task(spoilt("'{{ label }}'", "good", KEYS) + DATA),
     ),
-    Case(
+    refused(
         "an instruction that names a column",
         CHECK,
-        ("t/task.yaml: instruction: Template", "'text'"),
-        task_with("instruction: 'Judge {{ text }}.'\n"),
+        "missing_column",
+        file="t/task.yaml",
+        field="text",
+        found="the columns ['labels']",
+        files=task_with("instruction: 'Judge {{ text }}.'\n"),
     ),
-    Case(
+    refused(
         "an instruction that counts on more labels",
         CHECK,
-        ("t/task.yaml: instruction: Template", "fails"),
-        task_with("instruction: 'Say {{ labels[2].x }}.'\n"),
+        "template_fails",
+        file="t/task.yaml",
+        field="instruction",
+        files=task_with("instruction: 'Say {{ labels[2].x }}.'\n"),
     ),
-    Case(
+    refused(
         "a template that changes what it is given",
         CHECK,
-        ("t/train.jsonl:1: Template",),
-        task(spoilt("{{ text }}", "{{ row.update({}) }}{{ text }}", KEYS) + DATA),
+        "template_fails",
+        file="t/train.jsonl",
+        row=1,
+        files=task(spoilt("{{ text }}", "{{ row.update({}) }}{{ text }}", KEYS) + DATA),
     ),
 ]
 

@@ -68,7 +68,7 @@ def test_list_says_what_stands_in_a_data_root_and_prefers_folders_to_families(
     assert ["yes" in line for line in lines if "svamp" in line or "gsm8k" in line] == [False, False, True]
     (tmp_path / "math").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"The folder math holds no task\.yaml"):
+    with pytest.raises(UserError, match=r"math: the folder holds no task\.yaml"):
         run("list", "math")
     with pytest.raises(UserError, match="--search looks through the catalogue; leave out 'math'"):
         run("list", "math", "--search", "numbers")

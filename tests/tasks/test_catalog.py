@@ -14,7 +14,7 @@ import pytest
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.catalog import CATALOG_FOLDER, CatalogEntry, catalog_entries, catalog_files, search_catalog
 from manyicl.tasks.files import load_task, load_tasks
-from manyicl.tasks.rows import read_hub_rows
+from manyicl.tasks.hub import read_hub_rows
 from manyicl.tasks.task import FAMILIES
 from tests.tasks.catalog_rows import FIRST_EXAMPLES, ROWS, shown_all, write_rows
 
@@ -172,7 +172,7 @@ def test_catalogue_tasks_stand_beside_folders_each_once(hub: Path) -> None:
         ("catalog:bankng77", "no task 'bankng77'. Did you mean 'banking77'?"),
         ("catalog:clasification", "Did you mean 'classification'?"),
         ("catalog:tweets_*", "no task 'tweets_*'."),
-        ("catalog:anli_*", "stands for 3 tasks; name one of them: anli_r1, anli_r2, anli_r3."),
+        ("catalog:anli_*", "is the name of 3 tasks. Name one of them: anli_r1, anli_r2, anli_r3."),
         ("trec", "The task 'trec' does not exist. The catalogue has catalog:trec."),
     ],
 )
@@ -198,17 +198,17 @@ def test_a_missing_split_names_the_file_that_is_expected(hub: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_task("catalog:sst2", hub)
     said = str(caught.value)
-    assert f"The split 'validation' is missing in {hub / 'sst2'}; expected {hub / 'sst2'}/validation.jsonl" in said
+    assert f"{hub / 'sst2'}: the split 'validation' is missing; expected {hub / 'sst2'}/validation.jsonl" in said
     assert "Did you mean 'valdation.jsonl'?" in said
     (hub / "sst2" / "train.csv").write_text("sentence,label\n")
-    with pytest.raises(UserError, match=r"holds train\.jsonl and train\.csv; keep one"):
+    with pytest.raises(UserError, match=r"holds train\.jsonl and train\.csv\. Keep one"):
         load_task("catalog:sst2", hub)
 
 
 def test_a_broken_row_is_named_with_file_and_line(hub: Path) -> None:
     path = hub / "cola" / "train.jsonl"
     path.write_text(path.read_text() + '{"sentence": "x", "label": 7}\n')
-    with pytest.raises(UserError, match=r"cola/train\.jsonl:3: The column 'label' holds '7'"):
+    with pytest.raises(UserError, match=r"cola/train\.jsonl:3: class_names does not name the class '7' of the column 'label'"):
         load_task("catalog:cola", hub)
     path.write_text(path.read_text().replace("sentence", "sentense"))
     with pytest.raises(UserError, match=r"cola/train\.jsonl:1: .*'sentence'.* Did you mean 'sentense'\?"):
@@ -245,7 +245,7 @@ def test_a_hub_out_of_reach_says_which_files_stand_in_for_it(tmp_path: Path, mon
         load_task("catalog:snli", load_dataset=unreachable)
     said = str(caught.value)
     assert said == (
-        "hf:stanfordnlp/snli train: the Hub cannot be reached (Couldn't reach the Hub with $HF_TOKEN). With a copy of "
+        "hf:stanfordnlp/snli train: the Hub cannot be reached (couldn't reach the Hub with $HF_TOKEN). With a copy of "
         "the rows, name its folder with --data-root; snli/train.jsonl and snli/test.jsonl are read there, CSV and "
         "Parquet too."
     )
@@ -272,8 +272,8 @@ def test_a_gated_dataset_asks_for_the_token_in_the_environment(monkeypatch: pyte
         (["0", "1"], ""),
         (["Negative", "positive"], ""),
         (["bad", "good"], ""),
-        (["positive", "negative"], "stand in another order than on the Hub: ['positive', 'negative']"),
-        (["negative", "neutral", "positive"], "names 2 classes; the Hub has 3"),
+        (["positive", "negative"], "are in another order than on the Hub; expected the 2 classes ['positive', 'negative']"),
+        (["negative", "neutral", "positive"], "expected the 3 classes ['negative', 'neutral', 'positive'], found 2"),
     ],
 )
 def test_class_names_are_compared_with_the_hubs(names: list[str], message: str) -> None:

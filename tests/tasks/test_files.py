@@ -105,10 +105,10 @@ def test_class_numbers_become_names_before_the_templates(tmp_path: Path, names: 
     assert answers(load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))) == ["positive", "negative"]
     rows[1]["label"] = -1
     write_task(tmp_path / "t", keys, train=rows, test=[])
-    assert "train.jsonl:2: the column 'label' is -1: the row has no label. Mend the row, or" in refusal(tmp_path / "t")
+    assert "train.jsonl:2: the column 'label' is -1: the row has no label. Fix the row, or" in refusal(tmp_path / "t")
     rows[1]["label"] = 7
     write_task(tmp_path / "t", keys, train=rows, test=[])
-    assert "train.jsonl:2: The column 'label' holds '7'" in refusal(tmp_path / "t")
+    assert "train.jsonl:2: class_names does not name the class '7' of the column 'label'" in refusal(tmp_path / "t")
 
 
 def test_choices_are_the_rows_own_options(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_choices_are_the_rows_own_options(tmp_path: Path) -> None:
     task = load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))
     assert (task.labels, task.metric, task.train[0].query.choices) == (None, "accuracy", ("a", "b"))
     write_task(tmp_path / "t", keys, train=[{"text": "?", "label": "c", "options": ["a", "b"]}], test=[])
-    assert "train.jsonl:1: the answer 'c' is none of the row's options ['a', 'b']" in refusal(tmp_path / "t")
+    assert "train.jsonl:1: the answer 'c' is none of the row's options; expected one of ['a', 'b']" in refusal(tmp_path / "t")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_rows_of_the_hub_are_read_through_datasets(tmp_path: Path) -> None:
         ("querry: x\n", "unknown key 'querry'. Did you mean 'query'?"),
         ("family: clasification\n", "Did you mean 'classification'?"),
         ("metric: rouge\n", "Did you mean 'rouge"),
-        ("labels: [a, a]\n", "'a' stands twice"),
+        ("labels: [a, a]\n", "the label 'a' is given twice"),
         ("labels: [a]\n", "expected two labels at least"),
         ("labels: [a, b]\nchoices: c\n", "give one of them"),
         ("max_answer_tokens: 0\n", "max_answer_tokens"),
@@ -236,12 +236,12 @@ def test_rows_of_the_hub_are_read_through_datasets(tmp_path: Path) -> None:
         ("data: {tran: x}\n", "Did you mean 'train'?"),
         ("data: {file: x, test_fractoin: 0.1}\n", "Did you mean 'test_fraction'?"),
         ("data: {file: x, test_fraction: 1.5}\n", "test_fraction"),
-        ("query: text\n", "names no column; write one in braces, as in '{{ text }}'"),
+        ("query: text\n", "names no column. Write one in braces, as in '{{ text }}'"),
         ("query: '{{ text'\n", "does not parse"),
         ("bad_rows: ignore\n", "bad_rows"),
         ("query: '{{ text }}'\nquery: '{{ text }}'\n", "task.yaml:5: not valid YAML, the key 'query' stands twice"),
         ("query: [\n", "not valid YAML"),
-        ("query: {{ text }}\n", "task.yaml:4: not valid YAML, a key is a list or a mapping; put text that begins"),
+        ("query: {{ text }}\n", "task.yaml:4: not valid YAML, a key is a list or a mapping. Put text that begins"),
         ("? [a, b]\n: c\n", "not valid YAML, a key is a list or a mapping"),
     ],
 )
@@ -257,7 +257,7 @@ def test_a_mistake_in_a_task_file_is_one_clear_sentence(tmp_path: Path, keys: st
 def test_a_task_file_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "t")
     (folder / "task.yaml").write_bytes((CLASSIFICATION + FILES + "instruction: Gefühl\n").encode("latin-1"))
-    assert "task.yaml:5: not UTF-8, the byte 0xfc cannot be read" in refusal(folder)
+    assert "task.yaml:5: the file is not text in UTF-8; found the byte 0xfc" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -420,8 +420,8 @@ def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> N
     [
         ("txt:label", "the column 'txt' is missing; .* Did you mean 'text'"),
         ("text-", "write a colon instead"),
-        ("text", "found no answer column"),
-        ("text:label,seed=1,seed=2", "the option 'seed' stands twice"),
+        ("text", "no answer column is named"),
+        ("text:label,seed=1,seed=2", "the option 'seed' is given twice"),
         ("text:label,grup=customer", "Did you mean 'group'"),
         ("text:label,test_fraction=2", "test_fraction"),
         ("text:label,family=clasification", "Did you mean 'classification'"),
@@ -500,7 +500,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
         ("flms", r"does not exist\. Did you mean 'films'\?"),
         ("film*x", r"No task\.yaml matches"),
         ("empty", r"holds no task\.yaml"),
-        ("tickets.csv", r"is a table; name its columns too, as in tickets\.csv:text:label"),
+        ("tickets.csv", r"a table is no task by itself. Name its columns too, as in tickets\.csv:text:label"),
         ("tickts.csv:text:label", r"Did you mean 'tickets\.csv'\?"),
     ],
 )
@@ -513,3 +513,22 @@ def test_a_pattern_that_finds_nothing_says_so(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         load_tasks([pattern])
+
+
+def test_links_to_task_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
+    films = write_task(tmp_path / "elsewhere" / "films")
+    folder = tmp_path / "tasks"
+    write_task(folder / "own")
+    (folder / "linked").symlink_to(films)
+    (folder / "again").symlink_to(films)
+    (folder / "circle").symlink_to(folder)
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    assert [task.name for task in load_tasks([folder])] == ["films", "own"]
+    assert [task.name for task in load_tasks(str(tmp_path / "task*"))] == ["films", "own"]
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"], ""])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        load_task(path)
+    assert caught.value.code == "no_task_named"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from manyicl.errors import MachineError, UserError
-from manyicl.tasks.rows import read_hub_rows, read_rows
+from manyicl.tasks.hub import read_hub_rows
+from manyicl.tasks.rows import read_rows
 
 AWKWARD = ["007", "NA", "1", "null", "1.50", "", "true"]
 
@@ -119,12 +120,12 @@ def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path) -> Non
     ("name", "content", "message"),
     [
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: broken JSON at character"),
-        ("rows.jsonl", b"[1, 2]\n", r"rows\.jsonl:1: expected one JSON object a line.*found a list"),
+        ("rows.jsonl", b"[1, 2]\n", r"rows\.jsonl:1: not a row; expected one JSON object a line.*found a list"),
         ("rows.csv", b'text,label\na,b\n"c,d\n', r"rows\.csv:3: broken CSV"),
-        ("rows.csv", b"text,label\na,b\na,b,c\n", r"rows\.csv:3: expected 2 fields .* found 3"),
-        ("rows.csv", b"text,text\na,b\n", r"rows\.csv:1: the column 'text' stands twice"),
+        ("rows.csv", b"text,label\na,b\na,b,c\n", r"rows\.csv:3: the row does not fit the header; expected 2 fields, found 3"),
+        ("rows.csv", b"text,text\na,b\n", r"rows\.csv:1: the column 'text' occurs twice"),
         ("rows.csv", b"text,\na,b\n", r"rows\.csv:1: a column has no name"),
-        ("rows.csv", b"text,label\na,\xe4\n", r"rows\.csv:2: not UTF-8, the byte 0xe4"),
+        ("rows.csv", b"text,label\na,\xe4\n", r"rows\.csv:2: the file is not text in UTF-8; found the byte 0xe4"),
         ("rows.csv", "text,label\n".encode("utf-16"), r"rows\.csv: the file is UTF-16"),
         ("rows.parquet", b"no parquet", r"rows\.parquet: not a readable Parquet file"),
         ("rows.xlsx", b"", r"expected one of .*\.csv.* found the suffix '\.xlsx'"),
@@ -139,7 +140,7 @@ def test_a_broken_file_is_refused_by_line(tmp_path: Path, name: str, content: by
 
 def test_a_mistyped_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "tickets.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"tickts\.csv does not exist\. Did you mean 'tickets\.csv'\?"):
+    with pytest.raises(UserError, match=r"tickts\.csv: the file does not exist\. Did you mean 'tickets\.csv'\?"):
         read_rows(tmp_path / "tickts.csv")
 
 

@@ -14,8 +14,8 @@ from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import counted
-from manyicl.tasks.building import ON_BOTH_SIDES, normalised
 from manyicl.tasks.demonstrations import evenly_chosen
+from manyicl.tasks.leakage import ON_BOTH_SIDES, normalised
 from manyicl.tasks.task import Example, Task
 from manyicl.tasks.words import folded, without_invisible
 

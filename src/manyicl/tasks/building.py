@@ -1,148 +1,157 @@
-"""Rows and the keys of a task file -> Task: rendering, the rules a row must keep, the split."""
+"""Rows and the keys of a task file -> Task: rendering, and the rules that a row must keep."""
 
 from __future__ import annotations
 
-import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, counted, did_you_mean, shortened, shown
+from manyicl.errors import UserError, counted, did_you_mean, located, shortened, shown
+from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked, normalised
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
-from manyicl.tasks.task import EmptyOptionError, Example, Query, Task, TaskSpec, hash_content
+from manyicl.tasks.spec import TaskSpec
+from manyicl.tasks.split import split, why_one_side_is_empty
+from manyicl.tasks.task import Example, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
-from manyicl.tasks.values import as_written, columns_in, listed
+from manyicl.tasks.values import as_written, columns_in, listed, missing_column, num_characters
 
-ON_BOTH_SIDES = "training row that stands in test too"
+__all__ = ["ON_BOTH_SIDES", "TaskBuilder", "normalised", "require_column", "task_of_examples"]
+
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
-
-
-class _BadRowError(Exception):
-    """A row breaks a rule: ``reason`` is what is counted, the message what is said."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+# Code of the error of a bad row -> how it is counted where such rows are dropped.
+_BAD_ROWS = {
+    "empty_query": "empty query",
+    "empty_answer": "empty answer",
+    "empty_option": "empty option",
+    "text_too_long": "text too long",
+    "half_a_character": "broken character",
+    "row_without_label": "row without a label",
+    "not_an_option": "answer is no option",
+    "unknown_label": "label outside the closed set",
+}
 
 
 class TaskBuilder:
-    """Renders the rows of one task and holds them to its rules."""
+    """Renders the rows of one task and checks its rules."""
 
-    def __init__(self, spec: TaskFile, place: str, default_name: str = "") -> None:
+    def __init__(self, keys: TaskFile, file: str | None, default_name: str = "", *, has_task_file: bool = True) -> None:
         """Compile the templates.
+
+        Args:
+            keys: Keys of a task file.
+            file: File that errors name.
+            default_name: Name of the task where the keys give none.
+            has_task_file: False where the keys come from a table's short form or from Python.
 
         Raises:
             UserError: If a template is wrong.
         """
-        self.spec = spec
-        self.place = place
-        self.name = spec.name or fit_name(default_name)
+        self.keys = keys
+        self.file = file
+        self.task_file = "the task file" if has_task_file else "a task.yaml"
+        self.name = keys.name or fit_name(default_name)
         self.dropped: Counter[str] = Counter()
-        self.query_template = self._template(spec.query, "query")
-        self.answer_template = self._template(spec.answer, "answer")
-        self.answer_column = self.answer_template.bare_column
-        self._require_class_names_read()
-        if spec.instruction:
-            self._compiled(spec.instruction, "instruction")
-        labels = spec.closed_labels
+        with located(file=file):
+            self.query_template = self._template(keys.query, "query")
+            self.answer_template = self._template(keys.answer, "answer")
+            if keys.instruction:
+                self._compiled(keys.instruction, "instruction")
+            self._require_class_names_read()
+        labels = keys.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
         self.label_set = frozenset(self.labels or ())
-        self.closed = labels is not None
-        self.task_spec = TaskSpec(
+        self.is_closed = labels is not None
+        self.spec = TaskSpec(
             name=self.name,
-            family=spec.family,
-            metric=spec.chosen_metric,
+            family=keys.family,
+            metric=keys.chosen_metric,
             labels=self.labels,
-            instruction_template=spec.instruction or None,
-            query_template=spec.query,
-            class_names=spec.class_names,
-            choices_column=spec.choices,
-            source=spec.source or self.name,
-            max_answer_tokens=spec.max_answer_tokens,
+            instruction_template=keys.instruction or None,
+            query_template=keys.query,
+            class_names=keys.class_names,
+            choices_column=keys.choices,
+            source=keys.source or self.name,
+            max_answer_tokens=keys.max_answer_tokens,
         )
+
+    def _compiled(self, source: str, key: str) -> Template:
+        try:
+            return compiled(source)
+        except UserError as error:
+            error.what = f"{key}: {error.what}"
+            raise error.at(field=key)  # noqa: B904
 
     def _template(self, source: str, key: str) -> Template:
         template = self._compiled(source, key)
         if not template.columns:
+            column = source.strip() if source.strip().isidentifier() else "text"
             hint = " A column whose name has a meaning of its own is written row['true']." if "{{" in source else ""
             raise UserError(
-                f"{self.place}: {key}: the template {source!r} names no column; write one in braces, as in "
-                f"'{{{{ {source.strip() if source.strip().isidentifier() else 'text'} }}}}'.{hint}"
+                "template_without_column",
+                f"{key}: the template {source!r} names no column",
+                remedy=f"Write one in braces, as in '{{{{ {column} }}}}'.{hint}",
+                field=key,
             )
         return template
 
     def _require_class_names_read(self) -> None:
         """Refuse class names of a column that nothing reads: it is misspelt, and they would name nothing."""
         read = {*self.query_template.columns, *self.answer_template.columns}
-        for place in filter(None, (self.spec.choices, self.spec.references)):
+        for place in filter(None, (self.keys.choices, self.keys.references)):
             read |= columns_in(place)
-        for column in self.spec.class_names:
+        for column in self.keys.class_names:
             if column not in read:
                 raise UserError(
-                    f"{self.place}: class_names: no template, choices or references read the column {column!r}; "
-                    f"name one of {sorted(read)}, or leave it out.{did_you_mean(column, read)}"
+                    "no_effect",
+                    f"class_names: no template, choices or references read the column {column!r}",
+                    expected=f"one of {sorted(read)}",
+                    remedy=did_you_mean(column, read).strip() or "Leave it out.",
+                    field="class_names",
                 )
-
-    def _compiled(self, source: str, key: str) -> Template:
-        try:
-            return compiled(source)
-        except UserError as error:
-            raise UserError(f"{self.place}: {key}: {error}") from error
 
     def two_sided_task(self, train: Sequence[LocatedRow], test: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that come with their sides."""
-        sides = _Sides(self._render_all(train), self._render_all(test))
-        if test and not sides.test:
-            self._refuse_no_test_rows()
-        return self._finish(sides)
+        with located(file=self.file):
+            examples = self._render_all(train), self._render_all(test)
+            if test and not examples[1]:
+                self._refuse_no_rows("test")
+            return self._finish(*examples)
 
     def split_task(self, rows: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that are split here."""
-        data = self.spec.data
+        data = self.keys.data
         assert isinstance(data, OneFile)
         groups: dict[str, str] = {}
         if data.group is not None:
             require_column(rows, data.group, Path(data.file))
             # A row without a group, an empty field or null, is a group of its own.
             groups = {row.origin: str(as_written(row.columns[data.group])).strip() for row in rows}
-        sides = _split(self._render_all(rows), data, groups, self.closed)
-        if sides.test and not sides.train:
-            self._refuse_no_rows_to_train_on(sides.test, groups, data)
-        if data.test_fraction > 0 and not sides.test:
-            raise UserError(
-                f"{self.place}: task {self.name!r} has too few rows to leave any for testing; add rows, or set "
-                "test_fraction to 0 to use all as demonstrations."
-            )
-        return self._finish(sides)
+        with located(file=self.file):
+            examples = self._render_all(rows)
+            if not examples:
+                self._refuse_no_rows("training")
+            train, test = split(examples, data, groups, self.is_closed)
+            if not train or (data.test_fraction > 0 and not test):
+                side = "test" if train else "training"
+                cause = why_one_side_is_empty(examples, data, groups)
+                if side == "test" and cause.startswith("test_fraction"):
+                    cause = f"there are {len(examples):,}, and the first of each label stays in training"
+                raise UserError(
+                    f"no_{side}_rows",
+                    f"task {self.name!r} has no {side} rows: {cause}, so none is left",
+                    remedy="Set test_fraction to 0, or add rows.",
+                )
+            return self._finish(train, test)
 
-    def _refuse_no_rows_to_train_on(
-        self, test: Sequence[Example], groups: Mapping[str, str], data: OneFile
-    ) -> NoReturn:
-        """Say why the split put all rows on the test side."""
-        num_groups = len({_group_of(example, groups) for example in test})
-        if len(test) == 1:
-            cause = "there is one row"
-        elif num_groups == 1:
-            what = f"value of {data.group!r}, the group" if groups.get(test[0].origin) else "query"
-            cause = f"all {len(test):,} rows have the same {what}"
-        else:
-            cause = f"test_fraction is {data.test_fraction:g} of {len(test):,} rows"
-        raise UserError(
-            f"{self.place}: task {self.name!r} has no training rows: {cause}, so none is left for training; set "
-            "test_fraction to 0, or add rows."
-        )
+    def _refuse_no_rows(self, side: str) -> NoReturn:
+        counts = ", ".join(f"{count} ({reason})" for reason, count in self.dropped.items())
+        note = f" left; dropped: {counts}" if counts else ""
+        raise UserError(f"no_{side}_rows", f"task {self.name!r} has no {side} rows{note}")
 
     def _render_all(self, rows: Iterable[LocatedRow]) -> tuple[Example, ...]:
         """Render rows; one that breaks a rule is refused, or dropped and counted, as the task file says."""
@@ -150,182 +159,184 @@ class TaskBuilder:
         for row in rows:
             try:
                 examples.append(self._render(row))
-            except _BadRowError as error:
-                if self.spec.bad_rows == "refuse":
-                    raise UserError(
-                        f"{row.place}: {error} Mend the row, or set `bad_rows: drop` in the task file of {self.name!r}."
-                    ) from error
-                self.dropped[error.reason] += 1
+            except UserError as error:
+                reason = _BAD_ROWS.get(error.code)
+                if reason is not None and self.keys.bad_rows == "drop":
+                    self.dropped[reason] += 1
+                    continue
+                if reason is not None:
+                    remedy = f"Fix the row, or set `bad_rows: drop` in {self.task_file} of {self.name!r}."
+                    error.remedy = f"{error.remedy} {remedy}" if error.remedy else remedy
+                raise error.at(file=row.file, row=row.line)  # noqa: B904
         return tuple(examples)
 
     def _render(self, row: LocatedRow) -> Example:
         """Render one row to an example.
 
         Raises:
-            UserError: If a column is missing or the row holds several labels.
-            _BadRowError: If the row breaks a rule.
+            UserError: If a column is missing, the row holds several labels, or breaks a rule (``_BAD_ROWS``).
         """
         try:
-            query = self.task_spec.query(row.columns)
-            answers = self._answers(row)
-        except EmptyOptionError as error:
-            raise _BadRowError("empty option", str(error)) from error
+            query = self.spec.query(row.columns)
+            answers = self._answers(row.columns)
         except UserError as error:
-            self._require_short_columns(row)
-            raise UserError(f"{row.place}: {error}") from error
+            if error.code not in _BAD_ROWS:
+                self._require_short_columns(row.columns)
+            raise
         for what, texts in (("query", (query.text,)), ("option", query.choices or ()), ("answer", answers)):
             for text in texts:
                 self._require_short(f"the {what}", len(text))
-                _require_text(text)
+                _require_whole_characters(text)
         if not query.text.strip():
-            raise _BadRowError("empty query", "the query is empty.")
+            raise UserError("empty_query", "the query is empty", field="query")
         for answer in (*answers, *(query.choices or ())):
             _require_answer(answer)
-        self._require_known(answers[0], query, row)
+        self._require_known(answers[0], query)
         return Example(query, answers[0], answers, row.origin)
 
-    def _require_short_columns(self, row: LocatedRow) -> None:
+    def _require_short_columns(self, columns: Mapping[str, object]) -> None:
         """Say that a row is too long where a template failed on it: it may be bad, and the template good for others."""
         read = {*self.query_template.columns, *self.answer_template.columns}
-        for column in sorted(read & row.columns.keys()):
-            self._require_short(f"the column {column!r}", _num_characters(row.columns[column]))
+        for column in sorted(read & columns.keys()):
+            self._require_short(f"the column {column!r}", num_characters(columns[column]))
 
     def _require_short(self, what: str, num_characters: int) -> None:
-        most = self.spec.max_characters
-        if num_characters > most:
-            raise _BadRowError(
-                "text too long",
-                f"{what} has {counted(num_characters, 'character')}; max_characters is {most:,}.",
+        if num_characters > self.keys.max_characters:
+            raise UserError(
+                "text_too_long",
+                f"{what} is too long",
+                expected=f"at most {self.keys.max_characters:,} (max_characters)",
+                found=counted(num_characters, "character"),
             )
 
-    def _answers(self, row: LocatedRow) -> tuple[str, ...]:
+    def _answers(self, columns: Mapping[str, object]) -> tuple[str, ...]:
         """Render every accepted answer, the canonical one first, without repeats."""
-        self._refuse_unlabelled(row)
-        values = row.columns.get(self.answer_column) if self.answer_column is not None else None
+        template, class_names = self.answer_template, self.keys.class_names
+        for column in class_names.keys() & set(template.columns):
+            if str(columns.get(column)) == _UNLABELLED and _UNLABELLED not in class_names[column]:
+                raise UserError("row_without_label", f"the column {column!r} is -1: the row has no label", field=column)
+        bare = template.bare_column
+        values = columns.get(bare) if bare is not None else None
         if isinstance(values, list | tuple):
             if not values:
-                raise _BadRowError("empty answer", f"the answer column {self.answer_column!r} holds an empty list.")
-            answers = [
-                self.answer_template.render({**row.columns, str(self.answer_column): answer}, self.spec.class_names)
-                for answer in values
-            ]
+                raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
+            answers = [template.render({**columns, str(bare): answer}, class_names) for answer in values]
         else:
-            answers = [self.answer_template.render(row.columns, self.spec.class_names)]
-        if self.closed:
-            self._refuse_several_labels(answers, row)
-        if self.spec.references is not None:
-            references = listed(row.columns, self.spec.references)
+            answers = [template.render(columns, class_names)]
+        if self.is_closed:
+            self._refuse_several_labels(answers, columns)
+        if self.keys.references is not None:
+            references = listed(columns, self.keys.references)
             if not isinstance(references, list | tuple):
                 raise UserError(
-                    f"the column {self.spec.references!r} lists the accepted answers; expected a list, "
-                    f"found {references!r}."
+                    "not_a_list",
+                    f"the column {self.keys.references!r} lists the accepted answers",
+                    expected="a list",
+                    found=shown(references),
+                    field=self.keys.references,
                 )
             answers += [str(as_written(reference)) for reference in references]
         return tuple(dict.fromkeys(answer.strip() for answer in answers))
 
-    def _refuse_unlabelled(self, row: LocatedRow) -> None:
-        for column in self.answer_template.columns:
-            names = self.spec.class_names.get(column)
-            if names and str(row.columns.get(column)) == _UNLABELLED and _UNLABELLED not in names:
-                raise _BadRowError("row without a label", f"the column {column!r} is -1: the row has no label.")
-
-    def _refuse_several_labels(self, answers: Sequence[str], row: LocatedRow) -> None:
+    def _refuse_several_labels(self, answers: Sequence[str], columns: Mapping[str, object]) -> None:
         """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""
-        several = self._several_labels(answers, row)
-        if len(several) > 1:
+        labels = self._labels_in(answers, columns)
+        if len(labels) > 1:
             raise UserError(
-                f"task {self.name!r} is multi-label: this row has {sorted(several)}. One answer of a closed "
-                "set is expected for each row; keep the rows with one label, or make a yes/no task of each label."
+                "several_labels",
+                f"task {self.name!r} is multi-label: this row has {sorted(labels)}",
+                expected="one label in each row",
+                remedy="Keep the rows with one label, or make a yes/no task of each label.",
             )
 
-    def _several_labels(self, answers: Sequence[str], row: LocatedRow) -> set[str]:
-        """Find several labels in one answer: a list as it stands, a list joined, or a text that joins labels."""
+    def _labels_in(self, answers: Sequence[str], columns: Mapping[str, object]) -> set[str]:
+        """Find several labels in one answer: a list as it is, a list joined, or a text that joins labels."""
         if len(answers) > 1:
             return set(answers)
         answer = answers[0]
         for column in self.answer_template.columns:
-            value = row.columns.get(column)
+            value = columns.get(column)
             if isinstance(value, list | tuple) and answer not in map(str, value):
                 return set(map(str, value))
         parts = {part.strip() for part in re.split(r"[,;|]", answer)}
         return parts if self.labels and answer not in self.label_set and parts <= self.label_set else {answer}
 
-    def _require_known(self, answer: str, query: Query, row: LocatedRow) -> None:
-        """Hold an answer to the row's options or to the closed set."""
+    def _require_known(self, answer: str, query: Query) -> None:
+        """Check an answer against the row's options or the closed set."""
         if query.choices is not None and answer not in query.choices:
-            raise _BadRowError(
-                "answer is no option",
-                f"the answer {shortened(answer)!r} is none of the row's options "
-                f"{shortened(repr(list(query.choices)))}.",
-            )
+            options = shortened(repr(list(query.choices)))
+            what = f"the answer {shortened(answer)!r} is none of the row's options"
+            raise UserError("not_an_option", what, expected=f"one of {options}")
         if self.labels is not None and answer not in self.label_set:
-            shown = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
+            named = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
             # Where rows are dropped nobody reads it, and among thousands of labels it takes a tenth of a second.
-            hint = did_you_mean(shortened(answer), self.labels) if self.spec.bad_rows == "refuse" else ""
-            raise _BadRowError(
-                "label outside the closed set",
-                f"{shortened(answer)!r} is no label of task {self.name!r}; its labels are {shown}.{hint}",
+            hint = did_you_mean(shortened(answer), self.labels).strip() if self.keys.bad_rows == "refuse" else None
+            raise UserError(
+                "unknown_label",
+                f"{shortened(answer)!r} is no label of task {self.name!r}",
+                expected=f"one of {named}",
+                remedy=hint or None,
             )
 
-    def _finish(self, sides: _Sides) -> Task:
-        """Take repeated rows off the training side, settle the labels, hash the examples."""
-        train = self._without_test_rows(sides)
+    def _finish(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> Task:
+        """Take leaked rows off the training side, settle the labels, hash the examples."""
+        train = self._without_test_queries(train, test)
         if not train:
-            raise UserError(f"{self.place}: task {self.name!r} has no training rows{self._dropped_note()}.")
-        test = sides.test
+            self._refuse_no_rows("training")
         labels = self.labels
-        if self.closed and labels is None:
+        if self.is_closed and labels is None:
             labels = tuple(sorted({example.answer for example in train}))
             if len(labels) < 2:
                 raise UserError(
-                    f"{self.place}: task {self.name!r} takes its labels from the training rows, and all have "
-                    f"the answer {labels[0]!r}; expected two labels at least."
+                    "one_label",
+                    f"task {self.name!r} takes its labels from the training rows, and all have the answer "
+                    f"{labels[0]!r}",
+                    expected="two labels at least",
                 )
-            test = self._with_known_labels(test, labels)
-        if sides.test and not test:
-            self._refuse_no_test_rows()
-        task = Task(self.task_spec.model_copy(update={"labels": labels}), train, test, dropped=dict(self.dropped))
+            num_test, test = len(test), self._with_known_labels(test, labels)
+            if num_test and not test:
+                self._refuse_no_rows("test")
+        spec = self.spec.model_copy(update={"labels": labels})
+        task = Task(spec, train, test, dropped=dict(self.dropped))
         try:
             return replace(task, data_hash=hash_content(task))
         except UserError as error:  # of the instruction, which alone is rendered here: it needs all labels
-            raise UserError(f"{self.place}: instruction: {error}") from error
+            error.what = f"instruction: {error.what}"
+            raise error.at(field="instruction")  # noqa: B904
 
-    def _refuse_no_test_rows(self) -> NoReturn:
-        raise UserError(f"{self.place}: task {self.name!r} has no test rows{self._dropped_note()}.")
-
-    def _dropped_note(self) -> str:
-        if not self.dropped:
-            return ""
-        return " left; dropped: " + ", ".join(f"{count} ({reason})" for reason, count in self.dropped.items())
-
-    def _without_test_rows(self, sides: _Sides) -> tuple[Example, ...]:
-        asked = {normalised(example.query.text): example for example in reversed(sides.test)}
-        train = tuple(example for example in sides.train if normalised(example.query.text) not in asked)
-        if num_repeats := len(sides.train) - len(train):
-            if self.spec.on_both_sides == "refuse":
-                first = next(example for example in sides.train if normalised(example.query.text) in asked)
-                twin = asked[normalised(first.query.text)]
-                raise UserError(
-                    f"{self.place}: task {self.name!r} has {counted(num_repeats, 'training row')} whose query stands "
-                    f"in test too; the first is {first.origin}, like {twin.origin}. Take such rows off one side, or "
-                    "set `on_both_sides: drop`, which takes them off the training side."
-                )
-            self.dropped[ON_BOTH_SIDES] += num_repeats
-        return train
+    def _without_test_queries(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> tuple[Example, ...]:
+        pairs = leaked(train, test)
+        if pairs and self.keys.on_both_sides == "refuse":
+            example, twin = pairs[0]
+            raise UserError(
+                "on_both_sides",
+                f"task {self.name!r} has {counted(len(pairs), 'training row')} whose query is in test too; the first "
+                f"is {example.origin}, like {twin.origin}",
+                remedy="Take such rows off one side, or set `on_both_sides: drop`, which takes them off the training "
+                "side.",
+            )
+        if not pairs:
+            return train
+        self.dropped[ON_BOTH_SIDES] += len(pairs)
+        leaks = {id(example) for example, _ in pairs}
+        return tuple(example for example in train if id(example) not in leaks)
 
     def _with_known_labels(self, test: tuple[Example, ...], labels: tuple[str, ...]) -> tuple[Example, ...]:
-        known = frozenset(labels)
-        unknown = [example for example in test if example.answer not in known]
-        if unknown and self.spec.bad_rows == "refuse":
+        label_set = frozenset(labels)
+        unknown = [example for example in test if example.answer not in label_set]
+        if not unknown:
+            return test
+        if self.keys.bad_rows == "refuse":
+            answer = unknown[0].answer
             raise UserError(
-                f"{self.place}: {unknown[0].origin}: no training row of task {self.name!r} has the label "
-                f"{unknown[0].answer!r}, which stands in {counted(len(unknown), 'test row')}."
-                f"{did_you_mean(unknown[0].answer, labels)} "
-                "List all labels under `labels:`, take another family if answers are free, or set `bad_rows: drop`."
+                "label_only_in_test",
+                f"{unknown[0].origin}: no training row of task {self.name!r} has the label {answer!r}, which is in "
+                f"{counted(len(unknown), 'test row')}",
+                remedy=f"{did_you_mean(answer, labels).strip()} List all labels under `labels:` in {self.task_file}, "
+                "take another family if answers are free, or set `bad_rows: drop`.".strip(),
             )
-        if unknown:
-            self.dropped["label that no training row has"] += len(unknown)
-        return tuple(example for example in test if example.answer in known)
+        self.dropped["label that no training row has"] += len(unknown)
+        return tuple(example for example in test if example.answer in label_set)
 
 
 def task_of_examples(
@@ -345,7 +356,7 @@ def task_of_examples(
         keys: Further keys of a task file.
     """
     sides = [
-        [_row_of(example, side, n) for n, example in enumerate(examples, 1)]
+        [_row_of(example, side, number) for number, example in enumerate(examples, 1)]
         for side, examples in (("train", train), ("test", test))
     ]
     values = {
@@ -357,8 +368,7 @@ def task_of_examples(
         "data": TwoFiles(train=("train",)),
         **keys,
     }
-    spec = validated(TaskFile, values, f"Task {name!r}")
-    return TaskBuilder(spec, f"Task {name!r}").two_sided_task(*sides)
+    return TaskBuilder(validated(TaskFile, values, None), None, has_task_file=False).two_sided_task(*sides)
 
 
 def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> LocatedRow:
@@ -390,81 +400,21 @@ def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
     """
     for row in rows:
         if column not in row.columns:
-            raise UserError(
-                f"{row.place}: the column {column!r} is missing; the row has {sorted(row.columns)}."
-                f"{did_you_mean(column, row.columns)}"
-            )
+            raise missing_column(column, row.columns).at(file=row.file, row=row.line)
     if not rows:
-        raise UserError(f"{path} holds no rows.")
+        raise UserError("no_rows", "the file holds no rows", file=path)
 
 
-def normalised(query_text: str) -> str:
-    """Return what makes two queries the same: letters composed, case folded, white space collapsed.
-
-    Composed and decomposed letters (NFC, NFD) are the same text by Unicode's own rule, and look it. Compatibility
-    folding (NFKC) would go on to make ``x²`` the same as ``x2``, and would change which rows of a Chinese task a split
-    puts on which side, for the order of these texts decides that.
-    """
-    return " ".join(unicodedata.normalize("NFC", query_text).casefold().split())
-
-
-def _split(examples: tuple[Example, ...], data: OneFile, groups: dict[str, str], closed: bool) -> _Sides:
-    """Split rows by fraction and seed; whole groups, where a column ties rows, and no repeat across sides.
-
-    Rows with the same query count as one group, so that a repeat does not fall to the other side. Of closed
-    labels, the first row of each stays in training unless groups forbid it: a label never shown cannot be given.
-    """
-    group_of = [_group_of(example, groups) for example in examples]
-    order = sorted(set(group_of))
-    random.Random(f"split {data.seed}").shuffle(order)
-    kept: set[str] = set()
-    if closed and not groups:
-        first_of_label: dict[str, str] = {}
-        rank = {group: position for position, group in enumerate(order)}
-        for example, group in sorted(zip(examples, group_of, strict=True), key=lambda pair: rank[pair[1]]):
-            first_of_label.setdefault(example.answer, group)
-        kept = set(first_of_label.values())
-    sizes = Counter(group_of)
-    wanted = round(len(examples) * data.test_fraction)
-    if data.test_fraction > 0:
-        wanted = max(1, wanted)
-    test_groups: set[str] = set()
-    num_test = 0
-    for group in order:
-        if num_test >= wanted:
-            break
-        if group not in kept:
-            test_groups.add(group)
-            num_test += sizes[group]
-    sides = list(zip(examples, group_of, strict=True))
-    return _Sides(
-        train=tuple(example for example, group in sides if group not in test_groups),
-        test=tuple(example for example, group in sides if group in test_groups),
-    )
-
-
-def _group_of(example: Example, groups: Mapping[str, str]) -> str:
-    return groups.get(example.origin) or normalised(example.query.text)
-
-
-def _num_characters(value: object) -> int:
-    """Count the characters of a value, lists and mappings counted through."""
-    if isinstance(value, Mapping):
-        return _num_characters([*value.keys(), *value.values()])
-    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else len(str(value))
-
-
-def _require_text(text: str) -> None:
+def _require_whole_characters(text: str) -> None:
     """Refuse half characters: JSON may hold lone surrogates, which no tokenizer or file can."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRowError(
-            "broken character", f"a text holds half a character, {text[error.start : error.end]!r}."
-        ) from error
+        half = text[error.start : error.end]
+        raise UserError("half_a_character", f"a text holds half a character, {half!r}") from error
 
 
 def _require_answer(answer: str) -> None:
     """Refuse an answer that could not be supervised."""
     if not answer:
-        raise _BadRowError("empty answer", "an answer or option is empty.")
+        raise UserError("empty_answer", "an answer or option is empty")

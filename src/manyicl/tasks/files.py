@@ -11,27 +11,20 @@ from pathlib import Path
 from typing import Literal
 
 from manyicl.checked import validated
-from manyicl.errors import MachineError, UserError, did_you_mean
+from manyicl.errors import MachineError, UserError, did_you_mean, located, shown
+from manyicl.paths import exists, expanded, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
-from manyicl.tasks.rows import (
-    SUFFIXES,
-    LoadDataset,
-    LocatedRow,
-    exists,
-    find_split,
-    nearest_path,
-    read_hub_rows,
-    read_rows,
-    require_file,
-    unknown_suffix,
-)
+from manyicl.tasks.hub import LoadDataset, find_split, read_hub_rows
+from manyicl.tasks.rows import DELIMITERS, SUFFIXES, LocatedRow, read_rows, require_file, unknown_suffix
 from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file
 from manyicl.tasks.task import Family, Task
 from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
 _TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)
+_TABLE_FORM = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
+_TABLE_OPTIONS = ("group", "test_fraction", "seed", "family", "name")
 _MOST_LABELS_INFERRED = 100
 
 
@@ -45,45 +38,48 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
     any table that its user can read, so look at ``data`` in one that a stranger wrote.
 
     Args:
-        path: What to load.
-        data_root: A second place where data paths may begin, and where copies of Hub datasets stand.
-        load_dataset: Stands in for ``datasets.load_dataset``.
+        path: Folder, file, table or entry.
+        data_root: Second place where data paths may begin, and where copies of Hub datasets are.
+        load_dataset: Replacement of ``datasets.load_dataset``.
 
     Raises:
         UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
         MachineError: If the rows are on the Hub and it cannot be reached.
     """
     path = _required_pattern(path)
-    data_root = data_root and Path(_expanded(data_root))
+    data_root = data_root and Path(expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
-        raise UserError(f"The data root {data_root} is no folder.{nearest_path(data_root)}")
+        hint = nearest_path(data_root).strip() or None
+        raise UserError("not_a_folder", "the data root is no folder", remedy=hint, file=data_root)
     table = _TABLE.fullmatch(path)
     if table is not None and not exists(Path(path)):
-        return _task_from_table(table["path"], table["columns"])
+        with located(file=table["path"]):
+            return _task_from_table(table["path"], table["columns"])
     file = Path(path)
     if path.startswith(CATALOG_PREFIX):
         files = catalog_files(path)
         if len(files) > 1:
-            names = ", ".join(file.parent.name for file in files[:5]) + (", …" if len(files) > 5 else ".")
-            raise UserError(f"{path!r} stands for {len(files)} tasks; name one of them: {names}")
+            names = ", ".join(file.parent.name for file in files[:5]) + (", …" if len(files) > 5 else "")
+            what = f"{path!r} is the name of {len(files)} tasks"
+            raise UserError("several_tasks", what, remedy=f"Name one of them: {names}.")
         file = files[0]
     file = _task_file(file)
     return _build_task(read_task_file(file), file, data_root, load_dataset)
 
 
-def load_tasks(patterns: Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
+def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
     """Load tasks by folders, ``task.yaml`` files, folders of task folders, globs, tables and the catalogue, each once.
 
     Args:
-        patterns: Such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``,
-            ``catalog:banking77``, ``catalog:tweet_*``, ``catalog:nli``.
-        data_root: A second place where data paths may begin; see ``load_task``.
+        patterns: Patterns such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``,
+            ``catalog:banking77``, ``catalog:tweet_*``, ``catalog:nli``; or a single one.
+        data_root: Second place where data paths may begin; see ``load_task``.
 
     Raises:
         UserError: If a pattern matches nothing, two tasks have one name, or a task is wrong.
     """
     places: dict[str, str | Path] = {}
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         for place in task_places(pattern):
             places.setdefault(str(place.resolve()) if isinstance(place, Path) else place, place)
     tasks: dict[str, Task] = {}
@@ -92,8 +88,9 @@ def load_tasks(patterns: Sequence[str | Path], data_root: Path | None = None) ->
         task = load_task(place, data_root)
         if task.name in tasks:
             raise UserError(
-                f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}. "
-                "Rename one with `name:` in its task.yaml."
+                "duplicate_task",
+                f"two tasks are named {task.name!r}: {place_of[task.name]} and {place}",
+                remedy="Rename one with `name:` in its task.yaml.",
             )
         tasks[task.name] = task
         place_of[task.name] = place
@@ -101,10 +98,10 @@ def load_tasks(patterns: Sequence[str | Path], data_root: Path | None = None) ->
 
 
 def task_places(pattern: str | Path) -> list[str | Path]:
-    """List the task files, or the table, that one pattern stands for.
+    """List the task files, or the table, that one pattern names; links to folders are followed.
 
     Raises:
-        UserError: If it stands for nothing.
+        UserError: If it names nothing.
     """
     pattern = _required_pattern(pattern)
     path = Path(pattern)
@@ -116,27 +113,41 @@ def task_places(pattern: str | Path) -> list[str | Path]:
         if glob.has_magic(pattern):
             return _matching_places(pattern)
     if path.is_dir() and not (path / TASK_FILE).is_file():
-        found = sorted(path.rglob(TASK_FILE))
+        found = _task_files_below(path)
         if not found:
-            raise UserError(f"The folder {path} holds no {TASK_FILE}, nor does any folder in it.")
+            what = f"the folder holds no {TASK_FILE}, nor does any folder in it"
+            raise UserError("no_tasks", what, file=path)
         return list(found)
     return [_task_file(path)]
 
 
-def _required_pattern(pattern: str | Path) -> str:
+def _required_pattern(pattern: object) -> str:
     """Return a pattern with the home folder in place of ``~``.
 
     Raises:
-        UserError: If it is empty, which to Python is the folder that one is in.
+        UserError: If it is no path, or empty, which to Python is the current folder.
     """
-    if not str(pattern).strip():
-        raise UserError("The name of a task is empty; expected a folder, a table or an entry of the catalogue.")
-    return _expanded(pattern)
+    if not isinstance(pattern, str | Path) or not str(pattern).strip():
+        found = "an empty name" if isinstance(pattern, str | Path) else shown(pattern)
+        expected = "a folder, a table or an entry of the catalogue"
+        raise UserError("no_task_named", "no task is named", expected=expected, found=found)
+    return expanded(pattern)
 
 
-def _expanded(written: str | Path) -> str:
-    """Put the home folder in place of ``~`` at the beginning of a path, which a shell does only outside of quotes."""
-    return os.path.expanduser(written)  # noqa: PTH111
+def _task_files_below(folder: Path) -> list[Path]:
+    """Find the task files in a folder and all folders in it; each folder once, though links lead to it again."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        if TASK_FILE in files:
+            found.append(Path(place) / TASK_FILE)
+    return sorted(found)
 
 
 def _matching_places(pattern: str) -> list[str | Path]:
@@ -144,11 +155,12 @@ def _matching_places(pattern: str) -> list[str | Path]:
     places: list[str | Path] = []
     for match in map(Path, sorted(glob.glob(pattern, recursive=True))):  # noqa: PTH207
         if match.is_dir():
-            places += sorted(match.rglob(TASK_FILE))
+            places += _task_files_below(match)
         elif match.suffix in (".yaml", ".yml"):
             places.append(match)
     if not places:
-        raise UserError(f"No {TASK_FILE} matches {pattern!r}; the pattern is relative to {Path.cwd()}.")
+        what = f"No {TASK_FILE} matches {pattern!r}; the pattern is relative to {Path.cwd()}"
+        raise UserError("no_tasks", what)
     return places
 
 
@@ -156,49 +168,54 @@ def _task_file(path: Path) -> Path:
     """Find the task.yaml that a path names."""
     if exists(path) and path.is_dir():
         if not (path / TASK_FILE).is_file():
-            raise UserError(f"The folder {path} holds no {TASK_FILE}.{did_you_mean(TASK_FILE, _names_in(path))}")
+            names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+            hint = did_you_mean(TASK_FILE, names).strip() or None
+            raise UserError("no_tasks", f"the folder holds no {TASK_FILE}", remedy=hint, file=path)
         return path / TASK_FILE
     table, colon, _ = str(path).partition(":")
     if colon and not exists(path) and Path(table).is_file() and Path(table).suffix.lower() not in SUFFIXES:
         raise unknown_suffix(Path(table))
     if not path.is_file():
-        raise UserError(
-            f"The task {str(path)!r} does not exist.{nearest_path(path)}{catalog_hint(str(path))} "
-            "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
-        )
+        hints = f"{nearest_path(path)}{catalog_hint(str(path))}".strip()
+        lists = "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
+        what = f"the task {str(path)!r} does not exist"
+        raise UserError("unknown_task", what, remedy=f"{hints} {lists}".strip())
     if path.suffix.lower() in SUFFIXES:
         raise UserError(
-            f"{path} is a table; name its columns too, as in {path.name}:text:label for a query column `text` "
-            "and an answer column `label`."
+            "table_without_columns",
+            "a table is no task by itself",
+            remedy=f"Name its columns too, as in {path.name}:text:label for a query column `text` and an answer "
+            "column `label`.",
+            file=path,
         )
     return path
 
 
-def _names_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-
-
 def _task_from_table(path: str, columns: str) -> Task:
     """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``."""
-    form = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
     pair, *options = columns.split(",")
     query_column, arrow, answer_column = pair.partition("->")
     if not arrow:
         query_column, _, answer_column = pair.partition(":")
     if not query_column.strip() or not answer_column.strip():
         raise UserError(
-            f"{path}:{columns}: expected {form}; found no answer column. "
-            "(A shell cuts an unquoted `->` off; write a colon instead.)"
+            "bad_table",
+            "no answer column is named",
+            expected=_TABLE_FORM,
+            found=f"{path}:{columns}",
+            remedy="A shell cuts an unquoted `->` off; write a colon instead.",
         )
     settings = dict(option.partition("=")[::2] for option in options)
     if len(settings) < len(options):
         keys = [option.partition("=")[0] for option in options]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{path}:{columns}: the option {repeated!r} stands twice; keep one of them.")
-    known = ("group", "test_fraction", "seed", "family", "name")
+        raise UserError("bad_table", f"the option {repeated!r} is given twice", remedy="Keep one of them.")
     for key, value in settings.items():
-        if key not in known or not value:
-            raise UserError(f"{path}:{columns}: expected {form}; found {key!r}.{did_you_mean(key, known)}")
+        if key not in _TABLE_OPTIONS:
+            hint = did_you_mean(key, _TABLE_OPTIONS).strip() or None
+            raise UserError("bad_table", f"unknown option {key!r}", expected=_TABLE_FORM, remedy=hint)
+        if not value:
+            raise UserError("bad_table", f"the option {key!r} has no value", expected=_TABLE_FORM)
     name, family = settings.pop("name", None), settings.pop("family", None)
     data = validated(OneFile, {"file": path, **settings}, path)
     return _task_of_columns(data, query_column.strip(), answer_column.strip(), name, family)
@@ -218,48 +235,44 @@ def task_from_file(
     """Make a task of one table with two named columns: no task.yaml needed.
 
     Where no family is given, answers decide it. They are *labels* (classification, labels from the training
-    rows) if there are at least two and at most 100 different ones, without line breaks, and each stands in
+    rows) if there are at least two and at most 100 different ones, without line breaks, and each is in
     five rows or more on average; any other answers are *free* (generation). Rows without an answer are
     dropped and counted, because tables of labelled and unlabelled rows are common.
 
     Args:
-        path: A CSV, TSV, JSONL or Parquet file.
-        query_column: Column that is asked.
-        answer_column: Column that holds the answer.
-        name: Of the task; by default the file's name without its suffix.
-        family: If not to be inferred.
-        test_fraction: Share of the rows that are only ever asked.
-        seed: Of the split.
+        path: CSV, TSV, JSONL or Parquet file.
+        query_column: Column of the query.
+        answer_column: Column of the answer.
+        name: Name of the task; by default the file's name without its suffix.
+        family: Kind of task, if not to be inferred.
+        test_fraction: Share of the rows that become test queries.
+        seed: Seed of the split.
         group: Column whose rows stay on one side together.
 
     Raises:
         UserError: If the file or a column is missing, or a row is broken.
     """
     data = {"file": str(path), "test_fraction": test_fraction, "seed": seed, "group": group}
-    return _task_of_columns(validated(OneFile, data, str(path)), query_column, answer_column, name, family)
+    return _task_of_columns(validated(OneFile, data, path), query_column, answer_column, name, family)
 
 
 def _task_of_columns(
     data: OneFile, query_column: str, answer_column: str, name: str | None, family: str | None
 ) -> Task:
     """Make a task of one table; see ``task_from_file``."""
-    path = Path(_expanded(data.file))
+    path = Path(expanded(data.file))
     rows = read_rows(path)
     for column in filter(None, (query_column, answer_column, data.group)):
         require_column(rows, column, path)
     kept = [row for row in rows if str(as_written(row.columns[answer_column])).strip()]
-    spec = validated(
-        TaskFile,
-        {
-            "name": name or fit_name(path.stem),
-            "family": family or _inferred_family([row.columns[answer_column] for row in kept]),
-            "query": _column_template(query_column),
-            "answer": _column_template(answer_column),
-            "data": data,
-        },
-        str(path),
-    )
-    builder = TaskBuilder(spec, str(path))
+    values = {
+        "name": name or fit_name(path.stem),
+        "family": family or _inferred_family([row.columns[answer_column] for row in kept]),
+        "query": _column_template(query_column),
+        "answer": _column_template(answer_column),
+        "data": data,
+    }
+    builder = TaskBuilder(validated(TaskFile, values, path), str(path), has_task_file=False)
     if len(kept) < len(rows):
         builder.dropped["empty answer"] = len(rows) - len(kept)
     return builder.split_task(kept)
@@ -278,23 +291,26 @@ def _column_template(column: str) -> str:
     return f"{{{{ row['{quoted}'] }}}}"
 
 
-def _build_task(spec: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:
-    builder = TaskBuilder(spec, str(file), default_name=file.resolve().parent.name)
-    data = spec.data
+def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:
+    builder = TaskBuilder(keys, str(file), default_name=file.resolve().parent.name)
+    data = keys.data
+    if isinstance(data, HubData):
+        return builder.two_sided_task(*_hub_sides(data, keys, builder.name, data_root, load_dataset))
+    paths = (data.file,) if isinstance(data, OneFile) else (*data.train, *data.test)
+    if not any(Path(path).suffix.lower() in DELIMITERS for path in paths):
+        for key in data.model_fields_set & {"delimiter", "quotes"}:
+            what = f"data: {key} has no effect, for no file is CSV or TSV"
+            raise UserError("no_effect", what, remedy="Leave it out.", file=file, field=f"data.{key}")
     if isinstance(data, OneFile):
         return builder.split_task(_read_local(data.file, data, file, data_root))
-    if isinstance(data, TwoFiles):
-        train, test = (
-            [row for path in paths for row in _read_local(path, data, file, data_root)]
-            for paths in (data.train, data.test)
-        )
-    else:
-        train, test = _hub_sides(data, spec, builder.name, data_root, load_dataset)
+    train, test = (
+        [row for path in side for row in _read_local(path, data, file, data_root)] for side in (data.train, data.test)
+    )
     return builder.two_sided_task(train, test)
 
 
 def _hub_sides(
-    data: HubData, spec: TaskFile, name: str, data_root: Path | None, load_dataset: LoadDataset | None
+    data: HubData, keys: TaskFile, name: str, data_root: Path | None, load_dataset: LoadDataset | None
 ) -> tuple[list[LocatedRow], list[LocatedRow]]:
     """Read both splits of a Hub dataset: from the folder of the task's name under the data root, else from the Hub."""
     folder = data_root / name if data_root is not None else None
@@ -310,7 +326,7 @@ def _hub_sides(
                 split,
                 config=data.config,
                 revision=data.revision,
-                class_names=spec.class_names,
+                class_names=keys.class_names,
                 load_dataset=load_dataset,
             )
             for split in (data.train, data.test)
@@ -328,24 +344,24 @@ def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
             f"With a copy of the rows, name its folder with --data-root; {files} are read there, CSV and Parquet too."
         )
     folders = [entry.name for entry in sorted(data_root.iterdir()) if entry.is_dir()]
-    return f"A copy may stand in {data_root}, as {files}, CSV or Parquet.{did_you_mean(name, folders)}"
+    return f"A copy may be in {data_root}, as {files}, CSV or Parquet.{did_you_mean(name, folders)}"
 
 
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:
     """Read the rows of a data path: beside the task file, else under the data root."""
-    written_path = _expanded(written)
-    candidates = [task_file.parent / written_path]
-    if data_root is not None:
-        candidates.append(data_root / written_path)
+    places = [task_file.parent, *filter(None, [data_root])]
+    candidates = [place / expanded(written) for place in places]
     path = next((candidate for candidate in candidates if exists(candidate)), None)
     if path is None:
         looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))
-        hint = nearest_path(candidates[-1])
+        hint = nearest_path(candidates[-1]).strip()
         if data_root is None and not hint:
-            hint = " If the data lies elsewhere, name that folder with --data-root."
-        raise UserError(f"{task_file}: the data file {looked} does not exist.{hint}")
+            hint = "If the data is elsewhere, name that folder with --data-root."
+        what = f"the data file {looked} does not exist"
+        raise UserError("missing_file", what, remedy=hint or None, file=task_file, field="data")
     require_file(path)
     rows = read_rows(path, delimiter=data.delimiter, quotes=data.quotes)
     if not rows and not (isinstance(data, TwoFiles) and written in data.test):
-        raise UserError(f"{path} holds no rows; add some, or leave the file out of {task_file}.")
+        remedy = f"Add some, or leave the file out of {task_file}."
+        raise UserError("no_rows", "the file holds no rows", remedy=remedy, file=path)
     return rows

@@ -1,4 +1,4 @@
-"""Examples like a query, found by BM25: shown behind the shared demonstrations, each query its own."""
+"""Examples like a query, found by BM25: shown after the shared demonstrations, each query its own."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ class NearestExamples:
         """Index the examples once.
 
         Args:
-            examples: To choose from, such as a task's training side. Equal ones count once.
-            num_examples: The most that a query gets.
-            exclude: Never shown, by content: those that stand in the shared prefix already.
+            examples: Examples to choose from, such as a task's training side. Equal ones count once.
+            num_examples: Most examples that a query gets.
+            exclude: Examples never shown, by content: those that are in the shared prefix already.
 
         Raises:
             UserError: If ``num_examples`` is negative, no example is left to choose from, or bm25s is not installed.
         """
         if num_examples < 0:
-            raise UserError(f"num_examples is {num_examples}; expected 0 or more nearest examples.")
+            what = "too few nearest examples"
+            raise UserError("out_of_range", what, expected="0 or more", found=str(num_examples), field="num_examples")
         excluded = {(example.query, example.answer) for example in exclude}
         by_content: dict[tuple[Query, str], Example] = {}
         for example in examples:
@@ -44,8 +45,10 @@ class NearestExamples:
         self.candidates = tuple(example for content, example in by_content.items() if content not in excluded)
         if not self.candidates:
             raise UserError(
-                f"No example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
-                "as those of a shared prefix are. Give more examples, or share fewer."
+                "no_example_left",
+                f"no example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
+                "as those of a shared prefix are",
+                remedy="Give more examples, or share fewer.",
             )
         self.num_examples = num_examples
         self._index = _index([terms(example.query.text) for example in self.candidates])
@@ -97,9 +100,8 @@ def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise UserError(
-            "Nearest examples are found with bm25s, which is not installed: pip install 'manyicl[retrieval]'"
-        ) from error
+        what = "nearest examples are found with bm25s, which is not installed"
+        raise UserError("missing_requirement", what, remedy="pip install 'manyicl[retrieval]'") from error
     # On import it sets its logger to DEBUG, so that whoever logs anything would read of every index built.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s

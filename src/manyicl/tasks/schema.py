@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from manyicl.checked import Section, UniqueKeyLoader, read_yaml, validated
-from manyicl.errors import UserError, did_you_mean, shortened, shown
+from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, read_yaml, validated
+from manyicl.errors import UserError, did_you_mean, located, shortened, shown
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.spec import Family, usual_metric
@@ -38,9 +38,9 @@ class TwoFiles(Section):
     """Rows in files of their own for each side."""
 
     train: tuple[str, ...] = Field(min_length=1, description="Rows that may become demonstrations.")
-    test: tuple[str, ...] = Field((), description="Rows that are only ever asked; may be left out.")
+    test: tuple[str, ...] = Field((), description="Rows that are only test queries; may be left out.")
     delimiter: Delimiter | None = Field(
-        None, description="Between CSV fields: one character, no double quote or line break."
+        None, description="One character between CSV fields, no double quote or line break."
     )
     quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
 
@@ -54,13 +54,13 @@ class OneFile(Section):
     """Rows in one file, split here by fraction and seed."""
 
     file: str = Field(description="All rows.")
-    test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the rows that are only ever asked.")
-    seed: int = Field(0, description="Of the split.")
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the rows that become test queries.")
+    seed: int = Field(0, le=MOST_COUNTED, description="Seed of the split.")
     group: str | None = Field(
         None, description="Column whose rows stay on one side together, such as a customer or a document."
     )
     delimiter: Delimiter | None = Field(
-        None, description="Between CSV fields: one character, no double quote or line break."
+        None, description="One character between CSV fields, no double quote or line break."
     )
     quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
 
@@ -72,9 +72,13 @@ class HubData(Section):
     config: str | None = Field(None, description="Configuration, where the dataset has several.")
     revision: str | None = Field(None, description="Branch, tag or commit.")
     train: str = Field("train", description="Split whose rows may become demonstrations.")
-    test: str = Field("test", description="Split whose rows are only ever asked.")
-    num_train: int | None = Field(None, ge=1, description="Rows of the train split as published; for listings alone.")
-    num_test: int | None = Field(None, ge=1, description="Rows of the test split as published; for listings alone.")
+    test: str = Field("test", description="Split whose rows are only test queries.")
+    num_train: int | None = Field(
+        None, ge=1, le=MOST_COUNTED, description="Rows of the train split as published; for listings alone."
+    )
+    num_test: int | None = Field(
+        None, ge=1, le=MOST_COUNTED, description="Rows of the test split as published; for listings alone."
+    )
 
 
 class TaskFile(Section):
@@ -85,35 +89,35 @@ class TaskFile(Section):
     """
 
     name: str | None = Field(None, description="Unique in a run; by default the name of the folder.")
-    family: Family = Field(description="What kind of task it is.")
-    description: str | None = Field(None, description="One line for people who look for a task; no model sees it.")
+    family: Family = Field(description="Kind of task.")
+    description: str | None = Field(None, description="One line for those who look for a task; no model sees it.")
     metric: Metric | None = Field(None, description="By default the usual one of the family.")
-    query: str = Field(description="Template of what is asked.")
+    query: str = Field(description="Template of the query.")
     answer: str = Field(description="Template of the answer; a column alone may hold a list of accepted ones.")
-    instruction: str | None = Field(None, description="Template over `labels`; stands once before all shots.")
+    instruction: str | None = Field(None, description="Template over `labels`; comes once, before all shots.")
     labels: tuple[str, ...] | Literal["from_train"] | None = Field(
-        None, description="The closed answer set, or from_train; never together with choices."
+        None, description="List of all labels, or from_train; never together with choices."
     )
     class_names: Mapping[str, Mapping[str, str]] = Field(
         default_factory=dict, description="Column -> class number -> name, applied before the templates."
     )
     choices: str | None = Field(
         None,
-        description="The row's own options: a column that lists them, column.key where the list stands within one, "
+        description="The row's own options: a column that lists them, column.key where the list is within one, "
         "or columns that hold one each, as in option1, option2.",
     )
     references: str | None = Field(
-        None, description="Column that lists every accepted answer, or column.key where the list stands within one."
+        None, description="Column that lists every accepted answer, or column.key where the list is within one."
     )
     source: str | None = Field(
-        None, description="What it was drawn from; tasks of one source are never unseen to each other."
+        None, description="Origin of the data; tasks of one source are never unseen to each other."
     )
-    max_answer_tokens: int | None = Field(None, ge=1, description="Limit for free answers.")
+    max_answer_tokens: int | None = Field(None, ge=1, le=MOST_COUNTED, description="Limit for free answers.")
     bad_rows: Literal["refuse", "drop"] = Field(
         "refuse", description="refuse a row that breaks a rule, or drop and count it."
     )
     on_both_sides: Literal["drop", "refuse"] = Field(
-        "drop", description="drop training rows whose query stands in test too, and count them, or refuse them."
+        "drop", description="drop training rows whose query is in test too, and count them, or refuse them."
     )
     max_characters: int = Field(
         1_000_000,
@@ -153,10 +157,10 @@ class TaskFile(Section):
             raise ValueError(f"expected two labels at least, found {list(stripped)}")
         seen: set[str] = set()
         for label in stripped:
-            if not label or "\n\n" in label:
-                raise ValueError(f"a label is empty or holds a blank line: {label!r}")
+            if not label:
+                raise ValueError("a label is empty")
             if label in seen:
-                raise ValueError(f"{label!r} stands twice")
+                raise ValueError(f"the label {label!r} is given twice")
             seen.add(label)
         return stripped
 
@@ -191,30 +195,36 @@ def read_task_file(path: Path) -> TaskFile:
     """
     content = read_yaml(path, _TextLoader)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys such as family, query, answer and data; found {shown(content)}.")
+        expected = "keys such as family, query, answer and data"
+        raise UserError("no_mapping", "not a task file", expected=expected, found=shown(content), file=path)
     content = {key: value for key, value in content.items() if value is not None}
     data = content.get("data")
     if data is not None:
-        content["data"] = validated(_kind_of_data(data, path), data, f"{path}: data")
-    return validated(TaskFile, content, str(path))
+        with located(file=path):
+            content["data"] = validated(_kind_of_data(data), data, path, "data")
+    return validated(TaskFile, content, path)
 
 
-def _kind_of_data(data: object, path: Path) -> type[TwoFiles] | type[OneFile] | type[HubData]:
+def _kind_of_data(data: object) -> type[TwoFiles] | type[OneFile] | type[HubData]:
     """Tell by its keys how a task names its rows."""
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found {shown(data)}.")
-    for key, kind in (("hf", HubData), ("file", OneFile), ("train", TwoFiles)):
-        if key in data:
+    kinds: dict[str, type[TwoFiles] | type[OneFile] | type[HubData]]
+    kinds = {"hf": HubData, "file": OneFile, "train": TwoFiles}
+    keys = list(map(str, data)) if isinstance(data, dict) else []
+    for key, kind in kinds.items():
+        if key in keys:
             return kind
-    nearest = next((hint for key in data if (hint := did_you_mean(str(key), ("train", "file", "hf")))), "")
     raise UserError(
-        f"{path}: data: expected `train` and `test`, or `file`, or `hf`; found "
-        f"{shortened(str(sorted(map(str, data))))}.{nearest}"
+        "wrong_value",
+        "data: it does not say where the rows are",
+        expected="`train` and `test`, or `file`, or `hf`",
+        found=shortened(str(sorted(keys))) if keys else shown(data),
+        remedy=next(filter(None, (did_you_mean(key, kinds).strip() for key in keys)), None),
+        field="data",
     )
 
 
 class _TextLoader(UniqueKeyLoader):
-    """YAML in which ``yes``, ``007`` and ``1.0`` stay text: a label is what the person wrote."""
+    """YAML in which ``yes``, ``007`` and ``1.0`` stay text: a label is what the user wrote."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 

@@ -25,10 +25,6 @@ _METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
 }
 
 
-class EmptyOptionError(UserError):
-    """A row has no options, or an empty one: the mistake of this row, not of the task."""
-
-
 def usual_metric(family: str, is_closed: bool) -> str:
     """Return the metric of a task that names none: accuracy for closed answers, else by family."""
     return "accuracy" if is_closed else _METRIC_OF_FREE_ANSWERS.get(family, "exact_match")
@@ -134,7 +130,7 @@ class TaskSpec(BaseModel):
             return None
         options = listed(row, self.choices_column)
         if not isinstance(options, list | tuple) or not options:
-            raise (EmptyOptionError if options == [] else UserError)(
+            raise UserError(
                 "empty_option" if options == [] else "not_a_list",
                 f"The options of task {self.name!r} are read from the column {self.choices_column!r}",
                 expected="a non-empty list",
@@ -142,7 +138,7 @@ class TaskSpec(BaseModel):
                 field=self.choices_column,
             )
         if any(option is None or not str(option).strip() for option in options):
-            raise EmptyOptionError(
+            raise UserError(
                 "empty_option",
                 f"An option in the column {self.choices_column!r} is empty",
                 found=shown(list(options)),

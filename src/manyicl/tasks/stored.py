@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import pyarrow
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyicl.checked import read_text, validated_json
+from manyicl.checked import read_text, validated
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import TaskSpec
@@ -155,6 +155,6 @@ def open_task(folder: Path) -> Task:
             expected=f"{SPEC_FILE}, train.arrow and test.arrow",
             remedy="Task.store writes one; `load_task` loads a folder with a task.yaml.",
         )
-    stored = validated_json(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    stored = validated(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
     train, test = (StoredExamples(folder / f"{name}.arrow") for name in ("train", "test"))
     return Task(stored.spec, train, test, stored.data_hash, stored.dropped)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from manyicl.errors import UserError, counted
 from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
 from manyicl.tasks.example import Example, Query
-from manyicl.tasks.spec import FAMILIES, Columns, EmptyOptionError, Family, TaskSpec
+from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
 
-__all__ = ["FAMILIES", "Columns", "EmptyOptionError", "Example", "Family", "Query", "Task", "TaskSpec", "hash_content"]
+__all__ = ["FAMILIES", "Columns", "Example", "Family", "Query", "Task", "TaskSpec", "hash_content"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, shortened
+from manyicl.library_errors import reason
 from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, rendered
-from manyicl.tasks.values import as_written
+from manyicl.tasks.values import as_written, missing_column
 
 ClassNames = Mapping[str, Mapping[str, str]]
 
@@ -40,15 +41,15 @@ class Template:
             self._compiled = TASK_SANDBOX.from_string(source)
             syntax = TASK_SANDBOX.parse(source)
         except TemplateSyntaxError as error:
-            reason = (error.message or "").rstrip(".")
+            said = (error.message or "").rstrip(".")
             hint = (
-                " A column whose name is no word is written row['a b']." if reason.startswith("expected token") else ""
+                "A column whose name is no word is written row['a b']." if said.startswith("expected token") else None
             )
-            raise UserError(f"Template {source!r} does not parse: {reason}.{hint}") from error
+            what = f"Template {shortened(source)!r} does not parse: {said}"
+            raise UserError("broken_template", what, remedy=hint) from error
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise UserError(
-                f"Template {source[:80]!r}… does not parse: nested too deeply, or a huge number."
-            ) from error
+            what = f"Template {shortened(source, 80)!r} does not parse: nested too deeply, or a huge number"
+            raise UserError("broken_template", what) from error
         self.source = source
         self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
         self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
@@ -64,13 +65,11 @@ class Template:
         Raises:
             UserError: If a column is missing, or the template fails on this row or would write too much.
         """
-        missing = [column for column in self.columns if column not in row]
-        if missing:
-            hint = self._spelling_hint(row) or did_you_mean(missing[0], map(str, row))
-            raise UserError(
-                f"Template {self.source!r} names the column {missing[0]!r}, which the row lacks; "
-                f"its columns are {sorted(map(str, row))}.{hint}"
-            )
+        for column in self.columns:
+            if column not in row:
+                error = missing_column(column, row, self._spelling_hint(row))
+                error.what = f"Template {self.source!r} names the column {column!r}, which is missing"
+                raise error
         named = dict(row)
         for column, names in (class_names or {}).items():
             if column in self.columns:
@@ -89,8 +88,8 @@ class Template:
             AttributeError,
             RecursionError,
         ) as error:
-            reason = str(error).rstrip(".")
-            raise UserError(f"Template {self.source!r} fails on a row: {reason}.{self._spelling_hint(row)}") from error
+            what = f"Template {self.source!r} fails: {reason(error)}"
+            raise UserError("template_fails", what, remedy=self._spelling_hint(row).strip() or None) from error
 
     def _spelling_hint(self, row: Mapping[str, object]) -> str:
         """Say how a column is written whose name stands in the template as if it were a word, as in ``{{ a-b }}``."""
@@ -166,7 +165,6 @@ def _class_name(column: str, value: object, names: Mapping[str, str]) -> object:
         return [_class_name(column, part, names) for part in value]
     number = str(as_written(value))
     if number not in names:
-        raise UserError(
-            f"The column {column!r} holds {number!r}, which class_names does not name; it names {sorted(names)}."
-        )
+        what = f"class_names does not name the class {number!r} of the column {column!r}"
+        raise UserError("unknown_class", what, expected=f"one of {sorted(names)}", field=column)
     return names[number]

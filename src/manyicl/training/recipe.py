@@ -14,7 +14,7 @@ from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, val
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
 from manyicl.episodes.text_format import FormatSettings
 from manyicl.errors import UserError, shortened, shown
-from manyicl.tasks.rows import exists, nearest_path
+from manyicl.paths import exists, nearest_path
 
 RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
 

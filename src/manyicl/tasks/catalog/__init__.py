@@ -22,9 +22,9 @@ class CatalogEntry:
     """One dataset of the catalogue, as its task file describes it; nothing is downloaded to know it.
 
     Attributes:
-        name: Of the task and of its folder.
-        spec: Its task file.
-        data: Where on the Hub its rows are.
+        name: Name of the task and of its folder.
+        spec: Content of its task file.
+        data: Place of its rows on the Hub.
     """
 
     name: str
@@ -43,10 +43,10 @@ class CatalogEntry:
 
 
 def catalog_files(reference: str) -> tuple[Path, ...]:
-    """List the task files that a name, a family or a pattern stands for, with or without ``catalog:``.
+    """List the task files that a name, a family or a pattern matches, with or without ``catalog:``.
 
     Raises:
-        UserError: If it stands for nothing; the nearest name is offered.
+        UserError: If it matches nothing; the nearest name is offered.
     """
     wanted = reference.removeprefix(CATALOG_PREFIX) or "*"
     files = sorted(CATALOG_FOLDER.glob("*/*/task.yaml"), key=lambda file: (file.parts[-3], file.parts[-2]))
@@ -56,18 +56,17 @@ def catalog_files(reference: str) -> tuple[Path, ...]:
         return tuple(file for file in files if wanted in file.parts[-3:-1])
     found = tuple(file for file in files if fnmatchcase(file.parent.name, wanted))
     if not found:
-        raise UserError(
-            f"The catalogue has no task {wanted!r}.{did_you_mean(wanted, [*names, *families])} "
-            "`manyicl tasks list` shows it."
-        )
+        hint = did_you_mean(wanted, [*names, *families])
+        remedy = f"{hint} `manyicl tasks list` shows it.".strip()
+        raise UserError("unknown_task", f"the catalogue has no task {wanted!r}", remedy=remedy)
     return found
 
 
 def catalog_entries(reference: str = CATALOG_PREFIX) -> tuple[CatalogEntry, ...]:
-    """Read the entries that a name, a family or a pattern stands for; by default all.
+    """Read the entries that a name, a family or a pattern matches; by default all.
 
     Raises:
-        UserError: If it stands for nothing.
+        UserError: If it matches nothing.
     """
     return tuple(_read_entry(file) for file in catalog_files(reference))
 
@@ -81,10 +80,8 @@ def search_catalog(entries: Sequence[CatalogEntry], word: str) -> tuple[CatalogE
     found = tuple(entry for entry in entries if entry.mentions(word))
     if not found:
         names = [entry.name for entry in entries]
-        raise UserError(
-            f"None of the {len(entries)} tasks of the catalogue that were searched mentions {word!r}."
-            f"{did_you_mean(word, names)}"
-        )
+        what = f"none of the {len(entries)} tasks of the catalogue that were searched mentions {word!r}"
+        raise UserError("no_match", what, remedy=did_you_mean(word, names).strip() or None)
     return found
 
 

@@ -43,8 +43,11 @@ def checked_split(split: str) -> Split:
     """
     if split not in get_args(Split):
         raise UserError(
-            f"The nano world has the splits {', '.join(get_args(Split))}; found {split!r}."
-            f"{did_you_mean(split, get_args(Split))}"
+            "unknown_split",
+            "the nano world has no such split",
+            expected=f"one of {', '.join(get_args(Split))}",
+            found=repr(split),
+            remedy=did_you_mean(split, get_args(Split)).strip() or None,
         )
     return cast(Split, split)
 

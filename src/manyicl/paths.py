@@ -1,0 +1,48 @@
+"""Paths that a user writes: the home folder, whether something is there, and what is there with nearly that name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from manyicl.errors import UserError, did_you_mean, shortened
+from manyicl.library_errors import reason
+
+
+def expanded(written: str | Path) -> str:
+    """Put the home folder in place of ``~`` at the beginning of a path, which a shell does only outside of quotes."""
+    return os.path.expanduser(written)  # noqa: PTH111
+
+
+def exists(path: Path) -> bool:
+    """Tell whether there is something at a path that a user wrote.
+
+    Raises:
+        UserError: If it cannot be looked for: its name is too long, or a folder above it may not be entered.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(
+            "bad_path",
+            f"cannot be looked for, {reason(error)}",
+            expected="the path of a file",
+            file=shortened(str(path)),
+        ) from error
+
+
+def nearest_path(path: Path) -> str:
+    """Return ``" Did you mean '…'?"`` for the first part of a path that does not exist, or an empty string.
+
+    Of a link that leads nowhere, or round in a circle, it returns that.
+    """
+    existing = path
+    missing = path.name
+    while not existing.is_dir() and existing != existing.parent:
+        missing = existing.name
+        existing = existing.parent
+    if (existing / missing).is_symlink():
+        return f" {existing / missing} is a link that leads nowhere."
+    if (existing / missing).exists():
+        return ""
+    return did_you_mean(missing, sorted(entry.name for entry in existing.iterdir()))
