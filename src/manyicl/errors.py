@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,9 +67,7 @@ class UserError(Exception):
         place = self.file or ""
         if self.row is not None:
             place = f"{place}:{self.row}" if place else f"Query {self.row}"
-        starts_with_word = re.match(r"[a-z]+ ", self.what) is not None
-        start = self.what[:1].upper() if starts_with_word else self.what[:1]
-        sentence = f"{place}: {self.what}" if place else start + self.what[1:]
+        sentence = f"{place}: {self.what}" if place else self.what
         contrast = [f"expected {self.expected}"] if self.expected else []
         contrast += [f"found {self.found}"] if self.found else []
         if contrast:

@@ -28,15 +28,18 @@ def asking(queries: str | bytes, name: str = "new.jsonl") -> dict[str, str | byt
 
 
 ASKED = [
-    Case("queries that do not exist", PREDICT, ("The file new.jsonl does not exist",), task()),
+    Case("queries that do not exist", PREDICT, ("new.jsonl: the file does not exist",), task()),
     Case(
         "misspelt queries",
         PREDICT,
-        ("The file new.jsonl does not exist. Did you mean 'news.jsonl'?",),
+        ("new.jsonl: the file does not exist. Did you mean 'news.jsonl'?",),
         asking(QUERIES, "news.jsonl"),
     ),
     Case(
-        "a folder for queries", spoilt("new.jsonl", "t", PREDICT), ("t is a folder; expected a file of rows",), task()
+        "a folder for queries",
+        spoilt("new.jsonl", "t", PREDICT),
+        ("t: this is a folder; expected a file",),
+        task(),
     ),
     Case("no queries", PREDICT, ("new.jsonl: there is no row to answer",), asking("\n\n")),
     Case(
@@ -84,20 +87,25 @@ ASKED = [
     Case(
         "queries with a key twice",
         PREDICT,
-        ("new.jsonl:1: the key 'text' stands twice",),
+        ("new.jsonl:1: the key 'text' occurs twice",),
         asking('{"text": "a", "text": "b"}\n'),
     ),
-    Case("queries in Latin-1", PREDICT, ("new.jsonl:1: not UTF-8",), asking('{"text": "é"}\n'.encode("latin-1"))),
+    Case(
+        "queries in Latin-1",
+        PREDICT,
+        ("new.jsonl:1: the file is not text",),
+        asking('{"text": "é"}\n'.encode("latin-1")),
+    ),
     Case(
         "queries between semicolons",
         "predict --model MODEL --task t --input new.csv",
-        ("new.csv:1: expected fields between ','", "`--delimiter`", "save the file with ','"),
+        ("new.csv:1: ", "expected fields between ','", "`--delimiter`", "save the file with ','"),
         asking("id;text\n1;a\n", "new.csv"),
     ),
     Case(
         "a query with a field too many",
         "predict --model MODEL --task t --input new.csv",
-        ("new.csv:3: expected 2 fields as in the header, found 3",),
+        ("new.csv:3: the row does not fit the header; expected 2 fields, found 3",),
         asking("id,text\n1,a\n2,b,c\n", "new.csv"),
     ),
     Case(
@@ -109,7 +117,7 @@ ASKED = [
     Case(
         "a list on standard input",
         "predict --model MODEL --task t --input -",
-        ("standard input:1: expected one JSON object a line", "found a list"),
+        ("standard input:1: not a row; expected one JSON object a line", "found a list"),
         task(),
         stdin="[1]\n",
     ),

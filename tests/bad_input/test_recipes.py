@@ -121,7 +121,15 @@ READING = [
         ("recipe.yaml: the file is UTF-16",),
         {**task(), "recipe.yaml": RECIPE.encode("utf-16")},
     ),
-    Case("a recipe of NUL bytes", TRAINED, ("recipe.yaml:1: ", "a NUL byte",), {**task(), "recipe.yaml": bytes(100)}),
+    Case(
+        "a recipe of NUL bytes",
+        TRAINED,
+        (
+            "recipe.yaml:1: ",
+            "a NUL byte",
+        ),
+        {**task(), "recipe.yaml": bytes(100)},
+    ),
     Case(
         "a tag that its value does not fit",
         TRAINED,
@@ -301,7 +309,9 @@ VALUES = [
         ("--set output.folder=5: 'output' holds 'run', which has no keys of its own",),
         recipe(),
     ),
-    Case("--set of a whole section to nothing", f"{TRAINED} --set training=", ("training: ", "found nothing"), recipe()),
+    Case(
+        "--set of a whole section to nothing", f"{TRAINED} --set training=", ("training: ", "found nothing"), recipe()
+    ),
     Case(
         "--set of broken YAML",
         put("training.num_steps=[1, 2"),

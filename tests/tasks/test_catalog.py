@@ -208,7 +208,9 @@ def test_a_missing_split_names_the_file_that_is_expected(hub: Path) -> None:
 def test_a_broken_row_is_named_with_file_and_line(hub: Path) -> None:
     path = hub / "cola" / "train.jsonl"
     path.write_text(path.read_text() + '{"sentence": "x", "label": 7}\n')
-    with pytest.raises(UserError, match=r"cola/train\.jsonl:3: class_names does not name the class '7' of the column 'label'"):
+    with pytest.raises(
+        UserError, match=r"cola/train\.jsonl:3: class_names does not name the class '7' of the column 'label'"
+    ):
         load_task("catalog:cola", hub)
     path.write_text(path.read_text().replace("sentence", "sentense"))
     with pytest.raises(UserError, match=r"cola/train\.jsonl:1: .*'sentence'.* Did you mean 'sentense'\?"):
@@ -272,7 +274,10 @@ def test_a_gated_dataset_asks_for_the_token_in_the_environment(monkeypatch: pyte
         (["0", "1"], ""),
         (["Negative", "positive"], ""),
         (["bad", "good"], ""),
-        (["positive", "negative"], "are in another order than on the Hub; expected the 2 classes ['positive', 'negative']"),
+        (
+            ["positive", "negative"],
+            "are in another order than on the Hub; expected the 2 classes ['positive', 'negative']",
+        ),
         (["negative", "neutral", "positive"], "expected the 3 classes ['negative', 'neutral', 'positive'], found 2"),
     ],
 )

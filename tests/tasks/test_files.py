@@ -117,7 +117,9 @@ def test_choices_are_the_rows_own_options(tmp_path: Path) -> None:
     task = load_task(write_task(tmp_path / "t", keys, train=rows, test=[]))
     assert (task.labels, task.metric, task.train[0].query.choices) == (None, "accuracy", ("a", "b"))
     write_task(tmp_path / "t", keys, train=[{"text": "?", "label": "c", "options": ["a", "b"]}], test=[])
-    assert "train.jsonl:1: the answer 'c' is none of the row's options; expected one of ['a', 'b']" in refusal(tmp_path / "t")
+    assert "train.jsonl:1: the answer 'c' is none of the row's options; expected one of ['a', 'b']" in refusal(
+        tmp_path / "t"
+    )
 
 
 @pytest.mark.parametrize(

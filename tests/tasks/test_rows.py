@@ -122,7 +122,11 @@ def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path) -> Non
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: broken JSON at character"),
         ("rows.jsonl", b"[1, 2]\n", r"rows\.jsonl:1: not a row; expected one JSON object a line.*found a list"),
         ("rows.csv", b'text,label\na,b\n"c,d\n', r"rows\.csv:3: broken CSV"),
-        ("rows.csv", b"text,label\na,b\na,b,c\n", r"rows\.csv:3: the row does not fit the header; expected 2 fields, found 3"),
+        (
+            "rows.csv",
+            b"text,label\na,b\na,b,c\n",
+            r"rows\.csv:3: the row does not fit the header; expected 2 fields, found 3",
+        ),
         ("rows.csv", b"text,text\na,b\n", r"rows\.csv:1: the column 'text' occurs twice"),
         ("rows.csv", b"text,\na,b\n", r"rows\.csv:1: a column has no name"),
         ("rows.csv", b"text,label\na,\xe4\n", r"rows\.csv:2: the file is not text in UTF-8; found the byte 0xe4"),

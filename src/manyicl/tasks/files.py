@@ -89,7 +89,7 @@ def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | No
         if task.name in tasks:
             raise UserError(
                 "duplicate_task",
-                f"two tasks are named {task.name!r}: {place_of[task.name]} and {place}",
+                f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}",
                 remedy="Rename one with `name:` in its task.yaml.",
             )
         tasks[task.name] = task
@@ -130,7 +130,7 @@ def _required_pattern(pattern: object) -> str:
     if not isinstance(pattern, str | Path) or not str(pattern).strip():
         found = "an empty name" if isinstance(pattern, str | Path) else shown(pattern)
         expected = "a folder, a table or an entry of the catalogue"
-        raise UserError("no_task_named", "no task is named", expected=expected, found=found)
+        raise UserError("no_task_named", "No task is named", expected=expected, found=found)
     return expanded(pattern)
 
 
@@ -178,7 +178,7 @@ def _task_file(path: Path) -> Path:
     if not path.is_file():
         hints = f"{nearest_path(path)}{catalog_hint(str(path))}".strip()
         lists = "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
-        what = f"the task {str(path)!r} does not exist"
+        what = f"The task {str(path)!r} does not exist"
         raise UserError("unknown_task", what, remedy=f"{hints} {lists}".strip())
     if path.suffix.lower() in SUFFIXES:
         raise UserError(

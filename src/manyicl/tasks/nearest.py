@@ -36,7 +36,7 @@ class NearestExamples:
             UserError: If ``num_examples`` is negative, no example is left to choose from, or bm25s is not installed.
         """
         if num_examples < 0:
-            what = "too few nearest examples"
+            what = "Too few nearest examples"
             raise UserError("out_of_range", what, expected="0 or more", found=str(num_examples), field="num_examples")
         excluded = {(example.query, example.answer) for example in exclude}
         by_content: dict[tuple[Query, str], Example] = {}
@@ -46,7 +46,7 @@ class NearestExamples:
         if not self.candidates:
             raise UserError(
                 "no_example_left",
-                f"no example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
+                f"No example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
                 "as those of a shared prefix are",
                 remedy="Give more examples, or share fewer.",
             )
@@ -100,7 +100,7 @@ def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        what = "nearest examples are found with bm25s, which is not installed"
+        what = "Nearest examples are found with bm25s, which is not installed"
         raise UserError("missing_requirement", what, remedy="pip install 'manyicl[retrieval]'") from error
     # On import it sets its logger to DEBUG, so that whoever logs anything would read of every index built.
     logging.getLogger("bm25s").setLevel(logging.WARNING)

@@ -58,7 +58,7 @@ def catalog_files(reference: str) -> tuple[Path, ...]:
     if not found:
         hint = did_you_mean(wanted, [*names, *families])
         remedy = f"{hint} `manyicl tasks list` shows it.".strip()
-        raise UserError("unknown_task", f"the catalogue has no task {wanted!r}", remedy=remedy)
+        raise UserError("unknown_task", f"The catalogue has no task {wanted!r}", remedy=remedy)
     return found
 
 
@@ -80,7 +80,7 @@ def search_catalog(entries: Sequence[CatalogEntry], word: str) -> tuple[CatalogE
     found = tuple(entry for entry in entries if entry.mentions(word))
     if not found:
         names = [entry.name for entry in entries]
-        what = f"none of the {len(entries)} tasks of the catalogue that were searched mentions {word!r}"
+        what = f"None of the {len(entries)} tasks of the catalogue that were searched mentions {word!r}"
         raise UserError("no_match", what, remedy=did_you_mean(word, names).strip() or None)
     return found
 

@@ -44,7 +44,7 @@ def checked_split(split: str) -> Split:
     if split not in get_args(Split):
         raise UserError(
             "unknown_split",
-            "the nano world has no such split",
+            "The nano world has no such split",
             expected=f"one of {', '.join(get_args(Split))}",
             found=repr(split),
             remedy=did_you_mean(split, get_args(Split)).strip() or None,
