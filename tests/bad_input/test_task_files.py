@@ -124,7 +124,7 @@ NOT_FOUND = [
     ),
     refused("a family of the catalogue where one task is meant", "tasks show catalog:nli", "several_tasks"),
     refused("a word that no entry mentions", "tasks list --search zzz", "no_match"),
-    refused("a search among tasks of one's own", "tasks list t --search film", "user_error", files=task()),
+    refused("a search among tasks of one's own", "tasks list t --search film", "conflicting_options", files=task()),
     refused(
         "a data root that is a file", "tasks check t --data-root a", "not_a_folder", file="a", files={**task(), "a": ""}
     ),
@@ -135,7 +135,7 @@ NOT_FOUND = [
         says=("Two tasks are named 'same': a/task.yaml and b/task.yaml. Rename one with `name:` in its", "task.yaml."),
         files={**task(KEYS + DATA + "name: same\n", name="a"), **task(KEYS + DATA + "name: same\n", name="b")},
     ),
-    refused("a context without a model that counts it", f"{CHECK} --context 100", "user_error", files=task()),
+    refused("a context without a model that counts it", f"{CHECK} --context 100", "no_effect", files=task()),
 ]
 
 YAML = [

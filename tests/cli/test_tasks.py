@@ -9,7 +9,7 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
-from manyicl.cli.tasks import app, draw_segments, draw_tokens
+from manyicl.cli.tasks import app, draw, segments_of, tokens_of
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.text_format import PlainFormat
@@ -70,7 +70,7 @@ def test_list_says_what_stands_in_a_data_root_and_prefers_folders_to_families(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"math: the folder holds no task\.yaml"):
         run("list", "math")
-    with pytest.raises(UserError, match="--search looks through the catalogue; leave out 'math'"):
+    with pytest.raises(UserError, match=r"--search looks through the catalogue\. Leave out 'math'"):
         run("list", "math", "--search", "numbers")
 
 
@@ -79,6 +79,11 @@ def test_check_reports_balance_lengths_and_shots(folder: Path) -> None:
     output = run("check", table, "--tokenizer", folder / "model", "--context", 512).output
     for word in ("Balance", "bill paid", "shots in 512", "'bill' begins 'bill paid'", "1 checked"):
         assert word in output
+
+
+def test_check_counts_shots_in_all_positions_of_a_model_that_was_not_fine_tuned(folder: Path) -> None:
+    output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model").output
+    assert "shots in 32,768" in output
 
 
 def test_check_as_json_holds_every_figure(folder: Path) -> None:
@@ -99,7 +104,7 @@ def test_check_without_a_model_counts_characters_and_says_nothing_of_tokens(fold
     assert check["answer_characters"] == {"shortest": 6, "median": 11, "longest": 11}  # with the blank line
     assert check["problems"] == []
     assert not any("token" in key for key in check)
-    with pytest.raises(UserError, match="--context is in tokens; name the model"):
+    with pytest.raises(UserError, match=r"--context is in tokens\. Name the model"):
         run("check", table, "--context", 100)
 
 
@@ -125,14 +130,14 @@ def test_an_episode_is_drawn_without_loss_and_coloured_where_supervised() -> Non
     encoder = Encoder(byte_level_bpe())
     examples = (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja"))
     episode = encoder.encode_episode(Episode("t", "Say.", examples))
-    drawn = draw_tokens(episode, encoder, with_marks=True)
+    drawn = draw(tokens_of(episode, encoder), with_marks=True)
     assert drawn.plain.replace("⏎", "").replace("»\n", "").replace("«", "") == encoder.decode(episode.token_ids)
     coloured = "".join(drawn.plain[span.start : span.end] for span in drawn.spans if "green" in str(span.style))
     assert coloured.replace("⏎", "") == "caféja"
 
 
-def test_pieces_and_tokens_of_an_episode_draw_the_same_text() -> None:
+def test_segments_and_tokens_of_an_episode_draw_the_same_text() -> None:
     encoder = Encoder(byte_level_bpe())
     episode = Episode("t", "Say.", (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja")))
-    tokens = draw_tokens(encoder.encode_episode(episode), encoder, with_marks=True)
-    assert draw_segments(episode, PlainFormat(), with_marks=True).plain == tokens.plain
+    tokens = draw(tokens_of(encoder.encode_episode(episode), encoder), with_marks=True)
+    assert draw(segments_of(episode, PlainFormat()), with_marks=True).plain == tokens.plain

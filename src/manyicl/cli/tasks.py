@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from manyicl.episodes.text_format import FormatKind, PlainFormat
     from manyicl.tasks.task import Task
 
+Span = tuple[Iterable[str], bool]  # texts side by side, and whether they are supervised
 DEFAULT_CONTEXT_TOKENS = 2048
 WIDTH_WITHOUT_TERMINAL = 160
 MOST_LABELS_SHOWN = 100
-ASKED = ("default", "default dim")
+NOT_SUPERVISED = ("default", "default dim")
 SUPERVISED = ("black on green", "black on bright_green")
-NO_MODEL_TO_FORMAT = "--format and --end-of-answer belong to a model; name it with --model, or leave them out."
+_TEXT_HEADINGS = frozenset({"task", "family", "metric", "source", "Hub", "description", "label"})
 _OF_TOKENS_ALONE = (
     "labels_in_labels_as_tokens",
     "joined_share",
@@ -99,31 +100,43 @@ def list_tasks(
     data_root: DataRoot = None,
 ) -> None:
     """List the catalogue, or a family of it, without downloading; or load tasks and list labels, rows, source."""
-    from rich.table import Table
-
     from manyicl.tasks.files import load_tasks
 
     if not tasks or all(map(_is_of_catalog, tasks)):
         _list_catalog(tasks or ["catalog:"], search, data_root)
         return
     if search is not None:
-        raise UserError(f"--search looks through the catalogue; leave out {tasks[0]!r}, or --search.")
-    table = Table("task", "family", "metric")
-    for heading in ("labels", "train", "test", "dropped"):
-        table.add_column(heading, justify="right")
-    table.add_column("source")
-    for task in load_tasks(tasks, data_root):
-        table.add_row(
-            task.name,
-            task.family,
-            task.metric,
-            str(len(task.labels)) if task.labels else "per row" if task.choices_column else "free",
-            f"{len(task.train):,}",
-            f"{len(task.test):,}",
-            f"{sum(task.dropped.values()):,}",
-            task.source,
+        what = "--search looks through the catalogue"
+        raise UserError("conflicting_options", what, remedy=f"Leave out {tasks[0]!r}, or --search.", field="--search")
+    _console().print(
+        _table(
+            {
+                "task": task.name,
+                "family": task.family,
+                "metric": task.metric,
+                "labels": str(len(task.labels)) if task.labels else "per row" if task.choices_column else "free",
+                "train": f"{len(task.train):,}",
+                "test": f"{len(task.test):,}",
+                "dropped": f"{sum(task.dropped.values()):,}",
+                "source": task.source,
+            }
+            for task in load_tasks(tasks, data_root)
         )
-    _console().print(table)
+    )
+
+
+def _table(rows: Iterable[dict[str, str]], **options: Any) -> Table:
+    """Make a table of rows that all have the same headings; what is counted is aligned to the right."""
+    from rich.table import Table
+
+    table = Table(**options)
+    for row in rows:
+        if not table.columns:
+            for heading in row:
+                is_text = heading in _TEXT_HEADINGS or heading.startswith("in ")
+                table.add_column(heading, justify="left" if is_text else "right")
+        table.add_row(*row.values())
+    return table
 
 
 def _is_of_catalog(pattern: str) -> bool:
@@ -137,32 +150,23 @@ def _is_of_catalog(pattern: str) -> bool:
 
 def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path | None) -> None:
     """Print entries of the catalogue, as their task files describe them."""
-    from rich.table import Table
-
     from manyicl.tasks.catalog import catalog_entries, search_catalog
 
     entries = list({entry.name: entry for pattern in patterns for entry in catalog_entries(pattern)}.values())
     if search is not None:
         entries = list(search_catalog(entries, search))
-    table = Table("task", "family", "Hub")
-    for heading in ("train", "test"):
-        table.add_column(heading, justify="right")
-    table.add_column("description")
-    if data_root is not None:
-        table.add_column(f"in {data_root}")
+    rows = []
     for entry in entries:
-        cells = [entry.name, entry.spec.family, entry.hub, _size(entry.data.num_train), _size(entry.data.num_test)]
-        cells.append(entry.spec.description or "")
+        row = {"task": entry.name, "family": entry.spec.family, "Hub": entry.hub}
+        row |= {"train": _size(entry.data.num_train), "test": _size(entry.data.num_test)}
+        row["description"] = entry.spec.description or ""
         if data_root is not None:
-            cells.append("yes" if (data_root / entry.name).is_dir() else "")
-        table.add_row(*cells)
+            row[f"in {data_root}"] = "yes" if (data_root / entry.name).is_dir() else ""
+        rows.append(row)
     console = _console()
-    console.print(table)
-    console.print(
-        f"{len(entries)} tasks of the catalogue. Name one as catalog:{entries[0].name} wherever a task is named.",
-        markup=False,
-        highlight=False,
-    )
+    console.print(_table(rows))
+    note = f"{len(entries)} tasks of the catalogue. Name one as catalog:{entries[0].name} wherever a task is named."
+    console.print(note, markup=False, highlight=False)
 
 
 def _size(num_rows: int | None) -> str:
@@ -182,7 +186,10 @@ def check_tasks(
     end_of_answer: EndOfAnswer = None,
     context: Annotated[
         int | None,
-        typer.Option(min=8, help="Context in tokens to fit shots in; by default what the model was trained with."),
+        typer.Option(
+            min=8,
+            help="Context in tokens to fit shots in; by default that of fine-tuning, or all positions of the model.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -190,9 +197,9 @@ def check_tasks(
     from manyicl.tasks.files import load_tasks
 
     if model is None and context is not None:
-        raise UserError("--context is in tokens; name the model that counts them with --model.")
-    if model is None and (text_format, end_of_answer) != (None, None):
-        raise UserError(NO_MODEL_TO_FORMAT)
+        remedy = "Name the model that counts them with --model."
+        raise UserError("no_effect", "--context is in tokens", remedy=remedy, field="--context")
+    _require_model_for_format(model, text_format, end_of_answer)
     loaded = load_tasks(tasks, data_root)
     if model is None:
         checks = [_check_in_characters(task) for task in loaded]
@@ -200,8 +207,8 @@ def check_tasks(
     else:
         from manyicl.episodes.checks import check_task
 
-        encoder, trained_context = _encoder(model, text_format, end_of_answer, loaded)
-        max_context_tokens = context or trained_context or DEFAULT_CONTEXT_TOKENS
+        encoder, context_of_model = _encoder(model, text_format, end_of_answer, loaded)
+        max_context_tokens = context or context_of_model or DEFAULT_CONTEXT_TOKENS
         checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
     if as_json:
         values = [asdict(check) if model is not None else _values_in_characters(check) for check in checks]
@@ -218,6 +225,13 @@ def check_tasks(
     console.print(f"{len(checks)} checked, {num_with_problems} with something to look at.", highlight=False)
     if model is None:
         console.print("Name a --model to count tokens, and the shots that fit in a context.", highlight=False)
+
+
+def _require_model_for_format(model: str | None, text_format: object, end_of_answer: str | None) -> None:
+    """Refuse a format without the model that it belongs to."""
+    if model is None and (text_format, end_of_answer) != (None, None):
+        what = "--format and --end-of-answer belong to a model"
+        raise UserError("no_effect", what, remedy="Name it with --model, or leave them out.", field="--format")
 
 
 def _check_in_characters(task: Task) -> TaskCheck:
@@ -301,19 +315,18 @@ def show_task(
     from manyicl.episodes.text_format import PlainFormat
     from manyicl.tasks.files import load_task
 
-    if model is None and (text_format, end_of_answer) != (None, None):
-        raise UserError(NO_MODEL_TO_FORMAT)
+    _require_model_for_format(model, text_format, end_of_answer)
     loaded = load_task(task, data_root)
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
     console = _console()
     with_marks = console.color_system is None
     if model is None:
-        drawn = draw_segments(episode, PlainFormat(), with_marks)
+        drawn = draw(segments_of(episode, PlainFormat()), with_marks)
         supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
     else:
         encoder, _ = _encoder(model, text_format, end_of_answer, [loaded])
         encoded = encoder.encode_episode(episode)
-        drawn = draw_tokens(encoded, encoder, with_marks)
+        drawn = draw(tokens_of(encoded, encoder), with_marks)
         num_supervised = sum(end - start for start, end in encoded.answer_spans)
         supervised = f"{num_supervised:,} of {len(encoded.token_ids):,} tokens supervised"
     console.print(drawn, soft_wrap=True)
@@ -325,63 +338,48 @@ def show_task(
     )
 
 
-def draw_segments(episode: Episode, text_format: PlainFormat, with_marks: bool) -> Text:
-    """Draw an episode segment by segment, answers on a coloured ground.
-
-    Args:
-        episode: To be drawn.
-        text_format: Where its segments meet.
-        with_marks: Put supervised segments in «», for output without colour.
-    """
-    from rich.text import Text
-
+def segments_of(episode: Episode, text_format: PlainFormat) -> Iterator[Span]:
+    """Yield the texts of an episode segment by segment, answers as supervised."""
     from manyicl.episodes.text_format import text_of
 
-    drawn = Text()
-    _draw(drawn, [text_of(text_format.preamble(episode.instruction))], ASKED)
+    yield [text_of(text_format.preamble(episode.instruction))], False
     for example in episode.examples:
-        _draw(drawn, [text_of(text_format.query(example.query.text))], ASKED)
-        _draw_supervised(drawn, [text_of(text_format.answer(example.answer))], with_marks)
-    return drawn
+        yield [text_of(text_format.query(example.query.text))], False
+        yield [text_of(text_format.answer(example.answer))], True
 
 
-def draw_tokens(episode: EncodedEpisode, encoder: Encoder, with_marks: bool) -> Text:
-    """Draw an episode token by token, what is supervised on a coloured ground, in alternating shades.
+def tokens_of(episode: EncodedEpisode, encoder: Encoder) -> Iterator[Span]:
+    """Yield the texts of the tokens of an episode, answers as supervised."""
+    position = 0
+    for start, end in episode.answer_spans:
+        yield _token_texts(encoder, episode.token_ids[position:start]), False
+        yield _token_texts(encoder, episode.token_ids[start:end]), True
+        position = end
+    yield _token_texts(encoder, episode.token_ids[position:]), False
+
+
+def draw(spans: Iterable[Span], with_marks: bool) -> Text:
+    """Draw texts in two alternating shades, their line breaks visible, what is supervised on a coloured ground.
 
     Args:
-        episode: To be drawn.
-        encoder: Turns its tokens back into text.
-        with_marks: Put supervised stretches in «», for output without colour.
+        spans: Texts side by side, and whether they are supervised.
+        with_marks: Put what is supervised in «», for output without colour.
     """
     from rich.text import Text
 
-    drawn = Text()
-    position = 0
-    for start, end in episode.answer_spans:
-        _draw(drawn, _token_texts(encoder, episode.token_ids[position:start]), ASKED)
-        _draw_supervised(drawn, _token_texts(encoder, episode.token_ids[start:end]), with_marks)
-        position = end
-    _draw(drawn, _token_texts(encoder, episode.token_ids[position:]), ASKED)
-    return drawn
-
-
-def _draw_supervised(drawn: Text, texts: Iterable[str], with_marks: bool) -> None:
-    drawn.append("«" if with_marks else "")
-    _draw(drawn, texts, SUPERVISED)
-    drawn.append("»\n" if with_marks else "\n")
-
-
-def _draw(drawn: Text, texts: Iterable[str], shades: tuple[str, str]) -> None:
-    """Append texts in two shades by turns, their line breaks visible."""
     from manyicl.printing import printable
 
-    for number, text in enumerate(texts):
-        *lines, rest = printable(text).split("\n")
-        style = shades[number % 2]
-        for line in lines:
-            drawn.append(f"{line}⏎", style)
-            drawn.append("\n")
-        drawn.append(rest, style)
+    drawn = Text()
+    for texts, is_supervised in spans:
+        drawn.append("«" if is_supervised and with_marks else "")
+        for number, text in enumerate(texts):
+            style = (SUPERVISED if is_supervised else NOT_SUPERVISED)[number % 2]
+            *lines, rest = printable(text).split("\n")
+            for line in lines:
+                drawn.append(f"{line}⏎", style).append("\n")
+            drawn.append(rest, style)
+        drawn.append(("»\n" if with_marks else "\n") if is_supervised else "")
+    return drawn
 
 
 def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
@@ -399,9 +397,9 @@ def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
 def _encoder(
     reference: str, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
 ) -> tuple[Encoder, int | None]:
-    """Load a model's tokenizer and format, and the context it was trained with if it says so."""
+    """Load a model's tokenizer and format, and the context it was fine-tuned with, or else all its positions."""
     from manyicl.episodes.encoding import Encoder
-    from manyicl.model.load import load_tokenizer, resolve_reference
+    from manyicl.model.load import load_tokenizer, model_config, resolve_reference
     from manyicl.model.manifest import Manifest, format_to_ask_in
 
     tokenizer = load_tokenizer(reference)
@@ -410,7 +408,9 @@ def _encoder(
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
     for task in tasks:
         encoder.require_no_end_inside(task)
-    return encoder, manifest.max_context_tokens if manifest else None
+    if manifest is not None:
+        return encoder, manifest.max_context_tokens
+    return encoder, getattr(model_config(reference).get_text_config(), "max_position_embeddings", None)
 
 
 def _console() -> Console:
@@ -423,57 +423,45 @@ def _console() -> Console:
 
 def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) -> Table:
     """Make the table of checks; without a context they are in characters, and what needs tokens is left out."""
-    from rich.table import Table
-
     unit = "characters" if max_context_tokens is None else "tokens"
-    table = Table("task", "family")
-    headings = ["train", "test", "labels", "majority", f"query {unit}", f"answer {unit}", "repeated", "both sides"]
+    caption = f"{unit}: shortest / median / longest, with separator and end."
     if max_context_tokens is not None:
-        headings += ["joined", f"shots in {max_context_tokens:,}"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+        caption += " joined: examples whose segments equal the tokens of the joined text. shots: guaranteed to typical."
+    rows = []
     for check in checks:
-        values = [
-            check.name,
-            check.family,
-            f"{check.num_train:,}",
-            f"{check.num_test:,}",
-            str(len(check.labels)) if check.labels else "-",
-            f"{check.majority_share:.2f}" if check.majority_share is not None else "-",
-            _spread(check.query_tokens),
-            _spread(check.answer_tokens),
-            str(check.num_repeated),
-            str(check.num_on_both_sides),
-        ]
+        row = {
+            "task": check.name,
+            "family": check.family,
+            "train": f"{check.num_train:,}",
+            "test": f"{check.num_test:,}",
+            "labels": str(len(check.labels)) if check.labels else "-",
+            "majority": f"{check.majority_share:.2f}" if check.majority_share is not None else "-",
+            f"query {unit}": _spread(check.query_tokens),
+            f"answer {unit}": _spread(check.answer_tokens),
+            "repeated": str(check.num_repeated),
+            "both sides": str(check.num_on_both_sides),
+        }
         if max_context_tokens is not None:
             fit = check.shots_that_fit
-            values += [f"{check.joined_share:.0%}", f"{fit.guaranteed:,} to {fit.typical:,}"]
-        table.add_row(*values)
-    table.caption = f"{unit}: shortest / median / longest, with separator and end."
-    if max_context_tokens is not None:
-        table.caption += (
-            " joined: examples whose segments equal the tokens of the joined text. shots: guaranteed to typical."
-        )
-    return table
+            row["joined"] = f"{check.joined_share:.0%}"
+            row[f"shots in {max_context_tokens:,}"] = f"{fit.guaranteed:,} to {fit.typical:,}"
+        rows.append(row)
+    return _table(rows, caption=caption)
 
 
 def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
     """Print what the table has no room for: balance of labels, beginnings, dropped rows."""
-    from rich.table import Table
-    from rich.text import Text
+    from rich.markup import escape
 
     from manyicl.printing import printable
 
     if check.labels:
-        balance = Table("label", title="Balance")
-        for heading in ("train", "test"):
-            balance.add_column(heading, justify="right")
-        for label in check.labels[:MOST_LABELS_SHOWN]:
-            balance.add_row(Text(printable(label.label)), f"{label.num_train:,}", f"{label.num_test:,}")
-        if others := check.labels[MOST_LABELS_SHOWN:]:
-            sums = (sum(label.num_train for label in others), sum(label.num_test for label in others))
-            balance.add_row(f"{len(others):,} other labels", *(f"{number:,}" for number in sums), style="dim")
-        console.print(balance)
+        balance = [(printable(label.label), label.num_train, label.num_test) for label in check.labels]
+        if others := balance[MOST_LABELS_SHOWN:]:
+            sums = (sum(num_train for _, num_train, _ in others), sum(num_test for _, _, num_test in others))
+            balance = [*balance[:MOST_LABELS_SHOWN], (f"{len(others):,} other labels", *sums)]
+        rows = ({"label": escape(name), "train": f"{a:,}", "test": f"{b:,}"} for name, a, b in balance)
+        console.print(_table(rows, title="Balance"))
     kinds = {"text": check.labels_in_labels, "tokens": check.labels_in_labels_as_tokens if in_tokens else ()}
     for kind, pairs in kinds.items():
         if pairs:
