@@ -19,7 +19,7 @@ __all__ = ["Engine", "Example", "Query", "Task", "TaskSpec", "__version__", "loa
 
 
 def __getattr__(name: str) -> Any:
-    """Import the engine, and torch with it, only when it is first asked for (PEP 562)."""
+    """Import the engine, and torch with it, only when it is first used (PEP 562)."""
     if name == "Engine":
         from manyicl.engine.engine import Engine
 

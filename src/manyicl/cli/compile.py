@@ -56,7 +56,7 @@ def compile_command(
     given the answer, chosen token by token among the labels (of all tokens, for free answers). So before a single
     query it shows whether this will work on the task, and whether more examples would help.
 
-    The file contains the demonstrations in recoverable form: whoever has it can read them. It works with the very
+    The file contains the demonstrations in recoverable form: anyone who has it can read them. It works with the very
     model it was made with.
 
     Examples:

@@ -1,4 +1,4 @@
-"""What is asked: tasks as plain data, read from folders."""
+"""Tasks as plain data, read from folders."""
 
 from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.task import Example, Query, Task, TaskSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a model is asked: the text before the answer and, in multiple choice, the row's own options.
+    """Text that a model answers: all before the answer and, in multiple choice, the row's own options.
 
     Attributes:
         text: Rendered text of the query.
@@ -23,7 +23,7 @@ class Example:
     """A query and its answer, as the task holds it.
 
     Attributes:
-        query: What is asked.
+        query: Text to be answered.
         answer: The answer that a demonstration shows and training supervises.
         references: Every accepted answer; the first is ``answer``.
         origin: Place of the row in its file, such as ``train.jsonl:12``.

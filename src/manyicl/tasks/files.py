@@ -33,7 +33,7 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
 
     A table is written ``tickets.csv:text:label``, an entry ``catalog:banking77``. A relative data path in
     ``task.yaml`` is looked for beside that file first, then under ``data_root``; a Hub dataset in the folder of the
-    task's name under ``data_root``, as ``banking77/train.jsonl``, before the Hub is asked. A data path may
+    task's name under ``data_root``, as ``banking77/train.jsonl``, before the Hub is contacted. A data path may
     be absolute or lead out of the folder with ``..``, because people keep data elsewhere: a task file can name
     any table that its user can read, so look at ``data`` in one that a stranger wrote.
 

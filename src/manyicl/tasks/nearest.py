@@ -59,7 +59,7 @@ class NearestExamples:
             return ()
         known = self._index.get_tokens_ids(terms(query.text))
         scores = self._index.get_scores_from_ids(known)
-        # A stable sort, unlike the partition behind bm25s' own `retrieve`, keeps equals in their given order.
+        # A stable sort, unlike the partition in bm25s' own `retrieve`, keeps equals in their given order.
         ranked = (-scores).argsort(kind="stable")[: self.num_examples]
         return tuple(self.candidates[position] for position in reversed(ranked) if scores[position] > 0)
 
@@ -102,6 +102,6 @@ def _bm25s() -> Any:
     except ImportError as error:
         what = "Nearest examples are found with bm25s, which is not installed"
         raise UserError("missing_requirement", what, remedy="pip install 'manyicl[retrieval]'") from error
-    # On import it sets its logger to DEBUG, so that whoever logs anything would read of every index built.
+    # On import it sets its logger to DEBUG, so that any logging would report every index built.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s

@@ -38,7 +38,7 @@ class TwoFiles(Section):
     """Rows in files of their own for each side."""
 
     train: tuple[str, ...] = Field(min_length=1, description="Rows that may become demonstrations.")
-    test: tuple[str, ...] = Field((), description="Rows that are only test queries; may be left out.")
+    test: tuple[str, ...] = Field((), description="Rows that are only test queries; may be omitted.")
     delimiter: Delimiter | None = Field(
         None, description="One character between CSV fields, no double quote or line break."
     )

@@ -39,7 +39,7 @@ class _StoredTask(BaseModel):
     format_version: Literal[1] = 1
     spec: TaskSpec
     data_hash: str = Field(description="Hash of the instruction, the labels and the examples of both sides.")
-    dropped: dict[str, int] = Field(description="Reason -> number of rows left out when the task was read.")
+    dropped: dict[str, int] = Field(description="Reason -> number of rows dropped when the task was read.")
 
 
 class StoredExamples(Sequence[Example]):

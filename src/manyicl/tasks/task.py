@@ -19,14 +19,14 @@ __all__ = ["FAMILIES", "Columns", "Example", "Family", "Query", "Task", "TaskSpe
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one task with the spec that says how they are asked.
+    """Examples of one task with the spec that says how they become queries.
 
     Attributes:
         spec: Everything about the task except its examples.
         train: Examples that may become demonstrations or training targets; any sequence, see ``store``.
         test: Examples that are used only as test queries. Disjoint from ``train`` in content.
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
-        dropped: Reason -> number of rows left out when the task was read.
+        dropped: Reason -> number of rows dropped when the task was read.
 
     >>> task = Task.from_examples("mood", [("what a film", "good"), ("so dull", "bad")], labels=("good", "bad"))
     >>> task.query("not again").text

@@ -113,19 +113,19 @@ def _draw_pick(rng: random.Random, num_picked: int) -> Basic:
 
 
 def draw_ask(rng: random.Random) -> Basic:
-    """``place of hen lima rice`` -> ``lima``: one or two kinds asked for by their English names."""
-    kinds, num_asked = rng.sample(list(KINDS), rng.randint(3, 5)), rng.choice([1, 1, 2])
+    """``place of hen lima rice`` -> ``lima``: one or two kinds, requested by their English names."""
+    kinds, num_requested = rng.sample(list(KINDS), rng.randint(3, 5)), rng.choice([1, 1, 2])
 
     def draw_example(rng: random.Random) -> DrawnRow:
         context, word_of = _words_of(kinds, rng)
-        asked = rng.sample(kinds, num_asked)
-        return f"{' '.join(asked)} of {context}", " ".join(word_of[kind] for kind in asked)
+        requested = rng.sample(kinds, num_requested)
+        return f"{' '.join(requested)} of {context}", " ".join(word_of[kind] for kind in requested)
 
     return Basic(draw_example)
 
 
 def draw_cued_pick(rng: random.Random) -> Basic:
-    """One of 2 to 4 coined cues, before or behind words of several kinds -> the words of its kinds."""
+    """One of 2 to 4 coined cues, before or after words of several kinds -> the words of its kinds."""
     kinds, cues = rng.sample(list(KINDS), rng.randint(2, 5)), rng.sample(COINED, rng.randint(2, 4))
     num_picked = min(rng.choice([1, 1, 2]), len(kinds))
     picked_by = {cue: rng.sample(kinds, num_picked) for cue in cues}

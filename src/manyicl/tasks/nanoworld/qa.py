@@ -43,6 +43,6 @@ class QuestionRule:
         return {"context": " ".join(shuffled(words, rng)), "question": rng.choice(list(self.kind_of))}
 
     def answer(self, row: Columns) -> str:
-        """Return the word of the asked kind."""
+        """Return the word of the requested kind."""
         kind = self.kind_of[row["question"]]
         return next(word for word in row["context"].split() if word in KINDS[kind])
