@@ -200,7 +200,7 @@ def _keys(model: type[BaseModel]) -> set[str]:
 
 
 def test_the_keys_that_may_change_when_a_run_is_resumed_are_all_named() -> None:
-    named = set(INLINE_CODE.findall(read(RECIPE_PAGE).partition("## Going on")[2].partition("--overwrite")[0]))
+    named = set(INLINE_CODE.findall(read(RECIPE_PAGE).partition("## Resuming a run")[2].partition("--overwrite")[0]))
     assert {name for name in named if "." in name or name == "output"} == FREE_TO_CHANGE
 
 

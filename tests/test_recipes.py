@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
-from manyicl.training.train import train
 from tests.builders import byte_level_bpe, sentencepiece_bpe, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +43,12 @@ def toy_overrides(recipe: Recipe, name: str, folder: Path) -> list[str]:
     overrides = [
         f"tasks.train=['{folder / 'tasks'}']",
         "tasks.evaluate=[]",
+        "training.evaluate_every=null",
+        "training.evaluate_shots=[0, 8]",
+        "training.evaluate_queries=50",
+        "training.warmup_steps=0",
         "tasks.data_root=null",
-        "tasks.mixture.weights={}",
+        "tasks.mixture={}",
         "sequences.max_context_tokens=200",
         "sequences.examples_per_episode=[1, 8]",
         "training.num_tokens=null",
@@ -75,7 +79,7 @@ def test_a_recipe_builds_and_trains_a_step_at_toy_size(path: Path, tmp_path: Pat
     recipe = Recipe.parse(text, path.name)
     write_toy_tasks(tmp_path / "tasks")
     toy = Recipe.parse(text, path.name, toy_overrides(recipe, path.stem, tmp_path))
-    run = train(toy)
+    run = ensure_trained(toy)
     assert run.finished
     assert (tmp_path / "run" / "manyicl.json").is_file()
     assert any((tmp_path / "run").glob("*.safetensors"))

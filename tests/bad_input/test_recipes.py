@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.case import Case, accepted, meet, table_of
+from tests.bad_input.case import Case, accepted, meet, refused, table_of
 from tests.bad_input.files import RECIPE, TRAIN, recipe, spoilt, task
 
 TRAINED = "train recipe.yaml"
@@ -19,17 +19,22 @@ def put(override: str) -> str:
 
 
 READING = [
-    Case(
+    refused(
         "a recipe that does not exist",
         "train recip.yaml",
-        ("There is no recipe at 'recip.yaml'.", "Did you mean 'recipe.yaml'?"),
-        recipe(),
+        "missing_file",
+        file="recip.yaml",
+        remedy="Did you mean 'recipe.yaml'?",
+        says=("recip.yaml: there is no recipe here. Did you mean 'recipe.yaml'?",),
+        files=recipe(),
     ),
-    Case("a folder for a recipe", "train t", ("'t' is no file; expected a recipe",), recipe()),
-    Case(
+    refused("a folder for a recipe", "train t", "not_a_file", file="t", expected="a recipe", files=recipe()),
+    refused(
         "a link to itself for a recipe",
         "train recipe.yaml",
-        ("There is no recipe at 'recipe.yaml'.", "leads nowhere"),
+        "missing_file",
+        file="recipe.yaml",
+        remedy="recipe.yaml is a link that leads nowhere",
         prepare=lambda folder: (folder / "recipe.yaml").symlink_to("recipe.yaml"),
     ),
     Case(
@@ -39,10 +44,18 @@ READING = [
         recipe(),
     ),
     Case("a table for a recipe", "train t/train.jsonl", ("t/train.jsonl:2: not valid YAML",), recipe()),
-    Case("an empty recipe", TRAINED, ("recipe.yaml: expected the keys ['model'", "found nothing"), recipe("")),
-    Case("a recipe of comments", DOCTOR, ("recipe.yaml: expected the keys", "found nothing"), recipe("# later\n")),
-    Case("a list for a recipe", TRAINED, ("recipe.yaml: expected the keys", "found ['model']"), recipe("- model\n")),
-    Case("a number for a recipe", TRAINED, ("recipe.yaml: expected the keys", "found 5"), recipe("5\n")),
+    refused(
+        "an empty recipe",
+        TRAINED,
+        "no_mapping",
+        file="recipe.yaml",
+        expected="the keys model, tasks",
+        found="nothing",
+        files=recipe(""),
+    ),
+    refused("a recipe of comments", DOCTOR, "no_mapping", found="nothing", files=recipe("# later\n")),
+    refused("a list for a recipe", TRAINED, "no_mapping", found="['model']", files=recipe("- model\n")),
+    refused("a number for a recipe", TRAINED, "no_mapping", found="5", files=recipe("5\n")),
     Case(
         "a tab in a recipe",
         TRAINED,
@@ -290,24 +303,23 @@ VALUES = [
         ("t/train.jsonl:9: the query is empty",),
         recipe(train=[*TRAIN, {"text": "", "label": "good"}]),
     ),
-    Case(
+    refused(
         "--set without a value",
         f"{TRAINED} --set training.num_steps",
-        ("--set training.num_steps: expected section.key=value",),
-        recipe(),
+        "wrong_override",
+        file="--set training.num_steps",
+        expected="section.key=value",
+        files=recipe(),
     ),
-    Case("--set without a key", f"{TRAINED} --set =5", ("--set =5: expected section.key=value",), recipe()),
-    Case(
-        "--set with half a key",
-        f"{TRAINED} --set training.=5",
-        ("--set training.=5: expected section.key=value",),
-        recipe(),
-    ),
-    Case(
+    refused("--set without a key", f"{TRAINED} --set =5", "wrong_override", file="--set =5", files=recipe()),
+    refused("--set with half a key", f"{TRAINED} --set training.=5", "wrong_override", files=recipe()),
+    refused(
         "--set below a value",
         f"{TRAINED} --set output.folder=5",
-        ("--set output.folder=5: 'output' holds 'run', which has no keys of its own",),
-        recipe(),
+        "wrong_override",
+        field="output.folder",
+        what="'output' is 'run', which has no keys of its own",
+        files=recipe(),
     ),
     Case(
         "--set of a whole section to nothing", f"{TRAINED} --set training=", ("training: ", "found nothing"), recipe()
@@ -325,16 +337,26 @@ VALUES = [
         ("recipe.yaml: unknown key 'training.sed'. Did you mean 'seed'?",),
         recipe(),
     ),
-    Case(
-        "--set for a doctor without a recipe",
-        "doctor --set training.seed=1",
-        ("--set replaces a value of a recipe; name the recipe",),
+    refused("--set for a doctor without a recipe", "doctor --set training.seed=1", "missing_argument"),
+    refused("resuming and starting anew", f"{TRAINED} --resume --overwrite", "conflicting_options", files=recipe()),
+    Case("mixture weights without the kind", put("tasks.mixture={weights: {u: 3}}"), ("have no effect",), recipe()),
+    Case("evaluations of nothing", put("training.evaluate_every=1"), ("without tasks.evaluate nothing",), recipe()),
+    refused(
+        "a key under its old name",
+        put("rows.max_context_tokens=100"),
+        "renamed_key",
+        field="rows",
+        says=("the key 'rows' is called 'sequences' now. Rename it.",),
+        files=recipe(),
     ),
-    Case(
-        "going on and starting anew",
-        f"{TRAINED} --resume --overwrite",
-        ("--resume goes on with a run and --overwrite replaces it",),
-        recipe(),
+    refused(
+        "more labels than words to rename them",
+        put("sequences.rename_labels=0.5"),
+        "too_few_words",
+        field="sequences.rename_labels",
+        files=recipe(
+            train=[{"text": f"{number} {number}", "label": ["good", "bad"][number % 2]} for number in range(8)]
+        ),
     ),
 ]
 
@@ -344,3 +366,12 @@ def test_a_mistake_in_a_recipe_is_one_sentence(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meet(case, tmp_path, monkeypatch, capsys)
+
+
+def test_processes_that_are_no_number_are_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    for command in (TRAINED, DOCTOR, DRY):
+        case = refused("a word", command, "wrong_environment", field="WORLD_SIZE", found="'abc'", files=recipe())
+        meet(case, tmp_path, monkeypatch, capsys)

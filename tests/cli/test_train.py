@@ -8,23 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from manyicl.cli.train import held_out_evaluation, resume_command, train_command, watched
+from manyicl.cli.train import resume_command, train_command
 from manyicl.errors import MachineError, UserError
 from manyicl.model.manifest import Manifest
-from manyicl.tasks.building import normalised
 from manyicl.training.checkpoint import RunInterrupted, SavingFailedError
-from manyicl.training.recipe import Recipe
-from manyicl.training.run_folder import RunFolder
-from manyicl.training.train import load_recipe_tasks
-from tests.builders import make_example, make_task, tiny_loaded
-from tests.training.recipes import TEXT
+from manyicl.training.run_folder import RunFolder, RunState
+from tests.training.recipes import TEXT, is_finished
 from tests.training.test_train import write_task
 
 app = typer.Typer()
@@ -35,7 +30,7 @@ app.command()(train_command)
 def recipe(tmp_path: Path) -> Path:
     train, held_out = write_task(tmp_path / "a", "reviews"), write_task(tmp_path / "b", "news")
     path = tmp_path / "recipe.yaml"
-    text = TEXT.replace("train: [unused]", f"train: [{train}]\n  evaluate: [{held_out}]")
+    text = TEXT.replace("train: [unused]", f"train: [{train}]").replace("evaluate: [unused]", f"evaluate: [{held_out}]")
     path.write_text(f"# a comment\n{text}  evaluate_shots: [0, 2]\noutput: {tmp_path / 'run'}\n", encoding="utf-8")
     return path
 
@@ -49,29 +44,6 @@ def test_a_recipe_becomes_a_model_chosen_on_held_out_tasks(recipe: Path) -> None
     assert manifest is not None
     assert manifest.recipe["training"]["seed"] == 3
     assert [task.name for task in manifest.tasks] == ["a"]
-
-
-def test_a_held_out_task_is_watched_by_rows_of_its_training_side_that_are_not_shown() -> None:
-    repeated = make_example("film 7  WAS play", "bad")
-    rows = make_task().train
-    task = make_task(train=[*rows, *[repeated] * 3])
-    asked = watched(task, 10, seed=1)
-    assert asked.test == watched(task, 10, seed=1).test != watched(task, 10, seed=2).test
-    assert len(asked.test) == 10
-    assert not {normalised(e.query.text) for e in asked.test} & {normalised(e.query.text) for e in asked.train}
-    assert {*asked.test, *asked.train} <= {*task.train}
-    half = watched(make_task(), 1000, seed=1)
-    assert len(half.test) == len(half.train) == 20
-    with pytest.raises(UserError, match="'toy' has 1 training row; at least 2"):
-        watched(make_task(train=rows[:1]), 10, seed=1)
-
-
-def test_training_never_asks_a_test_row(recipe: Path) -> None:
-    tasks = load_recipe_tasks(Recipe.read(recipe)).held_out
-    loaded = tiny_loaded()
-    evaluation = held_out_evaluation(Recipe.read(recipe), tasks)
-    without_test_rows = held_out_evaluation(Recipe.read(recipe), tuple(replace(task, test=()) for task in tasks))
-    assert evaluation(loaded) == without_test_rows(loaded)
 
 
 def test_a_dry_run_spends_nothing(recipe: Path) -> None:
@@ -120,7 +92,7 @@ def test_a_signal_leaves_a_checkpoint_and_prints_the_command_that_resumes(recipe
     text = log.read_text(encoding="utf-8")
     assert "a checkpoint is saved. Resume with" in text
     assert f"manyicl train {recipe} --set training.num_steps=100000 --set training.log_every=1 --resume" in text
-    assert list((recipe.parent / "run" / "checkpoints").glob("checkpoint-*/seal.json"))
+    assert list((recipe.parent / "run" / "checkpoints").glob("checkpoint-*/manifest.json"))
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -133,17 +105,32 @@ def raising(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("place", "error", "arguments", "said"),
     [
-        ("load_recipe_tasks", KeyboardInterrupt(), [], "Stopped before training; no run has begun. The same command"),
-        ("load_recipe_tasks", KeyboardInterrupt(), ["--resume"], "Stopped before training; nothing has changed. The"),
-        ("load_recipe_tasks", KeyboardInterrupt(), ["--dry-run"], "Stopped; nothing was written."),
-        ("train", RunInterrupted(None), [], "Stopped at once. There is no checkpoint yet. Resume with\n\n  manyicl"),
-        ("train", RunInterrupted(Path("checkpoint-4")), ["--seed", "3"], "checkpoint is checkpoint-4. Resume with"),
+        (
+            "job.load_recipe_tasks",
+            KeyboardInterrupt(),
+            [],
+            "Stopped before training; no run has started. The",
+        ),
+        ("job.ensure_trained", KeyboardInterrupt(), ["--resume"], "Stopped before training; nothing has changed. The"),
+        ("dry_run.load_recipe_tasks", KeyboardInterrupt(), ["--dry-run"], "Stopped; nothing was written."),
+        (
+            "job.ensure_trained",
+            RunInterrupted(None),
+            [],
+            "There is no checkpoint yet. Resume with\n\n  manyicl",
+        ),
+        (
+            "job.ensure_trained",
+            RunInterrupted(Path("checkpoint-4")),
+            ["--seed", "3"],
+            "checkpoint-4. Resume with",
+        ),
     ],
 )
 def test_a_command_that_is_ended_at_once_says_what_it_leaves(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.setattr(f"manyicl.training.train.{place}", raising(error))
+    monkeypatch.setattr(f"manyicl.training.{place}", raising(error))
     result = CliRunner().invoke(app, [str(recipe), *arguments])
     assert result.exit_code == 130
     assert said in result.output
@@ -156,7 +143,7 @@ def test_sigterm_before_training_is_ctrl_c(recipe: Path, monkeypatch: pytest.Mon
     def terminated(*arguments: object, **options: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("manyicl.training.train.load_recipe_tasks", terminated)
+    monkeypatch.setattr("manyicl.training.job.load_recipe_tasks", terminated)
     before = signal.getsignal(signal.SIGTERM)
     result = CliRunner().invoke(app, [str(recipe)])
     assert (result.exit_code, signal.getsignal(signal.SIGTERM)) == (130, before)
@@ -165,7 +152,7 @@ def test_sigterm_before_training_is_ctrl_c(recipe: Path, monkeypatch: pytest.Mon
 def test_a_checkpoint_that_cannot_be_saved_ends_with_the_command_that_resumes(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manyicl.training.train.train", raising(SavingFailedError("No room.")))
+    monkeypatch.setattr("manyicl.training.job.ensure_trained", raising(SavingFailedError("No room.")))
     result = CliRunner().invoke(app, [str(recipe), "--set", "training.log_every=1"])
     assert isinstance(result.exception, MachineError)
     assert str(result.exception) == (
@@ -179,7 +166,7 @@ def test_a_command_killed_fifty_times_ends_as_one_that_was_left_alone(recipe: Pa
     changes = ["--set", "training.num_steps=40", "--set", "training.evaluate_every=7", "--set", "training.save_every=2"]
 
     def started(output: Path, *more: str) -> subprocess.Popen[bytes]:
-        resume = ["--resume"] if RunFolder(output).is_begun else []
+        resume = ["--resume"] if RunFolder(output).state() is RunState.STARTED else []
         return command(recipe, *changes, "--set", f"output={output}", *resume, *more)
 
     unbroken, clock = recipe.parent / "unbroken", time.monotonic()
@@ -190,7 +177,7 @@ def test_a_command_killed_fifty_times_ends_as_one_that_was_left_alone(recipe: Pa
     while num_killed < 50:
         output = recipe.parent / f"run{num_runs}"
         num_runs += 1
-        while not RunFolder(output).is_finished:
+        while not is_finished(output):
             process, clock = started(output), time.monotonic()
             if num_killed < 50:
                 # The first third of a command is imports, where nothing can go wrong.

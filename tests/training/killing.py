@@ -22,10 +22,9 @@ from transformers.models.llama import modeling_llama  # noqa: F401  # once, by t
 from transformers.utils import logging
 
 from manyicl.model.load import LoadedModel
+from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
-from manyicl.training.run_folder import RunFolder
-from manyicl.training.train import train
-from tests.training.recipes import small_recipe, small_tasks
+from tests.training.recipes import measuring, small_recipe, small_tasks
 
 NUM_STEPS = 6
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -113,15 +112,14 @@ def _train(recipe: Recipe, kill_at: int | None, moments_file: Path | None) -> No
     logging.disable_progress_bar()
     moments = Moments(recipe.output, kill_at)
     moments.watch()
-    resume = RunFolder(recipe.output).is_begun
     evaluation = score_of_bits if recipe.training.evaluate_every else None
-    train(recipe, small_tasks(), evaluation=evaluation, resume=resume, console=Console(file=io.StringIO()))
+    ensure_trained(recipe, small_tasks(), measuring(evaluation), console=Console(file=io.StringIO()))
     if moments_file is not None:
         moments_file.write_text("\n".join(moments.names), encoding="utf-8")
 
 
 def start(recipe: Recipe, kill_at: int | None = None, moments_file: Path | None = None) -> ForkServerProcess:
-    """Start a run, or go on with it; it kills itself at the ``kill_at``-th moment, if it gets there."""
+    """Start a run, or resume it; it kills itself at the ``kill_at``-th moment, if it gets there."""
     process = PROCESSES.Process(target=partial(_train, recipe, kill_at, moments_file))
     process.start()
     return process

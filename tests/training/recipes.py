@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from manyicl.model.load import LoadedModel
+from manyicl.training.job import MakeMeasure
 from manyicl.training.recipe import Recipe
-from manyicl.training.train import RecipeTasks
+from manyicl.training.recipe_tasks import RecipeTasks
+from manyicl.training.run_folder import RunFolder, RunState
 from tests.builders import make_task
 
 TEXT = """
@@ -23,6 +27,7 @@ model:
     tokenizer: {kind: word, vocabulary_size: 200}
 tasks:
   train: [unused]
+  evaluate: [unused]
 sequences:
   max_context_tokens: 60
   examples_per_episode: [1, 6]
@@ -43,3 +48,12 @@ def small_tasks() -> RecipeTasks:
         train=(make_task("one", instruction="good or bad"), make_task("two")),
         held_out=(make_task("three", data_hash="3" * 64),),
     )
+
+
+def measuring(evaluation: Callable[[LoadedModel], Mapping[str, float]] | None) -> MakeMeasure | None:
+    """What `ensure_trained` is given to call this evaluation, whatever the held-out tasks are."""
+    return None if evaluation is None else lambda tasks, **settings: evaluation
+
+
+def is_finished(output: Path) -> bool:
+    return RunFolder(output).state() is RunState.FINISHED

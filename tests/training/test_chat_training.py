@@ -11,10 +11,12 @@ from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from manyicl.training.estimate import sample_sequences
+from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
+from manyicl.training.recipe_tasks import RecipeTasks
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import RecipeTasks, packed_sequences, run_manifest, train
+from manyicl.training.train import packed_sequences, run_manifest
 from tests.builders import make_example, make_task, tiny_model
 from tests.episodes.chat_templates import CHATML, FAMILIES, QWEN_3_MENDED
 from tests.training.recipes import small_tasks
@@ -46,7 +48,7 @@ def test_the_engine_reads_the_turns_back_and_asks_as_training_taught(tmp_path: P
     base = instruct_model(tmp_path / "base", "Llama 3")
     recipe = chat_recipe(base, tmp_path / "run", *(["model.lora.rank=2"] if lora else []))
     tasks = small_tasks()
-    assert train(recipe, tasks).finished
+    assert ensure_trained(recipe, tasks).finished
     manifest = Manifest.read(tmp_path / "run")
     assert manifest is not None
     assert manifest.text_format.end_of_answer == "<|eot_id|>"
@@ -65,11 +67,11 @@ def test_the_engine_reads_the_turns_back_and_asks_as_training_taught(tmp_path: P
 def test_a_mended_template_is_saved_with_the_model(tmp_path: Path) -> None:
     base = instruct_model(tmp_path / "base", "Qwen3")
     with pytest.raises(UserError, match="think block"):
-        train(chat_recipe(base, tmp_path / "run"), small_tasks())
+        ensure_trained(chat_recipe(base, tmp_path / "run"), small_tasks())
     assert not (tmp_path / "run").exists()
     mended = tmp_path / "mended.jinja"
     mended.write_text(QWEN_3_MENDED, "utf-8")
-    train(chat_recipe(base, tmp_path / "run", f"format.template={mended}"), small_tasks())
+    ensure_trained(chat_recipe(base, tmp_path / "run", f"format.template={mended}"), small_tasks())
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == mended.read_text("utf-8")
 
 
@@ -85,8 +87,8 @@ def test_a_run_does_not_go_on_with_another_template(tmp_path: Path) -> None:
     statistics = sample_sequences(sequences, recipe.objective)
     folder.begin(recipe, run_manifest(recipe, tasks, start, sequences.encoder.format, statistics), overwrite=False)
     template.write_text(CHATML.replace("<|im_start|>", "### "), "utf-8")
-    with pytest.raises(UserError, match="the chat template changed since the run began"):
-        train(recipe, tasks, resume=True)
+    with pytest.raises(UserError, match="the chat template changed since the run started"):
+        ensure_trained(recipe, tasks, existing="resume")
 
 
 def test_rows_of_held_out_tasks_are_compared_too(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_rows_of_held_out_tasks_are_compared_too(tmp_path: Path) -> None:
     thinks = make_task("thinks", train=[make_example("a", "<think>b</think>c"), make_example("d", "c")], labels=None)
     tasks = RecipeTasks(small_tasks().train, (thinks,))
     with pytest.raises(UserError, match=r"Task 'thinks'.*think block"):
-        train(chat_recipe(base, tmp_path / "run", f"format.template={template}"), tasks)
+        ensure_trained(chat_recipe(base, tmp_path / "run", f"format.template={template}"), tasks)
 
 
 def test_a_new_model_has_no_chat_template(tmp_path: Path) -> None:

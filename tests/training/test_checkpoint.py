@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from manyicl.training.checkpoint import Checkpoints, SavingFailedError, is_full_disk
-from manyicl.training.durable import move_whole, write_whole
-from manyicl.training.run_folder import RunFolder
+from manyicl.training.run_folder import RunFolder, RunState
 from tests.training.recipes import small_recipe
 
 
@@ -31,7 +30,7 @@ def save(
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "folder/more", *states):
         (part / name).write_text(f"{name} {step}", encoding="utf-8")
-    checkpoints.seal(step, num_processes, best_step)
+    checkpoints.complete(step, num_processes, best_step)
     checkpoints.rotate(kept)
 
 
@@ -92,51 +91,47 @@ def was_cut(moment: int, block: Callable[[], object]) -> bool:
     return False
 
 
-def test_the_newest_whole_checkpoint_is_taken(checkpoints: Checkpoints) -> None:
+def test_the_newest_complete_checkpoint_is_taken(checkpoints: Checkpoints) -> None:
     assert checkpoints.resume_point(1).checkpoint is None
     for step in (1, 2, 10):
         save(checkpoints, step)
     point = checkpoints.resume_point(1)
-    assert (point.checkpoint, point.left_out) == (checkpoints.place(10), ())
-    assert point.sentence() == f"Resuming from {checkpoints.place(10)}."
+    assert (point.checkpoint, point.skipped) == (checkpoints.path(10), ())
+    assert point.sentence() == f"Resuming from {checkpoints.path(10)}."
 
 
 def damage_size(path: Path) -> None:
     path.write_text("short", encoding="utf-8")
 
 
-def damage_one_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[0] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "folder/more"])
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(Path.unlink, "lacks"), (damage_size, "differs from its seal in"), (damage_one_byte, "differs from its seal in")],
+    [(Path.unlink, "lacks"), (damage_size, "differs from its manifest in the size of")],
 )
 def test_a_damaged_checkpoint_is_left_out_with_the_reason_and_the_one_before_it_is_taken(
     checkpoints: Checkpoints, name: str, damage: Callable[[Path], None], reason: str
 ) -> None:
     save(checkpoints, 1)
     save(checkpoints, 2)
-    damage(checkpoints.place(2) / name)
+    damage(checkpoints.path(2) / name)
     point = checkpoints.resume_point(1)
-    assert point.checkpoint == checkpoints.place(1)
+    assert point.checkpoint == checkpoints.path(1)
     assert point.sentence() == (
-        f"Resuming from {checkpoints.place(1)}; 1 checkpoint left out: checkpoint-2 {reason} {name}."
+        f"Resuming from {checkpoints.path(1)}; 1 checkpoint skipped: checkpoint-2 {reason} {name}."
     )
-    assert checkpoints.newest() == checkpoints.place(1), "what cannot be used is not called good later on"
+    assert checkpoints.newest() == checkpoints.path(1), "what cannot be used is not called good later on"
 
 
-def test_a_checkpoint_without_a_seal_is_never_taken_and_never_passed_over_in_silence(checkpoints: Checkpoints) -> None:
+def test_a_checkpoint_without_a_manifest_is_never_taken_and_always_named(
+    checkpoints: Checkpoints,
+) -> None:
     save(checkpoints, 1)
     save(checkpoints, 2)
-    (checkpoints.place(2) / "seal.json").unlink()
-    assert "checkpoint-2 has no seal.json: an older version made it" in checkpoints.resume_point(1).sentence()
-    (checkpoints.place(1) / "seal.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be used: checkpoint-2 has no seal\.json: an older"):
+    (checkpoints.path(2) / "manifest.json").unlink()
+    assert "checkpoint-2 has no manifest.json: an older version made it" in checkpoints.resume_point(1).sentence()
+    (checkpoints.path(1) / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no checkpoint can be used: checkpoint-2 has no manifest\.json: an older"):
         checkpoints.resume_point(1)
     assert steps(checkpoints) == {1, 2}, "they may be all that the person has"
 
@@ -145,7 +140,7 @@ def test_a_checkpoint_that_was_being_saved_does_not_count_and_is_swept_away(chec
     (checkpoints.partial / "checkpoint-1").mkdir(parents=True)
     point = checkpoints.resume_point(1)
     assert point.sentence() == (
-        "Resuming from the beginning, because there is no whole checkpoint yet; 1 checkpoint left out: checkpoint-1 "
+        "Resuming from the beginning, because there is no complete checkpoint yet; 1 checkpoint skipped: checkpoint-1 "
         "was cut off while it was saved."
     )
     assert not checkpoints.partial.exists()
@@ -153,20 +148,23 @@ def test_a_checkpoint_that_was_being_saved_does_not_count_and_is_swept_away(chec
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1, num_processes=2)
-    with pytest.raises(UserError, match=r"checkpoint-1' was saved by 2 processes; this run has 1\. Resume it with as"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint-1: the checkpoint was saved by another number .* 2, found 1\. Resume",
+    ):
         checkpoints.resume_point(1)
-    assert checkpoints.resume_point(2).checkpoint == checkpoints.place(1)
+    assert checkpoints.resume_point(2).checkpoint == checkpoints.path(1)
 
 
-def test_a_checkpoint_that_lacks_a_part_is_not_sealed(checkpoints: Checkpoints) -> None:
+def test_a_checkpoint_that_lacks_a_part_is_not_completed(checkpoints: Checkpoints) -> None:
     for name in ("rng_state.pth", "optimizer.pt", "model.safetensors", "scheduler.pt"):
         shutil.rmtree(checkpoints.partial, ignore_errors=True)
         save(checkpoints, 1)
         checkpoints.partial.mkdir(exist_ok=True)
-        checkpoints.place(1).rename(checkpoints.partial / "checkpoint-2")
+        checkpoints.path(1).rename(checkpoints.partial / "checkpoint-2")
         (checkpoints.partial / "checkpoint-2" / name).unlink()
         with pytest.raises(SavingFailedError, match=f"checkpoint-2 lacks {name}"):
-            checkpoints.seal(2, 1, None)
+            checkpoints.complete(2, 1, None)
 
 
 def test_the_newest_checkpoints_and_the_best_of_each_outlive_the_rotation(checkpoints: Checkpoints) -> None:
@@ -181,8 +179,10 @@ def test_the_newest_checkpoints_and_the_best_of_each_outlive_the_rotation(checkp
 def test_a_checkpoint_whose_best_model_is_damaged_is_not_taken(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1, 1)
     save(checkpoints, 2, 1)
-    damage_size(checkpoints.place(1) / "model.safetensors")
-    with pytest.raises(UserError, match="checkpoint-2 needs checkpoint-1, the best model, which differs from its seal"):
+    damage_size(checkpoints.path(1) / "model.safetensors")
+    with pytest.raises(
+        UserError, match="checkpoint-2 needs checkpoint-1, the best model, which differs from its manifest"
+    ):
         checkpoints.resume_point(1)
 
 
@@ -191,10 +191,10 @@ def test_damage_to_a_newer_best_never_costs_the_one_before_it_however_often_a_ru
 ) -> None:
     for step, best in ((3, 3), (5, 3), (6, 6)):
         save(checkpoints, step, best, kept=2)
-    damage_one_byte(checkpoints.place(6) / "optimizer.pt")
+    damage_size(checkpoints.path(6) / "optimizer.pt")
     for _ in range(2):
-        assert checkpoints.resume_point(1).checkpoint == checkpoints.place(5)
-        assert checkpoints.flaw(3) is None
+        assert checkpoints.resume_point(1).checkpoint == checkpoints.path(5)
+        assert checkpoints.integrity_error(3) is None
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -207,19 +207,19 @@ def test_whenever_saving_is_cut_off_a_whole_checkpoint_stands_and_the_step_can_b
         for step in (1, 2):
             save(checkpoints, step, 1)
         # The third one replaces what stands there, and makes the second one go.
-        shutil.copytree(checkpoints.place(2), checkpoints.place(3))
+        shutil.copytree(checkpoints.path(2), checkpoints.path(3))
         is_cut = was_cut(moment, lambda checkpoints=checkpoints: save(checkpoints, 3, 1, kept=1))  # type: ignore[misc]
         found = checkpoints.resume_point(1).checkpoint
-        assert found in (checkpoints.place(2), checkpoints.place(3))
+        assert found in (checkpoints.path(2), checkpoints.path(3))
         assert (found / "model.safetensors").read_text(encoding="utf-8").endswith(found.name[-1])
         save(checkpoints, 3, 1, kept=1)
         assert steps(checkpoints) == {1, 3}
         assert checkpoints.resume_point(1) == checkpoints.resume_point(1)
-        assert checkpoints.flaw(3) is None
+        assert checkpoints.integrity_error(3) is None
     assert moment > 30
 
 
-def test_a_folder_is_moved_with_its_last_file_behind_all_others_whenever_it_is_cut_off(tmp_path: Path) -> None:
+def test_a_finished_model_is_put_in_place_with_its_manifest_last_whenever_it_is_cut_off(tmp_path: Path) -> None:
     moment, is_cut = 0, True
     while is_cut:
         moment += 1
@@ -229,25 +229,18 @@ def test_a_folder_is_moved_with_its_last_file_behind_all_others_whenever_it_is_c
             (source / name).write_text("new", encoding="utf-8")
         (target / "folder").mkdir(parents=True)
         (target / "folder" / "old").touch()
-        is_cut = was_cut(moment, lambda: move_whole(source, target, "manyicl.json"))  # noqa: B023
+        is_cut = was_cut(moment, lambda: RunFolder(target).put_in_place(source))  # noqa: B023
         if (target / "manyicl.json").exists():
-            assert sorted(path.name for path in target.rglob("*")) == [
-                "a.json",
-                "folder",
-                "inner",
-                "manyicl.json",
-                "z.json",
-            ]
+            names = sorted(path.name for path in target.rglob("*"))
+            assert names == ["a.json", "folder", "inner", "manyicl.json", "z.json"]
     assert moment > 5
 
 
-def test_a_file_holds_the_old_text_or_the_new_one(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old", encoding="utf-8")
-    for moment in range(1, 5):
-        was_cut(moment, lambda: write_whole(path, "new"))
-        assert path.read_text(encoding="utf-8") == ("old" if moment < 3 else "new")
-        path.write_text("old", encoding="utf-8")
+def test_a_byte_that_changed_does_not_show_because_files_are_not_hashed(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 1)
+    changed = checkpoints.path(1) / "optimizer.pt"
+    changed.write_bytes(changed.read_bytes()[::-1])
+    assert checkpoints.integrity_error(1) is None
 
 
 def manifest_of(folder: RunFolder, *overrides: str) -> Manifest:
@@ -262,12 +255,12 @@ def test_whenever_a_beginning_is_cut_off_the_run_begins_again_or_goes_on(tmp_pat
         folder = RunFolder(tmp_path / str(moment))
         recipe, manifest = small_recipe(folder.path), manifest_of(folder)
         is_cut = was_cut(moment, lambda: folder.begin(recipe, manifest, overwrite=False))  # noqa: B023
-        if folder.is_begun:
-            folder.require_same_recipe(recipe)
+        if folder.state() is RunState.STARTED:
+            folder.require_resumable(recipe)
             folder.write_recipe_if_missing()
         else:
             with pytest.raises(UserError, match="holds no run"):
-                folder.require_same_recipe(recipe)
+                folder.require_resumable(recipe)
             folder.begin(recipe, manifest, overwrite=False)
         assert (folder.path / "recipe.yaml").read_text(encoding="utf-8") == recipe.to_yaml()
     assert moment > 5
@@ -286,14 +279,14 @@ def test_whenever_a_replacement_is_cut_off_it_can_be_taken_up_and_no_half_model_
         manifest_of(folder).write(folder.path)
         manifest = manifest_of(folder, "training.seed=7")
         is_cut = was_cut(moment, lambda: folder.begin(new, manifest, overwrite=True))  # noqa: B023
-        if folder.is_finished:
+        if folder.state() is RunState.FINISHED:
             assert Checkpoints(folder.checkpoints).newest() is not None
-        elif folder.is_begun:
-            folder.require_same_recipe(new)
+        elif folder.state() is RunState.STARTED:
+            folder.require_resumable(new)
             assert Checkpoints(folder.checkpoints).resume_point(1).checkpoint is None
         else:
-            with pytest.raises(UserError, match=r"was being replaced and the new one has not begun|holds no run"):
-                folder.require_same_recipe(new)
+            with pytest.raises(UserError, match="was being replaced and the new one has not started"):
+                folder.require_resumable(new)
         folder.begin(new, manifest, overwrite=True)
         assert sorted(path.name for path in folder.path.rglob("*")) == ["checkpoints", "recipe.yaml", "run.json"]
     assert moment > 10
@@ -319,7 +312,7 @@ def test_a_full_disk_is_known_however_it_is_said_and_leaves_the_last_good_checkp
     save(checkpoints, 1)
     expected = (
         r"^checkpoint-2 could not be saved: the disk of '.*' is full \(.* are free without it; a checkpoint takes "
-        r"0\.0 MiB\)\. The last good checkpoint is .*checkpoint-1\. Make room, then go on with --resume\.$"
+        r"0\.0 MiB\)\. The last good checkpoint is .*checkpoint-1\. Free some space, then continue with --resume\.$"
     )
     with pytest.raises(SavingFailedError, match=expected):
         save_in_vain(checkpoints, error)
@@ -328,7 +321,7 @@ def test_a_full_disk_is_known_however_it_is_said_and_leaves_the_last_good_checkp
 
 
 def test_another_failure_is_said_as_it_is(checkpoints: Checkpoints) -> None:
-    expected = r"saved: PermissionError: \[Errno 13\] Permission denied\. There is no checkpoint yet\. Mend that, then"
+    expected = r"saved: PermissionError, permission denied\. There is no checkpoint yet\. Fix that, then"
     with pytest.raises(SavingFailedError, match=expected):
         save_in_vain(checkpoints, PermissionError(errno.EACCES, "Permission denied"))
 
@@ -339,5 +332,5 @@ def test_a_run_of_an_older_version_with_another_identity_is_refused_in_one_sente
     folder.begin(recipe, manifest, overwrite=False)
     identity = folder.checkpoints / "run.json"
     identity.write_text(json.dumps({**json.loads(identity.read_text(encoding="utf-8")), "new": 1}), encoding="utf-8")
-    with pytest.raises(UserError, match=r"run\.json' is not what this version of manyicl writes\. Resume with the"):
+    with pytest.raises(UserError, match=r"run\.json: the file is not what this version of manyicl writes"):
         folder.require_same_start(manifest)

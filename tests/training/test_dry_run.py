@@ -44,7 +44,7 @@ def test_a_model_of_the_hub_is_estimated_from_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=128, vocab_size=500)
-    monkeypatch.setattr(module, "_can_be_had", lambda name: True)
+    monkeypatch.setattr(module, "_is_available", lambda name: True)
     monkeypatch.setattr(module, "load_tokenizer", lambda reference: byte_level_bpe())
     monkeypatch.setattr(estimate, "model_config", lambda reference: config)
     changes = ["model.from_scratch=null", "model.base=hf:owner/name", "sequences.max_context_tokens=300"]
@@ -61,7 +61,7 @@ def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, m
 
     monkeypatch.setattr(module, "load_tokenizer", refused)
     for reachable, reason in ((False, "the Hub cannot be reached"), (True, "could not be fetched")):
-        monkeypatch.setattr(module, "_can_be_had", lambda name, reachable=reachable: reachable)
+        monkeypatch.setattr(module, "_is_available", lambda name, reachable=reachable: reachable)
         changes = ["model.from_scratch=null", "model.base=hf:owner/name"]
         *_, last = dry_run(small_recipe(tmp_path, *changes), small_tasks())
         assert last.startswith("Tokens: at most 960. Answers, unused share, hours and memory cannot be known")
@@ -76,5 +76,5 @@ def test_the_size_of_an_adapter_is_known_without_making_it(lora: LoraSettings) -
 
 
 def test_an_adapter_over_layers_that_are_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"\['attn'\] match no layer; linear layers are \['down_proj'"):
+    with pytest.raises(UserError, match=r"\['attn'\] match no layer; expected names of linear layers, \['down_proj'"):
         with_adapter(tiny_model(), LoraSettings(target_modules=("attn",)))

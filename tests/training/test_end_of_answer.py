@@ -15,8 +15,9 @@ from manyicl.errors import UserError
 from manyicl.model.export import export_model
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Task
+from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
-from manyicl.training.train import RecipeTasks, train
+from manyicl.training.recipe_tasks import RecipeTasks
 from tests.builders import byte_level_bpe, make_example, make_task, tiny_model
 
 END = "<|im_end|>"
@@ -53,7 +54,7 @@ training: {{num_steps: 150, sequences_per_step: 2, learning_rate: 1e-2, num_thre
 output: {output}
 """
     )
-    assert train(recipe, RecipeTasks(train=(letters(),), held_out=())).finished
+    assert ensure_trained(recipe, RecipeTasks(train=(letters(),), held_out=())).finished
     return output
 
 

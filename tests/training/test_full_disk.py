@@ -16,11 +16,10 @@ from rich.console import Console
 from manyicl.model.load import LoadedModel
 from manyicl.training import train as train_module
 from manyicl.training.checkpoint import SavingFailedError
+from manyicl.training.job import TrainedRun, ensure_trained
 from manyicl.training.recipe import Recipe
-from manyicl.training.run_folder import RunFolder
-from manyicl.training.train import TrainedRun, train
 from tests.training.killing import score_of_bits
-from tests.training.recipes import small_recipe, small_tasks
+from tests.training.recipes import measuring, small_recipe, small_tasks
 
 # Between what the smallest files take and what weights take, and between what weights and the optimizer's state take.
 NO_ROOM_FOR_WEIGHTS, NO_ROOM_FOR_OPTIMIZER = 20_000, 120_000
@@ -40,7 +39,7 @@ def largest_file(num_bytes: int | None) -> Iterator[Callable[[], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def run(recipe: Recipe, *, resume: bool = False, after_step_1: Callable[[], None] | None = None) -> TrainedRun:
+def run(recipe: Recipe, *, after_step_1: Callable[[], None] | None = None) -> TrainedRun:
     calls = 0
 
     def evaluation(loaded: LoadedModel) -> Mapping[str, float]:
@@ -50,7 +49,7 @@ def run(recipe: Recipe, *, resume: bool = False, after_step_1: Callable[[], None
             after_step_1()
         return score_of_bits(loaded)
 
-    return train(recipe, small_tasks(), evaluation=evaluation, resume=resume, console=Console(file=io.StringIO()))
+    return ensure_trained(recipe, small_tasks(), measuring(evaluation), console=Console(file=io.StringIO()))
 
 
 @pytest.fixture(name="expected", scope="module")
@@ -66,14 +65,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(
 ) -> None:
     recipe = small_recipe(tmp_path / "run", "training.evaluate_every=1")
     sentence = (
-        r"checkpoint-2 could not be saved: .*The last good checkpoint is .*/checkpoint-1\. .* go on with --resume"
+        r"checkpoint-2 could not be saved: .*The last good checkpoint is .*/checkpoint-1\. .* continue with --resume"
     )
     with largest_file(num_bytes) as limit, pytest.raises(SavingFailedError, match=sentence):
         run(recipe, after_step_1=limit)
     assert sorted(path.name for path in (recipe.output / "checkpoints").iterdir()) == ["checkpoint-1", "run.json"]
     sizes = [path.stat().st_size for path in (recipe.output / "checkpoints" / "checkpoint-1").iterdir()]
     assert sorted(sizes)[-2] < NO_ROOM_FOR_OPTIMIZER < max(sizes)
-    run(recipe, resume=True)
+    run(recipe)
     assert (recipe.output / "model.safetensors").read_bytes() == expected
 
 
@@ -81,14 +80,14 @@ def test_a_finished_model_that_cannot_be_written_leaves_the_last_checkpoint_from
     tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(tmp_path / "run", "training.evaluate_every=1")
-    save = train_module._save
-    sentence = r"The finished model could not be saved: .* is full .*The last good checkpoint is .*/checkpoint-4\. Make"
+    save = train_module.save_finished
+    sentence = r"The finished model could not be saved: .* is full .*The last good checkpoint is .*/checkpoint-4\. Free"
     with largest_file(NO_ROOM_FOR_WEIGHTS) as limit, monkeypatch.context() as patched:
-        patched.setattr(train_module, "_save", lambda *arguments: (limit(), save(*arguments)))
+        patched.setattr(train_module, "save_finished", lambda *arguments: (limit(), save(*arguments)))
         with pytest.raises(SavingFailedError, match=sentence):
             run(recipe)
     assert not list(recipe.output.glob("*.safetensors"))
-    assert run(recipe, resume=True).finished
+    assert run(recipe).finished
     assert (recipe.output / "model.safetensors").read_bytes() == expected
 
 
@@ -120,7 +119,7 @@ def test_a_disk_that_is_really_full_never_costs_the_last_good_checkpoint(
         with pytest.raises(SavingFailedError, match="is full"):
             run(recipe)
         subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
-        run(recipe, resume=RunFolder(recipe.output).is_begun)
+        run(recipe)
         assert (recipe.output / "model.safetensors").read_bytes() == expected
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)

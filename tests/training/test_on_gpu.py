@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from manyicl.model.load import load_model
-from manyicl.training.requirements import missing_here
-from manyicl.training.train import train
+from manyicl.training.job import ensure_trained
+from manyicl.training.requirements import missing_features
 from tests.builders import byte_level_bpe, tiny_model
-from tests.training.recipes import small_recipe, small_tasks
+from tests.training.recipes import measuring, small_recipe, small_tasks
 
 SETTINGS = {
     "plain": (),
@@ -39,7 +39,7 @@ def test_an_adapter_is_trained_on_a_gpu_and_loads_over_its_base(name: str, tmp_p
         "sequences.max_context_tokens=200",
         *SETTINGS[name],
     )
-    if missing := missing_here(recipe):
+    if missing := list(map(str, missing_features(recipe))):
         pytest.skip(" ".join(missing))
-    assert train(recipe, small_tasks(), evaluation=lambda loaded: {"score": 0.0}).finished
+    assert ensure_trained(recipe, small_tasks(), measuring(lambda loaded: {"score": 0.0})).finished
     assert load_model(str(tmp_path / "run")).manifest is not None

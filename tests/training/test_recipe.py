@@ -91,9 +91,38 @@ def test_a_key_under_its_old_name_is_refused_with_the_new_one(old: str, new: str
 
 def test_checkpoints_that_evaluations_make_in_any_case_are_not_asked_for_twice() -> None:
     both = ["training.evaluate_every=2", "training.save_every=4"]
-    assert Recipe.parse(RECIPE, overrides=both).training.save_every == 4
+    assert Recipe.parse(RECIPE, overrides=both[1:]).training.save_every == 4
     with pytest.raises(UserError, match="each evaluation makes a checkpoint already"):
-        Recipe.parse(RECIPE, overrides=[*both, "tasks.evaluate=[x]"])
+        Recipe.parse(RECIPE, overrides=both)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tasks.mixture={weights: {nli: 3}}"], "weights have no effect with kind: uniform; write kind: weights"),
+        (["tasks.mixture={kind: weights, temperature: 2, weights: {a: 1}}"], "temperature has no effect"),
+        (["tasks.mixture={kind: weights}"], "kind: weights needs weights"),
+        (["training.decay_share=0.5"], "decay_share has no effect with schedule: linear"),
+        (["tasks.evaluate=[]", "training.evaluate_every=2"], "nothing is evaluated and training.evaluate_every has no"),
+        (["tasks.evaluate=[]", "training.evaluate_shots=[1]", "training.evaluate_queries=3"], "shots, training.evalu"),
+        (["training.warmup_steps=5"], "training.warmup_steps is 5, but the run has 4 steps, so the rate never reaches"),
+        (
+            ["training.schedule=warmup_stable_decay", "training.decay_share=1", "training.warmup_steps=1"],
+            "training.warmup_steps is 1 and warmup_stable_decay falls over 4, but the run has 4 steps",
+        ),
+    ],
+)
+def test_a_key_without_effect_and_a_rate_that_never_reaches_its_peak_are_refused(
+    overrides: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.parse(RECIPE, overrides=overrides)
+    assert sentence in str(error.value)
+
+
+def test_the_rate_may_fall_over_the_whole_run() -> None:
+    overrides = ["training.schedule=warmup_stable_decay", "training.decay_share=1"]
+    assert Recipe.parse(RECIPE, overrides=overrides).num_decay_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -137,9 +166,17 @@ def test_odd_yaml_is_one_sentence_too(text: str, sentence: str) -> None:
 
 
 def test_a_missing_recipe_is_named() -> None:
-    with pytest.raises(UserError, match=r"no recipe at 'nowhere.yaml'"):
+    with pytest.raises(UserError, match=r"nowhere.yaml: there is no recipe here"):
         Recipe.read("nowhere.yaml")
 
 
 def test_a_data_root_may_lie_in_the_persons_own_folder() -> None:
     assert Recipe.parse(RECIPE, overrides=["tasks.data_root=~/data"]).tasks.data_root == Path.home() / "data"
+
+
+def test_output_base_and_template_may_lie_in_the_users_own_folder() -> None:
+    changes = ["model={base: ~/base}", "output=~/runs/x", "format={kind: chat, template: ~/turns.jinja}"]
+    recipe = Recipe.parse(RECIPE, overrides=changes)
+    assert recipe.output == Path.home() / "runs" / "x"
+    assert recipe.model.base == str(Path.home() / "base")
+    assert recipe.format.template == Path.home() / "turns.jinja"

@@ -18,11 +18,11 @@ from manyicl.model.machine import Gpu
 from manyicl.model.manifest import Manifest
 from manyicl.training import estimate
 from manyicl.training.dry_run import dry_run
+from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
-from manyicl.training.requirements import FLASH_ATTN, GPU_EXTRA, missing_here, require_machine
+from manyicl.training.requirements import FLASH_ATTN, GPU_EXTRA, check_recipe, missing_features
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import train
 from tests.builders import byte_level_bpe, tiny_model
 from tests.machines import GPU_LIBRARIES, H100, T4, pretend
 from tests.training.recipes import TEXT, small_recipe, small_tasks
@@ -80,10 +80,10 @@ def test_a_setting_is_accepted_where_library_and_gpu_are_and_refused_with_what_i
     pretend(monkeypatch, gpus=gpus, cuda=cuda, libraries=GPU_LIBRARIES if installed else {})
     recipe = small_recipe(tmp_path, *NO_BASE, override)
     if reason is None or remedy is None:
-        require_machine(recipe)
+        check_recipe(recipe, with_tasks=False)
         return
     with pytest.raises(UserError) as error:
-        require_machine(recipe)
+        check_recipe(recipe, with_tasks=False)
     sentence = str(error.value)
     assert sentence.startswith(key)
     assert f"needs a CUDA GPU and {needs} or later" in sentence
@@ -97,27 +97,27 @@ def test_a_setting_is_accepted_where_library_and_gpu_are_and_refused_with_what_i
 def test_the_weakest_gpu_and_an_old_library_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, gpus=(H100, T4))
     recipe = small_recipe(tmp_path, *NO_BASE, "model.quantize=4bit", "model.attention=flash")
-    (sentence,) = missing_here(recipe)
+    (sentence,) = map(str, missing_features(recipe))
     assert "Tesla T4 has compute capability 7.5, at least 8.0 is needed" in sentence
     pretend(monkeypatch, libraries={**GPU_LIBRARIES, "bitsandbytes": "0.41.0"})
-    (sentence,) = missing_here(recipe)
+    (sentence,) = map(str, missing_features(recipe))
     assert "bitsandbytes is 0.41.0. Install bitsandbytes with" in sentence
     pretend(monkeypatch, libraries={**GPU_LIBRARIES, "bitsandbytes": "built by me"})
-    assert not missing_here(recipe)
+    assert not list(missing_features(recipe))
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, *NO_BASE, *(override for override, _ in SETTINGS.values()))
-    assert len(missing_here(recipe)) == 3
+    assert len(list(missing_features(recipe))) == 3
     with pytest.raises(UserError) as error:
-        train(recipe, small_tasks())
+        ensure_trained(recipe, small_tasks())
     assert all(key in str(error.value) for key in SETTINGS)
 
 
 def test_a_recipe_that_asks_for_nothing_looks_at_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("gpus", "cuda_version", "library_version"):
         monkeypatch.setattr(f"manyicl.model.machine.{name}", lambda *names: pytest.fail("looked"))
-    assert not missing_here(small_recipe(tmp_path))
+    assert not list(missing_features(small_recipe(tmp_path)))
 
 
 @pytest.mark.parametrize("key", SETTINGS)
@@ -127,7 +127,7 @@ def test_what_must_be_compared_at_load_is_refused_under_fsdp(
     pretend(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=rf"{key}.* under FSDP.* Start without FSDP, or remove {key}"):
-        require_machine(small_recipe(tmp_path, *NO_BASE, SETTINGS[key][0]))
+        check_recipe(small_recipe(tmp_path, *NO_BASE, SETTINGS[key][0]), with_tasks=False)
 
 
 @pytest.mark.parametrize("key", SETTINGS)
@@ -176,8 +176,8 @@ def test_a_run_is_not_resumed_with_another_of_these_settings(key: str, tmp_path:
     folder = RunFolder(tmp_path / "run")
     folder.begin(small_recipe(folder.path, *NO_BASE), Manifest(max_context_tokens=60), overwrite=False)
     assert key.rpartition(".")[2] in (folder.path / "recipe.yaml").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match=f"began with {key} "):
-        folder.require_same_recipe(small_recipe(folder.path, *NO_BASE, SETTINGS[key][0]))
+    with pytest.raises(UserError, match=f"started with another {key}; "):
+        folder.require_resumable(small_recipe(folder.path, *NO_BASE, SETTINGS[key][0]))
 
 
 def test_an_adapter_trained_over_4_bits_belongs_to_the_base_as_it_is_saved(
@@ -192,7 +192,7 @@ def test_an_adapter_trained_over_4_bits_belongs_to_the_base_as_it_is_saved(
 
     monkeypatch.setattr("manyicl.training.start.load_quantized", load_quantized)
     recipe = over(base, tmp_path / "run", "model.quantize=4bit", "sequences.max_context_tokens=200")
-    train(recipe, small_tasks())
+    ensure_trained(recipe, small_tasks())
     assert asked == [(str(base), "bfloat16", "cpu")]
     loaded = load_model(str(tmp_path / "run"))
     assert loaded.manifest is not None

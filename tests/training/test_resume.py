@@ -14,8 +14,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manyicl.training.recipe import Recipe
-from manyicl.training.run_folder import LOCK_FILE, RunFolder
+from manyicl.training.run_folder import LOCK_FILE
 from tests.training.killing import NUM_STEPS, adapter_recipe, ended, scratch_recipe, start
+from tests.training.recipes import is_finished
 
 MakeRecipe = Callable[[Path], Recipe]
 KINDS = ("scratch", "adapter")
@@ -93,7 +94,7 @@ def test_a_run_killed_at_random_times_ends_as_an_unbroken_one(unbroken: Unbroken
     while num_killed < 10:
         recipe = unbroken.recipes[kind](tmp_path / f"run{num_runs}")
         num_runs += 1
-        while not RunFolder(recipe.output).is_finished:
+        while not is_finished(recipe.output):
             process = start(recipe)
             if num_killed < 10:
                 process.join(timeout=rng.uniform(0.1, 1.2) * seconds)
@@ -112,10 +113,10 @@ def test_a_run_killed_again_and_again_while_it_writes_ends_as_an_unbroken_one(
     print(f"killed at the moments {killed_at}")
     num_killed = 0
     for moment in killed_at:
-        if not RunFolder(recipe.output).is_finished:
+        if not is_finished(recipe.output):
             num_killed += not ended(start(recipe, moment))
     assert num_killed >= 5
-    if not RunFolder(recipe.output).is_finished:
+    if not is_finished(recipe.output):
         assert ended(start(recipe))
     unbroken.assert_equal(kind, recipe.output)
 
@@ -124,7 +125,7 @@ def kill_once(unbroken: Unbroken, kind: str, output: Path, moment: int) -> None:
     recipe = unbroken.recipes[kind](output)
     name = unbroken.moments[kind][moment - 1]
     assert not ended(start(recipe, moment)), name
-    if not RunFolder(output).is_finished:
+    if not is_finished(output):
         assert ended(start(recipe)), name
     unbroken.assert_equal(kind, output)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from manyicl.errors import MachineError, UserError
+from manyicl.training.arguments import training_arguments
 from manyicl.training.recipe import Recipe
+from manyicl.training.requirements import check_recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import packed_sequences, training_arguments
+from manyicl.training.train import packed_sequences
 from manyicl.training.trainer import ManyShotTrainer
 from tests.reference.one_step import slow_loss
 from tests.training.first_step import first_step, first_step_recipe
@@ -67,9 +69,8 @@ def test_rows_that_two_processes_cannot_share_evenly_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    recipe = small_recipe(tmp_path)
     with pytest.raises(UserError, match="sequences_per_step is 4 and 3 processes share them"):
-        training_arguments(recipe, RunFolder(tmp_path), evaluates=False)
+        check_recipe(small_recipe(tmp_path), with_tasks=False)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_names_step_and_tasks(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def quickstart_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of tasks, model, results and report.")] = Path(
         "quickstart"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the task world, the training and the evaluation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the task world, the training and the evaluation.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of using what is there.")] = False,
 ) -> None:
     """Fine-tune a tiny model on tasks and see how it learns unseen ones from examples, offline, in minutes.
 
     It writes a world of procedural tasks in five families, fine-tunes the tiny base model of the package on its
-    training tasks with every answer supervised, asks base and fine-tuned model about tasks whose rules neither
+    training tasks with every answer supervised, evaluates base and fine-tuned model on tasks whose rules neither
     has seen, with 0 to 64 examples in context, and writes a report. A second run uses what the first one made.
 
     Examples:
@@ -45,44 +45,32 @@ def quickstart_command(
     """
     from rich.console import Console
 
-    from manyicl.engine.engine import Engine
-    from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
-    from manyicl.evaluation.shot_curve import EvaluationSettings
-    from manyicl.tasks.files import load_tasks
-    from manyicl.tasks.nanoworld.world import write_nano_world
-
     console = Console()
     console.rule("1  tasks")
-    training_folder, unseen_folder = output / "tasks" / "train", output / "tasks" / "unseen"
-    write_nano_world(training_folder, seed=seed, split="train")
-    write_nano_world(unseen_folder, seed=seed, split="unseen")
-    for folder in (training_folder, unseen_folder):
-        console.print(f"{len(list(folder.glob('*/task.yaml')))} tasks in {folder}", highlight=False)
-
+    training_folder, unseen_folder = _write_tasks(output / "tasks", seed, console)
     console.rule("2  fine-tuning on every answer of the training tasks")
     recipe = quickstart_recipe(output, training_folder, seed)
     _fine_tune(recipe, console, fresh=fresh)
-
     console.rule("3  unseen tasks, with 0 to 64 examples in context")
-    from manyicl.cli.evaluate import measure_with_progress
-
-    settings = EvaluationSettings(shots=SHOTS, num_seeds=NUM_SEEDS, num_queries=NUM_QUERIES, seed=seed)
-    unseen = load_tasks([str(unseen_folder)])
-    results: list[Result] = []
-    for name, reference in ((BASE_NAME, str(recipe.model.base)), (TUNED_NAME, str(recipe.output))):
-        engine = Engine.from_pretrained(reference)
-        results += measure_with_progress(engine, unseen, output / "results", settings, name, console).results
-    print_table(results, console)
-    _print_difference(results, console)
-    plot_shot_curves(results, output / "shot_curves.svg")
-    report = write_report(
-        output / "results", output / "report.html", only=results, title="Quickstart: learning unseen tasks"
-    )
+    results = _measure(recipe, unseen_folder, output / "results", seed, console)
+    report = _report(results, output, console)
     console.rule("done")
     console.print(f"Report with plots and worked predictions: {report}", highlight=False)
     first_task = sorted(training_folder.iterdir())[0]
     console.print(f"What was supervised: manyicl tasks show {first_task} --shots 3", highlight=False)
     console.print("Answers to your own queries: manyicl predict --help", highlight=False)
+
+
+def _write_tasks(folder: Path, seed: int, console: Console) -> tuple[Path, Path]:
+    """Write the training tasks and the unseen ones, and return their folders."""
+    from manyicl.tasks.nanoworld.world import write_nano_world
+
+    training_folder, unseen_folder = folder / "train", folder / "unseen"
+    write_nano_world(training_folder, seed=seed, split="train")
+    write_nano_world(unseen_folder, seed=seed, split="unseen")
+    for written in (training_folder, unseen_folder):
+        console.print(f"{len(list(written.glob('*/task.yaml')))} tasks in {written}", highlight=False)
+    return training_folder, unseen_folder
 
 
 def quickstart_recipe(output: Path, training_folder: Path, seed: int) -> Recipe:
@@ -100,35 +88,48 @@ def quickstart_recipe(output: Path, training_folder: Path, seed: int) -> Recipe:
 
 
 def _fine_tune(recipe: Recipe, console: Console, *, fresh: bool) -> None:
-    """Train, go on with what an interrupted run left, or use the finished model of the same recipe."""
-    from manyicl.training.run_folder import RECIPE_FILE, RunFolder
-    from manyicl.training.train import train
+    """Train, resume an interrupted run, or use the finished one; a run of another recipe or base is replaced."""
+    from manyicl.training.job import ensure_trained
 
-    folder = RunFolder(recipe.output)
-    same_recipe = (folder.path / RECIPE_FILE).is_file() and (folder.path / RECIPE_FILE).read_text(
-        encoding="utf-8"
-    ) == recipe.to_yaml()
-    if folder.is_finished and same_recipe and _trained_over_this_base(recipe) and not fresh:
-        console.print(f"The finished model of an earlier run stands in {folder.path}; --fresh trains anew.")
-        return
-    goes_on = same_recipe and folder.is_begun and not folder.is_finished and not fresh
     try:
-        run = train(recipe, resume=goes_on, overwrite=not goes_on, console=console)
+        run = ensure_trained(recipe, existing="replace" if fresh else "use", console=console)
     except UserError as error:
-        raise UserError(f"{error} In the quickstart --fresh starts anew.") from error
+        if error.code != "another_run":
+            raise
+        run = ensure_trained(recipe, existing="replace", console=console)
+    if run.was_found:
+        console.print(f"The finished model of an earlier run is in {run.folder}; --fresh trains anew.")
     if not run.finished:
-        console.print("Stopped, and saved; the same command goes on from here.")
+        console.print("Stopped, and saved; the same command resumes from here.")
         raise KeyboardInterrupt
 
 
-def _trained_over_this_base(recipe: Recipe) -> bool:
-    """Tell whether a finished model began from the base as it is now; an upgrade may have changed it."""
-    from manyicl.model.load import load_model
-    from manyicl.model.manifest import Manifest
+def _measure(recipe: Recipe, unseen_folder: Path, folder: Path, seed: int, console: Console) -> list[Result]:
+    """Measure base and fine-tuned model on the unseen tasks."""
+    from manyicl.cli.evaluate import measure_with_progress
+    from manyicl.engine.engine import Engine
+    from manyicl.evaluation.shot_curve import EvaluationSettings
+    from manyicl.tasks.files import load_tasks
 
-    assert recipe.model.base is not None
-    manifest = Manifest.read(recipe.output)
-    return manifest is not None and manifest.base_fingerprint == load_model(recipe.model.base).fingerprint
+    settings = EvaluationSettings(shots=SHOTS, num_seeds=NUM_SEEDS, num_queries=NUM_QUERIES, seed=seed)
+    unseen = load_tasks([str(unseen_folder)])
+    results: list[Result] = []
+    for name, reference in ((BASE_NAME, str(recipe.model.base)), (TUNED_NAME, str(recipe.output))):
+        engine = Engine.from_pretrained(reference)
+        results += measure_with_progress(engine, unseen, folder, settings, name, console).results
+    return results
+
+
+def _report(results: list[Result], output: Path, console: Console) -> Path:
+    """Print the table, and write the plot and the page."""
+    from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+
+    print_table(results, console)
+    _print_difference(results, console)
+    plot_shot_curves(results, output / "shot_curves.svg")
+    return write_report(
+        output / "results", output / "report.html", only=results, title="Quickstart: learning unseen tasks"
+    )
 
 
 def _print_difference(results: list[Result], console: Console) -> None:

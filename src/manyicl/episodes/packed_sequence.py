@@ -1,4 +1,4 @@
-"""Seed and sequence index -> episodes of many tasks that fill one context."""
+"""Seed and index -> episodes of many tasks that fill one context: a packed sequence."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.sampling import (
     EpisodeSettings,
     Mixture,
+    answers_of,
     draw_episode,
     label_replacement_words,
+    require_replacement_words,
     sequence_rng,
 )
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
 
-# A sequence is full once this many draws in a sequence found no room. More would fill a little better and prefer short
+# A sequence is full once this many draws in a row did not fit. More would fill it a little better and prefer short
 # examples a little more.
-NUM_DRAWS_WITHOUT_ROOM = 8
+NUM_DRAWS_THAT_DO_NOT_FIT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,15 @@ class PackedSequence:
     """Isolated episodes that share one context.
 
     Attributes:
-        episodes: In order; each starts its positions at 0 and sees only itself.
-        max_context_tokens: The context they were drawn to fill.
-        num_shots_left_out: Shots that episodes asked for and that no longer fitted.
-        num_shots_too_long: Shots passed over because not even an empty context would hold them.
+        episodes: Episodes in order; each starts its positions at 0 and sees only itself.
+        max_context_tokens: Length of the context that they were drawn to fill.
+        num_shots_dropped: Shots that episodes were to hold and that did not fit.
+        num_shots_too_long: Shots that were skipped, because not even an empty context would hold them.
     """
 
     episodes: tuple[EncodedEpisode, ...]
     max_context_tokens: int
-    num_shots_left_out: int
+    num_shots_dropped: int
     num_shots_too_long: int
 
     @property
@@ -56,10 +58,10 @@ class PackedSequence:
 
 
 class PackedSequences(Sequence[PackedSequence]):
-    """Sequences as a function of seed and index: map-style, without state, so that resuming changes nothing.
+    """Packed sequences as a function of seed and index: map-style, without state, so that resuming changes nothing.
 
     A sequence draws task, demonstrations and order afresh and adds episodes of whole shots until the context is
-    full. There is no bin packing, which would make a sequence depend on the sequences before it.
+    full. There is no bin packing, which would make a sequence depend on those before it.
     """
 
     def __init__(
@@ -73,13 +75,14 @@ class PackedSequences(Sequence[PackedSequence]):
         episodes: EpisodeSettings | None = None,
         mixture: Mixture | None = None,
     ) -> None:
-        """Prepare the source.
+        """Check that every sequence can be drawn.
 
         Raises:
-            UserError: If there is no task, or a task has no example that fits the context.
+            UserError: If there is no task, a task has no example that fits the context or more labels than there
+                are words to rename them, or the mixture names no task.
         """
         if not tasks:
-            raise UserError("No training task was given; a sequence needs at least one.")
+            raise UserError("no_tasks", "no training task was given", remedy="Give at least one.", field="tasks.train")
         self.tasks = tuple(tasks)
         self.encoder = encoder
         self.max_context_tokens = max_context_tokens
@@ -87,10 +90,16 @@ class PackedSequences(Sequence[PackedSequence]):
         self.seed = seed
         self.episodes = episodes or EpisodeSettings()
         self._task_weights = (mixture or Mixture()).task_weights(self.tasks)
-        self._replacement_words = label_replacement_words(tasks) if self.episodes.rename_labels else []
-        for task in self.tasks:
+        self._instructions = [task.instruction() for task in self.tasks]
+        is_balanced = self.episodes.sampling == "balanced"
+        self._answers = [answers_of(task) if is_balanced else None for task in self.tasks]
+        self._replacement_words: list[str] = []
+        if self.episodes.rename_labels:
+            self._replacement_words = label_replacement_words(tasks)
+            require_replacement_words(tasks, self._replacement_words)
+        for task, instruction in zip(self.tasks, self._instructions, strict=True):
             encoder.require_encodable(task)
-            _require_one_shot_fits(task, encoder, max_context_tokens)
+            _require_one_shot_fits(task, instruction, encoder, max_context_tokens)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -99,35 +108,41 @@ class PackedSequences(Sequence[PackedSequence]):
         """Build sequence ``index``.
 
         Raises:
-            IndexError: If the index lies outside the source.
+            IndexError: If the index is out of range.
         """
         if not 0 <= index < self.num_sequences:
-            raise IndexError(f"sequence {index} of {self.num_sequences}")
+            raise IndexError(f"packed sequence {index} of {self.num_sequences}")
         rng = sequence_rng(self.seed, index)
-        room = self.max_context_tokens
+        budget = self.max_context_tokens
         episodes: list[EncodedEpisode] = []
-        num_left_out = num_too_long = num_draws_without_room = 0
-        while room > 0 and num_draws_without_room < NUM_DRAWS_WITHOUT_ROOM:
-            task = rng.choices(self.tasks, self._task_weights)[0]
-            drawn = draw_episode(task, self.episodes, rng, self._replacement_words)
-            fitting = whole_shots_within(drawn, self.encoder, room, self.max_context_tokens)
+        num_dropped = num_too_long = num_draws_that_do_not_fit = 0
+        while budget > 0 and num_draws_that_do_not_fit < NUM_DRAWS_THAT_DO_NOT_FIT:
+            number = rng.choices(range(len(self.tasks)), self._task_weights)[0]
+            drawn = draw_episode(
+                self.tasks[number],
+                self.episodes,
+                rng,
+                self._replacement_words,
+                self._instructions[number],
+                self._answers[number],
+            )
+            fitting = whole_shots_within(drawn, self.encoder, budget, self.max_context_tokens)
             num_too_long += fitting.num_too_long
             if fitting.episode.examples:
                 encoded = self.encoder.encode_episode(fitting.episode)
                 episodes.append(encoded)
-                room -= len(encoded.token_ids)
-                num_left_out += fitting.num_left_out
-                num_draws_without_room = 0
+                budget -= len(encoded.token_ids)
+                num_dropped += fitting.num_left_out
+                num_draws_that_do_not_fit = 0
             else:
-                num_draws_without_room += 1
-        return PackedSequence(tuple(episodes), self.max_context_tokens, num_left_out, num_too_long)
+                num_draws_that_do_not_fit += 1
+        return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long)
 
 
-def _require_one_shot_fits(task: Task, encoder: Encoder, max_context_tokens: int) -> None:
+def _require_one_shot_fits(task: Task, instruction: str, encoder: Encoder, max_context_tokens: int) -> None:
     """Refuse a task of which no example fits the context together with its instruction."""
     if not task.train:
-        raise UserError(f"Task {task.name!r} has no training example.")
-    instruction = task.instruction()
+        raise UserError("no_training_rows", f"task {task.name!r} has no training example")
     opening = encoder.num_preamble_tokens(instruction)
     shortest = None
     for example in task.train:
@@ -136,6 +151,10 @@ def _require_one_shot_fits(task: Task, encoder: Encoder, max_context_tokens: int
             return
         shortest = min(shortest or num_tokens, num_tokens)
     raise UserError(
-        f"The shortest example of task {task.name!r} needs {shortest:,} tokens with its instruction; "
-        f"max_context_tokens is {max_context_tokens:,}. Raise it or leave the task out."
+        "no_shot_fits",
+        f"the shortest example of task {task.name!r} does not fit the context with its instruction",
+        expected=f"at most {max_context_tokens:,} tokens (max_context_tokens)",
+        found=f"{shortest:,}",
+        remedy="Raise max_context_tokens, or leave the task out.",
+        field="sequences.max_context_tokens",
     )

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Self
 
 import regex  # type: ignore[import-untyped]
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from manyicl.checked import Section
 from manyicl.errors import UserError, did_you_mean
-from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
+from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.task import Example, Task
 
 # Letters and their marks, between white space; without the marks, Hindi would have no words.
@@ -26,8 +26,8 @@ class EpisodeSettings(Section):
 
     examples_per_episode: Literal["fill"] | int | tuple[int, int] = Field(
         "fill",
-        description="Examples in an episode, the last one behind one shot less: a number, a range [least, most] drawn "
-        "from evenly, or `fill` for as many as the context holds.",
+        description="Examples in an episode: a number, a range [least, most] from which a number is drawn evenly, or "
+        "`fill` for as many as the context holds.",
     )
     sampling: ShotSampling = Field("random", description="Order of examples: random, or balanced by answer.")
     rename_labels: float = Field(
@@ -62,6 +62,16 @@ class Mixture(Section):
         1.0, gt=0, description="For `size`: rows to the power 1/temperature; a high value nears uniform."
     )
 
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.kind == "weights" and not self.weights:
+            raise ValueError("kind: weights needs weights, one per task, pattern or family")
+        if self.kind != "weights" and self.weights:
+            raise ValueError(f"weights have no effect with kind: {self.kind}; write kind: weights, or leave them out")
+        if self.kind != "size" and self.temperature != 1:
+            raise ValueError(f"temperature has no effect with kind: {self.kind}; write kind: size, or leave it out")
+        return self
+
     def task_weights(self, tasks: Sequence[Task]) -> list[float]:
         """Return one weight per task.
 
@@ -77,12 +87,25 @@ class Mixture(Section):
         for name, weight in self.weights.items():
             if name not in sizes:
                 known = [task.name for task in tasks] + [task.family for task in tasks]
-                raise UserError(f"The mixture weighs {name!r}, which fits no task.{did_you_mean(name, known)}")
+                hint = did_you_mean(name, known).strip() or None
+                what = f"tasks.mixture.weights: {name!r} fits no task"
+                raise UserError("unknown_task", what, remedy=hint, field="tasks.mixture.weights")
             if weight < 0:
-                raise UserError(f"The mixture weighs {name!r} with {weight}; a weight is at least 0.")
+                raise UserError(
+                    "wrong_value",
+                    f"tasks.mixture.weights: the weight of {name!r} is negative",
+                    expected="at least 0",
+                    found=f"{weight:g}",
+                    field="tasks.mixture.weights",
+                )
         weights = [1.0 if group is None else self.weights[group] / sizes[group] for group in groups]
         if not any(weights):
-            raise UserError("The mixture gives every training task the weight 0; at least one must be drawn.")
+            raise UserError(
+                "wrong_value",
+                "tasks.mixture.weights: every training task has the weight 0",
+                expected="at least one above 0",
+                field="tasks.mixture.weights",
+            )
         return weights
 
     def _group_of(self, task: Task) -> str | None:
@@ -98,10 +121,10 @@ class DrawnEpisode:
     """An episode before it is known how much of it fits.
 
     Attributes:
-        task_name: The task it was drawn from.
-        instruction: Rendered, under the episode's own label names.
-        num_examples: How many were asked for; None to fill the context.
-        examples: They in order, drawn lazily, without repetition.
+        task_name: Name of the task from which it was drawn.
+        instruction: Rendered instruction, with the episode's own label names.
+        num_examples: Number of examples it should hold; None to fill the context.
+        examples: Examples in order, drawn lazily, without repetition.
     """
 
     task_name: str
@@ -111,29 +134,50 @@ class DrawnEpisode:
 
 
 def sequence_rng(seed: int, index: int) -> random.Random:
-    """Return the generator of one row: seed and index alone decide, so no state needs saving."""
+    """Return the generator of one packed sequence: seed and index alone decide, so no state needs saving."""
     return random.Random(f"row {seed} {index}")
 
 
 def draw_episode(
-    task: Task, settings: EpisodeSettings, rng: random.Random, replacement_words: Sequence[str] = ()
+    task: Task,
+    settings: EpisodeSettings,
+    rng: random.Random,
+    replacement_words: Sequence[str] = (),
+    instruction: str | None = None,
+    answers: Sequence[str] | None = None,
 ) -> DrawnEpisode:
-    """Draw the examples of one episode from the task's training side."""
+    """Draw the examples of one episode from the task's training side.
+
+    Args:
+        task: Task to draw from.
+        settings: How many examples, and in what order.
+        rng: Generator of the packed sequence.
+        replacement_words: Words that may replace labels.
+        instruction: Rendered instruction of the task, if the caller has it already.
+        answers: Answers of its training examples, if the caller has them already; they balance.
+    """
     wanted = settings.examples_per_episode
     num_examples = None if wanted == "fill" else _draw_number(wanted, rng)
     order: Iterator[int]
     if settings.sampling == "balanced":
-        answers = [example.answer for example in task.train]
-        order = iter(demonstration_order(answers, rng.getrandbits(32), "balanced"))
+        if answers is None:
+            answers = answers_of(task)
+        order = demonstrations_in_order(answers, rng.getrandbits(32), "balanced")
     else:
         order = shuffled_lazily(len(task.train), rng)
     examples = (task.train[position] for position in order)
-    instruction = task.instruction()
+    if instruction is None:
+        instruction = task.instruction()
     if task.labels and settings.rename_labels and rng.random() < settings.rename_labels:
         new_names = draw_label_names(task.labels, replacement_words, rng)
         examples = (rename_answer(example, new_names) for example in examples)
         instruction = task.instruction(tuple(new_names[label] for label in task.labels))
     return DrawnEpisode(task.name, instruction, num_examples, examples)
+
+
+def answers_of(task: Task) -> list[str]:
+    """Return the answers of a task's training examples, in their order."""
+    return [example.answer for example in task.train]
 
 
 def _draw_number(wanted: int | tuple[int, int], rng: random.Random) -> int:
@@ -150,7 +194,7 @@ def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:
 
 
 def label_replacement_words(tasks: Sequence[Task], num_queries_per_task: int = 200) -> list[str]:
-    """Collect the words that may stand in for labels: plain words of the training queries, sorted."""
+    """Collect the words that may replace labels: plain words of the training queries, sorted."""
     words: set[str] = set()
     for task in tasks:
         for example in task.train[:num_queries_per_task]:
@@ -158,20 +202,41 @@ def label_replacement_words(tasks: Sequence[Task], num_queries_per_task: int = 2
     return sorted(words)
 
 
-def draw_label_names(labels: Sequence[str], replacement_words: Sequence[str], rng: random.Random) -> dict[str, str]:
-    """Give each label another word, none of them a label of the task.
+def require_replacement_words(tasks: Sequence[Task], replacement_words: Sequence[str]) -> None:
+    """Check that the labels of every task can be renamed.
 
     Raises:
-        UserError: If there are fewer words than labels.
+        UserError: If a task has more labels than there are words, or no task has labels.
     """
-    taken = set(labels)
-    candidates = [word for word in replacement_words if word not in taken]
-    if len(candidates) < len(labels):
+    if not any(task.labels for task in tasks):
         raise UserError(
-            f"rename_labels needs {len(labels)} words to stand in for labels; the training queries hold "
-            f"{len(candidates)}. Set rename_labels to 0."
+            "no_effect",
+            "rename_labels has no effect, because no training task has a closed set of labels",
+            remedy="Leave it out.",
+            field="sequences.rename_labels",
         )
+    for task in tasks:
+        num_words = len(_words_for(task.labels or (), replacement_words))
+        if num_words < len(task.labels or ()):
+            raise UserError(
+                "too_few_words",
+                f"rename_labels cannot rename the labels of task {task.name!r}",
+                expected=f"at least {len(task.labels or ()):,} plain words in the training queries",
+                found=f"{num_words:,}",
+                remedy="Set rename_labels to 0.",
+                field="sequences.rename_labels",
+            )
+
+
+def draw_label_names(labels: Sequence[str], replacement_words: Sequence[str], rng: random.Random) -> dict[str, str]:
+    """Give each label another word, none of them a label of the task."""
+    candidates = _words_for(labels, replacement_words)
     return dict(zip(labels, rng.sample(candidates, len(labels)), strict=True))
+
+
+def _words_for(labels: Sequence[str], replacement_words: Sequence[str]) -> list[str]:
+    taken = set(labels)
+    return [word for word in replacement_words if word not in taken]
 
 
 def rename_answer(example: Example, new_names: Mapping[str, str]) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
 ShotSampling = Literal["random", "balanced"]
@@ -12,7 +12,12 @@ T = TypeVar("T")
 
 
 def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> list[int]:
-    """Return the positions of examples, given by their answers, in the order in which they become demonstrations.
+    """Return the positions of all examples in the order of `demonstrations_in_order`."""
+    return list(demonstrations_in_order(answers, seed, sampling))
+
+
+def demonstrations_in_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> Iterator[int]:
+    """Yield the positions of examples, given by their answers, in the order in which they become demonstrations.
 
     ``balanced`` deals the answers out in rounds: every answer once, in shuffled order, before any answer
     twice, so that each beginning of the order is as balanced by answer as it can be.
@@ -21,17 +26,17 @@ def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSamplin
     order = list(range(len(answers)))
     rng.shuffle(order)
     if sampling == "random":
-        return order
+        yield from order
+        return
     by_answer: defaultdict[str, list[int]] = defaultdict(list)
     for position in order:
         by_answer[answers[position]].append(position)
     piles = [pile[::-1] for pile in by_answer.values()]
-    dealt: list[int] = []
     while piles:
         rng.shuffle(piles)
-        dealt.extend(pile.pop() for pile in piles)
+        for pile in piles:
+            yield pile.pop()
         piles = [pile for pile in piles if pile]
-    return dealt
 
 
 def evenly_chosen(train: Sequence[T], test: Sequence[T], most: int) -> list[T]:

@@ -33,7 +33,7 @@ class Batch(TypedDict):
     supervised_positions: Tensor  # (S,)
     targets: Tensor  # (S,), the token after each of them
     weights: Tensor  # (S,), share of each in the loss
-    counts: SequenceCounts  # what the sequence holds and what was left out of it
+    counts: SequenceCounts  # what the sequence holds and what was dropped
     task_names: tuple[str, ...]  # one per episode
 
 
@@ -64,13 +64,13 @@ def sequence_tensors(sequence: PackedSequence, objective: ObjectiveSettings) -> 
 
 
 def sequence_counts(sequence: PackedSequence, objective: ObjectiveSettings) -> SequenceCounts:
-    """Count what a sequence holds, and what was left out of it."""
+    """Count what a sequence holds, and what was dropped."""
     return SequenceCounts(
         num_sequences=1,
         num_tokens=sequence.num_tokens,
         num_unused_tokens=sequence.max_context_tokens - sequence.num_tokens,
         num_answers=sum(len(supervised_spans(episode, objective)) for episode in sequence.episodes),
-        num_shots_left_out=sequence.num_shots_left_out,
+        num_shots_dropped=sequence.num_shots_dropped,
         num_shots_too_long=sequence.num_shots_too_long,
         most_shots=max((len(episode.answer_spans) - 1 for episode in sequence.episodes), default=0),
     )

@@ -1,19 +1,19 @@
-"""Checkpoints that are whole or do not count: saved aside, sealed with a hash of each file, renamed into place.
+"""Checkpoints that are complete or do not count: saved aside, listed in a manifest, renamed into place.
 
 ::
 
     checkpoints/
-      checkpoint-20/         whole: seal.json names its files
+      checkpoint-20/         complete: manifest.json lists its files with their sizes
       checkpoint-40/
-      partial/               what is being saved or removed; swept when a run goes on
+      partial/               what is being saved or removed; cleaned up when the run resumes
 
-A kill at any moment leaves a whole checkpoint in its place or a piece in ``partial``, never a piece in place.
+A kill at any moment leaves a complete checkpoint or something in ``partial``. Files are not hashed, because all
+processes would wait for one that reads gigabytes: names and sizes show what is missing or cut off, not a changed byte.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,25 +25,26 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from manyicl.atomic import sync_folder, sync_tree, write_atomically
 from manyicl.errors import MachineError, UserError, counted
-from manyicl.training.durable import sync_folder, sync_tree, write_whole
+from manyicl.library_errors import reason
 
-SEAL_FILE = "seal.json"
+MANIFEST_FILE = "manifest.json"
 FULL_DISK_NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# safetensors and torch say it in words only, and torch sometimes not even so: then the free room tells.
+# safetensors and torch say it in words only, and torch sometimes not even so: then the free space tells.
 FULL_DISK_WORDS = ("No space left", "quota exceeded", "File too large")
 FULL_BELOW_BYTES = 2**20
 
 
 class SavingFailedError(MachineError):
-    """A checkpoint or the finished model could not be written; the run goes on with --resume once it can be."""
+    """A checkpoint or the finished model could not be written; the run resumes with --resume once it can be."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run that has begun was ended at once; what its checkpoints hold is left.
+    """A run that had started was ended at once; what its checkpoints hold is left.
 
     Attributes:
-        checkpoint: The newest; None if there is none yet.
+        checkpoint: The newest complete one; None if there is none yet.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -51,52 +52,36 @@ class RunInterrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
-class SealedFile(BaseModel):
-    """A file of a checkpoint as it was when the checkpoint was whole."""
+class CheckpointManifest(BaseModel):
+    """The content of manifest.json, written into a checkpoint after all its other files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    size: int = Field(ge=0)
-    sha256: str
-
-
-class Seal(BaseModel):
-    """The content of seal.json, written into a checkpoint after all its other files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     step: int
     num_processes: int
     best_step: int | None
-    files: tuple[SealedFile, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Room that the checkpoint takes."""
-        return sum(file.size for file in self.files)
+    files: dict[str, int] = Field(description="Path of each file in the checkpoint -> its size in bytes.")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on.
+    """Where a run resumes.
 
     Attributes:
-        checkpoint: The newest whole one; None for the beginning.
-        left_out: Newer ones, each with the reason.
+        checkpoint: The newest complete one; None for the beginning.
+        skipped: Newer checkpoints that cannot be used, each with the reason.
     """
 
     checkpoint: Path | None
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     def sentence(self) -> str:
-        """Say where the run goes on and what was left out."""
-        start = self.checkpoint or "the beginning, because there is no whole checkpoint yet"
-        if not self.left_out:
+        """Say where the run resumes and what was skipped."""
+        start = self.checkpoint or "the beginning, because there is no complete checkpoint yet"
+        if not self.skipped:
             return f"Resuming from {start}."
-        left_out = f"{counted(len(self.left_out), 'checkpoint')} left out: {', '.join(self.left_out)}"
-        return f"Resuming from {start}; {left_out}."
+        return f"Resuming from {start}; {counted(len(self.skipped), 'checkpoint')} skipped: {', '.join(self.skipped)}."
 
 
 @dataclass(frozen=True)
@@ -107,11 +92,11 @@ class Checkpoints:
 
     @property
     def partial(self) -> Path:
-        """Where a checkpoint, or the finished model, stands while it is being written."""
+        """Folder in which a checkpoint, or the finished model, is while it is being written."""
         return self.folder / "partial"
 
-    def place(self, step: int) -> Path:
-        """Return where the checkpoint of a step stands once it is whole."""
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of a step is once it is complete."""
         return self.folder / f"checkpoint-{step}"
 
     def clear_partial(self) -> None:
@@ -119,128 +104,128 @@ class Checkpoints:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.partial)
 
-    def seal(self, step: int, num_processes: int, best_step: int | None) -> None:
-        """Declare the checkpoint that stands in ``partial`` whole and put it in its place.
+    def complete(self, step: int, num_processes: int, best_step: int | None) -> None:
+        """List the files of the checkpoint that is in ``partial``, and move it to its place.
 
         Raises:
             SavingFailedError: If it lacks a part, without which transformers would resume to other weights.
         """
-        part = self.partial / self.place(step).name
-        missing = _missing_parts(part, num_processes)
-        if missing:
+        written = self.partial / self.path(step).name
+        if missing := _missing_parts(written, num_processes):
             raise SavingFailedError(
-                f"{part.name} lacks {', '.join(missing)} after saving. All processes must write to one file system."
+                f"{written.name} lacks {', '.join(missing)} after saving. All processes must write to one file system."
             )
-        names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
-        files = tuple(_sealed_file(part, name) for name in names)
-        seal = Seal(step=step, num_processes=num_processes, best_step=best_step, files=files)
-        sync_tree(part)
-        write_whole(part / SEAL_FILE, seal.model_dump_json(indent=2) + "\n")
-        if self.place(step).exists():
-            self._drop(step)
-        part.rename(self.place(step))
+        sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files_in(written)}
+        manifest = CheckpointManifest(step=step, num_processes=num_processes, best_step=best_step, files=sizes)
+        sync_tree(written)
+        write_atomically(written / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+        if self.path(step).exists():
+            self._remove(step)
+        written.rename(self.path(step))
         sync_folder(self.folder)
 
     def rotate(self, num_kept: int) -> None:
-        """Remove all but the newest checkpoints and the best one of each, so that a run can go on from any of them."""
-        seals = self._seals()
-        newest = sorted(seals, reverse=True)[:num_kept]
-        kept = {*newest, *(seals[step].best_step for step in newest)}
-        for step in set(seals) - kept:
-            self._drop(step)
+        """Remove all but the newest checkpoints and the best one of each, so that a run can resume from any of them."""
+        manifests = self._manifests()
+        newest = sorted(manifests, reverse=True)[:num_kept]
+        kept = {*newest, *(manifests[step].best_step for step in newest)}
+        for step in set(manifests) - kept:
+            self._remove(step)
 
     def newest(self) -> Path | None:
-        """Return the newest sealed checkpoint without reading its files."""
-        return self.place(max(seals)) if (seals := self._seals()) else None
+        """Return the newest checkpoint with a manifest, without looking at its files."""
+        return self.path(max(manifests)) if (manifests := self._manifests()) else None
 
     def last_good(self) -> str:
         """Say what a run that fails now can go back to."""
         newest = self.newest()
         return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
-    def flaw(self, step: int) -> str | None:
-        """Compare a checkpoint with its seal, file by file; None where all are as they were."""
-        place = self.place(step)
-        if not (place / SEAL_FILE).is_file():
-            return (
-                f"has no {SEAL_FILE}: an older version made it, or it was cut off" if place.is_dir() else "is missing"
-            )
-        seal = _read_seal(place)
-        if seal is None or seal.step != step:
-            return f"has a {SEAL_FILE} that cannot be used"
-        for file in seal.files:
-            if not (place / file.name).is_file():
-                return f"lacks {file.name}"
-            if (place / file.name).stat().st_size != file.size or _sealed_file(place, file.name) != file:
-                return f"differs from its seal in {file.name}"
+    def integrity_error(self, step: int) -> str | None:
+        """Compare the files of a checkpoint with its manifest; None where all are there in their sizes."""
+        path = self.path(step)
+        if not (path / MANIFEST_FILE).is_file():
+            cause = f"has no {MANIFEST_FILE}: an older version made it, or it was cut off"
+            return cause if path.is_dir() else "is missing"
+        manifest = _read_manifest(path)
+        if manifest is None or manifest.step != step:
+            return f"has a {MANIFEST_FILE} that cannot be used"
+        for name, size in manifest.files.items():
+            if not (path / name).is_file():
+                return f"lacks {name}"
+            if (path / name).stat().st_size != size:
+                return f"differs from its manifest in the size of {name}"
         return None
 
     def resume_point(self, num_processes: int) -> ResumePoint:
-        """Find the newest checkpoint from which a run goes on exactly, and sweep away what stands in its way.
+        """Find the newest checkpoint from which a run resumes exactly, and clean up what is in its way.
 
         Raises:
             UserError: If there are checkpoints and none can be used, or another number of processes saved it.
         """
-        seals = self._seals()
-        flaws: dict[int, str] = {}
+        manifests = self._manifests()
+        unusable: dict[int, str] = {}
         chosen = None
         for step in sorted(self._steps(), reverse=True):
-            seal = seals.get(step)
-            reason = self.flaw(step)
-            if reason is None and seal is not None:
-                reason = self._flaw_of_best(seal, flaws)
-            if reason is None:
+            error = self.integrity_error(step) or self._error_of_best(manifests[step], unusable)
+            if error is None:
                 chosen = step
                 break
-            flaws[step] = reason
-        left_out = [f"checkpoint-{step} {reason}" for step, reason in flaws.items()]
-        if chosen is None and left_out:
+            unusable[step] = error
+        skipped = [f"checkpoint-{step} {error}" for step, error in unusable.items()]
+        if chosen is None and skipped:
             raise UserError(
-                f"--resume: no checkpoint in {str(self.folder)!r} can be used: {', '.join(left_out)}. Start anew with "
-                "--overwrite, or remove them and resume from the beginning."
+                "no_usable_checkpoint",
+                f"no checkpoint can be used: {', '.join(skipped)}",
+                remedy="Start anew with --overwrite, or remove them and resume from the beginning.",
+                file=self.folder,
             )
-        if chosen is not None and seals[chosen].num_processes != num_processes:
+        if chosen is not None and manifests[chosen].num_processes != num_processes:
             raise UserError(
-                f"--resume: {str(self.place(chosen))!r} was saved by "
-                f"{_processes(seals[chosen].num_processes)}; this run has {num_processes}. Resume it with as many, "
-                "or start anew with --overwrite."
+                "other_num_processes",
+                "the checkpoint was saved by another number of processes",
+                expected=str(manifests[chosen].num_processes),
+                found=str(num_processes),
+                remedy="Resume with as many, or start anew with --overwrite.",
+                file=self.path(chosen),
             )
         cut_off = sorted(self.partial.glob("checkpoint-*"))
-        left_out = [*(f"{path.name} was cut off while it was saved" for path in cut_off), *left_out]
+        skipped = [*(f"{path.name} was cut off while it was saved" for path in cut_off), *skipped]
         self.clear_partial()
-        for step in flaws:
-            if step in seals:
-                self._drop(step)
-        return ResumePoint(self.place(chosen) if chosen is not None else None, tuple(left_out))
+        for step in unusable:
+            # One without a manifest is another version's; it stays.
+            if step in manifests:
+                self._remove(step)
+        return ResumePoint(self.path(chosen) if chosen is not None else None, tuple(skipped))
 
-    def _flaw_of_best(self, seal: Seal, flaws: dict[int, str]) -> str | None:
-        """Say what the best model lacks that a run which goes on here would save at its end."""
-        best = seal.best_step
-        if best is None or best == seal.step:
+    def _error_of_best(self, manifest: CheckpointManifest, unusable: dict[int, str]) -> str | None:
+        """Say what the best model lacks that a run which resumes here would save at its end."""
+        best = manifest.best_step
+        if best is None or best == manifest.step:
             return None
-        reason = flaws.get(best) or self.flaw(best)
-        return reason and f"needs checkpoint-{best}, the best model, which {reason}"
+        error = unusable.get(best) or self.integrity_error(best)
+        return error and f"needs checkpoint-{best}, the best model, which {error}"
 
     def _steps(self) -> list[int]:
-        numbered = ((path, re.fullmatch(r"checkpoint-(\d+)", path.name)) for path in self.folder.glob("checkpoint-*"))
-        return [int(number[1]) for path, number in numbered if number and path.is_dir()]
+        numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.glob("checkpoint-*")}
+        return [int(number[1]) for path, number in numbers.items() if number and path.is_dir()]
 
-    def _seals(self) -> dict[int, Seal]:
-        read = {step: _read_seal(self.place(step)) for step in self._steps()}
-        return {step: seal for step, seal in read.items() if seal is not None}
+    def _manifests(self) -> dict[int, CheckpointManifest]:
+        read = {step: _read_manifest(self.path(step)) for step in self._steps()}
+        return {step: manifest for step, manifest in read.items() if manifest is not None}
 
-    def _drop(self, step: int) -> None:
+    def _remove(self, step: int) -> None:
         """Remove a checkpoint; a kill half-way leaves it in ``partial``, where it does not count."""
         self.partial.mkdir(exist_ok=True)
-        aside = self.partial / f"dropped-{step}"
+        aside = self.partial / f"removed-{step}"
         with suppress(FileNotFoundError):
             shutil.rmtree(aside)
-        self.place(step).rename(aside)
+        self.path(step).rename(aside)
         shutil.rmtree(aside)
 
     @contextmanager
     def saving(self, what: str) -> Iterator[None]:
-        """Turn what goes wrong while a block writes into ``partial`` into one sentence, and remove the piece.
+        """Turn what fails while a block writes into ``partial`` into one sentence, and remove what it wrote.
 
         Raises:
             SavingFailedError: If the disk is full, or the writing fails otherwise.
@@ -254,26 +239,29 @@ class Checkpoints:
             raise self.failure(what, error, is_full=is_full) from error
 
     def failure(self, what: str, error: Exception, *, is_full: bool) -> SavingFailedError:
-        """Say what was not written, why, what stands and what to do."""
+        """Say what was not written and why, which checkpoint is left, and what to do."""
         if is_full:
             newest = self.newest()
-            seal = _read_seal(newest) if newest else None
-            needed = f"; a checkpoint takes {_amount(seal.num_bytes)}" if seal else ""
+            manifest = _read_manifest(newest) if newest else None
+            needed = f"; a checkpoint takes {_amount(sum(manifest.files.values()))}" if manifest else ""
             free = _amount(shutil.disk_usage(self.folder).free)
-            reason = f"the disk of {str(self.folder.parent)!r} is full ({free} are free without it{needed})"
-            remedy = "Make room"
+            cause = f"the disk of {str(self.folder.parent)!r} is full ({free} are free without it{needed})"
         else:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            remedy = "Mend that"
+            cause = f"{type(error).__name__}, {reason(error)}"
+        remedy = "Free some space" if is_full else "Fix that"
         return SavingFailedError(
-            f"{what} could not be saved: {reason}. {self.last_good()} {remedy}, then go on with --resume."
+            f"{what} could not be saved: {cause}. {self.last_good()} {remedy}, then continue with --resume."
         )
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Tell whether an error of Python, safetensors or torch means that there is no room left."""
+    """Tell whether an error of Python, safetensors or torch means that there is no space left."""
     number = getattr(error, "errno", None)
     return number in FULL_DISK_NUMBERS or any(words in str(error) for words in FULL_DISK_WORDS)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _missing_parts(checkpoint: Path, num_processes: int) -> list[str]:
@@ -288,21 +276,11 @@ def _missing_parts(checkpoint: Path, num_processes: int) -> list[str]:
     return missing
 
 
-def _read_seal(checkpoint: Path) -> Seal | None:
+def _read_manifest(checkpoint: Path) -> CheckpointManifest | None:
     try:
-        return Seal.model_validate_json((checkpoint / SEAL_FILE).read_bytes())
+        return CheckpointManifest.model_validate_json((checkpoint / MANIFEST_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _sealed_file(folder: Path, name: str) -> SealedFile:
-    with (folder / name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SealedFile(name=name, size=file.tell(), sha256=digest)
-
-
-def _processes(number: int) -> str:
-    return f"{number} process{'' if number == 1 else 'es'}"
 
 
 def _amount(num_bytes: int) -> str:

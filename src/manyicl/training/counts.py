@@ -1,4 +1,4 @@
-"""What a run adds up as it goes and its checkpoints keep: its sequences, what was left out of them, and its losses."""
+"""Running totals of a run, kept in its checkpoints: its packed sequences, what was dropped, and its losses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from transformers.trainer_callback import ExportableState
 
 @dataclass(frozen=True, slots=True)
 class SequenceCounts:
-    """Counts over some sequences.
+    """Counts over some packed sequences.
 
     Attributes:
-        num_sequences: How many.
-        num_tokens: Of all their episodes.
-        num_unused_tokens: Of their contexts, that hold nothing.
-        num_answers: Supervised ones.
-        num_shots_left_out: Asked for and not fitting.
-        num_shots_too_long: Passed over, because not even a whole context would hold them.
-        most_shots: Demonstrations before an answer, at most.
+        num_sequences: Number of sequences.
+        num_tokens: Tokens of all their episodes.
+        num_unused_tokens: Positions of their contexts that hold no token.
+        num_answers: Supervised answers.
+        num_shots_dropped: Shots that were drawn and did not fit.
+        num_shots_too_long: Shots that were skipped, because not even an empty context would hold them.
+        most_shots: Most demonstrations before an answer.
     """
 
     num_sequences: int = 0
     num_tokens: int = 0
     num_unused_tokens: int = 0
     num_answers: int = 0
-    num_shots_left_out: int = 0
+    num_shots_dropped: int = 0
     num_shots_too_long: int = 0
     most_shots: int = 0
 
@@ -37,13 +37,13 @@ class SequenceCounts:
         return SequenceCounts(**{**sums, "most_shots": max(self.most_shots, other.most_shots)})
 
     def sentence(self) -> str:
-        """Say what the sequences held, and what was left out of them."""
+        """Say what the sequences held, and what was dropped."""
         unused_share = self.num_unused_tokens / max(self.num_tokens + self.num_unused_tokens, 1)
         return (
             f"Trained on {self.num_sequences:,} sequences with {self.num_tokens:,} tokens and {self.num_answers:,} "
-            f"supervised answers, after up to {self.most_shots:,} shots; left out: {self.num_shots_left_out:,} shots "
-            f"that no longer fitted, {self.num_shots_too_long:,} longer than a whole sequence, "
-            f"{unused_share:.1%} of the context."
+            f"supervised answers, after up to {self.most_shots:,} shots. {self.num_shots_dropped:,} shots were dropped "
+            f"(did not fit) and {self.num_shots_too_long:,} skipped (longer than a whole sequence); {unused_share:.1%} "
+            "of the context stayed unused."
         )
 
 
@@ -60,7 +60,7 @@ class RunCounts(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the counts of the checkpoint; transformers leaves reading them to us."""
+        """Continue from the counts of the checkpoint; transformers leaves reading them to us."""
         # In a new run these are our own zeros. The entry must exist, or saving a checkpoint fails.
         saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         self.total = SequenceCounts(**saved.setdefault(type(self).__name__, self.state())["attributes"]["total"])
@@ -71,8 +71,8 @@ class RunLoss(TrainerCallback, ExportableState):
 
     Attributes:
         since_log: Summed loss of the steps since the last log line.
-        logged_step: After which step that line was.
-        before_log: Summed loss of all steps up to it.
+        logged_step: Step after which that line was written.
+        before_log: Summed loss of all steps up to that line.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class RunLoss(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": dict(vars(self))}
 
     def restore(self, state: TrainerState) -> None:
-        """Take over what the checkpoint kept; without one, or with one of an older version, begin at its step."""
+        """Restore what the checkpoint kept; without one, or with one of an older version, start at its step."""
         saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         self.logged_step = state.global_step
         vars(self).update(saved.setdefault(type(self).__name__, self.state())["attributes"])

@@ -24,33 +24,48 @@ from manyicl.training.estimate import (
     sample_sequences,
 )
 from manyicl.training.recipe import Recipe
-from manyicl.training.requirements import missing_here
-from manyicl.training.start import starting_point
-from manyicl.training.train import RecipeTasks, packed_sequences, require_unseen_by_base
+from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
+from manyicl.training.requirements import problems, remark_on_precision
+from manyicl.training.run_folder import RunFolder, RunState
+from manyicl.training.train import packed_sequences, prepare_run
 
 
-def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
-    """Yield lines about a run: its size, its sequences, and what it will cost on this machine.
+def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool = False) -> Iterator[str]:
+    """Yield lines about a run: its size, its packed sequences, and what it will cost on this machine.
 
-    A small model that is at hand is run on a few sequences. A large one, or one of the Hub, is estimated from its
-    configuration; where not even that is at hand, the lines say what cannot be known. So they do where the recipe
-    asks for a library or a GPU that is not here: it is a run for another machine.
+    A small model that is on this machine is run on a few sequences. A large one, or one of the Hub, is estimated from
+    its configuration; where not even that is available, the lines say what cannot be known. They also say so where the
+    recipe asks for a library or a GPU that is not here: it is a run for another machine.
+
+    Args:
+        recipe: The run.
+        tasks: Its tasks, if they are loaded already.
+        overwrite: True if the run would replace another one in its output folder.
 
     Raises:
-        UserError: If recipe, tasks and model do not go together.
+        UserError: If recipe, tasks and model do not go together, or the output folder is taken by something else.
     """
-    settings = recipe.training
+    folder = RunFolder(recipe.output)
+    if overwrite or folder.state() not in (RunState.STARTED, RunState.FINISHED):
+        folder.require_free(recipe, overwrite=overwrite)
+    missing = []
+    for problem in problems(recipe, with_tasks=tasks is None):
+        if problem.code == "missing_requirement":
+            missing.append(str(problem))
+        elif problem.code != "model_not_cached":
+            raise problem
+    tasks = tasks or load_recipe_tasks(recipe)
     yield (
         f"Tasks: {len(tasks.train)} to train on with {sum(len(task.train) for task in tasks.train):,} rows, "
         f"{len(tasks.held_out)} held out."
     )
     yield (
-        f"Run: {recipe.num_steps:,} steps of {settings.sequences_per_step} sequences of at most "
+        f"Run: {recipe.num_steps:,} steps of {recipe.training.sequences_per_step} sequences of at most "
         f"{recipe.sequences.max_context_tokens:,} tokens."
     )
-    missing = missing_here(recipe)
-    for sentence in missing:
-        yield f"Not on this machine: {sentence}"
+    yield from (f"Not on this machine: {sentence}" for sentence in missing)
+    if remark := remark_on_precision(recipe):
+        yield remark
     if missing:
         recipe = _without_kernels(recipe)
     if recipe.model.base is not None and (
@@ -58,21 +73,16 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks) -> Iterator[str]:
     ):
         yield from _from_description(recipe, tasks, is_for_this_machine=not missing)
         return
-    start = starting_point(recipe, tasks.train)
-    require_unseen_by_base(tasks.held_out, start)
-    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
-    statistics = sample_sequences(sequences, recipe.objective)
-    yield from _run_lines(recipe, statistics, sequences)
+    run = prepare_run(recipe, tasks)
+    yield from _run_lines(recipe, run.statistics, run.sequences)
+    num_parameters = sum(weights.numel() for weights in run.start.model.parameters())
     if missing:
-        num_parameters = sum(weights.numel() for weights in start.model.parameters())
-        yield _size_line(num_parameters, start.num_trainable_parameters)
+        yield _size_line(num_parameters, run.start.num_trainable_parameters)
         yield "Hours and memory cannot be known on this machine."
-        return
-    if sum(weights.numel() for weights in start.model.parameters()) <= MOST_PARAMETERS_MEASURED:
-        cost = measured_cost(recipe, start, sequences)
+    elif num_parameters <= MOST_PARAMETERS_MEASURED:
+        yield from _cost_lines(measured_cost(recipe, run.start, run.sequences))
     else:
-        cost = estimated_cost(recipe, statistics)
-    yield from _cost_lines(cost)
+        yield from _cost_lines(estimated_cost(recipe, run.statistics))
 
 
 def _is_only_described(base: str) -> bool:
@@ -100,7 +110,7 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
         f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
         f"tokenizer of {base!r} is not on this machine and "
     )
-    if base.startswith(HUB_PREFIX) and not _can_be_had(base.removeprefix(HUB_PREFIX)):
+    if base.startswith(HUB_PREFIX) and not _is_available(base.removeprefix(HUB_PREFIX)):
         yield unknown + "the Hub cannot be reached. Repeat this with a connection; only small files are fetched."
         return
     try:
@@ -114,7 +124,7 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
     try:
         counts = parameter_counts(recipe)
     except UserError as error:
-        yield f"Hours and memory cannot be known, because the configuration of {base!r} is not at hand: {error}"
+        yield f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
         return
     cost = estimated_cost(recipe, statistics)
     if is_for_this_machine:
@@ -127,7 +137,7 @@ def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine
         )
 
 
-def _can_be_had(repository: str) -> bool:
+def _is_available(repository: str) -> bool:
     """Tell whether a configuration is in the cache or the Hub answers; the library would try for a minute."""
     if isinstance(try_to_load_from_cache(repository, "config.json"), str) or any(getproxies().values()):
         return True

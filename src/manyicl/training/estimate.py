@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -32,19 +31,19 @@ BYTES_PER_4_BIT_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class SequenceStatistics:
-    """Means over a sample of the sequences of a run.
+    """Means over a sample of the packed sequences of a run.
 
     Attributes:
-        num_sampled: Sequences looked at.
-        tokens: Per sequence.
-        answers: Supervised ones, per sequence.
-        targets: Supervised tokens, per sequence.
-        episodes: Per sequence.
-        unused_share: Of the context of a sequence.
-        most_shots: Demonstrations before an answer, at most in these sequences; the whole run may hold more.
-        shots_left_out: Asked for and not fitting, per sequence.
-        shots_too_long: Longer than a whole context, per sequence.
-        build_seconds: To draw and encode a sequence and make its tensors.
+        num_sampled: Number of sequences in the sample.
+        tokens: Tokens per sequence.
+        answers: Supervised answers per sequence.
+        targets: Supervised tokens per sequence.
+        episodes: Episodes per sequence.
+        unused_share: Share of the context that holds no token.
+        most_shots: Most demonstrations before an answer in the sample; the whole run may hold more.
+        shots_dropped: Shots per sequence that were drawn and did not fit.
+        shots_too_long: Shots per sequence that are longer than a whole context.
+        build_seconds: Time to draw and encode a sequence and make its tensors.
     """
 
     num_sampled: int
@@ -54,7 +53,7 @@ class SequenceStatistics:
     episodes: float
     unused_share: float
     most_shots: int
-    shots_left_out: float
+    shots_dropped: float
     shots_too_long: float
     build_seconds: float
 
@@ -66,9 +65,9 @@ class SequenceStatistics:
             f"unused (means over {self.num_sampled} sequences)."
         )
         if self.shots_too_long:
-            text += f" {self.shots_too_long:.1f} examples per sequence are passed over: longer than a whole sequence."
-        if self.shots_left_out:
-            text += f" {self.shots_left_out:.1f} shots per sequence were asked for and did not fit."
+            text += f" {self.shots_too_long:.1f} examples per sequence are skipped: longer than a whole sequence."
+        if self.shots_dropped:
+            text += f" {self.shots_dropped:.1f} shots per sequence were drawn and did not fit."
         return text
 
 
@@ -76,8 +75,8 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
     """Build some sequences of a run and take means.
 
     Args:
-        sequences: The run.
-        objective: Says which answers count.
+        sequences: Packed sequences of the run.
+        objective: Which answers are supervised.
     """
     started = time.perf_counter()
     sample = [sequences[index] for index in range(min(len(sequences), NUM_SAMPLED_SEQUENCES))]
@@ -95,7 +94,7 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
         episodes=mean([len(sequence.episodes) for sequence in sample]),
         unused_share=mean([sequence.unused_share for sequence in sample]),
         most_shots=max(batch["counts"].most_shots for batch in batches),
-        shots_left_out=mean([sequence.num_shots_left_out for sequence in sample]),
+        shots_dropped=mean([sequence.num_shots_dropped for sequence in sample]),
         shots_too_long=mean([sequence.num_shots_too_long for sequence in sample]),
         build_seconds=seconds / len(sample),
     )
@@ -106,11 +105,11 @@ class Cost:
     """Time and memory of training on this machine, evaluation aside.
 
     Attributes:
-        hours: Of the whole run, in one process.
-        memory_gib: Peak.
-        num_parameters: All weights.
-        num_trainable: Those that training changes.
-        how: Whether it was measured, and how not.
+        hours: Hours of the whole run in one process.
+        memory_gib: Peak memory.
+        num_parameters: Number of all weights.
+        num_trainable: Number of weights that training changes.
+        how: How time and memory were measured or estimated.
     """
 
     hours: float
@@ -127,7 +126,7 @@ def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequenc
     nn.Module.to(model, device)
     model.train()
     sample = [sequences[index % len(sequences)] for index in range(NUM_MEASURED_SEQUENCES + 1)]
-    # The first sequence warms caches up.
+    # The first sequence warms up caches.
     _forward_and_backward(recipe, model, sample[0], device)
     started = time.perf_counter()
     for sequence in sample[1:]:
@@ -160,8 +159,16 @@ def _forward_and_backward(recipe: Recipe, model: nn.Module, sequence: PackedSequ
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = psutil.Process().memory_info()
+    # Windows tells the peak here; what this system calls it, where it is there, is in the module `resource`.
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    try:
+        import resource
+    except ImportError:
+        return int(memory.rss)
+    # macOS counts in bytes, other systems in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if psutil.MACOS else 1024)
 
 
 def _device_name(device: torch.device) -> str:
@@ -173,9 +180,9 @@ class ParameterCounts:
     """Weights of a base and of an adapter over it.
 
     Attributes:
-        total: All of them.
-        trainable: Those that training changes.
-        linear: Those of the base's linear layers, the head aside, which 4 bits can hold.
+        total: All weights.
+        trainable: Weights that training changes.
+        linear: Weights of the base's linear layers without its head, which 4 bits can hold.
     """
 
     total: int
@@ -187,7 +194,7 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     """Count the weights of a base from its configuration alone.
 
     Raises:
-        UserError: If the configuration is not at hand.
+        UserError: If the configuration is not available.
     """
     assert recipe.model.base is not None
     config = model_config(recipe.model.base)
@@ -224,7 +231,7 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
     trainable weights; checkpointing repeats the forward pass. Attention is left out.
 
     Raises:
-        UserError: If the configuration is not at hand.
+        UserError: If the configuration is not available.
     """
     assert recipe.model.base is not None
     counts = parameter_counts(recipe)

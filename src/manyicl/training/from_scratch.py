@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -47,7 +46,7 @@ def train_tokenizer(
 
 
 def training_segments(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator[str]:
-    """Yield the texts that training rows are made of; test rows are never looked at."""
+    """Yield the texts of which packed sequences are made; test rows are never looked at."""
     for task in tasks:
         yield text_of(text_format.preamble(task.instruction()))
         yield from (_written(text_format.answer(label)) for label in task.labels or ())
@@ -103,7 +102,7 @@ def _byte_level_bpe(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Tr
 
 
 def require_loadable(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Hold that plain transformers will load this tokenizer for this architecture, before anything is trained.
+    """Check that plain transformers will load this tokenizer for this architecture, before anything is trained.
 
     For some architectures (qwen2 in 5.23) AutoTokenizer puts the library's own pre-tokenizer in the place of the
     saved one, without a word.
@@ -118,31 +117,38 @@ def require_loadable(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if loaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise UserError(
+            "tokenizer_replaced",
             f"model.from_scratch.architecture: for {config.model_type} this transformers replaces a new tokenizer by "
-            f"{type(loaded).__name__}, which encodes differently. Use another architecture: llama with "
-            "attention_bias: true has the shape of qwen2."
+            f"{type(loaded).__name__}, which encodes differently",
+            remedy="Use another architecture: llama with attention_bias: true has the shape of qwen2.",
+            field="model.from_scratch.architecture",
         )
 
 
 def new_config(
     settings: FromScratchSettings, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int
 ) -> PreTrainedConfig:
-    """Build the configuration: the recipe's keys, and what follows from tokenizer and rows.
+    """Build the configuration: the recipe's keys, and what follows from tokenizer and context.
 
     Raises:
         UserError: If the architecture or one of its keys is unknown, or the keys do not go together.
     """
     if settings.architecture not in CONFIG_MAPPING:
         raise UserError(
-            f"model.from_scratch.architecture: transformers knows no {settings.architecture!r}."
-            f"{did_you_mean(settings.architecture, CONFIG_MAPPING.keys())}"
+            "unknown_architecture",
+            f"model.from_scratch.architecture: transformers knows no {settings.architecture!r}",
+            remedy=did_you_mean(settings.architecture, CONFIG_MAPPING.keys()).strip(),
+            field="model.from_scratch.architecture",
         )
     known = {*AutoConfig.for_model(settings.architecture).to_dict(), "rope_theta", "rope_scaling"}
     for key in settings.config:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"model.from_scratch.config: {settings.architecture} has no key {key!r}.{hint}")
+            raise UserError(
+                "unknown_key",
+                f"model.from_scratch.config: {settings.architecture} has no key {key!r}",
+                remedy=did_you_mean(key, known).strip(),
+                field=f"model.from_scratch.config.{key}",
+            )
     derived: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_context_tokens,
@@ -153,7 +159,8 @@ def new_config(
     try:
         return AutoConfig.for_model(settings.architecture, **(derived | settings.config))
     except (TypeError, ValueError, ArithmeticError, LookupError, StrictDataclassError) as error:
-        raise UserError(f"model.from_scratch.config: {_last_line(error)}") from error
+        what = f"model.from_scratch.config: {_last_line(error)}"
+        raise UserError("wrong_config", what, field="model.from_scratch.config") from error
 
 
 def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -166,9 +173,8 @@ def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
     except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
-        raise UserError(
-            f"model.from_scratch: {settings.architecture} cannot be made with this config: {_last_line(error)}"
-        ) from error
+        what = f"model.from_scratch: {settings.architecture} cannot be made with this config: {_last_line(error)}"
+        raise UserError("wrong_config", what, field="model.from_scratch.config") from error
     if settings.initialization == "structured":
         from manyicl.model.initialization import structured_initialization
 

@@ -1,11 +1,11 @@
-"""The run as one checked object: a YAML file that a person can read top to bottom."""
+"""The run as one checked object: a YAML file that can be read from top to bottom."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -19,14 +19,24 @@ from manyicl.paths import exists, nearest_path
 RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
 
 
+PathT = TypeVar("PathT", bound=str | Path | None)
+
+
+def at_home(path: PathT) -> PathT:
+    """Replace a leading ``~`` by the home folder of the user."""
+    if path is None or not str(path).startswith("~"):
+        return path
+    return cast(PathT, type(path)(Path(path).expanduser()))
+
+
 class LoraSettings(Section):
     """A low-rank adapter over a base that stays as it is."""
 
     rank: int = Field(16, ge=1, description="Rank of each update.")
     alpha: int = Field(32, ge=1, description="Updates are scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of inputs an update drops in training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of its inputs that an update drops in training.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="Names of the linear layers that get one; all but the head by default."
+        "all-linear", description="Names of the linear layers that get an update; all but the head by default."
     )
 
 
@@ -60,7 +70,7 @@ class FromScratchSettings(Section):
     )
     initialization: Literal["default", "structured"] = Field(
         "default",
-        description="default: the library's; structured: heads that begin by looking back and matching.",
+        description="default: the library's weights; structured: attention heads that look back and match at once.",
     )
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="How its tokenizer is trained.")
 
@@ -71,7 +81,11 @@ class ModelSettings(Section):
     base: str | None = Field(None, description="A local folder, hf:owner/name, or builtin:nano.")
     from_scratch: FromScratchSettings | None = Field(None, description="A new model instead of a base.")
     lora: LoraSettings | None = Field(None, description="Train an adapter; unset trains all weights.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="In which the weights are held.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type in which the weights are held; without an adapter, bfloat16 is also what AdamW updates, so "
+        "that small updates are rounded away: prefer float32 with training.bf16.",
+    )
     quantize: Literal["4bit"] | None = Field(
         None,
         description="4bit: hold the linear layers of the base in 4 bits under an adapter (QLoRA); needs bitsandbytes "
@@ -82,6 +96,8 @@ class ModelSettings(Section):
         description="split: each episode of a sequence through torch's own kernels; flash: all in one call of "
         "flash-attn, on a CUDA GPU in bfloat16.",
     )
+
+    _at_home = field_validator("base")(at_home)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -106,7 +122,7 @@ class ModelSettings(Section):
 
 
 class TaskSettings(Section):
-    """Which tasks are trained on, and which are only watched."""
+    """Which tasks are trained on, and which are only evaluated."""
 
     train: tuple[str, ...] = Field(
         min_length=1,
@@ -117,19 +133,15 @@ class TaskSettings(Section):
     )
     data_root: Path | None = Field(
         None,
-        description="Where data paths begin that are not found beside their task.yaml, and where copies of Hub "
-        "datasets stand.",
+        description="Folder of the data that is not found beside its task.yaml, and of copies of Hub datasets.",
     )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
 
-    @field_validator("data_root")
-    @classmethod
-    def _at_home(cls, data_root: Path | None) -> Path | None:
-        return None if data_root is None else data_root.expanduser()
+    _at_home = field_validator("data_root")(at_home)
 
 
 class SequenceSettings(EpisodeSettings):
-    """What one training sequence holds: episodes of whole shots, until the context is full."""
+    """What one packed sequence holds: episodes of whole shots, until the context is full."""
 
     max_context_tokens: int = Field(
         2048, ge=8, description="Tokens of a packed sequence, and the model's trained context."
@@ -177,18 +189,22 @@ class TrainingSettings(Section):
     schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = Field(
         "linear", description="How the rate falls after the warm-up: to zero, or not at all."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from zero.")
-    decay_share: float = Field(0.2, gt=0, le=1, description="Share of the steps in which warmup_stable_decay falls.")
-    weight_decay: float = Field(0.0, ge=0, description="Of matrices; biases and norms never decay.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="Averaging of gradient and its square.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 never cuts.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from zero; part of the run.")
+    decay_share: float = Field(
+        0.2, gt=0, le=1, description="Share of the steps, the last ones, in which warmup_stable_decay falls."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of matrices; biases and norms never decay.")
+    adam_betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="Decay of the running averages of the gradient and of its square."
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled to this norm; 0 never scales.")
     bf16: bool = Field(False, description="Compute in bfloat16 (autocast) over float32 weights.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     liger: bool = Field(
         False,
-        description="Use Liger's kernels for norms, rotary positions and gates; its losses stay out. Needs "
+        description="Use Liger's kernels for norms, rotary positions and gates, but not its losses. Needs "
         "liger-kernel and a CUDA GPU.",
     )
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
@@ -198,20 +214,22 @@ class TrainingSettings(Section):
     evaluate_shots: tuple[int, ...] = Field(
         (0, 8),
         min_length=1,
-        description="Shots at which held-out tasks are asked; their mean picks the best model.",
+        description="Shot counts at which held-out tasks are evaluated; the mean score picks the best model.",
     )
     evaluate_queries: int = Field(
         50,
         ge=1,
-        description="Queries asked per held-out task, at most half of its training rows. They come from the training "
-        "side, whose other rows are shown; test rows stay untouched for `manyicl evaluate`.",
+        description="Validation queries per held-out task, at most half of its training rows. They come from the "
+        "training side, whose other rows are the demonstrations; test rows stay untouched for `manyicl evaluate`.",
     )
     save_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
     )
-    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, and the best of each of them.")
+    keep_checkpoints: int = Field(
+        2, ge=2, description="Number of newest checkpoints that are kept; the best one of each stays, too."
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the packed sequences, new weights and dropout.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; unset: torch's choice.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of each process; unset: torch's choice.")
 
     @field_validator("adam_betas")
     @classmethod
@@ -234,9 +252,26 @@ class TrainingSettings(Section):
             raise ValueError(f"give either num_tokens or num_steps; found {found}")
         return self
 
+    @model_validator(mode="after")
+    def _decay_share_has_an_effect(self) -> Self:
+        if (
+            self.schedule != "warmup_stable_decay"
+            and self.decay_share != type(self).model_fields["decay_share"].default
+        ):
+            raise ValueError(f"decay_share has no effect with schedule: {self.schedule}; leave it out")
+        return self
+
 
 class Recipe(Section):
-    """One run: which model, which tasks, which packed sequences, which targets, how long, and where it ends up."""
+    """One run: which model, which tasks, which packed sequences, which targets, how long, and where it is written.
+
+    >>> recipe = Recipe.parse(
+    ...     "{model: {base: 'hf:owner/name', lora: {rank: 8}}, tasks: {train: [tasks/*]}, output: run, "
+    ...     "training: {num_tokens: 100_000, learning_rate: 1e-4}}"
+    ... )
+    >>> recipe.num_steps, recipe.sequences.max_context_tokens, recipe.objective.supervise
+    (7, 2048, 'all_answers')
+    """
 
     model: ModelSettings
     tasks: TaskSettings
@@ -246,6 +281,13 @@ class Recipe(Section):
     training: TrainingSettings
     output: Path = Field(description="Folder of the finished model, its logs and checkpoints.")
 
+    _at_home = field_validator("output")(at_home)
+
+    @field_validator("format")
+    @classmethod
+    def _template_at_home(cls, settings: FormatSettings) -> FormatSettings:
+        return settings.model_copy(update={"template": at_home(settings.template)})
+
     @model_validator(mode="after")
     def _save_every_adds_checkpoints(self) -> Self:
         every, evaluations = self.training.save_every, self.training.evaluate_every
@@ -253,6 +295,33 @@ class Recipe(Section):
             raise ValueError(
                 f"training.save_every is {every}, training.evaluate_every {evaluations}; each evaluation makes a "
                 "checkpoint already, so that the best model has one. Use a smaller save_every for more, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_have_tasks(self) -> Self:
+        fields = {name: field.default for name, field in TrainingSettings.model_fields.items()}
+        unused = [
+            f"training.{name}"
+            for name, default in fields.items()
+            if name.startswith("evaluate_") and getattr(self.training, name) != default
+        ]
+        if unused and not self.tasks.evaluate:
+            raise ValueError(
+                f"without tasks.evaluate nothing is evaluated and {', '.join(unused)} "
+                f"{'has' if len(unused) == 1 else 'have'} no effect; name held-out tasks, or leave "
+                f"{'it' if len(unused) == 1 else 'them'} out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_reaches_its_peak(self) -> Self:
+        warmup, decay = self.training.warmup_steps, self.num_decay_steps
+        if warmup + decay > self.num_steps:
+            falls = f" and warmup_stable_decay falls over {decay:,}" if decay else ""
+            raise ValueError(
+                f"training.warmup_steps is {warmup:,}{falls}, but the run has {self.num_steps:,} steps, so the rate "
+                "never reaches its peak; use fewer, or a longer run"
             )
         return self
 
@@ -278,6 +347,13 @@ class Recipe(Section):
         """Packed sequences of the run, over all processes."""
         return self.num_steps * self.training.sequences_per_step
 
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps at the end in which the schedule warmup_stable_decay falls; 0 with another schedule."""
+        if self.training.schedule != "warmup_stable_decay":
+            return 0
+        return max(1, round(self.training.decay_share * self.num_steps))
+
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         """Read a YAML file, and put ``section.key=value`` overrides over it.
@@ -287,9 +363,9 @@ class Recipe(Section):
         """
         path = Path(path)
         if not exists(path):
-            raise UserError(f"There is no recipe at {str(path)!r}.{nearest_path(path)}")
+            raise UserError("missing_file", "there is no recipe here", remedy=nearest_path(path).strip(), file=path)
         if not path.is_file():
-            raise UserError(f"{str(path)!r} is no file; expected a recipe, one YAML file.")
+            raise UserError("not_a_file", "this is no file", expected="a recipe, one YAML file", file=path)
         return cls.parse(read_text(path), str(path), overrides)
 
     @classmethod
@@ -301,7 +377,13 @@ class Recipe(Section):
         """
         content = parse_yaml(text, name, _Loader)
         if not isinstance(content, dict):
-            raise UserError(f"{name}: expected the keys {list(cls.model_fields)}; found {shown(content)}.")
+            raise UserError(
+                "no_mapping",
+                "this is no recipe",
+                expected=f"the keys {', '.join(cls.model_fields)}",
+                found=shown(content),
+                file=name,
+            )
         for override in overrides:
             content = _override(content, override)
         _require_new_names(content, name)
@@ -343,13 +425,16 @@ def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     keys = dotted.strip().split(".")
     place = f"--set {shortened(' '.join(override.split()))}"
     if not equals or not all(keys):
-        raise UserError(f"{place}: expected section.key=value, such as training.learning_rate=1e-4.")
+        example = "section.key=value, such as training.learning_rate=1e-4"
+        raise UserError("wrong_override", "this sets nothing", expected=example, file=place)
     changed = dict(content)
     inner = changed
     for key in keys[:-1]:
         below = inner.get(key)
         if below is not None and not isinstance(below, dict):
-            raise UserError(f"{place}: {key!r} holds {shown(below)}, which has no keys of its own.")
+            raise UserError(
+                "wrong_override", f"{key!r} is {shown(below)}, which has no keys of its own", file=place, field=dotted
+            )
         inner[key] = dict(below or {})
         inner = inner[key]
     inner[keys[-1]] = parse_yaml(value, place, _Loader)

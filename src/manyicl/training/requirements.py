@@ -1,8 +1,7 @@
-"""What a recipe asks of a machine: all that is missing, said before data is read or anything is spent."""
+"""What a recipe needs of a machine: everything that is missing, said before data is read or anything is spent."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from pathlib import Path
 
 from manyicl.errors import UserError
 from manyicl.model import machine
-from manyicl.model.machine import Machine
 from manyicl.tasks.files import task_places
+from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.recipe import Recipe
-from manyicl.training.run_folder import RunFolder
 
 GPU_EXTRA = "pip install 'manyicl[gpu]'"
 # It is compiled against the torch that is installed, and so cannot be part of an extra.
@@ -25,17 +23,17 @@ class _Feature:
     """A setting that works only with a library on a CUDA GPU.
 
     Attributes:
-        setting: As a recipe writes it.
-        key: To be removed by who cannot have it.
-        is_asked: Whether a recipe holds it.
-        library: That it needs.
-        least_version: Of the library.
-        least_capability: Compute capability of the GPU, as the library documents it.
-        install: The command that installs the library.
+        key: Key of the recipe; removing it gives the setting up.
+        setting: Key and value that ask for the feature.
+        is_asked: Tells whether a recipe asks for it.
+        library: Library that provides it.
+        least_version: Oldest version of the library.
+        least_capability: Lowest compute capability of the GPU, as the library documents it.
+        install: Command that installs the library.
     """
 
-    setting: str
     key: str
+    setting: str
     is_asked: Callable[[Recipe], bool]
     library: str
     least_version: str
@@ -43,262 +41,143 @@ class _Feature:
     install: str
 
 
+# bitsandbytes: the version that transformers 5.23 asks for; flash-attn: soft caps came with 2.6; liger-kernel: 0.8.5 is
+# the version that was looked at.
+# fmt: off
 _FEATURES = (
-    # The version is the one that transformers 5.23 asks for.
-    _Feature(
-        "model.quantize: 4bit",
-        "model.quantize",
-        lambda recipe: recipe.model.quantize is not None,
-        "bitsandbytes",
-        "0.46.1",
-        (6, 0),
-        GPU_EXTRA,
-    ),
-    # Soft caps came with 2.6.
-    _Feature(
-        "model.attention: flash",
-        "model.attention",
-        lambda recipe: recipe.model.attention == "flash",
-        "flash-attn",
-        "2.6",
-        (8, 0),
-        FLASH_ATTN,
-    ),
-    # 0.8.5 is the version that was looked at.
-    _Feature(
-        "training.liger",
-        "training.liger",
-        lambda recipe: recipe.training.liger,
-        "liger-kernel",
-        "0.8",
-        (8, 0),
-        GPU_EXTRA,
-    ),
+    _Feature("model.quantize", "model.quantize: 4bit", lambda recipe: recipe.model.quantize is not None,
+             "bitsandbytes", "0.46.1", (6, 0), GPU_EXTRA),
+    _Feature("model.attention", "model.attention: flash", lambda recipe: recipe.model.attention == "flash",
+             "flash-attn", "2.6", (8, 0), FLASH_ATTN),
+    _Feature("training.liger", "training.liger", lambda recipe: recipe.training.liger,
+             "liger-kernel", "0.8", (8, 0), GPU_EXTRA),
 )
+# fmt: on
 
 
-def missing_here(recipe: Recipe) -> tuple[str, ...]:
-    """Say, a sentence each, which settings this machine cannot give; looks only at what is asked.
+def check_recipe(recipe: Recipe, *, with_tasks: bool = True) -> None:
+    """Refuse a recipe that cannot be run on this machine as it says. A run does this once, before all else.
+
+    Raises:
+        UserError: With everything that is in the way, as far as `problems` sees it.
+    """
+    found = list(problems(recipe, with_tasks=with_tasks))
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserError(found[0].code, " ".join(map(str, found)), field=found[0].field)
+
+
+def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
+    """Yield why a recipe cannot be run on this machine, as far as that shows without reading weights and rows.
+
+    No network is used. The output folder is not looked at, because that depends on whether a run resumes.
+
+    Args:
+        recipe: The run.
+        with_tasks: False where its tasks are loaded already, from wherever.
+    """
+    yield from missing_features(recipe)
+    yield from _base_problems(recipe)
+    for key, patterns in (("tasks.train", recipe.tasks.train), ("tasks.evaluate", recipe.tasks.evaluate)):
+        for pattern in patterns if with_tasks else ():
+            try:
+                task_places(pattern)
+            except UserError as error:
+                yield error.at(field=key)
+    num_sequences = recipe.training.sequences_per_step
+    if num_sequences % world_size():
+        yield UserError(
+            "sequences_not_shared_evenly",
+            f"training.sequences_per_step is {num_sequences} and {world_size()} processes share them",
+            remedy=f"Use a multiple of {world_size()}.",
+            field="training.sequences_per_step",
+        )
+
+
+def missing_features(recipe: Recipe) -> Iterator[UserError]:
+    """Yield which settings this machine cannot give; looks only at what is asked.
 
     The libraries would fall back to something slower or start on a CPU in some of these cases.
     """
-    return tuple(_missing_sentences(recipe))
-
-
-def require_machine(recipe: Recipe) -> None:
-    """Refuse a recipe that this machine cannot run as it says.
-
-    Raises:
-        UserError: If a library or a GPU is missing, with all that is.
-    """
-    if missing := missing_here(recipe):
-        raise UserError(" ".join(missing))
-
-
-def _missing_sentences(recipe: Recipe) -> Iterator[str]:
     for feature in _FEATURES:
         if not feature.is_asked(recipe):
             continue
         gpu, library = _missing_gpu(feature), _missing_library(feature)
-        if gpu is not None or library is not None:
-            found = " and ".join(reason for reason in (gpu, library) if reason is not None)
-            remedies = []
-            if gpu is not None:
-                remedies.append("train where torch sees such a GPU")
-            if library is not None:
-                remedies.append(f"install {feature.library} with `{feature.install}`")
+        if gpu or library:
+            remedies = ["train where torch sees such a GPU"] if gpu else []
+            remedies += [f"install {feature.library} with `{feature.install}`"] if library else []
             remedy = " and ".join(remedies)
-            remedy = remedy[0].upper() + remedy[1:]
-            yield (
-                f"{feature.setting} needs a CUDA GPU and {feature.library} {feature.least_version} or later; {found}. "
-                f"{remedy}, or remove {feature.key}."
-            )
+            needed = f"a CUDA GPU and {feature.library} {feature.least_version} or later"
+            what = f"{feature.setting} needs {needed}; {' and '.join(filter(None, (gpu, library)))}"
+            remedy = f"{remedy[0].upper()}{remedy[1:]}, or remove {feature.key}."
         elif is_sharded():
-            yield (
+            what = (
                 f"{feature.setting} is compared with the plain model when a run starts, which cannot be done under "
-                f"FSDP, where the weights have no device yet. Start without FSDP, or remove {feature.key}."
+                "FSDP, where the weights have no device yet"
             )
+            remedy = f"Start without FSDP, or remove {feature.key}."
+        else:
+            continue
+        yield UserError("missing_requirement", what, remedy=remedy, field=feature.key)
 
 
-def _missing_gpu(feature: _Feature) -> str | None:
-    if machine.cuda_version() is None:
-        return f"torch {machine.library_version('torch')} is built without CUDA"
-    found = machine.gpus()
-    if not found:
-        return "torch sees no GPU here"
-    weakest = min(found, key=lambda gpu: gpu.compute_capability)
-    if weakest.compute_capability < feature.least_capability:
-        return (
-            f"{weakest.name} has compute capability {_dotted(weakest.compute_capability)}, at least "
-            f"{_dotted(feature.least_capability)} is needed"
-        )
-    return None
-
-
-def _missing_library(feature: _Feature) -> str | None:
-    from packaging.version import InvalidVersion, Version
-
-    found = machine.library_version(feature.library)
-    if found is None:
-        return f"{feature.library} is not installed"
-    # A version that cannot be compared is one that somebody built for themselves.
-    with suppress(InvalidVersion):
-        if Version(found) < Version(feature.least_version):
-            return f"{feature.library} is {found}"
-    return None
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
-
-
-def is_sharded() -> bool:
-    """Tell whether accelerate was told to shard the weights over processes (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-
-
-@dataclass(frozen=True)
-class RecipeHere:
-    """What a recipe would use on a machine.
-
-    Attributes:
-        base: The weights that it starts from, and whether they are at hand.
-        device: Where each process trains.
-        num_processes: That share the sequences of a step.
-        num_threads: CPU threads of each.
-        precision: Of weights and products.
-        attention: Which kernels.
-        adapter: What is trained, and over what.
-        kernels: Of other libraries, beside attention.
-        refusals: Why `manyicl train` would not start; empty if nothing is known to be in the way.
-        remarks: What a person may want to know.
-    """
-
-    base: str
-    device: str
-    num_processes: int
-    num_threads: int
-    precision: str
-    attention: str
-    adapter: str
-    kernels: str
-    refusals: tuple[str, ...]
-    remarks: tuple[str, ...]
-
-
-def recipe_here(recipe: Recipe, here: Machine) -> RecipeHere:
-    """Say what a recipe would use on this machine, and all reasons for which it would be refused.
-
-    Weights and rows are not read and no network is used: what only they can tell, ``--dry-run`` tells.
-    """
-    model, training = recipe.model, recipe.training
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    products = "bfloat16" if training.bf16 or model.dtype == "bfloat16" else "float32"
-    lora = model.lora
-    return RecipeHere(
-        base=_base_sentence(recipe),
-        device=f"GPU, {here.gpus[0].name}" if here.gpus else "CPU",
-        num_processes=num_processes,
-        num_threads=training.num_threads or here.num_torch_threads,
-        precision=f"weights in {model.dtype}, products in {products}",
-        attention="flash-attn, a sequence at once"
-        if model.attention == "flash"
-        else "torch, each episode of a sequence alone",
-        adapter=(
-            "all weights"
-            if lora is None
-            else f"an adapter of rank {lora.rank} over the base" + (" in 4 bits" if model.quantize else "")
-        ),
-        kernels="Liger: norms, rotary positions, gates" if training.liger else "torch",
-        refusals=(*missing_here(recipe), *_refusals(recipe, here, num_processes)),
-        remarks=tuple(_remarks(recipe, here, num_processes)),
+def too_few_positions(recipe: Recipe, positions: int | None) -> UserError | None:
+    """Compare the length of packed sequences with the positions of a model; None where they fit or are not known."""
+    if positions is None or recipe.sequences.max_context_tokens <= positions:
+        return None
+    return UserError(
+        "context_too_long",
+        f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
+        "positions",
+        remedy="Use shorter sequences, or a model with a longer context.",
+        field="sequences.max_context_tokens",
     )
 
 
-def _refusals(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]:
-    """Yield what stands in the way beside libraries and GPU, as far as it shows without reading weights or rows."""
+def remark_on_precision(recipe: Recipe) -> str | None:
+    """Warn of weights that AdamW updates in bfloat16, where small updates are rounded away."""
+    if recipe.model.dtype != "bfloat16" or recipe.model.lora is not None:
+        return None
+    return (
+        "All weights are held and updated in bfloat16, without float32 copies: an update of less than 1/256 of a "
+        "weight is rounded away. For exact updates use model.dtype: float32 with training.bf16: true, or an adapter."
+    )
+
+
+def _base_problems(recipe: Recipe) -> Iterator[UserError]:
+    from huggingface_hub import constants
+
     from manyicl.model.load import resolve_reference
 
-    if recipe.model.base is not None:
-        try:
-            resolve_reference(recipe.model.base)
-        except UserError as error:
-            yield f"model.base: {error}"
-    if _must_be_fetched(recipe) and here.hub_offline:
-        yield (
-            f"model.base: {recipe.model.base!r} is not in the Hub cache and HF_HUB_OFFLINE keeps this machine from the "
-            "Hub. Unset it for one run, or copy the model and give its folder."
-        )
-    positions = _known_positions(recipe)
-    if positions is not None and recipe.sequences.max_context_tokens > positions:
-        yield (
-            f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
-            "positions. Use shorter sequences, or a model with a longer context."
-        )
-    for key, patterns in (("tasks.train", recipe.tasks.train), ("tasks.evaluate", recipe.tasks.evaluate)):
-        for pattern in patterns:
-            try:
-                task_places(pattern)
-            except UserError as error:
-                yield f"{key}: {error}"
-    if recipe.training.sequences_per_step % num_processes:
-        yield (
-            f"training.sequences_per_step is {recipe.training.sequences_per_step} and {num_processes} processes share "
-            f"them; it must be a multiple of {num_processes}."
-        )
+    base = recipe.model.base
+    if base is None:
+        return
     try:
-        RunFolder(recipe.output).require_free(recipe, overwrite=False)
+        resolve_reference(base)
     except UserError as error:
-        yield str(error)
-
-
-def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]:
-    model, training = recipe.model, recipe.training
-    asks_bfloat16 = training.bf16 or model.dtype == "bfloat16"
-    if asks_bfloat16 and not here.gpus and here.processor.fast_bfloat16 is False:
-        yield "This processor lists no instructions for bfloat16; float32 is likely faster, at twice the memory."
-    if asks_bfloat16 and any(not gpu.bfloat16 for gpu in here.gpus):
-        yield "A GPU here emulates bfloat16, which is slow; float32 may be faster."
-    if len(here.gpus) > 1 and num_processes == 1:
-        yield (
-            f"One process uses one of {len(here.gpus)} GPUs; "
-            f"`torchrun --nproc-per-node {len(here.gpus)} --no-python manyicl train …` uses all."
+        yield error.at(field="model.base")
+    if must_be_fetched(recipe) and constants.HF_HUB_OFFLINE:
+        yield UserError(
+            "model_not_cached",
+            f"model.base: {base!r} is not in the Hub cache and HF_HUB_OFFLINE keeps this machine from the Hub",
+            remedy="Unset it for one run, or copy the model and give its folder.",
+            field="model.base",
         )
-    if here.gpu_driver is not None and here.cuda is None:
-        yield f"An NVIDIA driver ({here.gpu_driver}) is here, but this torch is built without CUDA."
-    if training.num_threads is not None and training.num_threads > here.processor.num_usable_cores:
-        yield (
-            f"training.num_threads is {training.num_threads}; this process may use "
-            f"{here.processor.num_usable_cores} cores."
-        )
-    if model.quantize is not None:
-        yield (
-            "The base is first read whole into CPU memory, for its fingerprint; the finished adapter is loaded over "
-            "the base as it is, not in 4 bits."
-        )
-    if _must_be_fetched(recipe) and not here.hub_offline and not here.hub_token:
-        yield "No Hub token is set; a model whose licence must be accepted needs one (`hf auth login`)."
-    if recipe.tasks.data_root is not None and not recipe.tasks.data_root.is_dir():
-        yield f"tasks.data_root {str(recipe.tasks.data_root)!r} is no folder here; give one with --set."
+    too_few = too_few_positions(recipe, _known_positions(recipe))
+    if too_few is not None:
+        yield too_few
 
 
-def _base_sentence(recipe: Recipe) -> str:
-    base, from_scratch = recipe.model.base, recipe.model.from_scratch
-    if from_scratch is not None:
-        return f"a new {from_scratch.architecture} model"
-    if _must_be_fetched(recipe):
-        return f"{base}, to be fetched from the Hub"
-    return f"{base}, at hand" if _config_folder(recipe) is not None else f"{base}, not found"
-
-
-def _must_be_fetched(recipe: Recipe) -> bool:
+def must_be_fetched(recipe: Recipe) -> bool:
+    """Tell whether the base is one of the Hub of which this machine has no copy."""
     from manyicl.model.load import HUB_PREFIX
 
     base = recipe.model.base
-    return base is not None and base.startswith(HUB_PREFIX) and _config_folder(recipe) is None
+    return base is not None and base.startswith(HUB_PREFIX) and config_folder(recipe) is None
 
 
-def _config_folder(recipe: Recipe) -> Path | None:
+def config_folder(recipe: Recipe) -> Path | None:
     """Find the folder of the base on this machine, in the Hub cache too; None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -320,10 +199,10 @@ def _config_folder(recipe: Recipe) -> Path | None:
 
 
 def _known_positions(recipe: Recipe) -> int | None:
-    """Read from the configuration how many positions the base has; None where it is not at hand or does not say."""
+    """Read from the configuration how many positions the base has; None where it is not here or does not say."""
     from manyicl.model.load import model_config
 
-    folder = _config_folder(recipe)
+    folder = config_folder(recipe)
     if folder is None or not (folder / "config.json").is_file():
         return None
     try:
@@ -331,3 +210,29 @@ def _known_positions(recipe: Recipe) -> int | None:
     except UserError:
         return None
     return int(positions) if positions else None
+
+
+def _missing_gpu(feature: _Feature) -> str | None:
+    if machine.cuda_version() is None:
+        return f"torch {machine.library_version('torch')} is built without CUDA"
+    found = machine.gpus()
+    if not found:
+        return "torch sees no GPU here"
+    weakest = min(found, key=lambda gpu: gpu.compute_capability)
+    if weakest.compute_capability >= feature.least_capability:
+        return None
+    has, needed = (".".join(map(str, pair)) for pair in (weakest.compute_capability, feature.least_capability))
+    return f"{weakest.name} has compute capability {has}, at least {needed} is needed"
+
+
+def _missing_library(feature: _Feature) -> str | None:
+    from packaging.version import InvalidVersion, Version
+
+    found = machine.library_version(feature.library)
+    if found is None:
+        return f"{feature.library} is not installed"
+    # A version that cannot be compared is one that somebody built for themselves.
+    with suppress(InvalidVersion):
+        if Version(found) < Version(feature.least_version):
+            return f"{feature.library} is {found}"
+    return None

@@ -1,16 +1,16 @@
-"""The folder of a run: what stands in it, and when it may be used.
+"""The folder of a run: what is in it, and when it may be used.
 
 ::
 
     runs/x/
       recipe.yaml            resolved, written when the run starts
-      checkpoints/           whole checkpoints, and run.json: what the run is made of
+      checkpoints/           complete checkpoints, and run.json: what the run is made of
       logs/                  TensorBoard
       config.json …          the finished model or adapter with its tokenizer
       manyicl.json           written last
 
-A run has begun once run.json stands there and is finished once manyicl.json does; each appears in one step. While an
-old run is being replaced, ``.replacing`` stands there too and nothing else counts.
+A run has started once run.json exists and is finished once manyicl.json does; each appears in one step. While an old
+run is being replaced, ``.replacing`` exists too and nothing else counts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,43 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from manyicl.atomic import is_leftover, sync_folder, sync_tree, write_atomically
 from manyicl.checked import validated
 from manyicl.errors import UserError
 from manyicl.model.manifest import FILE_NAME, Manifest, TrainedTask
-from manyicl.tasks.files import task_places
-from manyicl.training.durable import sync_folder, write_whole
+from manyicl.outputs import require_output_folder
 from manyicl.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 IDENTITY_FILE = "run.json"
 REPLACING_FILE = ".replacing"
 LOCK_FILE = ".lock"
+
+# What a run writes, so that --overwrite removes nothing else. In a folder of a run these names are taken.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model*.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+WRITTEN = {
+    "": (FILE_NAME, RECIPE_FILE, *MODEL_FILES),
+    "checkpoints": (IDENTITY_FILE, "checkpoint-*", "partial"),
+    "logs": ("events.out.tfevents.*",),
+}
 
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
 # training tasks themselves are compared by name, data and order.
@@ -54,6 +81,16 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
+class RunState(Enum):
+    """What a folder holds."""
+
+    EMPTY = "nothing, or what a kill at the very start of a run leaves"
+    FOREIGN = "files that are no run"
+    REPLACING = "a run that was being replaced, and no new one yet"
+    STARTED = "a run that can resume"
+    FINISHED = "a finished model"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run."""
@@ -62,63 +99,63 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints stand."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
-        """Where TensorBoard files stand."""
+        """Folder of the TensorBoard files."""
         return self.path / "logs"
 
-    @property
-    def is_finished(self) -> bool:
-        """True once the finished model stands here."""
-        return (self.path / FILE_NAME).is_file() and not self._is_being_replaced
-
-    @property
-    def is_begun(self) -> bool:
-        """True once a run can go on from here."""
-        return self._identity_file.is_file() and not self._is_being_replaced
-
-    @property
-    def is_run(self) -> bool:
-        """True if a run of ours was begun here; a recipe alone may lie in anybody's project."""
+    def state(self) -> RunState:
+        """Look at what the folder holds."""
+        if (self.path / REPLACING_FILE).is_file():
+            return RunState.REPLACING
+        has_model = (self.path / FILE_NAME).is_file()
         if (self.path / RECIPE_FILE).is_file():
-            return self._identity_file.is_file() or (self.path / FILE_NAME).is_file() or self._is_being_replaced
-        # A kill just after the beginning leaves only this, in the middle of a replacement only the marker.
-        return self._identity() is not None or self._is_being_replaced
+            is_run = has_model or self._identity_file.is_file()
+        else:
+            # A kill just after the start leaves only this. A recipe alone may be in anybody's project.
+            is_run = self._identity() is not None
+        if is_run:
+            return RunState.FINISHED if has_model else RunState.STARTED
+        return RunState.EMPTY if self._is_empty() else RunState.FOREIGN
 
     def require_free(self, recipe: Recipe, *, overwrite: bool) -> None:
-        """Refuse a folder in which this run cannot begin.
+        """Refuse a folder in which this run cannot start.
 
         Raises:
-            UserError: If something stands there already and ``overwrite`` is not asked for, is no run, or is
-                what the new run would read.
+            UserError: If it holds a run already and ``overwrite`` is not asked for, holds something else, or
+                holds the base of the run that would replace it.
         """
-        _require_possible(self.path)
-        if not self.path.is_dir() or self._is_empty:
+        state = self.state()
+        if self.path.exists() and not self.path.is_dir():
+            require_output_folder(self.path)
+        if state is RunState.EMPTY:
             return
-        if not overwrite:
-            remedies = "--resume to go on, --overwrite to start anew, or " if self.is_run else ""
-            what = "holds a run already" if self.is_run else "is not empty"
-            raise UserError(f"output {str(self.path)!r} {what}. Use {remedies}another output.")
-        if not self.is_run:
+        if state is RunState.FOREIGN:
             raise UserError(
-                f"output {str(self.path)!r} holds no run of manyicl, which is {RECIPE_FILE} with "
-                f"checkpoints/{IDENTITY_FILE} or {FILE_NAME}; --overwrite leaves it alone. Use another output."
+                "output_exists",
+                "the output is not empty and holds no run of manyicl",
+                remedy="Use another output.",
+                file=self.path,
             )
-        for key, path in _read_paths(recipe):
-            if path.resolve().is_relative_to(self.path.resolve()):
-                raise UserError(
-                    f"--overwrite would delete {str(path)!r}, which {key} names and which lies in the output "
-                    f"{str(self.path)!r}. Use another output."
-                )
-        for inner in self.path.iterdir():
-            if inner.is_dir() and inner not in (self.checkpoints, self.logs):
-                raise UserError(
-                    f"--overwrite would delete the folder {str(inner)!r}, which no run writes. Move it, or use another "
-                    "output."
-                )
+        if not overwrite:
+            raise UserError(
+                "run_exists",
+                "the output holds a run already",
+                remedy="Use --resume to continue it, --overwrite to start anew, or another output.",
+                file=self.path,
+            )
+        base = recipe.model.base
+        if base is not None and Path(base).resolve().is_relative_to(self.path.resolve()):
+            raise UserError(
+                "output_is_input",
+                f"--overwrite would delete the base of the run, {base!r}",
+                remedy="Use another output.",
+                file=self.path,
+                field="model.base",
+            )
 
     def begin(self, recipe: Recipe, manifest: Manifest, *, overwrite: bool) -> None:
         """Make the folder and write what the run is made of.
@@ -127,11 +164,13 @@ class RunFolder:
             UserError: As `require_free` does.
         """
         self.require_free(recipe, overwrite=overwrite)
-        if self.path.is_dir() and not self._is_empty:
+        if self.state() is not RunState.EMPTY:
             self._remove_run()
+        self.remove_leftovers()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_whole(self._identity_file, manifest.model_dump_json(indent=2) + "\n")
-        write_whole(self.path / RECIPE_FILE, recipe.to_yaml())
+        write_atomically(self._identity_file, manifest.model_dump_json(indent=2) + "\n")
+        write_atomically(self.path / RECIPE_FILE, recipe.to_yaml())
+        (self.path / REPLACING_FILE).unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -146,7 +185,10 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise UserError(
-                f"Another process is training in output {str(self.path)!r}. Wait for it, or use another output."
+                "run_in_progress",
+                "another process is training in this output",
+                remedy="Wait for it, or use another output.",
+                file=self.path,
             ) from error
         try:
             yield
@@ -154,71 +196,110 @@ class RunFolder:
         finally:
             lock.release()
 
-    def _remove_run(self) -> None:
-        """Empty the folder so that a kill at any moment leaves what --overwrite takes up again, and no half model."""
-        marker = self.path / REPLACING_FILE
-        marker.touch()
+    def put_in_place(self, model: Path) -> None:
+        """Move the files of a finished model here, manyicl.json last: whoever finds that finds the others complete."""
+        sync_tree(model)
+        for path in sorted(model.iterdir(), key=lambda path: (path.name == FILE_NAME, path.name)):
+            target = self.path / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            if path.name == FILE_NAME:
+                sync_folder(self.path)
+            path.replace(target)
         sync_folder(self.path)
-        (self.path / FILE_NAME).unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path not in (marker, self.path / LOCK_FILE):
-                path.unlink()
-        marker.unlink()
 
-    def require_same_recipe(self, recipe: Recipe) -> None:
-        """Refuse to resume what is not there, is finished, or would go on by another recipe.
+    def remove_leftovers(self) -> None:
+        """Remove what a kill left of files that were being written."""
+        for path in (*self.path.glob("*.yaml"), *self.checkpoints.glob("*")):
+            if is_leftover(path):
+                path.unlink()
+
+    def _remove_run(self) -> None:
+        """Remove what a run wrote, so that a kill at any moment leaves what --overwrite can remove, and no half model.
+
+        The marker stays until the new run has started. Files that no run writes stay.
+        """
+        (self.path / REPLACING_FILE).touch()
+        sync_folder(self.path)
+        for name, patterns in WRITTEN.items():
+            folder = self.path / name
+            for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            if name:
+                with suppress(OSError):  # it holds something of the user's
+                    folder.rmdir()
+
+    def require_resumable(self, recipe: Recipe) -> None:
+        """Refuse to resume what does not exist, is finished, or would continue by another recipe.
 
         Raises:
             UserError: If so.
         """
-        if self._is_being_replaced:
-            raise UserError(
-                f"--resume: the run in {str(self.path)!r} was being replaced and the new one has not begun. Start it "
-                "with --overwrite."
-            )
-        if not self.is_begun:
-            raise UserError(f"--resume: output {str(self.path)!r} holds no run. Start it without --resume.")
-        if self.is_finished:
-            raise UserError(f"--resume: the run in {str(self.path)!r} is finished. Use --overwrite to start anew.")
-        begun = self._recipe()
-        difference = first_difference(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        state = self.state()
+        if state is RunState.STARTED:
+            self.require_same_recipe(recipe)
+            return
+        what, remedy = {
+            RunState.REPLACING: ("the run was being replaced and the new one has not started", "Use --overwrite."),
+            RunState.FINISHED: ("the run is finished", "Use --overwrite to start anew."),
+        }.get(state, ("the output holds no run", "Start it without --resume."))
+        raise UserError("not_resumable", f"--resume: {what}", remedy=remedy, file=self.path)
+
+    def require_same_recipe(self, recipe: Recipe) -> None:
+        """Refuse a run that was started by another recipe.
+
+        Raises:
+            UserError: If so.
+        """
+        try:
+            known = self._recipe()
+        except UserError as error:
+            what, remedy = "the run was started by a recipe that this version does not read", "Use --overwrite."
+            raise UserError("another_run", f"{what}: {error}", remedy=remedy, file=self.path) from error
+        difference = first_difference(known.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if difference is not None:
             key, old, new = difference
             raise UserError(
-                f"--resume: the run in {str(self.path)!r} began with {key} {old!r}; the recipe now says {new!r}. "
-                "Restore it, or start anew with --overwrite."
+                "another_run",
+                f"the run started with another {key}",
+                expected=repr(old),
+                found=f"{new!r} in the recipe",
+                remedy="Restore it, start anew with --overwrite, or use another output.",
+                file=self.path,
+                field=key,
             )
 
     def require_same_start(self, manifest: Manifest) -> None:
-        """Refuse to resume over other tasks, another base or another chat template than the run began with.
+        """Refuse a run that was started with other tasks, another base or another chat template.
 
         Raises:
             UserError: If so.
         """
-        known = self._require_identity()
+        known = Manifest.read(self.path) or self._require_identity()
+        changed = None
         if known.base_fingerprint != manifest.base_fingerprint:
-            raise UserError(f"--resume: the weights of the base {manifest.base!r} changed since the run began.")
-        if known.text_format != manifest.text_format:
-            raise UserError(
-                "--resume: the chat template changed since the run began. Restore it, or start anew with --overwrite."
-            )
-        for began, now in ((known.tasks, manifest.tasks), (known.held_out, manifest.held_out)):
-            if began != now:
-                raise UserError(
-                    f"--resume: {_changed_tasks(began, now)}. Restore that, or start anew with --overwrite."
-                )
-
-    def _recipe(self) -> Recipe:
-        """Return the recipe that the run began with; a kill may have come before its own file was written."""
-        path = self.path / RECIPE_FILE
-        return Recipe.read(path) if path.is_file() else validated(Recipe, self._require_identity().recipe, str(path))
+            changed = f"the weights of the base {manifest.base!r} changed since the run started"
+        elif known.text_format != manifest.text_format:
+            changed = "the chat template changed since the run started"
+        for before, now in ((known.tasks, manifest.tasks), (known.held_out, manifest.held_out)):
+            if changed is None and before != now:
+                changed = _changed_tasks(before, now)
+        if changed is not None:
+            remedy = "Restore that, start anew with --overwrite, or use another output."
+            raise UserError("another_run", changed, remedy=remedy, file=self.path)
 
     def write_recipe_if_missing(self) -> None:
         """Write recipe.yaml where a kill came before it."""
         if not (self.path / RECIPE_FILE).is_file():
-            write_whole(self.path / RECIPE_FILE, self._recipe().to_yaml())
+            write_atomically(self.path / RECIPE_FILE, self._recipe().to_yaml())
+
+    def _recipe(self) -> Recipe:
+        """Return the recipe that the run started with; a kill may have come before its own file was written."""
+        path = self.path / RECIPE_FILE
+        return Recipe.read(path) if path.is_file() else validated(Recipe, self._require_identity().recipe, str(path))
 
     @property
     def _identity_file(self) -> Path:
@@ -234,67 +315,32 @@ class RunFolder:
         known = self._identity()
         if known is None:
             raise UserError(
-                f"--resume: {str(self._identity_file)!r} is not what this version of manyicl writes. Resume with the "
-                "version that began the run, or start anew with --overwrite."
+                "wrong_version",
+                "the file is not what this version of manyicl writes",
+                remedy="Resume with the version that started the run, or start anew with --overwrite.",
+                file=self._identity_file,
             )
         return known
 
-    @property
-    def _is_being_replaced(self) -> bool:
-        return (self.path / REPLACING_FILE).is_file()
-
-    @property
     def _is_empty(self) -> bool:
-        """True if nothing stands here, or only what a kill at the very beginning of a run leaves."""
-        part = self._identity_file.with_name(f"{IDENTITY_FILE}.part")
-        return all(
-            path == self.checkpoints and path.is_dir() and all(inner == part for inner in path.iterdir())
-            for path in self.path.iterdir()
-            if path.name != LOCK_FILE
-        )
+        """Tell whether nothing is here, or only what a kill at the very start of a run leaves."""
+        inside = [*self.path.glob("*"), *self.checkpoints.glob("*")]
+        return all(path in (self.path / LOCK_FILE, self.checkpoints) or is_leftover(path) for path in inside)
 
 
-def _require_possible(path: Path) -> None:
-    """Refuse a path that cannot become a folder, and checkpoints that could not be moved into it."""
-    for part in (path, *path.parents):
-        try:
-            if part.exists() and not part.is_dir():
-                below = "" if part == path else f", so {str(path)!r} cannot stand below it"
-                raise UserError(f"output {str(part)!r} is a file{below}; expected a folder.")
-        except OSError as error:
-            raise UserError(f"output {str(path)!r} cannot be a folder: {str(error.strerror).lower()}.") from error
-
-
-def _read_paths(recipe: Recipe) -> Iterator[tuple[str, Path]]:
-    """Yield what a run reads from this machine, with the key of the recipe that names it."""
-    if recipe.model.base is not None and Path(recipe.model.base).is_dir():
-        yield "model.base", Path(recipe.model.base)
-    if recipe.tasks.data_root is not None:
-        yield "tasks.data_root", recipe.tasks.data_root
-    for key, patterns in (("tasks.train", recipe.tasks.train), ("tasks.evaluate", recipe.tasks.evaluate)):
-        for pattern in patterns:
-            yield key, Path(pattern)
-            # A pattern that stands for nothing is not read: whoever calls brings tasks of their own.
-            with suppress(UserError):
-                yield from ((key, Path(place)) for place in task_places(pattern))
-
-
-def _changed_tasks(began: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> str:
-    """Say how the tasks of a run, with their data and order, differ from those it began with."""
-    before, after = ({task.name for task in tasks} for tasks in (began, now))
-    for old, new in zip_longest(began, now):
-        if new is None or (old is not None and old.name not in after):
-            return f"the run began with task {old.name!r}, which is missing now"
-        if old is None or new.name not in before:
-            return f"task {new.name!r} was not there when the run began"
+def _changed_tasks(before: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> str:
+    """Say how the tasks of a run, with their data and order, differ from those it started with."""
+    names_before, names_now = ({task.name for task in tasks} for tasks in (before, now))
+    for old, new in zip_longest(before, now):
+        if new is None or (old is not None and old.name not in names_now):
+            return f"the run started with task {old.name!r}, which is missing now"
+        if old is None or new.name not in names_before:
+            return f"task {new.name!r} was not part of the run when it started"
         if old.name == new.name and old != new:
-            return f"the data of task {old.name!r} changed since the run began"
+            return f"the data of task {old.name!r} changed since the run started"
         if old.name != new.name:
             break
-    return (
-        f"task {new.name!r} stands now where {old.name!r} stood when the run began, and sequences depend on "
-        "the order of tasks"
-    )
+    return f"task {new.name!r} is now where {old.name!r} was, and packed sequences depend on the order of tasks"
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

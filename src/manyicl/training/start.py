@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +19,19 @@ from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
 from manyicl.training.from_scratch import END, PADDING, new_config, new_model, require_loadable, train_tokenizer
+from manyicl.training.processes import is_sharded, local_rank
 from manyicl.training.recipe import LoraSettings, Recipe
-from manyicl.training.requirements import is_sharded, require_machine
+from manyicl.training.requirements import too_few_positions
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What training begins from.
+    """What training starts from.
 
     Attributes:
-        model: Has the trainable weights.
-        tokenizer: Its tokenizer.
-        base: As it can be found again from anywhere; None for a new model.
+        model: Model whose weights are trained.
+        tokenizer: Tokenizer of the model.
+        base: Reference of the base, valid from any folder; None for a new model.
         base_fingerprint: Hash of the base's weights in the recipe's ``model.dtype``; None for a new model.
         base_tasks: Tasks that the base was trained on already.
     """
@@ -52,18 +52,12 @@ def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     """Load or make the model of a recipe, the same for the same seed.
 
     Raises:
-        UserError: If it cannot be loaded or made, asks for what this machine does not have, or has fewer positions
-            than a sequence has tokens.
+        UserError: If it cannot be loaded or made, or has fewer positions than a packed sequence has tokens.
     """
-    require_machine(recipe)
     set_seed(recipe.training.seed)
     start = _new_start(recipe, tasks) if recipe.model.from_scratch is not None else _start_from_base(recipe)
-    positions = max_positions(start.model)
-    if positions is not None and recipe.sequences.max_context_tokens > positions:
-        raise UserError(
-            f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
-            "positions. Use shorter sequences, or a model with a longer context."
-        )
+    if error := too_few_positions(recipe, max_positions(start.model)):
+        raise error
     if recipe.training.gradient_checkpointing:
         recompute_activations(start.model)
     return start
@@ -100,8 +94,11 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
     if isinstance(adapter, PeftModel):
         if recipe.model.lora is not None:
             raise UserError(
+                "base_is_adapter",
                 f"model.base {recipe.model.base!r} is an adapter itself; an adapter over it would have a base that "
-                "is saved nowhere. Train on its own base, or leave out model.lora to train the merged model."
+                "is saved nowhere",
+                remedy="Train on its own base, or leave out model.lora to train the merged model.",
+                field="model.lora",
             )
         model = merge_adapter(adapter)
     _use_kernels(model, recipe)
@@ -118,7 +115,7 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
 
 
 def _loaded_base(recipe: Recipe) -> LoadedModel:
-    """Load the base as the recipe holds it; its fingerprint is that of the base as it is saved, in 4 bits as well.
+    """Load the base as the recipe says; its fingerprint is that of the base as it is saved, in 4 bits as well.
 
     So an adapter that was trained over 4 bits is loaded like any other, over the base in ``model.dtype``.
     """
@@ -133,7 +130,7 @@ def _loaded_base(recipe: Recipe) -> LoadedModel:
 
 
 def _use_kernels(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Put the kernels of other libraries into a model, each compared with what stood there before."""
+    """Put the kernels of other libraries into a model, each compared with what it replaces."""
     if recipe.model.attention == "split" and not recipe.training.liger:
         return
     if recipe.model.quantize is None:
@@ -165,7 +162,10 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
         raise UserError(
-            f"model.lora.target_modules: {list(target)} match no layer; linear layers are {names}."
+            "unknown_layer",
+            f"model.lora.target_modules: {list(target)} match no layer",
+            expected=f"names of linear layers, {names}",
+            field="model.lora.target_modules",
         ) from error
 
 
@@ -177,4 +177,4 @@ def training_device() -> str:
     """Return where to load a base: this process's GPU; the CPU if there is none or FSDP will place it."""
     if not torch.cuda.is_available() or is_sharded():
         return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return f"cuda:{local_rank()}"

@@ -30,6 +30,7 @@ from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
 from manyicl.training.loss import sequence_loss
+from manyicl.training.processes import is_main_process
 from manyicl.training.recipe import ObjectiveSettings
 from manyicl.training.stopping import stopping_signals
 
@@ -50,8 +51,8 @@ class ManyShotTrainer(Trainer):
     Three things differ from the library. The loss is divided by the summed weight of the targets of the whole step,
     gathered over processes, and multiplied by the number of processes, because their gradients are then averaged: so
     accumulation and processes give the update of one large batch. A loss or gradient that is not a number ends the
-    run before it reaches the weights. And a checkpoint is written aside, sealed and put in its place, before an older
-    one goes.
+    run before it reaches the weights. And a checkpoint is written aside, completed and put in its place, before an
+    older one goes.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ManyShotTrainer(Trainer):
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
         self._evaluation = evaluation
         self._run = run
+        self._failure: MachineError | None = None
         self._run_loss = loss
         self._step_tasks: set[str] = set()
         self._since_log = SequenceCounts()
@@ -129,22 +131,38 @@ class ManyShotTrainer(Trainer):
         """Return one sequence's part of the step's loss, times the number of processes.
 
         Raises:
-            MachineError: If the loss is not a finite number.
+            MachineError: If the loss is not a finite number; with several processes they raise together, later.
         """
         assert num_items_in_batch is not None
         assert not return_outputs
         batch = cast(Batch, inputs)
         loss = sequence_loss(model, batch, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise self._not_a_number(f"The loss became {loss.item()}", "a sequence", set(batch["task_names"]))
+            failure = self._not_a_number(f"The loss became {loss.item()}", "a sequence", set(batch["task_names"]))
+            if self.accelerator.num_processes == 1:
+                raise failure
+            # The others would wait for this process in the all-reduce of the gradients.
+            self._failure = failure
         return cast(Tensor, loss * self.accelerator.num_processes)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them."""
+        self._raise_together()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "sequences", self._step_tasks)
         return norm
+
+    def _raise_together(self) -> None:
+        """End all processes before the step of the optimizer, if the loss of one of them is not a number."""
+        if self.accelerator.num_processes == 1:
+            return
+        has_failed = torch.tensor(float(self._failure is not None), device=self.args.device)
+        torch.distributed.all_reduce(has_failed)
+        if has_failed:
+            failures: list[MachineError | None] = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(failures, self._failure)
+            raise next(failure for failure in failures if failure is not None)
 
     def _not_a_number(self, what: str, where: str, tasks: set[str]) -> MachineError:
         return MachineError(
@@ -159,7 +177,7 @@ class ManyShotTrainer(Trainer):
         return str(self.checkpoints.partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Save a checkpoint aside, seal it, put it in its place, and only then let an older one go.
+        """Save a checkpoint aside, list its files, put it in its place, and only then let an older one go.
 
         Raises:
             MachineError: If it cannot be written, or a weight is not a finite number.
@@ -180,7 +198,7 @@ class ManyShotTrainer(Trainer):
             if writes:
                 # transformers has written where the best one stood while it was being saved.
                 self.state.save_to_json(str(self.checkpoints.partial / f"checkpoint-{step}" / "trainer_state.json"))
-                self.checkpoints.seal(step, self.accelerator.num_processes, self.state.best_global_step)
+                self.checkpoints.complete(step, self.accelerator.num_processes, self.state.best_global_step)
         if writes:
             self.checkpoints.rotate(self.args.save_total_limit or step)
         self.accelerator.wait_for_everyone()
@@ -188,7 +206,7 @@ class ManyShotTrainer(Trainer):
     def point_to_best(self) -> None:
         """Say where the best checkpoint stands, or will; a run folder may have moved since."""
         best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(self.checkpoints.place(best)) if best else None
+        self.state.best_model_checkpoint = str(self.checkpoints.path(best)) if best else None
 
     def _load_best_model(self) -> None:
         """Load the best model.
@@ -198,10 +216,10 @@ class ManyShotTrainer(Trainer):
         """
         best = self.state.best_global_step
         assert best is not None
-        if flaw := self.checkpoints.flaw(best):
+        if error := self.checkpoints.integrity_error(best):
             raise MachineError(
-                f"The best model is that of checkpoint-{best}, which {flaw}, so the run cannot end as it should. "
-                "Restore it and go on with --resume, or start anew with --overwrite."
+                f"The best model is that of checkpoint-{best}, which {error}, so the run cannot end as it should. "
+                "Restore it and continue with --resume, or start anew with --overwrite."
             )
         super()._load_best_model()
 
@@ -321,7 +339,7 @@ class StopAfterStep(TrainerCallback):
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_main_process():
                 # Python's own streams may be in the middle of a write when a signal arrives.
                 with suppress(OSError):  # a closed terminal takes no words
                     os.write(2, STOPPING)

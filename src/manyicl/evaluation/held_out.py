@@ -1,0 +1,85 @@
+"""What is measured while a model trains: its score on held-out tasks, by which the best checkpoint is chosen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from manyicl.errors import UserError
+from manyicl.tasks.building import normalised
+from manyicl.tasks.task import Task
+
+if TYPE_CHECKING:
+    from manyicl.model.load import LoadedModel
+
+
+def held_out_measure(
+    tasks: Sequence[Task], *, shots: tuple[int, ...], num_queries: int, seed: int
+) -> Callable[[LoadedModel], dict[str, float]]:
+    """Return a function that measures a model on held-out tasks: its score at each shot count, and their mean.
+
+    The best model is chosen by it, so queries are training rows of these tasks; their test rows stay untouched for
+    `manyicl evaluate`.
+
+    Args:
+        tasks: Held-out tasks.
+        shots: Shot counts.
+        num_queries: Validation queries per task.
+        seed: Seed of their choice and of the demonstrations.
+
+    Raises:
+        UserError: If a task has too few training rows.
+    """
+    from manyicl.engine.engine import Engine
+    from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
+
+    validation_tasks = [validation_task(task, num_queries, seed) for task in tasks]
+    settings = EvaluationSettings(shots=shots, num_seeds=1, num_queries=num_queries, seed=seed)
+
+    def measure(loaded: LoadedModel) -> dict[str, float]:
+        # The figures go to the log; the records of a model that changes with every step are not kept.
+        with TemporaryDirectory() as folder:
+            results = measure_shot_curves(Engine.local(loaded), validation_tasks, folder, settings).results
+        figures = {"score": sum(result.score for result in results) / len(results)}
+        for num_shots in settings.shots:
+            scores = [result.score for result in results if result.num_shots == num_shots]
+            figures[f"score_at_{num_shots}_shots"] = sum(scores) / len(scores)
+        return figures
+
+    return measure
+
+
+def validation_task(task: Task, num_queries: int, seed: int) -> Task:
+    """Turn training rows of a held-out task into its test queries, so that its own test rows stay untouched.
+
+    Args:
+        task: Held-out task.
+        num_queries: Most queries; at most half of the training rows are taken.
+        seed: Seed of the choice.
+
+    Returns:
+        The task with the chosen rows as its test side. The others are its training side, without those that
+        repeat a chosen query.
+
+    Raises:
+        UserError: If it has fewer than two training rows.
+    """
+    if len(task.train) < 2:
+        raise UserError(
+            "too_few_rows",
+            f"tasks.evaluate: {task.name!r} has too few training rows; training validates on rows of its training side",
+            expected="at least 2",
+            found=str(len(task.train)),
+            remedy="Add rows, or leave the task out.",
+            field="tasks.evaluate",
+        )
+    order = list(task.train)
+    random.Random(f"watched {seed}").shuffle(order)
+    num_chosen = min(num_queries, len(order) // 2)
+    queries, others = order[:num_chosen], order[num_chosen:]
+    texts = {normalised(example.query.text) for example in queries}
+    demonstrations = tuple(example for example in others if normalised(example.query.text) not in texts)
+    return replace(task, train=demonstrations, test=tuple(queries))

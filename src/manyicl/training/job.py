@@ -1,0 +1,205 @@
+"""A run as one call: a finished run is returned, an interrupted one resumes, and one that is not there starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import TrainerState
+
+from manyicl.errors import UserError
+from manyicl.model.load import load_model
+from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.outputs import require_output_folder
+from manyicl.tasks.task import Task
+from manyicl.training.arguments import training_arguments
+from manyicl.training.checkpoint import Checkpoints, ResumePoint
+from manyicl.training.processes import is_main_process, world_size
+from manyicl.training.recipe import Recipe
+from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
+from manyicl.training.requirements import check_recipe, remark_on_precision
+from manyicl.training.run_folder import RunFolder, RunState
+from manyicl.training.train import Measure, PreparedRun, explained_ends, prepare_run, train_prepared, trained_tasks
+
+Existing = Literal["use", "refuse", "resume", "replace"]
+_Plan = Literal["found", "start", "replace", "resume"]
+Decision = TypeVar("Decision")
+
+
+class MakeMeasure(Protocol):
+    """What `manyicl.evaluation.held_out.held_out_measure` is."""
+
+    def __call__(self, tasks: Sequence[Task], *, shots: tuple[int, ...], num_queries: int, seed: int) -> Measure:
+        """Return the function that measures a model on held-out tasks."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run gives back.
+
+    Attributes:
+        folder: Folder of the model, or of the checkpoints if the run was stopped.
+        finished: False if a signal ended the run early.
+        num_steps: Steps taken, those before a resume included.
+        best_score: Score of the saved model on held-out tasks; None if nothing was measured.
+        best_step: Step after which it was reached; None if nothing was measured.
+        was_found: True if the run was finished before.
+    """
+
+    folder: Path
+    finished: bool
+    num_steps: int
+    best_score: float | None
+    best_step: int | None
+    was_found: bool = False
+
+
+def ensure_trained(
+    recipe: Recipe,
+    tasks: RecipeTasks | None = None,
+    measure: MakeMeasure | None = None,
+    *,
+    existing: Existing = "use",
+    console: Console | None = None,
+) -> TrainedRun:
+    """Return the finished run of a recipe: the one that is there, the rest of an interrupted one, or a new one.
+
+    Args:
+        recipe: The run.
+        tasks: Its tasks, if they are loaded already.
+        measure: Makes, from the held-out tasks, what is measured every ``evaluate_every`` steps and after the last;
+            it returns figures, ``score`` among them, by which the best model is kept.
+        existing: What to do with a run in the output folder. ``use`` returns or resumes it if it is this run,
+            ``refuse`` takes only an empty folder, ``resume`` only an interrupted run, ``replace`` starts anew.
+        console: Where progress is shown; None for standard error.
+
+    Raises:
+        UserError: If recipe, tasks, model and machine do not go together, or the output folder holds something else;
+            with the code ``another_run`` if it holds a run of another recipe, other tasks or another base.
+        MachineError: If loss or gradient is not a finite number, or the disk is full.
+        RunInterrupted: If a second signal, or one while the finished model is saved, ends a run that has started.
+    """
+    console = console or Console(stderr=True, quiet=not is_main_process())
+    check_recipe(recipe, with_tasks=tasks is None)
+    if recipe.training.num_threads is not None:
+        torch.set_num_threads(recipe.training.num_threads)
+    folder = RunFolder(recipe.output)
+    measures = measure is not None and bool(tasks.held_out if tasks else recipe.tasks.evaluate)
+    arguments = training_arguments(recipe, folder, evaluates=measures)
+    plan = _decided_together(lambda: _plan(folder, recipe, existing))
+    tasks = tasks or load_recipe_tasks(recipe)
+    if plan == "found":
+        return _found_run(recipe, tasks, folder)
+    measured = None
+    if measure is not None and tasks.held_out:
+        settings = recipe.training
+        measured = measure(
+            tasks.held_out, shots=settings.evaluate_shots, num_queries=settings.evaluate_queries, seed=settings.seed
+        )
+    prepared = prepare_run(recipe, tasks)
+    for sentence in (*prepared.sentences(), remark_on_precision(recipe)):
+        if sentence:
+            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    with explained_ends(folder), folder.held() if is_main_process() else nullcontext():
+        checkpoint = _enter_folder(folder, prepared, console, plan)
+        finished, trainer = train_prepared(
+            prepared, arguments, folder, console, measure=measured, checkpoint=checkpoint
+        )
+    state = trainer.state
+    best_step = state.best_global_step if measured else None
+    return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)
+
+
+def _plan(folder: RunFolder, recipe: Recipe, existing: Existing) -> _Plan:
+    """Look at the output folder and say how to go on.
+
+    Raises:
+        UserError: If it holds what ``existing`` does not allow, or cannot be written.
+    """
+    state = folder.state()
+    if existing == "use" and state is RunState.FINISHED:
+        folder.require_same_recipe(recipe)
+        return "found"
+    plan: _Plan
+    if existing == "resume" or (existing == "use" and state is RunState.STARTED):
+        folder.require_resumable(recipe)
+        plan = "resume"
+    else:
+        is_replaced = existing == "replace" or (existing == "use" and state is RunState.REPLACING)
+        folder.require_free(recipe, overwrite=is_replaced)
+        plan = "replace" if is_replaced else "start"
+    require_output_folder(folder.path)
+    return plan
+
+
+def _enter_folder(folder: RunFolder, run: PreparedRun, console: Console, plan: _Plan) -> Path | None:
+    """Start the run in its folder, or find the checkpoint from which it resumes."""
+    if plan != "resume":
+        if is_main_process():
+            folder.begin(run.recipe, run.manifest, overwrite=plan == "replace")
+        return None
+    folder.require_same_start(run.manifest)
+    point = _decided_together(lambda: _resume_point(folder))
+    console.print(point.sentence(), highlight=False, soft_wrap=True, markup=False)
+    return point.checkpoint
+
+
+def _resume_point(folder: RunFolder) -> ResumePoint:
+    folder.remove_leftovers()
+    folder.write_recipe_if_missing()
+    return Checkpoints(folder.checkpoints).resume_point(world_size())
+
+
+def _decided_together(decide: Callable[[], Decision]) -> Decision:
+    """Let the main process decide by what is on the disk, and all processes follow.
+
+    Raises:
+        UserError: In all of them, if it does in the main process.
+    """
+    decided: list[Decision | UserError | None] = [None]
+    if is_main_process():
+        try:
+            decided = [decide()]
+        except UserError as error:
+            decided = [error]
+    if world_size() > 1:
+        broadcast_object_list(decided)
+    decision = decided[0]
+    if isinstance(decision, UserError):
+        raise decision
+    return cast(Decision, decision)
+
+
+def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> TrainedRun:
+    """Return a finished run.
+
+    Raises:
+        UserError: If it was trained on other tasks, or over another base.
+    """
+    known = Manifest.read(folder.path)
+    assert known is not None
+    fingerprint: str | None = None
+    base_tasks: tuple[TrainedTask, ...] = ()
+    if recipe.model.base is not None:
+        base = load_model(recipe.model.base, dtype=recipe.model.dtype, device="cpu", check_isolation=False)
+        fingerprint = base.fingerprint
+        base_tasks = base.manifest.tasks if base.manifest else ()
+    folder.require_same_start(
+        known.model_copy(
+            update={
+                "tasks": trained_tasks(tasks.train, base_tasks),
+                "held_out": tuple(TrainedTask.of(task) for task in tasks.held_out),
+                "base_fingerprint": fingerprint,
+            }
+        )
+    )
+    newest = Checkpoints(folder.checkpoints).newest()
+    state = TrainerState.load_from_json(str(newest / "trainer_state.json")) if newest else TrainerState()
+    return TrainedRun(folder.path, True, recipe.num_steps, state.best_metric, state.best_global_step, was_found=True)
