@@ -15,7 +15,13 @@ from manyicl.episodes.budget import fit_demonstrations
 from manyicl.episodes.checks import MOST_NAMED, check_task, look_alikes, unseen_characters
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.episodes.sampling import EpisodeSettings, draw_episode, label_replacement_words, sequence_rng
+from manyicl.episodes.sampling import (
+    EpisodeSettings,
+    draw_episode,
+    label_replacement_words,
+    require_replacement_words,
+    sequence_rng,
+)
 from manyicl.errors import UserError
 from tests.builders import TEXTS as TRAINING_TEXTS
 from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, word_level
@@ -179,8 +185,10 @@ def test_new_names_are_drawn_for_thousands_of_labels_or_refused() -> None:
     labels = tuple(f"label {number}" for number in range(10_000))
     task = make_task(train=[make_example(f"q{i}", label) for i, label in enumerate(labels)], labels=labels)
     settings = EpisodeSettings(rename_labels=1.0, sampling="balanced")
-    with pytest.raises(UserError, match="needs 10000 words"):
-        draw_episode(task, settings, sequence_rng(0, 0), ["word"])
+    with pytest.raises(UserError, match=r"labels of task 'toy'; expected at least 10,000 plain words .* found 1\."):
+        require_replacement_words([make_task(labels=None), task], ["word", "label 1"])
+    with pytest.raises(UserError, match="no training task has a closed set of labels"):
+        require_replacement_words([make_task(labels=None)], ["word"])
     drawn = draw_episode(task, settings, sequence_rng(0, 0), [f"word{number}" for number in range(10_000)])
     assert len({next(drawn.examples).answer for _ in range(100)}) == 100
 
