@@ -31,7 +31,7 @@ class Metric:
     """A named way to score predictions.
 
     Attributes:
-        name: As in a task's ``metric``.
+        name: Name of the metric, as tasks give it.
         of_example: Scores one prediction against its accepted answers; None if only a whole set has a score.
         of_corpus: Scores a whole set; None where that is the mean over examples.
         description: One line for tables and help.

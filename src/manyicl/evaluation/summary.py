@@ -33,12 +33,13 @@ class Summary:
     """What a set of records says, ready to be shown.
 
     Attributes:
-        records: Those that count, see ``summarise``.
+        records: Records that count, see `summarise`.
         models: Display names, in the order in which the models were first measured.
         shots: Requested shot counts, ascending.
         families: Task -> family, by family and name; every task that was measured.
         compared: Tasks measured at every shot count of every model: means are over these alone.
         tasks: Score of (model, task, shots), over seeds and queries.
+        by_point: Records of (model, task, shots), one per seed.
         num_superseded: Records that newer ones of the same model and task replace.
     """
 

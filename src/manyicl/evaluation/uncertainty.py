@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 Pairing = Literal["paired", "independent"]
 
@@ -36,7 +37,7 @@ class Estimate:
         mean: Mean of the scores.
         standard_error: Standard error of the mean; None where a single query shows none.
         num_scores: Number of scores that were averaged.
-        degrees_of_freedom: Of the standard error; infinite where many independent errors were combined.
+        degrees_of_freedom: Degrees of freedom of the standard error; infinite where many independent errors were combined.
         pairing: None for a score; for a difference, whether both sides answered the same queries after the same
             seeds, so that what they share cancels out.
     """
@@ -59,7 +60,7 @@ class Estimate:
         if self.standard_error is None:
             return None
         if self.pairing is not None:
-            margin = _student_95(self.degrees_of_freedom) * self.standard_error
+            margin = float(stdtrit(self.degrees_of_freedom, 0.975)) * self.standard_error
             return self.mean - margin, self.mean + margin
         # Of a mean strictly between 0 and 1, and of one at its bound, where the standard error is 1 / (Q + 2).
         worth = max(self.mean * (1 - self.mean) / self.standard_error**2, 1 / self.standard_error - 2)
@@ -67,12 +68,6 @@ class Estimate:
         centre = (worth * self.mean + _NORMAL_95**2 / 2) / total
         margin = _NORMAL_95 * math.sqrt(max(worth * self.mean * (1 - self.mean), 0) + _NORMAL_95**2 / 4) / total
         return max(centre - margin, 0.0), min(centre + margin, 1.0)
-
-
-def _student_95(degrees_of_freedom: float) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, degrees_of_freedom))
 
 
 def mean_over_queries(scores: ArrayLike) -> Estimate:
