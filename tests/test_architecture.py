@@ -22,7 +22,6 @@ ONE_SENTENCE = {
     "cli/doctor.py",
     "cli/predict.py",
     "cli/quickstart.py",
-    "cli/tasks.py",
     "cli/train.py",
     "engine/label_scores.py",
     "episodes/budget.py",
