@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -89,6 +91,14 @@ def test_a_task_of_which_nothing_fits_is_refused_with_both_numbers(encoder: Enco
     task = make_task(train=[make_example("the film " * 200, "good")])
     with pytest.raises(UserError, match=r"expected at most 100 tokens \(max_context_tokens\), found \d+"):
         source(encoder, [task], max_context_tokens=100)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_build_the_same_sequences_however_they_are_started(encoder: Encoder, method: str) -> None:
+    settings = EpisodeSettings(sampling="balanced", rename_labels=0.5)
+    sequences = source(encoder, [make_task("a"), make_task("b")], episodes=settings)
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as workers:
+        assert list(workers.map(sequences.__getitem__, range(3))) == [sequences[index] for index in range(3)]
 
 
 def test_a_source_without_tasks_is_refused(encoder: Encoder) -> None:

@@ -65,8 +65,18 @@ def first_step_recipe(output: Path, *overrides: str) -> Recipe:
     )
 
 
+def spoil_second_process() -> None:
+    """Let the loss of one process of two be no number."""
+    names = vars(sys.modules[ManyShotTrainer.__module__])
+    loss = names["sequence_loss"]
+    names["sequence_loss"] = lambda *arguments: loss(*arguments) * (1 if is_main_process() else float("nan"))
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["spoilt"]:
+        spoil_second_process()
+        first_step(first_step_recipe(folder))
     measured = first_step(first_step_recipe(folder, *sys.argv[2:]))
     if is_main_process():
         torch.save(measured, folder / "first_step.pt")

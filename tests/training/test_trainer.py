@@ -53,16 +53,25 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert_same_step(first_step(recipe), slow_first_step(first_step_recipe(tmp_path)))
 
 
-def test_two_processes_give_the_update_of_one_large_batch(tmp_path: Path) -> None:
+def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).with_name("first_step.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*torchrun, str(script), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_two_processes_give_the_update_of_one_large_batch(tmp_path: Path) -> None:
     objective = "objective.supervise=last_answer"
-    done = subprocess.run(
-        [*torchrun, str(script), str(tmp_path), objective], capture_output=True, text=True, check=False
-    )
+    done = in_two_processes(str(tmp_path), objective)
     assert done.returncode == 0, done.stderr
     step = torch.load(tmp_path / "first_step.pt")
     assert_same_step(step, slow_first_step(first_step_recipe(tmp_path, objective)))
+
+
+def test_a_loss_that_is_not_a_number_in_one_process_ends_both(tmp_path: Path) -> None:
+    done = in_two_processes(str(tmp_path), "spoilt")
+    assert done.returncode == 1
+    failures = [line for line in done.stderr.splitlines() if "MachineError: The loss became nan in step 1" in line]
+    assert len({line.partition("MachineError")[0] for line in failures}) == 2, done.stderr
 
 
 def test_rows_that_two_processes_cannot_share_evenly_are_refused(
