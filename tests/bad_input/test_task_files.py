@@ -114,7 +114,7 @@ NOT_FOUND = [
     refused(
         "an unknown option of a table",
         "tasks check a.csv:text:label,grup=x",
-        "bad_table",
+        "unknown_key",
         file="a.csv",
         remedy="Did you mean 'group'?",
         files={"a.csv": "text,label\nx,y\n"},

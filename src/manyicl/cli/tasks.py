@@ -40,11 +40,7 @@ _OF_TOKENS_ALONE = (
     "shots_that_fit",
 )
 
-app = typer.Typer(
-    name="tasks",
-    help="List, check and show tasks.",
-    no_args_is_help=True,
-)
+app = typer.Typer(name="tasks", help="List, check and show tasks.", no_args_is_help=True)
 
 TaskPatterns = Annotated[
     list[str],

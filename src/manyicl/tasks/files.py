@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from manyicl.checked import validated
+from pydantic import Field
+
+from manyicl.checked import MOST_COUNTED, Section, validated
 from manyicl.errors import MachineError, UserError, did_you_mean, located, shown
 from manyicl.paths import exists, expanded, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
@@ -24,8 +26,17 @@ from manyicl.tasks.values import as_written
 TASK_FILE = "task.yaml"
 _TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)
 _TABLE_FORM = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
-_TABLE_OPTIONS = ("group", "test_fraction", "seed", "family", "name")
 _MOST_LABELS_INFERRED = 100
+
+
+class _TableOptions(Section):
+    """What may follow the columns of a table."""
+
+    group: str | None = None
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    seed: int = Field(0, le=MOST_COUNTED)
+    family: Family | None = None
+    name: str | None = None
 
 
 def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: LoadDataset | None = None) -> Task:
@@ -205,20 +216,15 @@ def _task_from_table(path: str, columns: str) -> Task:
             found=f"{path}:{columns}",
             remedy="A shell cuts an unquoted `->` off; write a colon instead.",
         )
-    settings = dict(option.partition("=")[::2] for option in options)
-    if len(settings) < len(options):
-        keys = [option.partition("=")[0] for option in options]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise UserError("bad_table", f"the option {repeated!r} is given twice", remedy="Keep one of them.")
-    for key, value in settings.items():
-        if key not in _TABLE_OPTIONS:
-            hint = did_you_mean(key, _TABLE_OPTIONS).strip() or None
-            raise UserError("bad_table", f"unknown option {key!r}", expected=_TABLE_FORM, remedy=hint)
+    settings = [option.partition("=")[::2] for option in options]
+    for key, value in settings:
         if not value:
             raise UserError("bad_table", f"the option {key!r} has no value", expected=_TABLE_FORM)
-    name, family = settings.pop("name", None), settings.pop("family", None)
-    data = validated(OneFile, {"file": path, **settings}, path)
-    return _task_of_columns(data, query_column.strip(), answer_column.strip(), name, family)
+        if [key for key, _ in settings].count(key) > 1:
+            raise UserError("bad_table", f"the option {key!r} is given twice", remedy="Keep one of them.")
+    known = validated(_TableOptions, dict(settings), path)
+    data = OneFile(file=path, **known.model_dump(include={"group", "test_fraction", "seed"}))
+    return _task_of_columns(data, query_column.strip(), answer_column.strip(), known.name, known.family)
 
 
 def task_from_file(

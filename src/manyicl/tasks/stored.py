@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import pyarrow
 from pydantic import BaseModel, ConfigDict, Field
 
+from manyicl.atomic import folder_written_atomically
 from manyicl.checked import read_text, validated
 from manyicl.errors import MachineError, UserError
+from manyicl.library_errors import reason
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.task import Task
@@ -107,41 +109,24 @@ def _example(query: str, choices: list[str] | None, answer: str, references: lis
 def store_task(task: Task, folder: Path) -> Task:
     """Write a task to a new folder and open it; see ``Task.store``."""
     if folder.exists():
-        raise UserError("folder_exists", f"{folder} exists already", remedy="Name a new folder, or remove that one.")
+        what = f"{folder} exists already"
+        raise UserError("folder_exists", what, remedy="Name a new folder, or remove that one.")
     if not folder.parent.is_dir():
         raise UserError("no_such_folder", f"The folder {folder.parent} does not exist", remedy="Make it first.")
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with folder_written_atomically(folder) as aside:
             _write(task, aside)
-            aside.chmod(0o755)
-            aside.rename(folder)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
     except OSError as error:
-        raise MachineError(f"{folder} could not be written: {error}") from error
+        raise MachineError(f"{folder} could not be written: {reason(error)}.") from error
     return open_task(folder)
 
 
 def _write(task: Task, folder: Path) -> None:
-    for name, examples in (("train", task.train), ("test", task.test)):
+    for name, examples in (("train", iter(task.train)), ("test", iter(task.test))):
         with pyarrow.ipc.new_file(str(folder / f"{name}.arrow"), _SCHEMA) as file:
-            batch: list[dict[str, Any]] = []
-            for example in examples:
-                batch.append(
-                    {
-                        "query": example.query.text,
-                        "choices": example.query.choices,
-                        "answer": example.answer,
-                        "references": example.references,
-                        "origin": example.origin,
-                    }
-                )
-                if len(batch) == _EXAMPLES_A_BATCH:
-                    file.write_batch(pyarrow.RecordBatch.from_pylist(batch, _SCHEMA))
-                    batch = []
-            file.write_batch(pyarrow.RecordBatch.from_pylist(batch, _SCHEMA))
+            while batch := list(islice(examples, _EXAMPLES_A_BATCH)):
+                rows = [{**asdict(e), "query": e.query.text, "choices": e.query.choices} for e in batch]
+                file.write_batch(pyarrow.RecordBatch.from_pylist(rows, _SCHEMA))
     stored = _StoredTask(spec=task.spec, data_hash=task.data_hash, dropped=dict(task.dropped))
     (folder / SPEC_FILE).write_text(stored.model_dump_json(indent=2), encoding="utf-8")
 

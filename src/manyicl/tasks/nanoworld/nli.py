@@ -48,10 +48,7 @@ class VerbRule:
     def draw_row(self, rng: random.Random) -> Columns:
         """Draw a premise with a coined verb and a hypothesis with an attitude."""
         name, thing = rng.choice(KINDS["name"]), rng.choice(KINDS["food"] + KINDS["animal"])
-        return {
-            "premise": f"{name} {rng.choice(list(self.meaning_of))} {thing}",
-            "hypothesis": rng.choice(ATTITUDES),
-        }
+        return {"premise": f"{name} {rng.choice(list(self.meaning_of))} {thing}", "hypothesis": rng.choice(ATTITUDES)}
 
     def answer(self, row: Columns) -> str:
         """Compare the meaning of the premise's verb with the hypothesis."""
