@@ -33,7 +33,6 @@ FILES = [*sorted((ROOT / "src").rglob("*.py")), *(page for page in PAGES if page
 NOT_YET = {
     "src/manyicl/cli/predict.py",
     "src/manyicl/cli/quickstart.py",
-    "src/manyicl/cli/tasks.py",
     "src/manyicl/cli/train.py",
     "src/manyicl/engine/label_scores.py",
     "src/manyicl/engine/label_trie.py",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from manyicl.errors import UserError, did_you_mean, shown
 from manyicl.library_errors import reason
 
-# No recipe or task file comes near these; a few lines of aliases of aliases stand for billions of values.
+# No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
 MOST_YAML_VALUES = 100_000
 MOST_YAML_LEVELS = 50
 _SAVE_AS_UTF8 = "Save the file as UTF-8."
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML in which a key is a text that stands only once; each kind of file adds how it reads values.
+    """Plain YAML in which a key is a text that occurs only once; each kind of file adds how it reads values.
 
     Values are what JSON has, too: dates, sets and bytes would not read back as what they were.
     """
@@ -104,7 +104,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
         """Compose the document.
 
         Raises:
-            yaml.constructor.ConstructorError: If it is nested too deeply, or its aliases stand for too many values.
+            yaml.constructor.ConstructorError: If it is nested too deeply, or its aliases amount to too many values.
         """
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
@@ -128,7 +128,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
         """Build a mapping.
 
         Raises:
-            yaml.constructor.ConstructorError: If a key stands twice, or is itself a list or a mapping.
+            yaml.constructor.ConstructorError: If a key occurs twice, or is itself a list or a mapping.
         """
         seen: set[str] = set()
         for key, _ in node.value:
@@ -137,14 +137,14 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 problem = "a key is a list or a mapping; put text that begins with a brace or a bracket in quotes"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
-                problem = f"the key {key.value!r} stands twice; keep one of them"
+                problem = f"the key {key.value!r} occurs twice; keep one of them"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _require_bounded(node: yaml.Node, sizes: dict[int, int], levels_left: int) -> int:
-    """Count the values of a node, an alias as often as it stands.
+    """Count the values of a node, an alias as often as it is used.
 
     Args:
         node: The values, which may be held in several places.
@@ -173,7 +173,7 @@ def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
 
     Args:
         text: The YAML.
-        place: File that it stands in, or what an error names in its stead.
+        place: File that holds it, or what an error names instead.
         loader: How values are read.
 
     Raises:
@@ -228,8 +228,8 @@ def validated(model: type[ModelT], values: Mapping[Any, Any] | str, place: str |
     Args:
         model: What the values must be.
         values: Key -> value, or JSON text.
-        place: File that they stand in, or what an error names in its stead.
-        key: Key of that file under which they stand; empty for the whole file.
+        place: File that holds them, or what an error names instead.
+        key: Key of that file under which they are; empty for the whole file.
 
     Raises:
         UserError: If anything is wrong; it says the first.
@@ -275,7 +275,7 @@ def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> 
 
 
 def _innermost_section(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
-    """Return the section in which the last part of ``location`` stands."""
+    """Return the section that holds the last part of ``location``."""
     section = model
     for part in location[:-1]:
         field = section.model_fields.get(str(part))

@@ -65,7 +65,7 @@ READING = [
     Case(
         "a section that stands twice",
         TRAINED,
-        ("recipe.yaml:10: not valid YAML, the key 'output' stands twice",),
+        ("recipe.yaml:10: not valid YAML, the key 'output' occurs twice",),
         recipe(RECIPE + "output: b\n"),
     ),
     Case(

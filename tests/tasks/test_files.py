@@ -241,7 +241,7 @@ def test_rows_of_the_hub_are_read_through_datasets(tmp_path: Path) -> None:
         ("query: text\n", "names no column. Write one in braces, as in '{{ text }}'"),
         ("query: '{{ text'\n", "does not parse"),
         ("bad_rows: ignore\n", "bad_rows"),
-        ("query: '{{ text }}'\nquery: '{{ text }}'\n", "task.yaml:5: not valid YAML, the key 'query' stands twice"),
+        ("query: '{{ text }}'\nquery: '{{ text }}'\n", "task.yaml:5: not valid YAML, the key 'query' occurs twice"),
         ("query: [\n", "not valid YAML"),
         ("query: {{ text }}\n", "task.yaml:4: not valid YAML, a key is a list or a mapping. Put text that begins"),
         ("? [a, b]\n: c\n", "not valid YAML, a key is a list or a mapping"),

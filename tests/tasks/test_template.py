@@ -75,8 +75,8 @@ def test_a_column_alone_is_known(source: str, column: str | None) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ range }}", "a function stands where a value should"),
-        ("{{ a.upper }}", "a function stands where a value should"),
+        ("{{ range }}", "a function is written in place of a value"),
+        ("{{ a.upper }}", "a function is written in place of a value"),
         ("{{ self }}", r"a column named self is written row\['self'\]"),
         ("{{ a | random }}", "No filter named 'random'"),
         ("{{ a | center(9) }}", "No filter named 'center'"),

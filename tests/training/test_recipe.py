@@ -130,7 +130,7 @@ def test_the_rate_may_fall_over_the_whole_run() -> None:
     [
         ("", "expected the keys"),
         ("- a", "expected the keys"),
-        ("model: {base: x}\nmodel: {base: y}", "2: not valid YAML, the key 'model' stands twice"),
+        ("model: {base: x}\nmodel: {base: y}", "2: not valid YAML, the key 'model' occurs twice"),
         ("model: {base: x}\ntasks: {train: [a]}\noutput: x", "my.yaml: the key 'training' is missing."),
     ],
 )

@@ -66,8 +66,8 @@ OneTask = Annotated[
 DataRoot = Annotated[
     Path | None,
     typer.Option(
-        help="Where data paths begin that are not found beside their task.yaml, and where copies of Hub datasets "
-        "stand, as NAME/train.jsonl."
+        help="Folder in which data paths begin that are not found beside their task.yaml, and in which copies of Hub "
+        "datasets are, as NAME/train.jsonl."
     ),
 ]
 Model = Annotated[
@@ -136,7 +136,7 @@ def _table(rows: Iterable[dict[str, str]], **options: Any) -> Table:
 
 
 def _is_of_catalog(pattern: str) -> bool:
-    """Tell a name, a family or a pattern of the catalogue from what stands on disk, which comes first."""
+    """Tell a name, a family or a pattern of the catalogue from what is on disk, which comes first."""
     from glob import glob
 
     if pattern.startswith("catalog:"):
@@ -303,7 +303,7 @@ def show_task(
     text_format: TextFormat = None,
     end_of_answer: EndOfAnswer = None,
 ) -> None:
-    """Show an episode as the model sees it; what is supervised is coloured, without colour it stands in «».
+    """Show an episode as the model sees it; what is supervised is coloured, or in «» without colour.
 
     With --model it is drawn token by token.
     """
@@ -418,7 +418,7 @@ def _console() -> Console:
 
 
 def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) -> Table:
-    """Make the table of checks; without a context they are in characters, and what needs tokens is left out."""
+    """Make the table of checks; without a context they are in characters, and what needs tokens is omitted."""
     unit = "characters" if max_context_tokens is None else "tokens"
     caption = f"{unit}: shortest / median / longest, with separator and end."
     if max_context_tokens is not None:

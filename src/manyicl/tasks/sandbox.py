@@ -123,7 +123,7 @@ def _require_small_result(name: str, value: Any, *arguments: Any) -> None:
     if name == "replace" and len(arguments) > 1:  # with fewer, it is refused when it is called
         text, old, new = str(value), str(arguments[0]), str(arguments[1])
         _require_room(len(text) + text.count(old) * len(new))
-    elif name == "join" and arguments:  # the value is what stands between
+    elif name == "join" and arguments:  # the value is the separator
         _require_room(_required_size(arguments[0]) + len(arguments[0]) * len(str(value)))
     elif name == "indent":
         if any(not isinstance(width, bool) and len(str(width)) > 2 for width in arguments):
@@ -195,7 +195,9 @@ def _tojson(
 def _written(context: Context, value: object) -> object:
     """Count what a task's template writes, and refuse what nobody means to read."""
     if callable(value) and not isinstance(value, Undefined):
-        raise SecurityError("a function stands where a value should; call it with (), or write row['…'] for a column")
+        raise SecurityError(
+            "a function is written in place of a value; call it with (), or write row['…'] for a column"
+        )
     if isinstance(value, list | tuple | dict):
         kind = "mapping" if isinstance(value, dict) else "list"
         raise SecurityError(f"a {kind} is no text; write its parts, as in {{{{ column | join(', ') }}}}")

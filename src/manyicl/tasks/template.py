@@ -92,7 +92,7 @@ class Template:
             raise UserError("template_fails", what, remedy=self._spelling_hint(row).strip() or None) from error
 
     def _spelling_hint(self, row: Mapping[str, object]) -> str:
-        """Say how a column is written whose name stands in the template as if it were a word, as in ``{{ a-b }}``."""
+        """Say how a column is written whose name is written as if it were a word, as in ``{{ a-b }}``."""
         for column in map(str, row):
             as_a_word = re.search(rf"(?<![\w'\"]){re.escape(column)}(?![\w'\"])", self.source)
             if as_a_word and re.search(r"[^\W\d]", column) and not column.isidentifier() and column not in self.columns:

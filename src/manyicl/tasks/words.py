@@ -15,7 +15,7 @@ _UNSPACED = (
 # Two halves of a flag by themselves: \X would look back to the first of a row of flags for each of them.
 _FLAG = r"\p{RI}\p{RI}?"
 # A pictograph with all that joins it to one picture: skin tone, family. Characters of private use, and those younger
-# than the tables of Unicode here, stand alone as well.
+# than the tables of Unicode here, count alone as well.
 _PICTURE = rf"{_FLAG}|(?=[\p{{So}}\p{{Extended_Pictographic}}\p{{Co}}\p{{Cn}}])\X"
 _WORD = regex.compile(rf"{_PICTURE}|(?=[\p{{L}}\p{{M}}\p{{N}}]){_UNSPACED}|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
 _PART = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED}).)+", regex.DOTALL)
@@ -29,7 +29,7 @@ _VARIATION_SELECTORS = dict.fromkeys(map(ord, "\ufe0e\ufe0f"))
 def words(text: str) -> list[str]:
     """Split a text into folded words of letters, marks and digits.
 
-    An emoji stands alone, and so does each character of a script that is written without spaces between words. On
+    An emoji is a word by itself, and so is each character of a script that is written without spaces between words. On
     ASCII this is rouge-score's own tokenizer. That one deletes every other letter, so that two identical Russian
     texts score 0.
 
@@ -65,7 +65,7 @@ def without_invisible(text: str) -> str:
 
 
 def parts(word: str) -> list[str]:
-    """Split what stands between spaces where its script has none: each such character, and what stands between.
+    """Split what is between spaces where its script has none: each such character, and what comes between.
 
     >>> parts("ok\u5927\u5b66")
     ['ok', '大', '学']
