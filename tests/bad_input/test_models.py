@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from manyicl.model.manifest import Manifest
-from tests.bad_input.case import Case, accepted, meet, table_of
+from tests.bad_input.case import Case, accepted, meet, refused, table_of
 from tests.bad_input.files import RECIPE, TRAIN, lines, recipe, spoilt, task, task_with
-from tests.builders import word_level
+from tests.builders import byte_level_bpe, word_level
 from tests.model.exports import save_adapter, save_model
 
 QUERIES = {"new.jsonl": lines({"text": "film 3"}, {"text": "play 4"})}
@@ -109,7 +110,18 @@ def of_words(*words: str) -> Callable[[Path], object]:
     return lambda folder: word_level(words).save_pretrained(folder / "m")
 
 
-def adapter_of(base: str | None) -> Callable[[Path], object]:
+def retensored(
+    folder: Path, keep: Callable[[str], bool] = lambda name: True, value: tuple[str, float] | None = None
+) -> None:
+    """Leave tensors out of the weights of a folder, or fill one with a value."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(path).items() if keep(name)}
+    if value is not None:
+        tensors[value[0]].fill_(value[1])
+    save_file(tensors, path, {"format": "pt"})
+
+
+def adapter_of(base: str | int | None) -> Callable[[Path], object]:
     """Let the adapter name another base, or none."""
 
     def change(folder: Path) -> None:
@@ -126,36 +138,43 @@ MODELS = [
         ("The model folder 'mm' does not exist", "builtin:nano", "hf:owner/name"),
         QUERIES,
     ),
-    Case(
+    refused(
         "no model at all",
         "predict --model '' --task t --input new.jsonl",
-        ("The model folder '' does not exist",),
-        QUERIES,
+        "model_not_found",
+        what="The model folder '' does not exist",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a folder that holds no model",
         "predict --model t --task t --input new.jsonl",
-        ("'t' holds neither config.json nor adapter_config.json",),
-        QUERIES,
+        "no_model_in_folder",
+        what="The folder 't' holds no model",
+        expected="config.json or adapter_config.json in it",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a file for a model",
         "tasks check t --model new.jsonl",
-        ("The model folder 'new.jsonl' does not exist",),
-        QUERIES,
+        "model_not_found",
+        what="The model folder 'new.jsonl' does not exist",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a model that the package lacks",
         "tasks show t --model builtin:nan",
-        ("No model 'builtin:nan'", "builtin:nano"),
-        QUERIES,
+        "unknown_model",
+        expected="builtin:nano",
+        found="'builtin:nan'",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a model without weights",
         PREDICT,
-        ("The model of 'm' cannot be loaded",),
-        QUERIES,
-        without("m/model.safetensors"),
+        "not_loadable",
+        what="The model of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=without("m/model.safetensors"),
     ),
     Case(
         "a model of pickles",
@@ -164,12 +183,13 @@ MODELS = [
         QUERIES,
         pickled("m/model.safetensors", "m/pytorch_model.bin"),
     ),
-    Case(
+    refused(
         "an adapter of pickles",
         spoilt("--model m", "--model a", PREDICT),
-        ("'a' holds its weights in adapter_model.bin alone; pickles are refused", "peft."),
-        QUERIES,
-        pickled("a/adapter_model.safetensors", "a/adapter_model.bin"),
+        "pickled_weights",
+        what="'a' holds its weights in adapter_model.bin alone; pickles are refused,",
+        files=QUERIES,
+        prepare=pickled("a/adapter_model.safetensors", "a/adapter_model.bin"),
     ),
     Case(
         "weights that were never fetched",
@@ -178,55 +198,70 @@ MODELS = [
         QUERIES,
         written("m/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
     ),
-    Case(
+    refused(
         "weights that are cut",
         PREDICT,
-        ("The model of 'm' cannot be loaded",),
-        QUERIES,
-        cut("m/model.safetensors", 1000),
+        "not_loadable",
+        what="The model of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=cut("m/model.safetensors", 1000),
     ),
     Case(
         "weights that lack tensors",
         PREDICT,
-        ("The weights of 'm' lack", "tensors", "Restore the folder"),
+        ("The weights of 'm' lack tensors that its config.json names; found 9 such as ", ". Restore the folder."),
         QUERIES,
         changed("m/config.json", num_hidden_layers=4),
     ),
-    Case(
+    refused(
         "weights of another size",
         PREDICT,
-        ("The weights of 'm' are not those of its config.json", "has the shape", "expected", "Restore the folder"),
-        QUERIES,
-        changed("m/config.json", hidden_size=64),
+        "tensor_shape",
+        expected="(330, 64)",
+        found="(330, 32)",
+        files=QUERIES,
+        prepare=changed("m/config.json", hidden_size=64),
     ),
-    Case("a configuration that is broken", PREDICT, ("'m' cannot be loaded",), QUERIES, written("m/config.json", "{")),
-    Case(
+    refused(
+        "a configuration that is broken",
+        PREDICT,
+        "not_loadable",
+        what="The model of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=written("m/config.json", "{"),
+    ),
+    refused(
         "a configuration of an unknown model",
         PREDICT,
-        ("'m' cannot be loaded",),
-        QUERIES,
-        written("m/config.json", '{"model_type": "lama"}'),
+        "not_loadable",
+        what="The model of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=written("m/config.json", '{"model_type": "lama"}'),
     ),
-    Case(
+    refused(
         "a model without a tokenizer",
         PREDICT,
-        ("The tokenizer of 'm' cannot be loaded",),
-        QUERIES,
-        without("m/tokenizer.json", "m/tokenizer_config.json"),
+        "not_loadable",
+        what="The tokenizer of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=without("m/tokenizer.json", "m/tokenizer_config.json"),
     ),
-    Case(
+    refused(
         "a tokenizer that is broken",
         CHECK,
-        ("The tokenizer of 'm' cannot be loaded",),
-        QUERIES,
-        written("m/tokenizer.json", "{}"),
+        "not_loadable",
+        what="The tokenizer of 'm' cannot be loaded",
+        files=QUERIES,
+        prepare=written("m/tokenizer.json", "{}"),
     ),
-    Case(
+    refused(
         "a tokenizer that keeps no line breaks",
         CHECK,
-        ("The tokenizer does not keep", "separator and terminator"),
-        QUERIES,
-        lambda folder: _without_line_breaks(folder / "m"),
+        "lossy_tokenizer",
+        expected="'\\n'",
+        found="''",
+        files=QUERIES,
+        prepare=lambda folder: _without_line_breaks(folder / "m"),
     ),
     Case(
         "a tokenizer that does not know the labels",
@@ -248,49 +283,61 @@ MODELS = [
         },
         of_words("film", "play"),
     ),
-    Case(
+    refused(
         "a model folder of another version",
         PREDICT,
-        (
-            "m/manyicl.json is not a manifest of this version",
-            "format_version: Input should be 1, found 99",
-            "Use the version that wrote the model",
-        ),
-        QUERIES,
-        changed("m/manyicl.json", format_version=99),
+        "not_a_manifest",
+        file="m/manyicl.json",
+        field="format_version",
+        found="99",
+        files=QUERIES,
+        prepare=changed("m/manyicl.json", format_version=99),
     ),
-    Case(
+    refused(
         "a model folder of a later version with a new field",
         CHECK,
-        ("m/manyicl.json is not a manifest of this version", "retrieval"),
-        QUERIES,
-        changed("m/manyicl.json", retrieval=True),
+        "not_a_manifest",
+        file="m/manyicl.json",
+        field="retrieval",
+        found="True",
+        files=QUERIES,
+        prepare=changed("m/manyicl.json", retrieval=True),
     ),
-    Case(
+    refused(
         "a manifest that is broken",
         PREDICT,
-        ("m/manyicl.json is not a manifest of this version",),
-        QUERIES,
-        written("m/manyicl.json", '{"format'),
+        "not_a_manifest",
+        what="This is not a manifest of this version of manyicl",
+        file="m/manyicl.json",
+        files=QUERIES,
+        prepare=written("m/manyicl.json", '{"format'),
     ),
-    Case(
+    refused(
         "a manifest in Latin-1",
         PREDICT,
-        ("m/manyicl.json is not a manifest of this version",),
-        QUERIES,
-        written("m/manyicl.json", b"\xe4"),
+        "not_a_manifest",
+        what="This is not a manifest of this version of manyicl",
+        file="m/manyicl.json",
+        files=QUERIES,
+        prepare=written("m/manyicl.json", b"\xe4"),
     ),
-    Case(
+    refused(
         "a context that the model does not have",
         f"{PREDICT} --max-context-tokens 5000",
-        ("max_context_tokens is 5,000; 'm' allows 512 positions",),
-        QUERIES,
+        "out_of_range",
+        field="max_context_tokens",
+        expected="1 to 512, the positions of 'm'",
+        found="5,000",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a context that no one counts",
         f"{PREDICT} --max-context-tokens {10**30}",
-        ("max_context_tokens is 1,000,000", "'m' allows 512 positions"),
-        QUERIES,
+        "out_of_range",
+        field="max_context_tokens",
+        expected="1 to 512, the positions of 'm'",
+        found="1,000,000,000,000,000,000,000,000,000,000",
+        files=QUERIES,
     ),
     Case(
         "a context too small for the query",
@@ -299,159 +346,307 @@ MODELS = [
         QUERIES,
         leaves=("answers.jsonl.part",),
     ),
-    Case(
+    refused(
         "a precision that there is not",
         f"{PREDICT} --dtype float8",
-        ("dtype is one of float32, bfloat16, float16; found 'float8'",),
-        QUERIES,
+        "unknown_dtype",
+        expected="float32, bfloat16, float16",
+        found="'float8'",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a device that there is not",
         f"{PREDICT} --device quantum",
-        ("The device 'quantum' is not to be had here", "Use cpu"),
-        QUERIES,
+        "unknown_device",
+        what="The device 'quantum' is not available: expected one of cpu, cuda, ipu,",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "an adapter over another base",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter 'a' was trained over a base with fingerprint", "Restore the base"),
-        QUERIES,
-        changed("a/manyicl.json", base_fingerprint="0" * 64),
+        "another_base",
+        expected="a fingerprint 000000000000",
+        found="ae3497460bd2",
+        files=QUERIES,
+        prepare=changed("a/manyicl.json", base_fingerprint="0" * 64),
     ),
-    Case(
+    refused(
         "an adapter whose base is gone",
         "predict --model a --task t --input new.jsonl",
-        ("The model folder 'gone' does not exist",),
-        QUERIES,
-        changed("a/manyicl.json", base="gone"),
+        "model_not_found",
+        what="The model folder 'gone' does not exist",
+        files=QUERIES,
+        prepare=changed("a/manyicl.json", base="gone"),
     ),
-    Case(
+    refused(
         "an adapter that names no base",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter 'a' names no base model",),
-        QUERIES,
-        adapter_of(None),
+        "no_base",
+        file="a/adapter_config.json",
+        field="base_model_name_or_path",
+        expected="a folder or hf:owner/name",
+        found="nothing",
+        files=QUERIES,
+        prepare=adapter_of(None),
     ),
-    Case(
+    refused(
         "an adapter over an adapter",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter 'a' names 'a' as its base, which is an adapter itself",),
-        QUERIES,
-        adapter_of("a"),
+        "base_is_adapter",
+        what="The adapter 'a' names 'a' as its base, which is an adapter itself",
+        files=QUERIES,
+        prepare=adapter_of("a"),
     ),
-    Case(
+    refused(
         "an adapter without weights",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter 'a' holds no adapter_model.safetensors; restore",),
-        QUERIES,
-        without("a/adapter_model.safetensors"),
+        "no_weights",
+        what="The adapter 'a' holds no adapter_model.safetensors",
+        files=QUERIES,
+        prepare=without("a/adapter_model.safetensors"),
     ),
-    Case(
+    refused(
         "an adapter whose configuration is broken",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter configuration of 'a' cannot be loaded",),
-        QUERIES,
-        written("a/adapter_config.json", "["),
+        "not_loadable",
+        what="The adapter configuration of 'a' cannot be loaded",
+        files=QUERIES,
+        prepare=written("a/adapter_config.json", "["),
     ),
-    Case(
+    refused(
         "an adapter whose configuration lacks its base",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter configuration of 'a' cannot be loaded", "base_model_name_or_path"),
-        QUERIES,
-        written("a/adapter_config.json", "{}"),
+        "not_loadable",
+        what="The adapter configuration of 'a' cannot be loaded",
+        files=QUERIES,
+        prepare=written("a/adapter_config.json", "{}"),
     ),
-    Case(
+    refused(
         "an adapter whose weights are cut",
         "predict --model a --task t --input new.jsonl",
-        ("The adapter of 'a' cannot be loaded",),
-        QUERIES,
-        cut("a/adapter_model.safetensors", 100),
+        "not_loadable",
+        what="The adapter of 'a' cannot be loaded",
+        files=QUERIES,
+        prepare=cut("a/adapter_model.safetensors", 100),
     ),
-    Case(
+    refused(
         "an export over what is there",
         "export --model m --output t",
-        ("The output 't' is not empty; give a new or empty folder",),
+        "output_not_empty",
+        what="The output 't' is not empty",
     ),
-    Case("an export to a file", "export --model m --output new.jsonl", ("The output 'new.jsonl' is a file",), QUERIES),
-    Case("an export of an adapter alone", "export --model a --output e", ("'a' is an adapter; give --merge",)),
+    refused(
+        "an export to a file",
+        "export --model m --output new.jsonl",
+        "output_is_file",
+        what="The output 'new.jsonl' is a file",
+        expected="a new or empty folder",
+        files=QUERIES,
+    ),
     Case(
+        "an export of an adapter alone",
+        "export --model a --output e",
+        ("'a' is an adapter. Give --merge to write it and its base as one model.",),
+    ),
+    refused(
         "an export in a precision that there is not",
         "export --model m --output e --dtype bf16",
-        ("dtype is one of", "found 'bf16'. Did you mean 'bfloat16'?"),
+        "unknown_dtype",
+        expected="float32, bfloat16, float16",
+        found="'bf16'",
     ),
-    Case("an export below a file", "export --model m --output new.jsonl/e", ("new.jsonl",), QUERIES),
+    refused(
+        "an export below a file",
+        "export --model m --output new.jsonl/e",
+        "output_below_file",
+        what="'new.jsonl' above it is a file",
+        file="new.jsonl/e",
+        files=QUERIES,
+    ),
+]
+
+ADAPTER = "predict --model a --task t --input new.jsonl"
+MODELS += [
+    refused(
+        "an adapter that lacks tensors",
+        ADAPTER,
+        "missing_tensors",
+        what="The weights of 'a' lack tensors that its adapter_config.json names",
+        found="1 such as 'base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'",
+        files=QUERIES,
+        prepare=lambda folder: retensored(folder / "a", lambda name: "layers.0.mlp.down_proj.lora_A" not in name),
+    ),
+    refused(
+        "an adapter without any of its tensors",
+        ADAPTER,
+        "missing_tensors",
+        files=QUERIES,
+        prepare=lambda folder: retensored(folder / "a", lambda name: False),
+    ),
+    refused(
+        "an adapter with tensors of layers that it does not name",
+        ADAPTER,
+        "unexpected_tensors",
+        what="The weights of 'a' hold tensors that its adapter_config.json does not name",
+        files=QUERIES,
+        prepare=changed("a/adapter_config.json", target_modules=["q_proj"]),
+    ),
+    refused(
+        "a base with more layers than its configuration names",
+        PREDICT,
+        "unexpected_tensors",
+        what="The weights of 'm' hold tensors that its config.json does not name",
+        files=QUERIES,
+        prepare=changed("m/config.json", num_hidden_layers=2),
+    ),
+    refused(
+        "a tokenizer with more tokens than the model has embeddings",
+        PREDICT,
+        "tokenizer_too_large",
+        expected="at most 330",
+        found="430",
+        files=QUERIES,
+        prepare=lambda folder: _with_more_tokens(folder / "m"),
+    ),
+    refused(
+        "weights that are not numbers",
+        PREDICT,
+        "weights_not_finite",
+        found="32 values that are none in 'model.norm.weight'",
+        files=QUERIES,
+        prepare=lambda folder: retensored(folder / "m", value=("model.norm.weight", float("nan"))),
+    ),
+    refused(
+        "a number for an adapter's base",
+        ADAPTER,
+        "no_base",
+        found="5",
+        field="base_model_name_or_path",
+        files=QUERIES,
+        prepare=adapter_of(5),
+    ),
+    refused(
+        "rotary positions of an unknown kind",
+        PREDICT,
+        "not_loadable",
+        what="The model of 'm' cannot be loaded: this transformers does not know the rope_type 'spiral'",
+        files=QUERIES,
+        prepare=changed("m/config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0}),
+    ),
+    refused(
+        "an activation of an unknown kind",
+        PREDICT,
+        "not_loadable",
+        what="The model of 'm' cannot be loaded: this transformers does not know the hidden_act 'zzz'",
+        files=QUERIES,
+        prepare=changed("m/config.json", hidden_act="zzz"),
+    ),
+    refused(
+        "Python code in a model folder",
+        PREDICT,
+        "asks_for_code",
+        field="auto_map",
+        files=QUERIES,
+        prepare=changed("m/tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]}),
+        stdin="y\n",
+    ),
 ]
 
 COMPILED = [
-    Case(
+    refused(
         "a compiled task that does not exist",
         "predict --model m --prefix u.prefix --input new.jsonl",
-        ("The compiled task 'u.prefix' does not exist; make it with `manyicl compile`",),
-        QUERIES,
+        "not_a_compiled_task",
+        what="the compiled task does not exist",
+        file="u.prefix",
+        expected="a file written by `manyicl compile`",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a folder for a compiled task",
         "predict --model m --prefix t --input new.jsonl",
-        ("'t' is a folder; expected a file written by `manyicl compile`",),
-        QUERIES,
+        "not_a_compiled_task",
+        what="the compiled task is a folder",
+        file="t",
+        expected="a file written by `manyicl compile`",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "another file for a compiled task",
         "predict --model m --prefix new.jsonl --input new.jsonl",
-        ("'new.jsonl' is not a whole compiled task", "Compile it again"),
-        QUERIES,
+        "incomplete_file",
+        what="it is no complete compiled task, error while deserializing header: hea",
+        file="new.jsonl",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "weights for a compiled task",
         "predict --model m --prefix m/model.safetensors --input new.jsonl",
-        ("is not a compiled task; expected a file written by `manyicl compile`",),
-        QUERIES,
+        "not_a_compiled_task",
+        what="it is no compiled task",
+        file="m/model.safetensors",
+        expected="a file written by `manyicl compile`",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "an empty compiled task",
         "predict --model m --prefix t.prefix --input new.jsonl",
-        ("'t.prefix' is not a whole compiled task", "Compile it again"),
-        QUERIES,
-        written("t.prefix", ""),
+        "incomplete_file",
+        what="it is no complete compiled task, error while deserializing header: hea",
+        file="t.prefix",
+        files=QUERIES,
+        prepare=written("t.prefix", ""),
     ),
-    Case(
+    refused(
         "a compiled task that is cut",
         "predict --model m --prefix t.prefix --input new.jsonl",
-        ("'t.prefix' is not a whole compiled task",),
-        QUERIES,
-        cut("t.prefix", 10),
+        "incomplete_file",
+        what="it is no complete compiled task, error while deserializing header: inc",
+        file="t.prefix",
+        files=QUERIES,
+        prepare=cut("t.prefix", 10),
     ),
-    Case(
+    refused(
         "a compiled task that was changed",
         "predict --model m --prefix t.prefix --input new.jsonl",
-        ("'t.prefix' was altered after it was written",),
-        QUERIES,
-        flipped("t.prefix", 3),
+        "altered_file",
+        what="it was altered after it was written",
+        file="t.prefix",
+        files=QUERIES,
+        prepare=flipped("t.prefix", 3),
     ),
     Case(
         "a compiled task of another model",
         "predict --model m --prefix t.prefix --input new.jsonl",
-        ("'t.prefix' was compiled with another model", "compile the task again"),
+        ("t.prefix: it was compiled with another model", "or compile the task again"),
         QUERIES,
         other_weights,
     ),
-    Case(
+    refused(
         "a compiled task of another precision",
         "predict --model m --prefix t.prefix --input new.jsonl --dtype bfloat16",
-        ("'t.prefix' was compiled in float32; the model is loaded in bfloat16",),
-        QUERIES,
+        "foreign_prefix",
+        file="t.prefix",
+        expected="bfloat16",
+        found="float32",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a compiled task for an adapter of its model",
         "predict --model a --prefix t.prefix --input new.jsonl",
-        ("'t.prefix' was compiled with another model",),
-        QUERIES,
+        "foreign_prefix",
+        file="t.prefix",
+        expected="'a' with fingerprint a700242bcf75",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a compiled task in a context too small",
         "predict --model m --prefix t.prefix --input new.jsonl --max-context-tokens 20",
-        ("'t.prefix' holds", "max_context_tokens is 20", "fewer demonstrations"),
-        QUERIES,
+        "prefix_too_long",
+        what="the prefix has 45 tokens",
+        file="t.prefix",
+        expected="at most max_context_tokens, 20",
+        files=QUERIES,
     ),
     Case(
         "a compiled task and a task",
@@ -471,24 +666,35 @@ COMPILED = [
         ("--shots goes with --task",),
         QUERIES,
     ),
-    Case(
+    refused(
         "a compiled task for a folder that is not there",
         "compile --model m --task t --output u/t.prefix",
-        ("'u/t.prefix' cannot be written: expected a file name in a folder that exists",),
+        "output_folder_missing",
+        what="the folder 'u' does not exist",
+        file="u/t.prefix",
     ),
-    Case(
-        "a compiled task in the place of a folder", "compile --model m --task t --output t", ("'t' cannot be written",)
+    refused(
+        "a compiled task in the place of a folder",
+        "compile --model m --task t --output t",
+        "output_is_folder",
+        what="the output is a folder",
+        file="t",
+        expected="a file name",
     ),
-    Case(
+    refused(
         "a compiled task over another file",
         "compile --model m --task t --output new.jsonl",
-        ("'new.jsonl' is there and no compiled task; give another name",),
-        QUERIES,
+        "output_exists",
+        what="the output exists and is no earlier output of this command",
+        file="new.jsonl",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "a compiled task of nothing",
         "compile --model m --task t --output u.prefix --shots 0",
-        ("Task 't' has neither instruction nor demonstrations; nothing to compile",),
+        "nothing_to_compile",
+        what="Task 't' has neither instruction nor demonstrations",
+        expected="something that queries share",
     ),
     Case(
         "more demonstrations than there are",
@@ -498,11 +704,12 @@ COMPILED = [
 ]
 
 TRAINING = [
-    Case(
+    refused(
         "a base that does not exist",
         TRAINED,
-        ("The model folder 'mm' does not exist",),
-        recipe(spoilt("base: m", "base: mm", BASE)),
+        "model_not_found",
+        what="The model folder 'mm' does not exist",
+        files=recipe(spoilt("base: m", "base: mm", BASE)),
     ),
     Case(
         "rows longer than the base can read",
@@ -534,12 +741,15 @@ TRAINING = [
         ("model.lora.target_modules: ['query']", "linear layers are ['down_proj'"),
         recipe(spoilt("{base: m}", "{base: m, lora: {target_modules: [query]}}", BASE)),
     ),
-    Case(
+    refused(
         "a base of another version",
         TRAINED,
-        ("m/manyicl.json is not a manifest of this version",),
-        recipe(BASE),
-        changed("m/manyicl.json", format_version=0),
+        "not_a_manifest",
+        file="m/manyicl.json",
+        field="format_version",
+        found="0",
+        files=recipe(BASE),
+        prepare=changed("m/manyicl.json", format_version=0),
     ),
     Case(
         "an architecture that there is not",
@@ -583,11 +793,12 @@ TRAINING = [
         ("model.from_scratch.config", "'hiden_size'"),
         recipe(spoilt("hidden_size", "hiden_size")),
     ),
-    Case(
+    refused(
         "a vocabulary too small for the words",
         TRAINED,
-        ("The tokenizer cannot tell the labels 'bad' and 'good' of task 't' apart",),
-        recipe(spoilt("vocabulary_size: 200", "vocabulary_size: 8")),
+        "labels_with_equal_tokens",
+        what="The tokenizer cannot tell the labels 'bad' and 'good' of task 't' apar",
+        files=recipe(spoilt("vocabulary_size: 200", "vocabulary_size: 8")),
     ),
     Case(
         "an output that is a file",
@@ -713,6 +924,12 @@ def _without_line_breaks(folder: Path) -> None:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "bad": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+
+
+def _with_more_tokens(folder: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([f"<{number}>" for number in range(100)])
+    tokenizer.save_pretrained(folder)
 
 
 def _of_numbers(folder: Path) -> None:

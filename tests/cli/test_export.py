@@ -55,11 +55,11 @@ def test_a_full_model_needs_no_merge_and_keeps_its_dtype(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"--merge": None}, "is an adapter; give --merge"),
-        ({"--dtype": "int8"}, "dtype is one of float32, bfloat16, float16; found 'int8'"),
+        ({"--merge": None}, "is an adapter. Give --merge"),
+        ({"--dtype": "int8"}, "expected float32, bfloat16, float16, found 'int8'"),
         ({"--model": "runs/nowhere"}, "The model folder 'runs/nowhere' does not exist"),
         ({"--model": "builtin:mano"}, "builtin:nano"),
-        ({"--output": "taken"}, "is not empty; give a new or empty folder"),
+        ({"--output": "taken"}, "is not empty. Give a new or empty folder"),
         ({"--output": "taken/note.txt"}, "is a file; expected a new or empty folder"),
         ({"--output": None}, "--output"),
     ],

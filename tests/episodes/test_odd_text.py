@@ -175,7 +175,9 @@ def test_an_instruction_that_lists_more_labels_than_the_context_holds_is_refused
     rows = [make_example(f"q{i}", labels[i]) for i in range(40)]
     task = make_task(train=rows, test=rows, labels=labels, instruction="One of: {{ labels | join(', ') }}")
     encoder = Encoder(byte_level_bpe())
-    with pytest.raises(UserError, match=r"instruction of task 'toy' \(the task has 10,000 labels\) alone needs"):
+    with pytest.raises(
+        UserError, match=r"instruction of task 'toy' \(the task has 10,000 labels\) alone fills the context"
+    ):
         fit_demonstrations(task, rows[:4], encoder, 2048, reserve=10)
     (sentence,) = [one for one in check_task(task, encoder, 2048).problems if one.startswith("The instruction alone")]
     assert "fills the context of 2,048" in sentence

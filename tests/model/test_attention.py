@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyicl.errors import UserError
-from manyicl.model.attention import ATTENTION, packed_arguments, visible_keys
+from manyicl.model.attention import ATTENTION, isolated_attention, packed_arguments, visible_keys
 from manyicl.model.isolation import attention_error, continuation_error, packing_error, require_isolation
 from tests.builders import ARCHITECTURES, tiny_model
 
@@ -90,7 +90,7 @@ def test_a_model_whose_own_attention_scores_otherwise_is_refused(monkeypatch: py
     from manyicl.model import isolation
 
     monkeypatch.setattr(isolation, "attention_error", lambda model: 1.9)
-    with pytest.raises(UserError, match=r"differ by 1\.9 standard deviations"):
+    with pytest.raises(UserError, match=r"found 1\.9 standard deviations"):
         require_isolation(tiny_model())
 
 
@@ -126,7 +126,7 @@ def test_a_model_whose_layers_do_not_pass_the_prefix_on_is_refused(monkeypatch: 
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *a, continuation=None, **k: forward(*a, **k))
     assert continuation_error(model) > 1e-2
-    with pytest.raises(UserError, match="does not continue a prefix"):
+    with pytest.raises(UserError, match="scores otherwise after a cached prefix"):
         require_isolation(model)
 
 
@@ -147,3 +147,12 @@ def test_a_window_that_does_not_reach_the_attention_is_refused(monkeypatch: pyte
     with pytest.raises(UserError, match="sliding window that does not reach"):
         require_isolation(model)
     require_isolation(tiny_model("llama"))
+
+
+def test_segments_with_keys_before_them_are_refused() -> None:
+    module = torch.nn.Module()
+    query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 8)
+    ends = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="divides 4 tokens, but there are 6 keys"):
+        isolated_attention(module, query, key, key, None, cu_seq_lens_q=ends)
+    isolated_attention(module, query, key, key, None)

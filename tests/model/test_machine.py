@@ -88,7 +88,7 @@ def test_a_library_that_cannot_be_imported_is_one_sentence(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="built_for_another cannot be imported: undefined symbol: x"):
         import_library("built_for_another")
-    with pytest.raises(UserError, match="No module named 'never_written'"):
+    with pytest.raises(UserError, match="no module named 'never_written'"):
         import_library("never_written.inner")
 
 

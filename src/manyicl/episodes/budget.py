@@ -91,8 +91,11 @@ def require_room_behind_instruction(task: Task, encoder: Encoder, max_context_to
     if opening >= max_context_tokens:
         labels = f" (the task has {len(task.labels):,} labels)" if task.labels else ""
         raise UserError(
-            f"The instruction of task {task.name!r}{labels} alone needs {opening:,} tokens; max_context_tokens is "
-            f"{max_context_tokens:,}. Shorten it, or use a longer context."
+            "instruction_too_long",
+            f"The instruction of task {task.name!r}{labels} alone fills the context",
+            expected=f"fewer than {max_context_tokens:,} tokens, which is max_context_tokens",
+            found=f"{opening:,}",
+            remedy="Shorten it, or use a longer context.",
         )
     return opening
 

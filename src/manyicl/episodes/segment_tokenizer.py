@@ -37,7 +37,9 @@ class SegmentTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                f"{type(tokenizer).__name__} has no fast backend; expected a tokenizer with a tokenizer.json."
+                "slow_tokenizer",
+                f"{type(tokenizer).__name__} has no fast backend",
+                expected="a tokenizer with a tokenizer.json",
             )
         written = "".join(segment.text for segment in constants if segment.is_control)
         description = _with_special_tokens(json.loads(backend.to_str()), written)
@@ -63,10 +65,13 @@ class SegmentTokenizer:
         else:
             same = decoded == segment.text
         if not same:
-            remedy = "or another separator and terminator" if not segment.is_control else "or format.kind: plain"
+            remedy = "format.kind: plain" if segment.is_control else "another format.separator or format.end_of_answer"
             raise UserError(
-                f"The tokenizer does not keep {segment.text!r}, which the format needs: it decodes to {decoded!r}. "
-                f"Use a tokenizer that keeps line breaks, {remedy}."
+                "lossy_tokenizer",
+                "The tokenizer does not keep a text that the format needs",
+                expected=repr(segment.text),
+                found=repr(decoded),
+                remedy=f"Use a tokenizer that keeps line breaks, or {remedy}.",
             )
 
     def encode(self, segment: Segment, opens_sequence: bool = False) -> tuple[int, ...]:

@@ -90,6 +90,7 @@ def isolated_attention(
 
     Raises:
         UserError: If the model insists on a mask, on bidirectional layers, or on terms that are not known here.
+        ValueError: If segments are given and keys and tokens differ in number.
     """
     _require_known_terms(module, attention_mask, kwargs)
     _note_window(sliding_window, kwargs)
@@ -98,7 +99,12 @@ def isolated_attention(
         layer: Any = module.layer_idx
         return continuation.attend(layer, query, key, value, scale, sliding_window, softcap).transpose(1, 2), None
     num_keys, num_tokens = key.shape[2], query.shape[2]
-    if cu_seq_lens_q is None or len(cu_seq_lens_q) <= 2 or num_keys != num_tokens:
+    if cu_seq_lens_q is not None and num_keys != num_tokens:
+        raise ValueError(
+            f"cu_seq_lens_q divides {num_tokens} tokens, but there are {num_keys} keys; segments have no cache before "
+            "them. Call the model with use_cache=False."
+        )
+    if cu_seq_lens_q is None or len(cu_seq_lens_q) <= 2:
         return _causal_attention(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
     ends = cu_seq_lens_q.tolist()
     parts = [
@@ -152,7 +158,12 @@ def variable_length_attention(
     _require_known_terms(module, attention_mask, kwargs)
     _note_window(sliding_window, kwargs)
     if query.dtype not in KERNEL_DTYPES:
-        raise UserError(f"flash-attn computes in 16 bits and was handed {query.dtype}. Use model.dtype: bfloat16.")
+        raise UserError(
+            "not_16_bits",
+            "flash-attn computes in 16 bits",
+            found=str(query.dtype).removeprefix("torch."),
+            remedy="Use model.dtype: bfloat16.",
+        )
     kernel = import_library("flash_attn").flash_attn_varlen_func
     ends = cu_seq_lens_q
     if ends is None:
@@ -184,14 +195,19 @@ def _note_window(sliding_window: int | None, others: Mapping[str, Any]) -> None:
 def _require_known_terms(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
     if attention_mask is not None:
         raise UserError(
-            f"{type(module).__name__} hands a mask to its attention; this attention follows segments alone. "
-            "Call the model without attention_mask."
+            "unexpected_mask",
+            f"{type(module).__name__} hands a mask to its attention, which follows segments alone",
+            remedy="Call the model without attention_mask.",
         )
     for term in UNKNOWN_TERMS:
         if others.get(term) is not None:
-            raise UserError(f"{type(module).__name__} adds {term!r} to its attention, which is not supported.")
+            raise UserError(
+                "unsupported_term", f"{type(module).__name__} adds {term!r} to its attention, which is not supported"
+            )
     if getattr(module, "is_causal", True) is False:
-        raise UserError(f"{type(module).__name__} attends in both directions; expected a causal language model.")
+        raise UserError(
+            "not_causal", f"{type(module).__name__} attends in both directions", expected="a causal language model"
+        )
 
 
 def _causal_attention(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError, did_you_mean
+from manyicl.library_errors import reason
 from manyicl.model.load import (
     DTYPES,
     LoadedModel,
@@ -104,9 +105,19 @@ def export_model(
     """
     output = _free_folder(output)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+        raise UserError(
+            "unknown_dtype",
+            "dtype is not one of those known",
+            expected=", ".join(DTYPES),
+            found=repr(dtype),
+            remedy=did_you_mean(dtype, DTYPES).strip() or None,
+        )
     if _is_adapter(reference) and not merge:
-        raise UserError(f"{reference!r} is an adapter; give --merge to write it and its base as one model.")
+        raise UserError(
+            "adapter_unmerged",
+            f"{reference!r} is an adapter",
+            remedy="Give --merge to write it and its base as one model.",
+        )
     with _written_whole(output) as part:
         written = _write(reference, dtype, end_of_answer, part)
         # Only now, when the model that was written is gone: a large one is not held twice.
@@ -183,9 +194,13 @@ def _free_folder(output: Path) -> Path:
     taken = next(place for place in (output, *output.absolute().parents) if place.exists())
     if not taken.is_dir():
         below = "" if taken == output else f" would lie below {str(taken)!r}, which"
-        raise UserError(f"The output {str(output)!r}{below} is a file; expected a new or empty folder.")
+        raise UserError(
+            "output_is_file", f"The output {str(output)!r}{below} is a file", expected="a new or empty folder"
+        )
     if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"The output {str(output)!r} is not empty; give a new or empty folder.")
+        raise UserError(
+            "output_not_empty", f"The output {str(output)!r} is not empty", remedy="Give a new or empty folder."
+        )
     return output.resolve()
 
 
@@ -207,18 +222,25 @@ def _require_exportable(loaded: LoadedModel) -> None:
     """
     model = cast(Any, loaded.model)
     if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(f"{loaded.reference!r} is quantized; expected float weights. Export what it was made from.")
+        raise UserError(
+            "quantized_weights",
+            f"{loaded.reference!r} is quantized",
+            expected="float weights",
+            remedy="Export what it was made from.",
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         # So transformers loads an adapter of the Hub: its layers stand in the base, and peft does not see them.
         raise UserError(
-            f"{loaded.reference!r} is an adapter that is not a local folder. Download it, and give the folder with "
-            "--merge."
+            "adapter_not_local",
+            f"{loaded.reference!r} is an adapter that is not a local folder",
+            remedy="Download it, and give the folder with --merge.",
         )
     if hasattr(model, "peft_config") and not hasattr(model.base_model, "merge_and_unload"):
         kind = model.peft_config[model.active_adapter].peft_type
         raise UserError(
+            "adapter_kind",
             f"The adapter {loaded.reference!r} is of the kind {getattr(kind, 'value', kind)}, which has no weights to "
-            "merge; only an engine that knows such adapters can serve it."
+            "merge; only an engine that knows such adapters can serve it",
         )
 
 
@@ -258,14 +280,19 @@ def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrai
     except (ValueError, RuntimeError, TypeError) as error:
         if "memory" in str(error):
             raise
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"The adapter {loaded.reference!r} cannot be merged: {reason}") from error
+        raise UserError(
+            "not_mergeable", f"The adapter {loaded.reference!r} cannot be merged: {reason(error)}"
+        ) from error
     error_norm = (_logits(plain, probe) - wanted).norm()
     allowed = MERGE_TOLERANCE * (wanted - without).norm() + LOGIT_TOLERANCE * wanted.norm()
     if not error_norm <= allowed:
         raise UserError(
-            f"The adapter {loaded.reference!r} answers differently once it is merged: logits of a probe move by "
-            f"{error_norm:.2g}, at most {allowed:.2g} is rounding. It does more than add to weights; serve it unmerged."
+            "merge_changes_answers",
+            f"The adapter {loaded.reference!r} answers differently once it is merged, as it does more than add to "
+            "weights",
+            expected=f"logits of a probe that move by at most {allowed:.2g}, as by rounding",
+            found=f"{error_norm:.2g}",
+            remedy="Serve it unmerged.",
         )
     return plain, float((wanted - without).abs().max())
 
@@ -292,8 +319,13 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
     for name, weights in model.named_parameters():
         rounded = weights.data.to(DTYPES[dtype])
         if not torch.isfinite(rounded).all():
-            what = "is not finite" if not torch.isfinite(weights).all() else f"does not fit {dtype}; use bfloat16"
-            raise UserError(f"The weight {name!r} {what}. Nothing was written.")
+            if not torch.isfinite(weights).all():
+                raise UserError("weights_not_finite", f"The weight {name!r} is not finite; nothing was written")
+            raise UserError(
+                "dtype_too_narrow",
+                f"The weight {name!r} does not fit {dtype}; nothing was written",
+                remedy="Use bfloat16.",
+            )
         weights.data = rounded
 
 

@@ -61,25 +61,36 @@ def structured_initialization(model: PreTrainedModel, seed: int) -> None:
     """
     if not isinstance(model, LlamaForCausalLM) or not model.config.attention_bias:
         raise UserError(
-            "initialization: structured is written for the architecture llama with attention_bias: true; found "
-            f"{model.config.model_type!r}. Use initialization: default."
+            "unfit_initialization",
+            "initialization: structured is written for one architecture",
+            expected="llama with attention_bias: true",
+            found=repr(model.config.model_type),
+            remedy="Use initialization: default.",
         )
     config = model.config
     if config.num_attention_heads < LEAST_HEADS or config.num_key_value_heads != config.num_attention_heads:
         raise UserError(
-            f"initialization: structured needs at least {LEAST_HEADS} attention heads and as many key-value heads; "
-            f"found {config.num_attention_heads} and {config.num_key_value_heads}."
+            "unfit_initialization",
+            "initialization: structured needs other heads",
+            expected=f"at least {LEAST_HEADS} attention heads and as many key-value heads",
+            found=f"{config.num_attention_heads} and {config.num_key_value_heads}",
         )
     if not config.tie_word_embeddings:
-        raise UserError("initialization: structured reads copied tokens with tied embeddings; set them to true.")
+        raise UserError(
+            "unfit_initialization",
+            "initialization: structured reads copied tokens with tied embeddings",
+            remedy="Set tie_word_embeddings: true.",
+        )
     turns = model.model.rotary_emb.inv_freq.float().cpu()
     if (
         config.hidden_size % config.num_attention_heads
         or 2 * len(turns) * config.num_attention_heads != config.hidden_size
     ):
         raise UserError(
+            "unfit_initialization",
             f"initialization: structured splits hidden_size {config.hidden_size} evenly over "
-            f"{config.num_attention_heads} heads; leave head_dim to the library."
+            f"{config.num_attention_heads} heads",
+            remedy="Leave head_dim to the library.",
         )
     _Structure(model, turns, torch.Generator().manual_seed(seed)).fill()
 

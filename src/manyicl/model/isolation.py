@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from transformers import PreTrainedModel
 
 from manyicl.errors import UserError
+from manyicl.library_errors import reason
 from manyicl.model.attention import packed_arguments
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
@@ -81,9 +83,12 @@ def require_same_logits(model: PreTrainedModel, before: torch.Tensor, library: s
     tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
     difference = _relative_difference(probe_logits(model), before)
     if not difference <= tolerance:
-        raise UserError(
-            f"{type(model).__name__} scores otherwise with the kernels of {library} than without: logits differ by "
-            f"{difference:.2g} standard deviations, at most {tolerance:g} is expected. Leave them out."
+        raise _differs(
+            "kernels_differ",
+            f"{type(model).__name__} scores otherwise with the kernels of {library} than without",
+            difference,
+            tolerance,
+            remedy="Leave them out.",
         )
 
 
@@ -121,51 +126,88 @@ def require_isolation(model: PreTrainedModel) -> None:
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if not layer_types <= KNOWN_LAYER_TYPES:
         raise UserError(
-            f"{name} has layers of type {sorted(layer_types - KNOWN_LAYER_TYPES)[0]!r}; expected attention over the "
-            "whole text or a sliding window, as in Llama, Mistral, Qwen2, Qwen3 or Gemma."
+            "unsupported_layers",
+            f"{name} has layers of another kind",
+            expected="attention over the whole text or a sliding window, as in Llama, Mistral, Qwen2, Qwen3 or Gemma",
+            found=repr(min(layer_types - KNOWN_LAYER_TYPES)),
         )
     if (scaling := _rope_type(model)) in POSITION_DEPENDENT_ROPE:
         raise UserError(
+            "unsupported_positions",
             f"{name} scales its rotary positions by {scaling!r}, which depends on the longest text of a pass: what is "
-            "packed or read in chunks would score otherwise than alone. Use a model with a fixed scaling, such as the "
-            "version of it for shorter contexts."
+            "packed or prefilled in chunks would score otherwise than alone",
+            remedy="Use a model with a fixed scaling, such as the version of it for shorter contexts.",
         )
     tolerance = TOLERANCE.get(model.dtype, 1e-3)
     attention_tolerance = ATTENTION_TOLERANCE.get(model.dtype, 1e-3)
     try:
         packing = packing_error(model)
+        if not isfinite(packing):
+            _require_finite_weights(model)
         if not packing <= tolerance:
-            raise UserError(
-                f"{name} mixes the episodes of a packed row: its logits differ by {packing:.2g} standard deviations "
-                f"from each episode alone, at most {tolerance:g} is expected. Models with recurrent or linear "
-                "attention layers, or with learned absolute positions that ignore position ids, cannot be packed."
+            raise _differs(
+                "mixes_episodes",
+                f"{name} mixes the episodes of a packed sequence, where logits should be those of each alone",
+                packing,
+                tolerance,
+                remedy="Models with recurrent or linear attention layers, or with learned absolute positions that "
+                "ignore position ids, cannot be packed; use another.",
             )
         if _has_window(model) and not _windows_seen(model):
             raise UserError(
+                "window_not_passed",
                 f"{name} has layers with a sliding window that does not reach its attention function; beyond the "
-                "window it would score otherwise than with its own. Expected a model such as Mistral, Qwen2 or Gemma."
+                "window it would score otherwise than with its own",
+                remedy="Use a model such as Mistral, Qwen2 or Gemma.",
             )
         attention = attention_error(model)
         if not attention <= attention_tolerance:
-            raise UserError(
-                f"{name} scores otherwise with this attention than with its own: logits differ by {attention:.2g} "
-                f"standard deviations, at most {attention_tolerance:g} is expected. Its attention has a term that is "
-                "not supported."
+            raise _differs(
+                "attention_differs",
+                f"{name} scores otherwise with this attention than with its own, which has a term that is not "
+                "supported",
+                attention,
+                attention_tolerance,
             )
         continuing = continuation_error(model)
         if not continuing <= attention_tolerance:
-            raise UserError(
-                f"{name} does not continue a prefix as it reads the whole text: logits differ by {continuing:.2g} "
-                f"standard deviations, at most {attention_tolerance:g} is expected. Not all of its layers hand "
-                "their keys to the attention function that they are given."
+            raise _differs(
+                "continuation_differs",
+                f"{name} scores otherwise after a cached prefix than in one pass; not all of its layers hand their "
+                "keys to the attention function that they are given",
+                continuing,
+                attention_tolerance,
             )
     except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError, RuntimeError) as failure:
         if "memory" in str(failure):
             raise
         raise UserError(
-            f"{name} cannot be called on packed episodes ({failure}). Expected a causal transformer with position "
-            "ids, such as Llama, Mistral, Qwen or Gemma."
+            "not_callable",
+            f"{name} cannot be called on packed episodes: {reason(failure)}",
+            expected="a causal transformer with position ids, such as Llama, Mistral, Qwen or Gemma",
         ) from failure
+
+
+def _differs(code: str, what: str, difference: float, tolerance: float, remedy: str | None = None) -> UserError:
+    return UserError(
+        code,
+        what,
+        expected=f"logits within {tolerance:g} standard deviations",
+        found=f"{difference:.2g} standard deviations",
+        remedy=remedy,
+    )
+
+
+def _require_finite_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that are not numbers."""
+    for name, weights in model.named_parameters():
+        if not torch.isfinite(weights).all():
+            raise UserError(
+                "weights_not_finite",
+                f"The weights of this {type(model).__name__} are not all numbers",
+                found=f"{int((~torch.isfinite(weights)).sum()):,} values that are none in {name!r}",
+                remedy="The training of the model diverged, or its file is damaged; use another.",
+            )
 
 
 def _rope_type(model: PreTrainedModel) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from manyicl.errors import UserError
+from manyicl.library_errors import reason
 from manyicl.model.attention import VARIABLE_LENGTH_ATTENTION
 from manyicl.model.isolation import probe_logits, require_isolation, require_same_logits
 from manyicl.model.machine import import_library
@@ -58,8 +59,12 @@ def use_liger_kernels(model: PreTrainedModel) -> None:
     model_type = model.config.model_type
     if model_type not in architectures:
         raise UserError(
-            f"training.liger: liger-kernel has no kernels for {model_type}; it has some for "
-            f"{', '.join(sorted(architectures))}. Remove training.liger."
+            "no_kernels",
+            "liger-kernel has no kernels for this architecture",
+            expected=f"one of {', '.join(sorted(architectures))}",
+            found=model_type,
+            remedy="Remove training.liger.",
+            field="training.liger",
         )
     before = probe_logits(model)
     with _as_user_error("training.liger: liger-kernel", "Remove training.liger."):
@@ -76,5 +81,6 @@ def _as_user_error(what: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what} does not run with this model: {reason}. {remedy}") from error
+        raise UserError(
+            "kernels_fail", f"{what} does not run with this model: {reason(error)}", remedy=remedy
+        ) from error

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,10 +26,14 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from manyicl.errors import UserError, shortened
+from manyicl.errors import UserError, shortened, shown
+from manyicl.library_errors import reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +43,8 @@ LFS_POINTER = b"version https://git-lfs"
 PICKLED = "*model*.bin"
 # Files in which a folder can name Python code of its own, under the key auto_map.
 FILES_WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Tensors that published weights hold and their architectures compute or tie: no loss where they are not read.
+UNUSED_TENSORS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "lm_head.weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,9 +55,9 @@ class LoadedModel:
     Attributes:
         model: The causal language model, an adapter over it if there is one.
         tokenizer: Its tokenizer.
-        manifest: manyicl.json, if the folder holds one.
+        manifest: Content of manyicl.json, if the folder holds one.
         fingerprint: Hash of the weights; tells results of different models apart.
-        reference: How the person named it.
+        reference: How the user named it.
     """
 
     model: PreTrainedModel
@@ -73,17 +80,25 @@ def resolve_reference(reference: str) -> str:
         name = reference.removeprefix(BUILTIN_PREFIX)
         if name not in BUILTIN_MODELS:
             raise UserError(
-                f"No model {reference!r} comes with manyicl; there is {BUILTIN_PREFIX}{next(iter(BUILTIN_MODELS))}."
+                "unknown_model",
+                "No such model comes with manyicl",
+                expected=", ".join(BUILTIN_PREFIX + known for known in BUILTIN_MODELS),
+                found=repr(reference),
             )
         return str(BUILTIN_MODELS[name])
     folder = Path(reference)
     if not reference or not folder.is_dir():
         raise UserError(
-            f"The model folder {reference!r} does not exist. Give a local folder, {BUILTIN_PREFIX}nano, or "
-            f"{HUB_PREFIX}owner/name for a model of the Hub."
+            "model_not_found",
+            f"The model folder {reference!r} does not exist",
+            remedy=f"Give a local folder, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for a model of the Hub.",
         )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{reference!r} holds neither config.json nor adapter_config.json; expected a model folder.")
+        raise UserError(
+            "no_model_in_folder",
+            f"The folder {reference!r} holds no model",
+            expected="config.json or adapter_config.json in it",
+        )
     return str(folder)
 
 
@@ -165,9 +180,26 @@ def load_model(
     else:
         model = _load_weights(reference, path, torch_dtype)
     model = _placed(model, device)
+    tokenizer = load_tokenizer(reference)
+    _require_embeddings(reference, model, tokenizer)
     if check_isolation:
         require_isolation(model)
-    return LoadedModel(model, load_tokenizer(reference), read_manifest(path), fingerprint(model), reference)
+    return LoadedModel(model, tokenizer, read_manifest(path), fingerprint(model), reference)
+
+
+def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for; a padding token is never used."""
+    num_embeddings = len(cast(Tensor, model.get_input_embeddings().weight))
+    special = set(tokenizer.all_special_ids)
+    num_tokens = 1 + max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    if num_tokens > num_embeddings:
+        raise UserError(
+            "tokenizer_too_large",
+            f"The tokenizer of {reference!r} has more tokens than the model has embeddings",
+            expected=f"at most {num_embeddings:,}",
+            found=f"{num_tokens:,}",
+            remedy="Restore the folder, or name another model.",
+        )
 
 
 def load_quantized(reference: str, dtype: str, device: str) -> PreTrainedModel:
@@ -208,7 +240,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     """Load a whole model with our attention.
 
     Raises:
-        UserError: If it cannot be loaded, or tensors are missing or of another shape.
+        UserError: If it cannot be loaded, or tensors are missing, unexpected or of another shape.
     """
     _require_weights(reference, Path(path))
     with _as_user_error(reference, "model"):
@@ -226,15 +258,33 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise UserError(
-            f"The weights of {reference!r} are not those of its config.json: {name!r} has the shape {tuple(found)}, "
-            f"expected {tuple(expected)}. Restore the folder."
+            "tensor_shape",
+            f"The weights of {reference!r} are not those of its config.json: the shape of {name!r}",
+            expected=str(tuple(expected)),
+            found=str(tuple(found)),
+            remedy="Restore the folder.",
         )
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"The weights of {reference!r} lack {len(missing)} tensors that its config.json asks for, such as "
-            f"{missing[0]!r}; transformers would fill them with random values. Restore the folder."
-        )
+    unexpected = [name for name in report["unexpected_keys"] if not name.endswith(UNUSED_TENSORS)]
+    _require_same_tensors(reference, "config.json", report["missing_keys"], unexpected)
     return cast(PreTrainedModel, model)
+
+
+def _require_same_tensors(
+    reference: str, description: str, missing: Collection[str], unexpected: Collection[str]
+) -> None:
+    """Refuse weights that lack tensors or hold others: libraries fill those with random values, and ignore these."""
+    for names, code, what in (
+        (missing, "missing_tensors", "lack tensors"),
+        (unexpected, "unexpected_tensors", "hold tensors"),
+    ):
+        if names:
+            verb = "names" if code == "missing_tensors" else "does not name"
+            raise UserError(
+                code,
+                f"The weights of {reference!r} {what} that its {description} {verb}",
+                found=f"{len(names):,} such as {min(names)!r}",
+                remedy="Restore the folder.",
+            )
 
 
 def _require_weights(reference: str, folder: Path) -> None:
@@ -247,17 +297,20 @@ def _require_weights(reference: str, folder: Path) -> None:
         with file.open("rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(
-                    f"{file.name} of {reference!r} is a Git LFS pointer, not the weights; fetch them with "
-                    "`git lfs pull` in that folder."
+                    "weights_not_fetched",
+                    f"{file.name} of {reference!r} is a Git LFS pointer, not the weights",
+                    remedy="Fetch them with `git lfs pull` in that folder.",
                 )
     pickled = sorted(file.name for file in folder.glob(PICKLED))
     if pickled and not any(folder.glob("*.safetensors")):
         is_adapter = pickled[0].startswith("adapter_")
         loader = "peft.AutoPeftModelForCausalLM" if is_adapter else "transformers.AutoModelForCausalLM"
         raise UserError(
+            "pickled_weights",
             f"{reference!r} holds its weights in {pickled[0]} alone; pickles are refused, because reading one can run "
-            "any program. Convert what you trust to safetensors: "
-            f"{loader}.from_pretrained({reference!r}).save_pretrained({reference!r})."
+            "any program",
+            remedy="Convert what you trust to safetensors: "
+            f"{loader}.from_pretrained({reference!r}).save_pretrained({reference!r}).",
         )
 
 
@@ -273,31 +326,66 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
 
     manifest = Manifest.read(folder)
     with _as_user_error(reference, "adapter configuration"):
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named = config["base_model_name_or_path"]
     _require_weights(reference, folder)
     if not any(folder.glob("adapter_model*.safetensors")):
-        raise UserError(f"The adapter {reference!r} holds no adapter_model.safetensors; restore the folder.")
+        raise UserError(
+            "no_weights",
+            f"The adapter {reference!r} holds no adapter_model.safetensors",
+            remedy="Restore the folder.",
+        )
     base_reference = (manifest.base if manifest else None) or named
-    if not base_reference:
-        raise UserError(f"The adapter {reference!r} names no base model; it cannot be loaded without one.")
+    if not base_reference or not isinstance(base_reference, str):
+        raise UserError(
+            "no_base",
+            f"The adapter {reference!r} names no base model, and cannot be loaded without one",
+            expected="a folder or hf:owner/name",
+            found=shown(base_reference),
+            file=folder / "adapter_config.json",
+            field="base_model_name_or_path",
+        )
     if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
         base_reference = HUB_PREFIX + base_reference
     if (Path(base_reference) / "adapter_config.json").is_file():
-        raise UserError(f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself.")
+        raise UserError(
+            "base_is_adapter",
+            f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself",
+            remedy="Merge that one first: `manyicl export --merge`.",
+        )
     # The base's fingerprint was taken in the precision of the recipe, and rounding changes it.
     trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
     base = load_model(base_reference, dtype=trained_in, device="cpu", check_isolation=False)
     if manifest and manifest.base_fingerprint and manifest.base_fingerprint != base.fingerprint:
         raise UserError(
-            f"The adapter {reference!r} was trained over a base with fingerprint {manifest.base_fingerprint[:12]}; "
-            f"{base_reference!r} now has {base.fingerprint[:12]}. Restore the base it was trained on."
+            "another_base",
+            f"The adapter {reference!r} was trained over other weights than those of {base_reference!r}",
+            expected=f"a fingerprint {manifest.base_fingerprint[:12]}",
+            found=base.fingerprint[:12],
+            remedy="Restore the base it was trained on.",
         )
-    # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
+    # peft 0.21 asks transformers 5.23 for a property by its deprecated name, and only warns of missing tensors.
     with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        model = cast(PreTrainedModel, PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False))
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        adapter = PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False)
+        _require_adapter_tensors(reference, folder, adapter)
+    model = cast(PreTrainedModel, adapter)
     if isinstance(torch_dtype, torch.dtype):
         torch.nn.Module.to(model, dtype=torch_dtype)
     return model
+
+
+def _require_adapter_tensors(reference: str, folder: Path, adapter: PeftModel) -> None:
+    """Compare the tensors of an adapter's file with those that its configuration makes."""
+    from peft import get_peft_model_state_dict
+
+    found: set[str] = set()
+    for path in folder.glob("adapter_model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= set(file.keys())
+    needed = set(get_peft_model_state_dict(adapter, save_embedding_layers=False))
+    known = set(get_peft_model_state_dict(adapter, save_embedding_layers=True))
+    _require_same_tensors(reference, "adapter_config.json", needed - found, found - known)
 
 
 def model_config(reference: str) -> PreTrainedConfig:
@@ -343,8 +431,9 @@ def _checked_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"The device {device!r} is not to be had here: {str(error).splitlines()[0].rstrip('.')}. Use cpu, or "
-            "leave it out."
+            "unknown_device",
+            f"The device {device!r} is not available: {reason(error)}",
+            remedy="Use cpu, or leave it out.",
         ) from error
     return device
 
@@ -359,7 +448,9 @@ def _torch_dtype(dtype: str | None, device: str) -> torch.dtype | str:
     if dtype is None:
         return torch.float32 if device == "cpu" else "auto"
     if dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}.")
+        raise UserError(
+            "unknown_dtype", "dtype is not one of those known", expected=", ".join(DTYPES), found=repr(dtype)
+        )
     return DTYPES[dtype]
 
 
@@ -373,11 +464,25 @@ def _as_user_error(reference: str, what: str) -> Iterator[None]:
     except Exception as error:
         # Broken weights, configurations and tokenizers end in a dozen kinds of exception.
         offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
+        remedy = "Restore the folder, or name another model." if Path(reference).is_dir() else "Name another model."
+        raise UserError(
+            "not_loadable",
+            f"The {what} of {reference!r} cannot be loaded: {_cause(reference, error)}",
+            remedy=f"{remedy}{offline}",
+        ) from error
+
+
+def _cause(reference: str, error: Exception) -> str:
+    """Say why a library does not load a folder; a lone key is a name it does not know, or one that is missing."""
+    if not isinstance(error, KeyError):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first = lines[0] if lines else type(error).__name__
         # A list of possible reasons follows a colon.
-        reason = (shortened(" ".join(lines)) if first.endswith(":") else first).rstrip(".")
-        if isinstance(error, KeyError):
-            reason = f"the key {error} is missing in a file of it"
-        remedy = " Restore the folder, or name another model." if Path(reference).is_dir() else ""
-        raise UserError(f"The {what} of {reference!r} cannot be loaded: {reason}.{offline}{remedy}") from error
+        listed = bool(lines) and lines[0].endswith(":")
+        return reason(ValueError(shortened(" ".join(lines)))) if listed else reason(error)
+    path = Path(reference, "config.json")
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    nested = [content, *(value for value in content.values() if isinstance(value, dict))]
+    named = (key for part in nested for key, value in part.items() if value == error.args[0])
+    if (key := next(named, None)) is not None:
+        return f"this transformers does not know the {key} {error} that its config.json names"
+    return f"the key {error} is missing in a file of it"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from manyicl.errors import UserError
+from manyicl.library_errors import reason
 
 PROC = Path("/proc")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -151,10 +152,10 @@ def import_library(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        reason = (str(error).splitlines() or ["no reason is given"])[0]
         raise UserError(
-            f"The library {module.partition('.')[0]} cannot be imported: {reason}. Install it for the torch that is "
-            "here, or leave out what needs it."
+            "library_not_importable",
+            f"The library {module.partition('.')[0]} cannot be imported: {reason(error)}",
+            remedy="Install it for the torch that is here, or leave out what needs it.",
         ) from error
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from manyicl.episodes.chat_template import chosen_format
 from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, PlainFormat
 from manyicl.errors import UserError, shown
+from manyicl.library_errors import reason
 from manyicl.tasks.task import Task
 
 FILE_NAME = "manyicl.json"
@@ -76,7 +77,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(_of_this_version(json.loads(path.read_text(encoding="utf-8"))))
         except (ValidationError, ValueError, RecursionError) as error:
-            problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": reason(error)}
             where = ".".join(str(part) for part in problem["loc"])
             raise UserError(
                 "not_a_manifest",
