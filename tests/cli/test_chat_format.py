@@ -137,7 +137,7 @@ def test_the_end_of_an_answer_is_taken_from_the_command_line_by_all_commands_tha
             assert "contain the end-of-answer text" in capsys.readouterr().err
         assert run(monkeypatch, *command, *end) == 0, command
     assert ResultStore(results).load()[0].text_format["end_of_answer"] == "<|eot_id|>"
-    assert "<|eot_id|>" in (tmp_path / "exported" / "PROMPT.md").read_text("utf-8")
+    assert "<|eot_id|>" in (tmp_path / "exported" / "prompt.json").read_text("utf-8")
     assert len(answers.read_text("utf-8").splitlines()) == 30
     assert run(monkeypatch, "tasks", "show", task, *end) == 2
     assert "--end-of-answer belong to a model" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -411,28 +412,26 @@ def test_a_quantized_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
         export_model(str(base), tmp_path / "out")
 
 
-# PROMPT.md
+# PROMPT.md and prompt.json
 
 
-def blocks(guide: str, language: str) -> Iterator[str]:
-    yield from re.findall(rf"```{language}\n(.*?)\n```", guide, flags=re.DOTALL)
+def blocks(page: str, language: str) -> Iterator[str]:
+    yield from re.findall(rf"```{language}\n(.*?)\n```", page, flags=re.DOTALL)
 
 
-def guide_of(loaded: LoadedModel) -> str:
+def facts_of(loaded: LoadedModel) -> dict[str, Any]:
     text_format = loaded.manifest.text_format if loaded.manifest else None
-    facts = prompt_guide.GuideFacts("model", "float32", "Nothing happened.", 512)
-    return prompt_guide.prompt_guide(Encoder(loaded.tokenizer, text_format), loaded.manifest, facts)
+    facts = prompt_guide.ExportFacts("model", "float32", "Nothing happened.", 512)
+    return prompt_guide.prompt_facts(Encoder(loaded.tokenizer, text_format), loaded.manifest, facts)
 
 
 def test_the_guide_names_the_limit_of_the_engine() -> None:
     assert prompt_guide.MAX_ANSWER_TOKENS == DEFAULT_MAX_ANSWER_TOKENS
 
 
-def test_the_pieces_of_the_guide_are_those_of_the_saved_format(exported: Path) -> None:
-    guide = (exported / "PROMPT.md").read_text(encoding="utf-8")
-    [pieces] = blocks(guide, "text")
-    literals = [json.loads(line[line.index('"') :]) for line in pieces.splitlines()]
-    assert literals == [
+def test_the_segments_of_the_guide_are_those_of_the_saved_format(exported: Path) -> None:
+    facts = json.loads((exported / "prompt.json").read_text(encoding="utf-8"))
+    assert facts["example"]["segments"] == [
         "Is the review good or bad?\n\n",
         "a fine film\n= ",
         "good\n\n",
@@ -440,13 +439,23 @@ def test_the_pieces_of_the_guide_are_those_of_the_saved_format(exported: Path) -
         "bad\n\n",
         "the music was fine\n= ",
     ]
-    [body] = map(json.loads, blocks(guide, "json"))
-    assert body["prompt"] == "".join(literals)
-    assert body["stop"] == ["\n\n"]
-    assert body["temperature"] == 0
-    assert body["max_tokens"] == 64
-    assert "at most 256 tokens and 7 demonstrations. The architecture allows 512 positions." in guide
-    assert "vllm serve model --enable-prefix-caching --generation-config vllm --dtype float32" in guide
+    assert facts["request"]["prompt"] == facts["example"]["text"] == "".join(facts["example"]["segments"])
+    assert facts["request"]["stop"] == facts["stop"]["stop"] == ["\n\n"]
+    assert (facts["request"]["temperature"], facts["request"]["max_tokens"]) == (0, 64)
+    assert (facts["max_context_tokens"], facts["max_trained_shots"], facts["num_positions"]) == (256, 7, 512)
+    assert (facts["model"], facts["dtype"], facts["fine_tuned"]) == ("model", "float32", True)
+    assert facts["precision"].startswith("The adapter was merged")
+
+
+def test_the_page_names_every_fact_and_no_other(exported: Path) -> None:
+    page = (exported / "PROMPT.md").read_text(encoding="utf-8")
+    facts = json.loads((exported / "prompt.json").read_text(encoding="utf-8"))
+    assert {name for name in facts if f"`{name}`" not in page} == {"format_version", "model", "versions"}
+    for name in re.findall(r"`(?:example|special_tokens|text_format)\.(\w+)`", page):
+        known = {**facts["example"], **facts["special_tokens"], "messages": 1, "trimmed": 1}
+        assert name in known
+    [command] = blocks(page, "bash")
+    assert shlex.split(command)[:3] == ["vllm", "serve", "."]
 
 
 @pytest.mark.parametrize("make_tokenizer", [byte_level_bpe, sentencepiece_bpe, unigram])
@@ -463,17 +472,17 @@ def test_the_code_of_the_guide_makes_the_ids_that_the_engine_uses(
     adapter = save_adapter(tmp_path / "adapter", base, tokenizer)
     export_model(str(adapter), tmp_path / "one-model", merge=True)
     rows = "".join(f"the film {i} was fine,{('good', 'bad')[i % 2]}\n" for i in range(50))
-    (tmp_path / "tickets.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    (tmp_path / "one-model" / "tickets.csv").write_text("text,label\n" + rows, encoding="utf-8")
     [code] = blocks((tmp_path / "one-model" / "PROMPT.md").read_text(encoding="utf-8"), "python")
     # Without demonstrations and instruction the query opens the sequence, and is encoded otherwise.
     asked = code.replace("demonstrations(32,", f"demonstrations({num_shots},")
     assert (asked == code) is (num_shots == 32)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "one-model")
     exec(compile(asked, "PROMPT.md", "exec"), {})
     body = json.loads(capsys.readouterr().out)
 
     engine = Engine.from_pretrained(str(tmp_path / "one-model"))
-    task = load_task(f"{tmp_path / 'tickets.csv'}:text:label")
+    task = load_task("tickets.csv:text:label")
     query = task.query({"text": "I lost my card"})
     prefix = engine.prefill(task, task.demonstrations(num_shots, seed=0), [query])
     assert (prefix.num_shots, prefix.num_dropped) == (num_shots, 0)
@@ -483,62 +492,47 @@ def test_the_code_of_the_guide_makes_the_ids_that_the_engine_uses(
     assert body["stop"] == [FORMAT.end_of_answer]
 
 
-def test_commands_of_the_guide_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path, base: Path) -> None:
-    export_model(str(base), tmp_path / "one 'model'")
-    guide = (tmp_path / "one 'model'" / "PROMPT.md").read_text(encoding="utf-8")
-    [command] = blocks(guide, "bash")
-    assert shlex.split(command)[:3] == ["vllm", "serve", "one 'model'"]
-    assert """folder = "one 'model'\"""" in guide
-
-
 def test_the_example_of_the_guide_is_encoded_as_the_engine_does() -> None:
     loaded = tiny_loaded(tokenizer=sentencepiece_bpe())
     encoder = Encoder(loaded.tokenizer)
     examples = prompt_guide.DEMONSTRATIONS
     task = make_task(train=examples, test=(), instruction=prompt_guide.INSTRUCTION)
     engine = Engine.local(loaded)
-    query = Query(prompt_guide.ASKED)
+    query = Query(prompt_guide.QUERY)
     prefix = engine.prefill(task, examples, [query])
     (encoded,) = engine.encode_queries(task, [query])
     wanted = (*prefix.token_ids, *encoded.token_ids)
     assert prompt_guide.example_prompt(encoder)[1] == wanted
+    assert facts_of(loaded)["example"]["token_ids"] == wanted
 
 
-def test_the_guide_says_who_adds_bos() -> None:
-    guide = guide_of(tiny_loaded(tokenizer=sentencepiece_bpe()))
-    assert "puts `<s>` (id 1) before a text" in guide
-    assert "must not begin with `<s>`: it would stand there twice" in guide
-    assert "adds no token to a text" in guide_of(tiny_loaded())
-
-
-def test_the_guide_says_when_a_tokenizer_adds_what_training_did_not_see() -> None:
+def test_the_guide_says_who_adds_which_special_tokens() -> None:
+    assert facts_of(tiny_loaded(tokenizer=sentencepiece_bpe()))["special_tokens"] == {
+        "tokenizer_adds": ["<s>"],
+        "manyicl_adds": ["<s>"],
+    }
+    assert facts_of(tiny_loaded())["special_tokens"] == {"tokenizer_adds": [], "manyicl_adds": []}
     tokenizer = sentencepiece_bpe()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    guide = guide_of(tiny_loaded(tokenizer=tokenizer))
-    assert "as `<s> ▁ a </s>`, and a server would do the same to a text; `manyicl` adds `<s>` alone" in guide
+    adds = facts_of(tiny_loaded(tokenizer=tokenizer))["special_tokens"]
+    assert adds == {"tokenizer_adds": ["<s>", "</s>"], "manyicl_adds": ["<s>"]}
 
 
-def test_the_guide_says_whether_text_and_pieces_give_the_same_ids() -> None:
-    assert "both give the same" in guide_of(tiny_loaded())
+def test_the_guide_says_whether_text_and_segments_give_the_same_ids() -> None:
+    example = facts_of(tiny_loaded())["example"]
+    assert list(example["token_ids"]) == example["text_token_ids"]
     tokenizer = byte_level_bpe()
-    # One token for the two bytes at the seam of an answer's terminator and the query after it.
+    # One token for the two bytes where the end of an answer meets the query after it.
     joined = [*tokenizer.backend_tokenizer.encode("\n").tokens, *tokenizer.backend_tokenizer.encode("n").tokens]
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     description["model"]["vocab"]["".join(joined)] = len(description["model"]["vocab"])
     description["model"]["merges"].insert(0, joined)
     description["pre_tokenizer"]["use_regex"] = False
     seam = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token="</s>")
-    guide = guide_of(tiny_loaded(tokenizer=seam))
-    found = re.search(r"they differ: (\d+) ids from the pieces, (\d+) from the text, the first (\d+) of them", guide)
-    assert found is not None
-    text, ids = prompt_guide.example_prompt(Encoder(seam))
-    server = seam(text)["input_ids"]
-    num_same = int(found[3])
-    assert (int(found[1]), int(found[2])) == (len(ids), len(server))
-    assert list(ids[:num_same]) == server[:num_same]
-    assert ids[num_same] != server[num_same]
+    example = facts_of(tiny_loaded(tokenizer=seam))["example"]
+    assert list(example["token_ids"]) != example["text_token_ids"] == seam(example["text"])["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["Llama 3.1 with a fixed date", "Gemma 2", "Llama 2", "Mistral Small 3"])
@@ -546,17 +540,13 @@ def test_the_guide_of_a_chat_model_asks_by_messages_that_its_template_turns_into
     family = FAMILIES[name]
     tokenizer = family.tokenizer()
     manifest = Manifest(max_context_tokens=256, text_format=ChatTemplate(tokenizer, family.arguments).extract())
-    guide = guide_of(replace(tiny_loaded(tokenizer=tokenizer), manifest=manifest))
-    [body] = map(json.loads, blocks(guide, "json"))
-    prompt, _ = prompt_guide.example_prompt(Encoder(tokenizer, manifest.text_format))
+    facts = facts_of(replace(tiny_loaded(tokenizer=tokenizer), manifest=manifest))
+    body = facts["request"]
     arguments = body.get("chat_template_kwargs", {})
     assert arguments == family.arguments
     served = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True, **arguments)
-    assert served == prompt
+    assert served == facts["example"]["text"] == "".join(facts["example"]["segments"])
     assert body["stop_token_ids"] == [tokenizer.eos_token_id if "Llama" in name else ids_of_end(tokenizer, manifest)]
-    [pieces] = blocks(guide, "text")
-    assert "".join(json.loads(line[line.index('"') :]) for line in pieces.splitlines()) == prompt
-    assert "/v1/chat/completions" in guide
 
 
 def ids_of_end(tokenizer: PreTrainedTokenizerFast, manifest: Manifest) -> int:

@@ -77,7 +77,9 @@ def test_the_export_says_the_token_and_keeps_it(trained: Path, tmp_path: Path) -
     export_model(str(trained), tmp_path / "out")
     engine = Engine.from_pretrained(str(tmp_path / "out"))
     assert engine.encoder.answer_end_id == engine.encoder.tokenizer.convert_tokens_to_ids(END)
-    assert f'"stop_token_ids": [\n    {engine.encoder.answer_end_id}' in (tmp_path / "out" / "PROMPT.md").read_text()
+    facts = json.loads((tmp_path / "out" / "prompt.json").read_text())
+    assert facts["stop"] == {"stop_token_ids": [engine.encoder.answer_end_id]}
+    assert facts["fine_tuned"]
 
 
 def test_lm_eval_stops_at_the_token(trained: Path) -> None:
@@ -102,7 +104,8 @@ def test_a_base_takes_the_end_from_its_caller(base: Path, tmp_path: Path) -> Non
     engine = Engine.from_pretrained(str(base), end_of_answer=END)
     engine.prefill(task, task.train[:2])
     export_model(str(base), tmp_path / "out", end_of_answer=END)
-    assert json.dumps(END) in (tmp_path / "out" / "PROMPT.md").read_text()
+    facts = json.loads((tmp_path / "out" / "prompt.json").read_text())
+    assert (facts["text_format"]["end_of_answer"], facts["fine_tuned"]) == (END, False)
     engine.save(engine.compile(task, task.train[:2]), tmp_path / "t.prefix")
     with pytest.raises(UserError, match="another text format"):
         Engine.from_pretrained(str(base)).load(tmp_path / "t.prefix")

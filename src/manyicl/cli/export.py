@@ -23,7 +23,9 @@ def export_command(
     ] = None,
     end_of_answer: EndOfAnswer = None,
 ) -> None:
-    """Write a model as one standard folder that transformers and vLLM load, and PROMPT.md, which says how to ask it.
+    """Write a model as one standard folder that transformers and vLLM load, with how to send it prompts.
+
+    PROMPT.md says it to a reader, prompt.json to a client.
 
     An adapter is merged in float32 and rounded once. The folder is read back, and what happened to the logits is said.
 

@@ -31,7 +31,7 @@ from manyicl.model.load import (
 )
 from manyicl.model.manifest import format_to_ask_in
 from manyicl.model.merging import merge_adapter
-from manyicl.model.prompt_guide import GUIDE_FILE, GuideFacts, example_prompt, prompt_guide
+from manyicl.model.prompt_guide import ExportFacts, example_prompt, write_guide
 
 NUM_PROBE_TOKENS = 32
 # A merge may differ from its adapter by rounding alone: so much of what the adapter does, and of the logits.
@@ -131,8 +131,8 @@ def export_model(
             logit_change=float((_logits(back.model, written.probe) - written.logits).abs().max()),
             adapter_effect=written.adapter_effect,
         )
-        facts = GuideFacts(output.name, exported.dtype, exported.precision, max_positions(back.model))
-        (part / GUIDE_FILE).write_text(prompt_guide(written.encoder, back.manifest, facts), encoding="utf-8")
+        facts = ExportFacts(output.name, exported.dtype, exported.precision, max_positions(back.model))
+        write_guide(part, written.encoder, back.manifest, facts)
     return exported
 
 
