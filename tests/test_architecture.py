@@ -20,7 +20,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Files whose errors are still one sentence without code and fields; each leaves this list for good.
 ONE_SENTENCE = {
     "cli/doctor.py",
-    "cli/predict.py",
     "cli/quickstart.py",
     "cli/train.py",
     "engine/label_scores.py",

@@ -61,7 +61,7 @@ def test_answers_below_the_threshold_are_left_empty_and_marked(
     common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
     assert run(monkeypatch, "predict", *common, "--abstain-below", 1, "--output", output) == 0
     rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
-    assert {(row["answer"], row["abstained"]) for row in rows} == {("", "True")}
+    assert {(row["answer"], row["abstained"]) for row in rows} == {("", "true")}
 
 
 def test_nearest_rows_are_shown_to_each_query(
@@ -79,8 +79,8 @@ def test_nearest_rows_are_shown_to_each_query(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "either --task, or --prefix"),
-        (["--task", "TABLE", "--prefix", "PREFIX"], "either --task, or --prefix"),
+        ([], "either --task or --prefix"),
+        (["--task", "TABLE", "--prefix", "PREFIX"], "either --task or --prefix"),
         (["--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
         (["--prefix", "PREFIX", "--nearest", 3], "--nearest goes with --task"),
         (["--prefix", "none.prefix"], "does not exist"),
@@ -156,12 +156,12 @@ def test_the_tasks_own_rows_are_never_written_over(
     assert "no earlier output of this command" in capsys.readouterr().err
     common = ["predict", "--model", model_folder, "--input", queries]
     assert run(monkeypatch, *common, "--task", task, "--shots", 4, "--output", table) == 2
-    assert "holds rows of task 'tickets'" in capsys.readouterr().err
+    assert "no earlier output of this command" in capsys.readouterr().err
     assert table.read_bytes() == before
     prefix = tmp_path / "tickets.csv.jsonl"
     assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4) == 0
     assert run(monkeypatch, *common, "--prefix", prefix, "--output", prefix) == 2
-    assert "--prefix and --output are the same file" in capsys.readouterr().err
+    assert "--prefix and the output are the same file" in capsys.readouterr().err
 
 
 def test_rows_that_did_not_fit_the_prefix_may_still_be_the_nearest(
@@ -185,14 +185,14 @@ def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late
     rows.write_text('{"text": "film"}\n{"text": " "}\n', encoding="utf-8")
     common = ["predict", "--task", f"{table}:text:label", "--shots", 2, "--output", tmp_path / "answers.jsonl"]
     assert run(monkeypatch, *common, "--model", "runs/nowhere", "--input", rows) == 2
-    assert "Query 2" in capsys.readouterr().err
+    assert "rows.jsonl:2: it is empty" in capsys.readouterr().err
     rows.write_text("", encoding="utf-8")
     assert run(monkeypatch, *common, "--model", "runs/nowhere", "--input", rows) == 2
     assert "row" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film"}\n{"text": "a \\ud800"}\n'))
     assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 2
     printed = capsys.readouterr().err
-    assert "Query 2: it holds" in printed
+    assert "standard input:2: it holds" in printed
     assert "answers.jsonl.part" in printed
     (tmp_path / "answers.jsonl.part").unlink()
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film", "note": "\\ud800"}\n'))

@@ -138,11 +138,11 @@ def test_earlier_answers_are_replaced_and_rows_of_a_person_are_not(
     for path in (table, mine):
         before = path.read_bytes()
         assert run(monkeypatch, *arguments, path) == 2
-        assert "holds no answers of `manyicl predict`" in capsys.readouterr().err
+        assert "no earlier output of this command" in capsys.readouterr().err
         assert path.read_bytes() == before
     table.write_text("text,label,answer,log_probability\nfilm,good,good,-1\n", encoding="utf-8")
     assert run(monkeypatch, *arguments, table) == 2
-    assert "holds rows of task 'tickets'" in capsys.readouterr().err
+    assert "rows of task 'tickets'" in capsys.readouterr().err
 
 
 def test_answers_of_an_interrupted_run_are_left_alone_and_none_are_promised_where_there_are_none(
@@ -208,7 +208,9 @@ def test_a_line_of_standard_input_that_is_not_utf_8_is_named(
     assert "standard input:4: not UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("stream", "says"), [("stdin", "standard input is closed"), ("stdout", "Standard output")])
+@pytest.mark.parametrize(
+    ("stream", "says"), [("stdin", "standard input is closed"), ("stdout", "standard output is closed")]
+)
 def test_a_closed_stream_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

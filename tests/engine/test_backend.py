@@ -14,9 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.backend import Sampling
-from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine, Prediction, _batches
+from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine, Prediction
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.prefix_cache import CHUNK_SECONDS, MOST_CHUNK_TOKENS, PrefixCache
+from manyicl.engine.queries import in_batches
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
@@ -184,11 +185,11 @@ def test_items_before_one_that_raises_are_kept_whatever_list_extend_does() -> No
         yield from (1, 2, 3, 4, 5)
         raise UserError("wrong", "it is wrong")
 
-    batches = _batches(items(), 2)
+    batches = in_batches(items(), 2)
     assert [next(batches), next(batches), next(batches)] == [[1, 2], [3, 4], [5]]
     with refused("wrong"):
         next(batches)
-    assert list(_batches(iter(range(5)), 5)) == [[0, 1, 2, 3, 4]]
+    assert list(in_batches(iter(range(5)), 5)) == [[0, 1, 2, 3, 4]]
 
 
 def test_tokens_come_as_they_are_written_and_closing_the_iterator_ends_the_work() -> None:

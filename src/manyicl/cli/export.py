@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from manyicl.cli.options import EndOfAnswer
-from manyicl.cli.outputs import require_writable
+from manyicl.outputs import require_writable
 
 
 def export_command(

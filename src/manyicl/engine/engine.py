@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,15 @@ from manyicl.engine.backend import (
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import AnswerTargets
+from manyicl.engine.queries import (
+    EncodedQuery,
+    FittingQuery,
+    Row,
+    checked_query,
+    in_batches,
+    query_error,
+    require_options,
+)
 from manyicl.engine.task_prefix import CompiledTask, TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.chat_template import ChatTemplate
@@ -36,7 +44,7 @@ from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind, Prec
 from manyicl.errors import QueryError, UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from manyicl.tasks.nearest import NearestExamples
-from manyicl.tasks.task import Columns, Example, Query, Task
+from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
     from manyicl.model.load import LoadedModel
@@ -50,7 +58,6 @@ FITTED_QUERIES = 1024
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
 Nearest = Callable[[Query], Sequence[Example]]
-ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,36 +97,6 @@ class Prediction:
             known["scores"] = dict(self.scores.log_probabilities)
             known["probabilities"] = self.scores.probabilities
         return known
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedQuery:
-    """A query of a task, rendered and encoded once; `Engine.prefill` and `Engine.predict` take it in place of a row.
-
-    Attributes:
-        query: The rendered query.
-        preceding: What it comes after: a demonstration, the instruction or nothing.
-        token_ids: Its tokens up to where the answer begins, (Q,).
-        option_ids: Tokens of each label or choice with the end-of-answer text; empty for free answers.
-    """
-
-    query: Query
-    preceding: Preceding
-    token_ids: tuple[int, ...]
-    option_ids: tuple[tuple[int, ...], ...]
-
-
-Row = Columns | str | Query | EncodedQuery
-
-
-@dataclass(frozen=True, slots=True)
-class _FittingQuery:
-    """A query that fits after a prefix: its number, the tokens after the prefix, and its options."""
-
-    number: int
-    token_ids: tuple[int, ...]
-    options: tuple[str, ...]
-    option_ids: tuple[tuple[int, ...], ...]
 
 
 class Engine:
@@ -515,7 +492,7 @@ class Engine:
                 option_ids = label_ids or tuple(self.encoder.answer_ids(choice) for choice in query.choices or ())
                 token_ids = self.encoder.query_ids_uncached(query.text, preceding)
             except UserError as error:
-                raise _query_error(error, number) from error
+                raise query_error(error, number) from error
             yield EncodedQuery(query, preceding, token_ids, option_ids)
 
     def predict(
@@ -543,7 +520,7 @@ class Engine:
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        _require_options(prefix.task, rows, scores, abstain_below, sampling)
+        require_options(prefix.task, rows, scores, abstain_below, sampling)
         return self._predict(prefix, rows, scores, abstain_below, sampling, nearest)
 
     def answer(
@@ -576,7 +553,7 @@ class Engine:
         Raises:
             UserError: As for `prefill` and `predict`.
         """
-        _require_options(task, rows, scores, abstain_below, sampling)
+        require_options(task, rows, scores, abstain_below, sampling)
         shots = tuple(demonstrations)
         return self._answer(task, shots, rows, num_nearest, scores, abstain_below, sampling, on_prefix)
 
@@ -613,7 +590,7 @@ class Engine:
         encoded = self.encode_queries(task, rows, after_shots=bool(demonstrations))
         num_answered = 0
         most = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
-        for batch in _batches(encoded, FITTED_QUERIES):
+        for batch in in_batches(encoded, FITTED_QUERIES):
             # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
             possible = [query for query in batch if self.num_reserved_tokens(task, [query]) <= most]
             needed = self.num_reserved_tokens(task, possible, nearest)
@@ -641,15 +618,15 @@ class Engine:
         encoded = self.encode_queries(prefix.task, rows, after_shots=after_shots)
         numbered = enumerate(encoded, start=num_before + 1)
         fitting = (self._fitting_query(prefix, query, number, nearest) for number, query in numbered)
-        for batch in _batches(fitting, READ_AHEAD_QUERIES):
-            if is_closed(prefix.task):
+        for batch in in_batches(fitting, READ_AHEAD_QUERIES):
+            if prefix.task.is_closed:
                 yield from self._choose(prefix, batch, wanted, abstain_below)
             else:
                 yield from self._generate(prefix, batch, sampling)
 
     def _fitting_query(
         self, prefix: TaskPrefix, encoded: EncodedQuery, number: int, nearest: Nearest | None
-    ) -> _FittingQuery:
+    ) -> FittingQuery:
         """Put a query's own examples before it, and make sure that it fits after the prefix."""
         own_examples = tuple(nearest(encoded.query)) if nearest else ()
         token_ids = encoded.token_ids
@@ -667,7 +644,7 @@ class Engine:
                 remedy="Use fewer demonstrations or a shorter query.",
                 row=number,
             )
-        return _FittingQuery(number, token_ids, options, encoded.option_ids)
+        return FittingQuery(number, token_ids, options, encoded.option_ids)
 
     def _ids_with_own_examples(
         self, prefix: TaskPrefix, own_examples: Sequence[Example], encoded: EncodedQuery
@@ -685,7 +662,7 @@ class Engine:
         return (*token_ids, *self.encoder.query_ids_uncached(encoded.query.text, preceding))
 
     def _choose(
-        self, prefix: TaskPrefix, queries: Sequence[_FittingQuery], wanted: Wanted, abstain_below: float | None
+        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], wanted: Wanted, abstain_below: float | None
     ) -> Iterator[Prediction]:
         """Find the best option of each query; the first among equals."""
         found = self.backend.score(
@@ -707,7 +684,7 @@ class Engine:
             yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
 
     def _generate(
-        self, prefix: TaskPrefix, queries: Sequence[_FittingQuery], sampling: Sampling | None
+        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], sampling: Sampling | None
     ) -> Iterator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
         limit = self.max_answer_tokens(prefix.task)
@@ -726,107 +703,3 @@ class Engine:
                 yield Prediction(text, log_probability, None, stopped, num_shots=prefix.num_shots)
                 written[next_query] = []
                 next_query += 1
-
-
-def is_closed(task: Task) -> bool:
-    """Tell whether the answers of a task are chosen from a set, its own or each row's."""
-    return bool(task.labels or task.choices_column)
-
-
-def checked_query(row: Columns | str | Query, task: Task) -> Query:
-    """Render a row, and refuse a query without text, with half a character, or with options where there are none.
-
-    Raises:
-        UserError: If so, or if the row lacks a column.
-    """
-    query = row if isinstance(row, Query) else task.query(row)
-    if not query.text.strip():
-        raise UserError("empty_query", "it is empty", expected="a text to answer")
-    try:
-        "".join((query.text, *(query.choices or ()))).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            "half_a_character",
-            f"it holds {error.object[error.start]!r}, half of a character",
-            remedy="Save the text as UTF-8.",
-        ) from error
-    if bool(query.choices) != bool(task.choices_column):
-        raise UserError(
-            "choices_mismatch",
-            f"it does not suit task {task.name!r}",
-            expected="options of its own" if task.choices_column else "no options of its own",
-            found=repr(query.choices),
-        )
-    return query
-
-
-def _query_error(error: UserError, number: int) -> QueryError:
-    """Say which query a mistake is in."""
-    same = QueryError(
-        error.code, error.what, expected=error.expected, found=error.found, remedy=error.remedy, field=error.field
-    )
-    return same.at(file=error.file, row=error.row if error.file else number)
-
-
-def _require_options(
-    task: Task, rows: object, scores: Wanted, abstain_below: float | None, sampling: Sampling | None
-) -> None:
-    """Refuse options of `Engine.predict` that contradict each other or the task.
-
-    Raises:
-        UserError: If they do.
-    """
-    if isinstance(rows, str | Mapping | Query | EncodedQuery) or not isinstance(rows, Iterable):
-        raise UserError(
-            "not_a_list",
-            "predict answers a list of rows",
-            expected="an iterable of rows",
-            found=f"one {type(rows).__name__}",
-            remedy="Put the row in a list.",
-        )
-    if scores not in ("best", "all"):
-        raise UserError(
-            "unknown_value", "scores has no such value", expected="'best' or 'all'", found=repr(scores), field="scores"
-        )
-    if abstain_below is not None and not 0 <= abstain_below <= 1:
-        raise UserError(
-            "out_of_range",
-            "abstain_below is a probability among all labels",
-            expected="from 0 to 1",
-            found=str(abstain_below),
-            field="abstain_below",
-        )
-    if abstain_below is not None and scores != "all":
-        raise UserError(
-            "conflicting_options", "abstain_below needs scores='all'", found=f"scores={scores!r}", field="abstain_below"
-        )
-    if scores == "all" and not is_closed(task):
-        raise UserError(
-            "conflicting_options",
-            f"Task {task.name!r} has free answers; scores='all' needs labels to score",
-            field="scores",
-        )
-    if sampling is not None and is_closed(task):
-        raise UserError(
-            "conflicting_options",
-            f"Task {task.name!r} has a closed answer set, which is scored; sampling draws none",
-            field="sampling",
-        )
-
-
-def _batches(items: Iterator[ItemT], most: int) -> Iterator[list[ItemT]]:
-    """Yield lists of up to ``most`` items; where the iterator raises, those before come first, then the error."""
-    batch: list[ItemT] = []
-    while True:
-        try:
-            # Not list.extend: nobody promises that it keeps the items of an iterator that raises.
-            for item in islice(items, most - len(batch)):
-                batch.append(item)
-        except UserError:
-            if batch:
-                yield batch
-            raise
-        if not batch:
-            return
-        yield batch
-        batch = []

@@ -16,7 +16,7 @@ from manyicl.checked import read_text
 from manyicl.errors import UserError, counted
 from manyicl.library_errors import reason
 from manyicl.paths import exists, nearest_path
-from manyicl.tasks.values import as_text
+from manyicl.tasks.values import NumberText, as_text
 
 Quotes = Literal["csv", "none"]
 _QUOTING: Mapping[Quotes, Literal[0, 3]] = {"csv": csv.QUOTE_MINIMAL, "none": csv.QUOTE_NONE}
@@ -61,7 +61,12 @@ class LocatedRow:
 
 
 def read_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv") -> list[LocatedRow]:
-    """Read all rows of a file by its suffix.
+    """Read all rows of a file by its suffix; arguments and errors are those of `iter_rows`."""
+    return list(iter_rows(path, delimiter=delimiter, quotes=quotes))
+
+
+def iter_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv") -> Iterator[LocatedRow]:
+    """Read the rows of a file by its suffix, one after another.
 
     ``007``, ``NA`` and ``1`` stay the text they are, which is why neither pandas nor `datasets` reads here.
     Numbers of JSON and Parquet become text too, so that the same table gives the same task in every form.
@@ -79,11 +84,11 @@ def read_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv
     require_file(path)
     suffix = path.suffix.lower()
     if suffix in PARQUET:
-        return list(_parquet_rows(path))
+        return _parquet_rows(path)
     if suffix in JSON_LINES:
-        return list(_json_rows(path))
+        return _json_rows(path)
     if suffix in DELIMITERS:
-        return list(_csv_rows(path, delimiter or DELIMITERS[suffix], quotes))
+        return _csv_rows(path, delimiter or DELIMITERS[suffix], quotes)
     raise unknown_suffix(path)
 
 
@@ -132,8 +137,8 @@ def parse_json_row(text: str, file: str | None = None, line: int | None = None) 
     try:
         row = json.loads(
             text,
-            parse_int=str,
-            parse_float=str,
+            parse_int=NumberText,
+            parse_float=NumberText,
             parse_constant=lambda name: as_text(float(name)),
             object_pairs_hook=_unique_keys,
         )

@@ -9,6 +9,12 @@ from typing import Any
 from manyicl.errors import UserError, did_you_mean
 
 
+class NumberText(str):
+    """A number as the text that was in the file, so that ``1.0`` stays that in a query and a number in an output."""
+
+    __slots__ = ()
+
+
 def as_written(value: object) -> object:
     """Turn JSON's ``true``, ``false`` and ``null`` into the text that a reader expects; null is nothing."""
     if value is None:
@@ -33,6 +39,8 @@ def as_text(value: Any) -> Any:
         return value
     if isinstance(value, float) and math.isnan(value):
         return None
+    if isinstance(value, int | float):
+        return NumberText(value)
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

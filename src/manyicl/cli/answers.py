@@ -1,0 +1,202 @@
+"""Where `manyicl predict` writes its answers: beside their queries, in a file that is complete or not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import typer
+
+from manyicl.errors import UserError
+from manyicl.outputs import require_output_file
+from manyicl.tasks.values import NumberText, as_written
+
+if TYPE_CHECKING:
+    from manyicl.tasks.task import Example
+
+STANDARD_STREAM = Path("-")
+ANSWER_COLUMNS = frozenset({"answer", "log_probability"})
+
+Row = dict[str, Any]
+Write = Callable[[Iterable[Row]], int]
+
+
+@contextmanager
+def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator[Write]:
+    """Check an output before anything is computed, and yield what writes rows to it and counts them.
+
+    Rows go to ``OUTPUT.part``, which belongs to this run from the check on, and take their name once all are there. A
+    mistake half-way leaves an earlier output as it was, and the answers so far in that file.
+
+    Args:
+        output: ``.jsonl`` or ``.csv`` file, or ``-`` for JSON lines on standard output.
+        inputs: Files that are read, by the option that names them.
+
+    Raises:
+        UserError: If the output cannot be written, would replace what is no earlier output, another run writes it or
+            was interrupted, or no row comes.
+    """
+    if output == STANDARD_STREAM:
+        if sys.stdout is None:
+            raise UserError("closed_stream", "standard output is closed", remedy="Name a file with --output.")
+        yield lambda rows: _write_json(sys.stdout, rows)
+        return
+    require_output_file(output, endings=(".jsonl", ".csv"), is_ours=_is_ours, inputs=inputs)
+    part = output.with_name(f"{output.name}.part")
+    write = _write_csv if output.suffix == ".csv" else _write_json
+    with _claimed(part) as stream:
+        try:
+            # CSV has no escape for half a character, which UTF-8 cannot hold.
+            yield lambda rows: write(stream, rows)
+        except BaseException as error:
+            stream.close()
+            _say_what_is_left(part, error)
+            raise
+    part.replace(output)
+
+
+@contextmanager
+def _claimed(part: Path) -> Iterator[IO[str]]:
+    """Open a file that must not exist, so that two runs never write the same one."""
+    try:
+        stream = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
+    except FileExistsError as error:
+        raise UserError(
+            "output_in_progress",
+            "it holds the answers of a run that was interrupted, or of one that still writes them",
+            remedy="Give it another name, or remove it; then start again.",
+            file=part,
+        ) from error
+    with stream:
+        yield stream
+
+
+def _say_what_is_left(part: Path, error: BaseException) -> None:
+    """Keep the answers so far and say where they are; remove a file without any."""
+    has_answers = part.stat().st_size > 0
+    if not has_answers:
+        part.unlink()
+    if isinstance(error, UserError) and has_answers:
+        error.remedy = " ".join(filter(None, [error.remedy, f"The answers before it are in {part}."]))
+    elif isinstance(error, KeyboardInterrupt):
+        left = f"the answers so far are in {part}" if has_answers else "no answer yet"
+        typer.echo(f"Stopped; {left}.", err=True)
+
+
+def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path) -> None:
+    """Refuse an output with the name of a file that some of the task's rows came from.
+
+    Raises:
+        UserError: If it has.
+    """
+    if output.exists() and output.name in {example.origin.rpartition(":")[0] for example in examples}:
+        raise UserError(
+            "output_is_input",
+            f"the output has the name of a file with rows of task {task_name!r}",
+            remedy="Write to another file.",
+            file=output,
+        )
+
+
+def beside(row: Row, answer: Row) -> Row:
+    """Put an answer beside its query; an input column with the name of an output column becomes ``input_...``."""
+    kept: Row = {}
+    for column, value in row.items():
+        name = column
+        while name in answer or (name != column and name in row):
+            name = f"input_{name}"
+        kept[name] = value
+    return {**kept, **answer}
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether the first row of a file has the columns of an answer."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
+            row = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError, csv.Error):
+        return False
+    return isinstance(row, dict) and ANSWER_COLUMNS.issubset(row)
+
+
+def _write_json(stream: IO[str], rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines as they come, and count them."""
+    num_rows = 0
+    for row in rows:
+        num_rows += 1
+        restored = _with_numbers(row)
+        line = json.dumps(restored, ensure_ascii=False)
+        # Half a character, which UTF-8 cannot hold, is written as the escape that it came as.
+        stream.write((line if _is_text(line) else json.dumps(restored)) + "\n")
+    _require_rows(num_rows)
+    return num_rows
+
+
+def _write_csv(stream: IO[str], rows: Iterable[Row]) -> int:
+    """Write rows as CSV as they come, and count them."""
+    num_rows = 0
+    table: csv.DictWriter[str] | None = None
+    for num_rows, row in enumerate(rows, start=1):
+        if table is None:
+            table = csv.DictWriter(stream, fieldnames=list(row))
+            table.writeheader()
+        if set(row) != set(table.fieldnames):
+            raise UserError(
+                "other_columns",
+                "it has other columns than the rows before it",
+                expected=str(sorted(table.fieldnames)),
+                found=str(sorted(row)),
+                remedy="Write to .jsonl, where rows may differ.",
+                row=num_rows,
+            )
+        table.writerow({column: _as_field(value) for column, value in row.items()})
+    _require_rows(num_rows)
+    return num_rows
+
+
+def _require_rows(num_rows: int) -> None:
+    """Refuse to replace earlier answers by none."""
+    if not num_rows:
+        raise no_rows()
+
+
+def no_rows() -> UserError:
+    """Make the error for an input without queries."""
+    return UserError("no_rows", "there is no row to answer", expected="at least one query", field="--input")
+
+
+def _as_field(value: object) -> object:
+    if isinstance(value, list | dict):
+        return json.dumps(_with_numbers(value), ensure_ascii=False)
+    return as_written(value)
+
+
+def _with_numbers(value: Any) -> Any:
+    """Turn numbers that were read as text back into numbers, in lists and mappings too."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(part) for part in value]
+    if not isinstance(value, NumberText):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        number = float(value)
+        return number if math.isfinite(number) else str(value)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,143 @@
+"""Where `manyicl predict` reads its queries: row by row, each with its place, so that a mistake can be named."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyicl.cli.answers import STANDARD_STREAM, beside, no_rows
+from manyicl.errors import QueryError, UserError, shortened
+from manyicl.tasks.files import task_places
+from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, parse_json_row
+from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
+
+if TYPE_CHECKING:
+    from manyicl.engine.engine import Prediction
+    from manyicl.tasks.task import Query, Task
+
+STANDARD_INPUT = "standard input"
+
+
+def rows_of(path: Path, task: str | None, delimiter: str | None) -> Iterator[LocatedRow]:
+    """Read queries one after another, from a file of the kind of the task's own rows as these are read, or a stream.
+
+    Args:
+        path: File of queries; ``-`` for JSON lines on standard input.
+        task: Reference of the task, whose file may name delimiter and quotes.
+        delimiter: Character between fields; None for that of the task.
+
+    Raises:
+        UserError: If the delimiter cannot be used, or standard input is closed.
+    """
+    if path.suffix.lower() not in DELIMITERS:
+        if delimiter is not None:
+            raise UserError(
+                "useless_option",
+                "--delimiter goes with queries in a .csv or .tsv file",
+                found=repr(str(path)),
+                field="--delimiter",
+            )
+        return _standard_input() if path == STANDARD_STREAM else iter_rows(path)
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UserError(
+            "bad_delimiter",
+            "--delimiter is no delimiter",
+            expected="one character, no double quote or line break",
+            found=shortened(repr(delimiter)),
+            field="--delimiter",
+        )
+    of_task, quotes = _fields_of_task(task, path.suffix) if task is not None else (None, "csv")
+    return iter_rows(path, delimiter=delimiter or of_task, quotes=quotes)
+
+
+def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
+    """Return delimiter and quotes that a task file names for local rows in files of this suffix."""
+    place = task_places(task)[0]
+    data = read_task_file(place).data if isinstance(place, Path) else None
+    if not isinstance(data, OneFile | TwoFiles):
+        return None, "csv"
+    files = (data.file,) if isinstance(data, OneFile) else data.train + data.test
+    if not any(Path(file).suffix.lower() == suffix.lower() for file in files):
+        return None, "csv"
+    return data.delimiter, data.quotes
+
+
+def _standard_input() -> Iterator[LocatedRow]:
+    """Yield the queries of standard input as they come, UTF-8 whatever the locale says."""
+    if sys.stdin is None:
+        raise UserError(
+            "closed_stream",
+            "standard input is closed",
+            remedy="Send JSON lines to it, or name a file.",
+            field="--input",
+        )
+    return _json_lines(getattr(sys.stdin, "buffer", sys.stdin))
+
+
+def _json_lines(stream: Iterable[bytes | str]) -> Iterator[LocatedRow]:
+    # Lines of bytes: text would be decoded many lines at a time, and which of them is not UTF-8 be lost.
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise UserError(
+                "not_utf8", f"not UTF-8, {error.reason}", remedy="Send UTF-8.", file=STANDARD_INPUT, row=number
+            ) from error
+        if text.strip():
+            yield LocatedRow(parse_json_row(text, STANDARD_INPUT, number), STANDARD_INPUT, number)
+
+
+@dataclass
+class Queries:
+    """Rows on their way to their answers.
+
+    Attributes:
+        source: File they come from.
+        rows: Rows that are still to be read.
+        waiting: Rows that were read and not answered yet.
+        num_answered: Rows that have their answers.
+    """
+
+    source: Path
+    rows: Iterator[LocatedRow]
+    waiting: deque[LocatedRow] = field(default_factory=deque)
+    num_answered: int = 0
+
+    def rendered(self, task: Task) -> Iterator[Query]:
+        """Render the rows as they are needed; a mistake in one names its place."""
+        from manyicl.engine.queries import checked_query
+
+        for row in self.rows:
+            try:
+                query = checked_query(row.columns, task)
+            except UserError as error:
+                raise error.at(file=row.file, row=row.line) from None
+            self.waiting.append(row)
+            yield query
+
+    def read_ahead(self, task: Task, most: int) -> list[Query]:
+        """Render the first rows, so that mistakes in a file are found before a model is loaded."""
+        queries = list(islice(self.rendered(task), most))
+        if not queries:
+            raise no_rows().at(file=self.source)
+        return queries
+
+    def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Any]) -> Iterator[Any]:
+        """Put each prediction beside the row that it answers; name the place of a query that does not fit."""
+        while True:
+            try:
+                prediction = next(predictions, None)
+            except QueryError as error:
+                if error.file is None and error.row is not None:
+                    row = self.waiting[error.row - 1 - self.num_answered]
+                    error.file, error.row = row.file, row.line
+                raise
+            if prediction is None:
+                return
+            self.num_answered += 1
+            yield beside(self.waiting.popleft().columns, columns(prediction))
