@@ -19,29 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Files whose errors are still one sentence without code and fields; each leaves this list for good.
 ONE_SENTENCE = {
-    "cli/doctor.py",
-    "cli/quickstart.py",
-    "cli/train.py",
     "engine/label_scores.py",
-    "episodes/budget.py",
-    "episodes/packed_sequence.py",
-    "episodes/segment_tokenizer.py",
-    "episodes/sampling.py",
     "evaluation/harness.py",
-    "model/attention.py",
-    "model/export.py",
-    "model/initialization.py",
-    "model/isolation.py",
-    "model/kernels.py",
-    "model/load.py",
-    "model/machine.py",
-    "training/checkpoint.py",
-    "training/from_scratch.py",
-    "training/recipe.py",
-    "training/requirements.py",
-    "training/run_folder.py",
-    "training/start.py",
-    "training/train.py",
 }
 MOST_BODY_LINES = 40
 # Functions of the command line that are still longer.

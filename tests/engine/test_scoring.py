@@ -153,7 +153,7 @@ def test_labels_that_greedy_decoding_would_write_are_told(seed: int) -> None:
 
 def test_labels_without_any_probability_fall_to_the_first() -> None:
     search = LabelSearch(tries_of([(1,), (2, 3)], 10), True, "best_first")
-    search.start({1: float("-inf"), 2: float("-inf")}, likeliest=7)
+    search.start({1: float("-inf"), 2: float("-inf")}, argmax_token=7)
     assert search.next_trie()
     while nodes := search.take(1):
         search.learn(nodes, [([float("-inf")] * len(search.trie.children[node]), 7) for node in nodes])

@@ -15,8 +15,8 @@ class LabelScores:
     """Scores of every label or choice of a query.
 
     Attributes:
-        log_probabilities: Label -> log-probability in nats, terminator included, in the order of the task's labels.
-        num_tokens: Label -> tokens of it, terminator included.
+        log_probabilities: Label -> log-probability in nats, its end included, in the order of the task's labels.
+        num_tokens: Label -> number of its tokens, its end included.
     """
 
     log_probabilities: Mapping[str, float]
@@ -59,7 +59,7 @@ class LabelScores:
         arXiv:2104.08315.
         """
         if set(prior.log_probabilities) != set(self.log_probabilities):
-            raise UserError("The prior was taken of other labels; take it behind the same prefix.")
+            raise UserError("foreign_prior", "the prior is of other labels", remedy="Compute it after the same prefix.")
         scores = {label: score - prior.log_probabilities[label] for label, score in self.log_probabilities.items()}
         return LabelScores(scores, self.num_tokens)
 

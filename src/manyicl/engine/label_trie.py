@@ -2,7 +2,7 @@
 
 ::
 
-    good ⏎⏎            root ── good ──┬── ⏎⏎           the path of "good", terminator included
+    good ⏎⏎            root ── good ──┬── ⏎⏎           the path of "good", its end included
     good film ⏎⏎                      └── film ── ⏎⏎
     bad ⏎⏎             root ── bad ── ⏎⏎
 
@@ -44,7 +44,7 @@ class LabelTrie:
         """Build the trie of labels, each at least one token.
 
         Args:
-            label_ids: Tokens of each label, terminator included.
+            label_ids: Tokens of each label, end-of-answer text included.
             numbers: Number of each label; None for 0, 1, 2, …
         """
         trie = cls()

@@ -1,4 +1,4 @@
-"""Many continuations in one row: positions, own keys, and how many queries fit in memory at once."""
+"""Many continuations in one packed sequence: positions, own keys, and how many queries fit in memory at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_mo
 INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
 # Without a bound of the user's own, queries in flight may use half of what the prefix uses, and at least this.
 LEAST_WORKING_MEMORY_MIB = 64
-# Queries that advance together differ so little in length that at most this share of their rectangle is empty.
+# Queries that advance together differ so little in length that at most this share of their padded batch is padding.
 MOST_PADDING = 0.10
 # Normalising logits in float32 goes through so many bytes at a time.
 NORMALISING_BYTES = 8 * 2**20
@@ -26,9 +26,9 @@ NORMALISING_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class WorkingMemory:
-    """What a pass may use beside the model and the prefix, and what a token of it costs; all in bytes.
+    """Memory that a pass may use in addition to model and prefix, and what a token of it costs; all in bytes.
 
-    The costs are estimates from the shape of the network, held against a measurement by
+    The costs are estimates from the shape of the network, compared with a measurement by
     ``benchmarks/packed_queries.py``.
 
     Attributes:
@@ -81,7 +81,7 @@ class WorkingMemory:
 
         Args:
             lengths: Tokens of each query.
-            num_later_slots: Keys kept behind each query; 0 if none of its keys are kept.
+            num_later_slots: Keys kept after each query; 0 if none of its keys are kept.
             in_line: Whether later tokens follow one another, as generated ones do, instead of in a tree.
 
         Yields:
@@ -107,9 +107,9 @@ class WorkingMemory:
 
 
 class QueriesInFlight:
-    """Queries that advance together behind one prefix: read once, then followed by tokens in a line or a tree.
+    """Queries that advance together after one prefix: prefilled once, then followed by tokens in a line or a tree.
 
-    The prefix is never copied or written to; what the queries add lies in rectangles of their own.
+    The prefix is never copied or written to; the queries' own keys are in a padded batch.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class QueriesInFlight:
         self.start = prefix[-1].end if prefix else 0
         self.num_later_slots = num_later_slots
         self.own = OwnKeys(len(queries), int(self.lengths.max()) + num_later_slots) if num_later_slots else None
-        # Of each query's later tokens: how many there are, how deep each stands, and which others each sees.
+        # Of each query's later tokens: how many there are, how deep each is, and which others each sees.
         self.num_later = np.zeros(len(queries), dtype=np.int64)
         self.depths = np.zeros((len(queries), num_later_slots), dtype=np.int64)
         num_tree_slots = 0 if in_line else num_later_slots
@@ -145,7 +145,7 @@ class QueriesInFlight:
         self.in_line = in_line
 
     def read(self) -> Tensor:
-        """Read the queries and return the logits behind each, (Q, V)."""
+        """Prefill the queries and return the logits after each, (Q, V)."""
         sequence = np.repeat(np.arange(len(self.queries)), self.lengths)
         column = np.concatenate([np.arange(length) for length in self.lengths])
         return continue_model(
@@ -165,13 +165,13 @@ class QueriesInFlight:
         )
 
     def follow(self, queries: Sequence[int], token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """Let tokens follow queries, and return the logits behind each, (T, V).
+        """Let tokens follow queries, and return the logits after each, (T, V).
 
         Args:
             queries: Which query each token follows, rising, (T,).
             token_ids: (T,).
-            parents: Which of its query's later tokens, numbered in the order they came, each stands behind; -1 for
-                the query itself. A parent comes before its children.
+            parents: Which of its query's later tokens, numbered in the order they came, each follows; -1 for the query
+                itself. A parent comes before its children.
         """
         assert self.own is not None, "queries that are followed keep their keys"
         active, line = np.unique(np.array(queries), return_inverse=True)

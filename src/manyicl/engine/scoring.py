@@ -1,8 +1,8 @@
-"""Log-probability of candidate answers behind a prefix and a query, each whole answer with its terminator.
+"""Log-probability of candidate answers after a prefix and a query, each whole answer with its end-of-answer text.
 
-All labels of a query share its keys, and labels that begin alike share their beginning: they are a trie, read behind
-the query. The best label is found exactly without reading all of it. A log-probability only falls along a path, so a
-path that has already fallen below the best finished label is left alone.
+All labels of a query share its keys, and labels that begin alike share their beginning: they are a trie, decoded
+after the query. The best label is found exactly without decoding all of it. A log-probability only falls along a path,
+so a path that has already fallen below the best finished label is pruned.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from manyicl.model.continuation import Block
 TOKENS_WORTH_A_PASS = 20
 
 Strategy = Literal["best_first", "full_pass"]
-# Log-probability of a path, and whether its every token is the likeliest of the whole vocabulary.
+# Log-probability of a path, and whether its every token is the most probable of the whole vocabulary.
 NodeScore = tuple[float, bool]
-# Log-probabilities of a node's children, and the likeliest token behind it.
+# Log-probabilities of a node's children, and the most probable token after it.
 NodeRead = tuple[list[float], int]
 
 
@@ -38,12 +38,12 @@ class LabelSearch:
     """The search for one query's labels, through one trie after another.
 
     Attributes:
-        tries: The label set, cut so that each trie fits in memory.
-        prune: Whether only the best label is wanted, so that what cannot beat it is left alone.
-        strategy: Read the likeliest nodes first, each round twice as many; or all of a trie at once.
-        trie: The trie under way.
+        tries: Tries of the label set, split so that each fits in memory.
+        prune: Whether only the best label is wanted, so that what cannot beat it is pruned.
+        strategy: Decode the most probable nodes first, each round twice as many; or all of a trie at once.
+        trie: Trie that is being searched.
         scores: Label number -> log-probability in nats, of the labels that were finished.
-        greedy: Numbers of the finished labels whose every token is the likeliest of the whole vocabulary.
+        greedy: Numbers of the finished labels whose every token is the most probable of the whole vocabulary.
         num_read: Tokens of labels that went through the model.
     """
 
@@ -60,13 +60,13 @@ class LabelSearch:
     _num_rounds: int = 0
     _waiting: list[tuple[float, int, dict[int, NodeScore]]] = field(default_factory=list)
 
-    def start(self, first_tokens: Mapping[int, float], likeliest: int) -> None:
-        """Begin with the log-probability of every first token of a label, and the likeliest token of all."""
+    def start(self, first_tokens: Mapping[int, float], argmax_token: int) -> None:
+        """Begin with the log-probability of every first token of a label, and the most probable token of all."""
         for number, trie in enumerate(self.tries):
             tokens = {node: trie.tokens[node] for node in trie.children[ROOT]}
-            scores = {node: (first_tokens[token], token == likeliest) for node, token in tokens.items()}
+            scores = {node: (first_tokens[token], token == argmax_token) for node, token in tokens.items()}
             self._waiting.append((max(score for score, _ in scores.values()), number, scores))
-        # The likeliest trie comes last, where it is taken from.
+        # The most probable trie comes last, where it is taken from.
         self._waiting.sort(key=lambda entry: (entry[0], -entry[1]))
 
     @property
@@ -113,14 +113,14 @@ class LabelSearch:
         """Take in what follows nodes that were read, in the order of `take`."""
         taken = set(nodes)
         self.num_read += len(nodes)
-        for node, (child_scores, likeliest) in zip(nodes, read, strict=True):
+        for node, (child_scores, argmax_token) in zip(nodes, read, strict=True):
             before, was_greedy = self._reached[node]
             for child, score in zip(self.trie.children[node], child_scores, strict=True):
-                is_greedy = was_greedy and self.trie.tokens[child] == likeliest
+                is_greedy = was_greedy and self.trie.tokens[child] == argmax_token
                 self._reach(child, before + score, is_greedy, is_read=child in taken)
 
     def _reach(self, node: int, score: float, is_greedy: bool, is_read: bool = False) -> None:
-        """Note the score of a path, finish the labels that end there, and open it if it goes on."""
+        """Note the score of a path, finish the labels that end there, and open it if it has children."""
         self._reached[node] = score, is_greedy
         for label in self.trie.labels[node]:
             self.scores[label] = score
@@ -151,10 +151,10 @@ def score_labels(
     wanted: Wanted = "all",
     strategy: Strategy | None = None,
 ) -> list[LabelSearch]:
-    """Score the labels of queries behind a prefix.
+    """Score the labels of queries after a prefix.
 
     Args:
-        model: In evaluation mode.
+        model: Model in evaluation mode.
         prefix: Shared by all queries.
         queries: Encoded, up to where the answer begins.
         label_tries: Of each query, from `tries_of`.
@@ -178,15 +178,15 @@ def score_labels(
 
 
 def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], memory: WorkingMemory) -> None:
-    """Read the queries, then round after round the nodes that their searches ask for."""
+    """Prefill the queries, then decode round after round the nodes that their searches take."""
     # Most queries share their labels, and with them a list of thousands of tries.
     of_tries = {id(search.tries): search.tries for search in searches}
     first_of = {
         key: sorted({trie.tokens[n] for trie in tries for n in trie.children[ROOT]}) for key, tries in of_tries.items()
     }
     firsts = [first_of[id(search.tries)] for search in searches]
-    for search, tokens, (scores, likeliest) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
-        search.start(dict(zip(tokens, scores, strict=True)), likeliest)
+    for search, tokens, (scores, argmax_token) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
+        search.start(dict(zip(tokens, scores, strict=True)), argmax_token)
     waiting = set(range(len(searches)))
     numbers: list[dict[int, int]] = [{ROOT: -1} for _ in searches]  # node -> its number among a query's later tokens
     taken: dict[int, list[int]] = {}
@@ -214,12 +214,12 @@ def _read_nodes(
     numbers: list[dict[int, int]],
     memory: WorkingMemory,
 ) -> None:
-    """Read one round of nodes, in as many passes as memory asks for, and tell the searches what follows them."""
+    """Decode one round of nodes, in as many passes as memory requires, and pass on to the searches what follows."""
     step = memory.tokens_per_pass(num_logits_per_token=1)
-    asked = [(query, node) for query in sorted(taken) for node in taken[query]]
+    pairs = [(query, node) for query in sorted(taken) for node in taken[query]]
     learned: dict[int, list[NodeRead]] = {query: [] for query in taken}
-    for start in range(0, len(asked), step):
-        part = asked[start : start + step]
+    for start in range(0, len(pairs), step):
+        part = pairs[start : start + step]
         tries = [searches[query].trie for query, _ in part]
         parents = []
         for trie, (query, node) in zip(tries, part, strict=True):
@@ -237,8 +237,8 @@ def _read_nodes(
 
 
 def _read_off(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[NodeRead]:
-    """Return the log-probabilities of some tokens of each row of logits, (S, V), and each row's likeliest token."""
+    """Return the log-probabilities of some tokens of each row of logits, (S, V), and each row's most probable token."""
     rows = [row for row, some in enumerate(tokens) for _ in some]
     scores = iter(log_probabilities(logits, rows, [token for some in tokens for token in some]))
-    likeliest = logits.argmax(dim=-1).tolist()
-    return [([next(scores) for _ in some], best) for some, best in zip(tokens, likeliest, strict=True)]
+    argmax_token = logits.argmax(dim=-1).tolist()
+    return [([next(scores) for _ in some], best) for some, best in zip(tokens, argmax_token, strict=True)]

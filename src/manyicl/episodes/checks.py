@@ -67,22 +67,22 @@ class TaskCheck:
         name: Of the task.
         family: Of the task.
         num_train: Rows that may become demonstrations.
-        num_test: Rows that are only asked.
+        num_test: Rows that are only test queries.
         labels: The closed answer set with its balance, most frequent first; empty for free answers.
-        majority_share: Share of the most frequent label among test rows, the level that costs nothing.
+        majority_share: Share of the most frequent label among test rows, the trivial baseline.
         query_tokens: Lengths of queries with their separator, both sides.
-        answer_tokens: Lengths of answers with their terminator, both sides.
+        answer_tokens: Lengths of answers with their end-of-answer text, both sides.
         num_repeated: Training rows whose query stands in training before.
         num_contradictions: Of these, rows with another answer than before.
-        num_on_both_sides: Training rows left out because their query stands in test.
-        dropped: Reason -> rows left out when the task was read.
+        num_on_both_sides: Training rows dropped because their query is in test.
+        dropped: Reason -> number of rows dropped when the task was read.
         labels_in_labels: Pairs of labels of which the first begins the second, as text.
-        labels_in_labels_as_tokens: The same among their tokens, which only the terminator keeps apart.
+        labels_in_labels_as_tokens: The same among their tokens, which only the end-of-answer text keeps apart.
         joined_share: Share of examined examples whose segments equal the tokens of the joined text.
         num_altered_answers: Examined answers that their tokens do not give back.
         num_examined: Examples encoded for the two figures above.
-        shots_that_fit: For the context asked about.
-        problems: What a person should look at, in sentences; empty when all is well.
+        shots_that_fit: Number of shots that fit the given context.
+        problems: What the user should look at, in sentences; empty when all is well.
     """
 
     name: str
@@ -155,7 +155,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     if opening >= max_context_tokens:
         problems = [
             f"The instruction alone needs {opening:,} tokens and fills the context of {max_context_tokens:,}; no "
-            "query can be asked behind it."
+            "query fits after it."
         ]
         num_too_long = 0
     else:
@@ -167,7 +167,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
 def _problems(
     check: TaskCheck, max_context_tokens: int, num_too_long: int, alike: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
-    """Say what a person should look at; ``alike`` are labels whose tokens, terminator included, do not differ."""
+    """Say what the user should look at; ``alike`` are labels whose tokens, with their end, do not differ."""
     never_shown = [label.label for label in check.labels if label.num_train == 0]
     for label in never_shown if len(never_shown) <= MOST_NAMED else ():
         yield f"The label {label!r} stands in no training row, so no demonstration can show it."
@@ -206,9 +206,9 @@ def _problems(
 
 
 def look_alikes(labels: Iterable[str]) -> list[str]:
-    """Say which labels a person may take for one another: two that differ in nothing that is easily seen.
+    """Say which labels are easily confused: two that differ in nothing that is easily seen.
 
-    They stay two labels. Which of them is meant only the person knows.
+    They stay two labels; only the user knows which is meant.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for label in labels:
@@ -239,7 +239,7 @@ def _difference(first: str, second: str) -> str:
 
 
 def unseen_characters(labels: Iterable[str]) -> list[str]:
-    """Say which labels hold characters that nobody sees and whoever types the label leaves out."""
+    """Say which labels hold invisible characters, which are lost when the label is typed."""
     return [
         f"The label {label!r} holds invisible characters: {_code_points(found)}."
         for label in labels

@@ -23,7 +23,7 @@ class EncodedEpisode:
     Attributes:
         task_name: The task it came from.
         token_ids: All tokens of the episode, (T,).
-        answer_spans: Half-open token ranges, one per example, each covering an answer and its terminator.
+        answer_spans: Half-open token ranges, one per example, each covering an answer and its end-of-answer text.
     """
 
     task_name: str

@@ -177,7 +177,7 @@ TextRole = Literal["instruction", "query", "answer"]
 class ChatFormat(TextFormat):
     """Each shot is two turns of a chat; the fixed parts around texts were extracted once from a chat template.
 
-    White space at the end of a constant, as in ``[INST] ``, is kept apart: tokenizers join a space to the word behind
+    White space at the end of a constant, as in ``[INST] ``, is kept apart: tokenizers join a space to the word after
     it, so it is encoded with the text that follows.
 
     Attributes:
@@ -190,7 +190,7 @@ class ChatFormat(TextFormat):
         inter_turn_text: Between the end of an answer and the next query.
         trimmed: The texts from whose ends the template takes white space.
         instruction_in: Where an instruction stands: a system turn, or the first query's turn where there is none.
-        template_arguments: That the template was given; whoever sends messages to a server must give them too.
+        template_arguments: That the template was given; a client that sends messages to a server must give them too.
     """
 
     kind: Literal["chat"] = "chat"

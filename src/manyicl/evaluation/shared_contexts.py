@@ -19,7 +19,7 @@ class SharedBeginning:
 
     Attributes:
         num_tokens: Its length, shorter than every context.
-        contexts: Numbers of the contexts behind it.
+        contexts: Numbers of the contexts that begin with it.
     """
 
     num_tokens: int
@@ -40,9 +40,9 @@ def shared_beginnings(
         least_spared: Tokens not read twice that are worth a prefill of their own.
 
     Returns:
-        Beginnings, every context behind one of them; those that begin alike follow each other.
+        Beginnings, every context in one of them; those that begin alike follow each other.
     """
-    # At least one token of a context is left to be read behind what it shares.
+    # At least one token of a context is left to be prefilled after what it shares.
     shared = [min(num_shared_tokens(one, other), len(one) - 1, len(other) - 1) for one, other in pairwise(contexts)]
     root = SharedBeginning(0)
     found = [root]

@@ -3,8 +3,8 @@
 ::
 
     prefix      p p p p p p p                   one copy, seen by all sequences
-    row         a a a b b b b c c               new tokens of sequences a, b, c, packed without padding
-    rectangle   a a a .                         the same tokens, one sequence a line, for their own part
+    packed      a a a b b b b c c               new tokens of sequences a, b, c, packed without padding
+    batch       a a a .                         the same tokens, one sequence a row, padded, for their own part
                 b b b b
                 c c . .
 """
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def end(self) -> int:
-        """Position behind the last token."""
+        """Position after the last token."""
         return self.start + self.num_tokens
 
     @property
@@ -69,14 +69,14 @@ class Block:
 
 
 class OwnKeys:
-    """Keys and values of sequences under way, one rectangle per layer, (sequences, key heads, slots, head size).
+    """Keys and values of sequences in flight, one padded batch per layer, (sequences, key heads, slots, head size).
 
-    Made at the first pass, which tells the shapes. A slot holds one token; what was written stays until the slot is
-    written again.
+    Allocated in the first pass, which knows the shapes. A slot holds one token; what was written stays until the slot
+    is written again.
     """
 
     def __init__(self, num_sequences: int, num_slots: int) -> None:
-        """Remember the size of the rectangles."""
+        """Remember the size of the batches."""
         self.num_sequences = num_sequences
         self.num_slots = num_slots
         self.keys: list[Tensor] = []
@@ -100,14 +100,14 @@ class OwnKeys:
 
 @dataclass(frozen=True)
 class Continuation:
-    """One row of new tokens, packed from several sequences that share a prefix.
+    """New tokens, packed from several sequences that share a prefix.
 
     Attributes:
         prefix: Blocks that every token sees, in order.
-        positions: Of the new tokens, (T,).
+        positions: Position of each new token, (T,).
         sequence: Which sequence each new token belongs to, (T,), rising.
         column: Its place among the new tokens of its sequence, (T,).
-        num_sequences: Lines of the rectangle.
+        num_sequences: Rows of the padded batch.
         num_columns: Most new tokens of one sequence.
         own: Where keys and values are kept for later passes; None if there is none.
         own_line: Line of ``own`` that belongs to each sequence, (sequences,); None if they are all of them, in order.
@@ -167,7 +167,7 @@ class Continuation:
     ) -> list[Part]:
         """Attend to a block: to the keys that all tokens see without a mask, to those that some see with one.
 
-        Behind a window, the keys of the prefix fall into three: too far for every token, within reach of the tokens
+        With a window, the keys of the prefix fall into three: too far for every token, within reach of the tokens
         nearest to it, within reach of all.
         """
         keys, values = block.keys[layer], block.values[layer]
@@ -200,12 +200,12 @@ class Continuation:
         window: int | None,
         softcap: float | None,
     ) -> Part:
-        """Attend within each sequence, as one batch of rectangles."""
-        lines = self._rectangle(query)
+        """Attend within each sequence, as one padded batch."""
+        lines = self._padded(query)
         if self.visible is None:
-            part = attend_causally(lines, self._rectangle(key), self._rectangle(value), scale, softcap, window)
+            part = attend_causally(lines, self._padded(key), self._padded(value), scale, softcap, window)
         else:
-            assert self.own is not None, "tokens behind others need their keys"
+            assert self.own is not None, "tokens after others need their keys"
             assert self.slot_positions is not None, "kept tokens have positions"
             visible = self.visible
             if window is not None:
@@ -218,11 +218,11 @@ class Continuation:
 
     @cached_property
     def _is_full(self) -> bool:
-        """Whether the row is its rectangle, line after line, so that both are views of each other."""
+        """Whether no sequence is padded, so that the packed tokens and the batch are views of each other."""
         return len(self.positions) == self.num_sequences * self.num_columns
 
-    def _rectangle(self, row: Tensor) -> Tensor:
-        """Lay a row out, (1, heads, T, size) -> (sequences, heads, columns, size), zeros where there is no token."""
+    def _padded(self, row: Tensor) -> Tensor:
+        """Unpack, (1, heads, T, size) -> (sequences, heads, columns, size), zeros where there is no token."""
         _, heads, _, size = row.shape
         if self._is_full:
             return row[0].view(heads, self.num_sequences, self.num_columns, size).transpose(0, 1)
@@ -231,7 +231,7 @@ class Continuation:
         return lines
 
     def _row(self, lines: Tensor) -> Tensor:
-        """Undo `_rectangle`."""
+        """Undo `_padded`."""
         if self._is_full:
             return lines.transpose(0, 1).reshape(1, lines.shape[1], len(self.positions), lines.shape[3])
         return lines[self.sequence, :, self.column].transpose(0, 1)[None]
@@ -249,12 +249,12 @@ def key_shape(model: PreTrainedModel) -> tuple[int, int]:
 def continue_model(
     model: PreTrainedModel, token_ids: Sequence[int], continuation: Continuation, keep: Sequence[int]
 ) -> Tensor:
-    """Run new tokens through the model behind what they continue.
+    """Run new tokens through the model after what they continue.
 
     Args:
         model: Causal, in evaluation mode, with this package's attention.
         token_ids: New tokens, (T,).
-        continuation: Where they stand.
+        continuation: Positions of the new tokens, and what they attend to.
         keep: Places whose logits are wanted, (S,); only these meet the vocabulary projection.
 
     Returns:

@@ -102,7 +102,7 @@ def _has_flash(query: Tensor) -> bool:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Part:
-    """Call the kernel behind `scaled_dot_product_attention`, which keeps the denominators to itself."""
+    """Call the kernel of `scaled_dot_product_attention`, which keeps the denominators to itself."""
     # Under autocast rotary positions leave queries and keys in float32, and this kernel is not autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
