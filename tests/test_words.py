@@ -16,7 +16,7 @@ INSTEAD = {
     r"likeliest": "most probable, argmax, greedy",
     r"terminators?": "end-of-answer text",
     r"costs? nothing": "trivial baselines",
-    r"watch(ed)?": "held-out validation task, on-the-fly scoring",
+    r"watched tasks?|watched quer(y|ies)": "held-out validation task, on-the-fly scoring",
     r"mend(s|ed|ing)?": "fix, patch",
     r"behind": "after, conditioned on",
     r"asked": "evaluated, requested, answered, test queries",
