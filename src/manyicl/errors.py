@@ -34,7 +34,7 @@ class UserError(Exception):
     def __init__(
         self,
         code: str,
-        what: str = "",
+        what: str,
         *,
         expected: str | None = None,
         found: str | None = None,
@@ -44,7 +44,7 @@ class UserError(Exception):
         field: str | None = None,
     ) -> None:
         super().__init__(code, what)
-        self.code, self.what = (code, what) if what else ("user_error", code)
+        self.code, self.what = code, what
         self.expected, self.found, self.remedy = expected, found, remedy
         self.file = None if file is None else str(file)
         self.row, self.field = row, field

@@ -57,7 +57,7 @@ def test_a_model_of_the_hub_is_estimated_from_its_configuration(
 
 def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(reference: str) -> None:
-        raise UserError(f"The tokenizer {reference!r} cannot be loaded: gated.")
+        raise UserError("unavailable", f"The tokenizer {reference!r} cannot be loaded: gated.")
 
     monkeypatch.setattr(module, "load_tokenizer", refused)
     for reachable, reason in ((False, "the Hub cannot be reached"), (True, "could not be fetched")):

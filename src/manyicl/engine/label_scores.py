@@ -71,7 +71,7 @@ def mean_scores(scores: Sequence[LabelScores]) -> LabelScores:
         UserError: If there are none, or they are of different labels.
     """
     if not scores or any(set(one.log_probabilities) != set(scores[0].log_probabilities) for one in scores):
-        raise UserError("A prior is taken of one label set over at least one query.")
+        raise UserError("foreign_prior", "a prior is the mean of one label set over at least one query")
     means = {}
     for label in scores[0].log_probabilities:
         values = [one.log_probabilities[label] for one in scores]

@@ -140,7 +140,7 @@ class Grid:
     ) -> list[CellReport]:
         """Work on all cells that are not done and that nobody else is working on.
 
-        A cell that fails is recorded and the others go on; failed ones are not tried again unless asked for.
+        A cell that fails is recorded and the others go on; failed ones are not tried again by default.
 
         Args:
             work: Trains and evaluates a cell in its folder, and returns a result that JSON can hold.
@@ -196,7 +196,7 @@ class Grid:
         """Keep other processes away from a cell; False where another one has it. A kill lets go, too."""
         folder = self.folder / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        # Whoever looks at the state holds the lock for a moment.
+        # A process that looks at the state holds the lock for a moment.
         lock = FileLock(folder / LOCK_FILE, timeout=1)
         try:
             lock.acquire()

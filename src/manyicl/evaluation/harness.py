@@ -37,6 +37,7 @@ from manyicl.engine.local import LocalBackend
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
 from manyicl.evaluation.shared_contexts import shared_beginnings
+from manyicl.library_errors import reason
 from manyicl.model.load import LoadedModel, load_model
 
 try:
@@ -45,7 +46,9 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
     raise UserError(
-        f"lm-evaluation-harness cannot be imported: {error}. Install it with `pip install 'manyicl[lm-eval]'`."
+        "missing_library",
+        f"lm-evaluation-harness cannot be imported, {reason(error)}",
+        remedy="Install it with `pip install 'manyicl[lm-eval]'`.",
     ) from error
 
 logger = logging.getLogger(__name__)
@@ -123,8 +126,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         require_context(max_context_tokens, self.local.identity)
         if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
             raise UserError(
-                f"The tokenizer of {loaded.reference!r} has neither a bos nor an eos token; lm-eval puts one of them "
-                "before a text without context."
+                "no_bos_or_eos",
+                f"the tokenizer of {loaded.reference!r} has neither a bos nor an eos token",
+                expected="one of them, which lm-eval puts before a text without context",
             )
         with _quiet("lm_eval.models.huggingface"):
             super().__init__(
@@ -210,8 +214,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         for place, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
-                    f"The continuation of request {place + 1} has {len(continuation):,} tokens; expected 1 to "
-                    f"{self.max_length:,}, the longest context."
+                    "continuation_too_long",
+                    f"the continuation of request {place + 1} has {len(continuation):,} tokens",
+                    expected=f"1 to {self.max_length:,}, the longest context",
                 )
             # The last token of a continuation is predicted, never read, so one more fits.
             kept = truncation.cut(context, self.max_length + 1 - len(continuation))
@@ -278,17 +283,23 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         most: int = normal.pop("max_gen_toks")
         if normal.pop("do_sample") or normal.pop("num_beams", 1) != 1:
             raise UserError(
-                f"Answers are greedy here; the task asks for {arguments}. Set do_sample: false, temperature: 0 and "
-                "one beam, or use lm-eval's own model."
+                "not_greedy",
+                f"answers are greedy here; the task requests {arguments}",
+                remedy="Set do_sample: false, temperature: 0 and one beam, or use lm-eval's own model.",
             )
         if unknown := sorted(set(normal) - set(ONLY_FOR_SAMPLING)):
             raise UserError(
-                f"Answers are greedy here, up to a stop string; {', '.join(unknown)} among the task's "
-                "generation_kwargs would change them. Leave that out, or use lm-eval's own model."
+                "not_greedy",
+                f"answers are greedy here, up to a stop string; {', '.join(unknown)} among the task's "
+                "generation_kwargs would change them",
+                remedy="Leave that out, or use lm-eval's own model.",
             )
         if not 0 < most < self.max_length:
             raise UserError(
-                f"max_gen_toks is {most:,}; expected 1 to {self.max_length - 1:,}, so that a context fits before it."
+                "out_of_range",
+                "max_gen_toks is out of range",
+                expected=f"1 to {self.max_length - 1:,}, so that a context fits before it",
+                found=f"{most:,}",
             )
         return tuple(stop), most
 

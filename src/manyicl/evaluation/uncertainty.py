@@ -37,11 +37,7 @@ class Estimate:
         mean: Mean of the scores.
         standard_error: Standard error of the mean; None where a single query shows none.
         num_scores: Number of scores that were averaged.
-<<<<<<< HEAD
         degrees_of_freedom: Degrees of freedom of the standard error; infinite where many independent errors meet.
-=======
-        degrees_of_freedom: Degrees of freedom of the standard error; infinite if not said.
->>>>>>> ef32f95 (Say padded batch, most probable and end-of-answer text in engine, episodes and model)
         pairing: None for a score; for a difference, whether both sides answered the same queries after the same
             seeds, so that what they share cancels out.
     """
