@@ -58,7 +58,10 @@ def written(path: Path) -> str:
         return re.sub(r"\]\([^)]*\)", "]", INLINE_CODE.sub("", prose(text)))
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
     return "\n".join(
-        token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type in kinds
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        # The name of a key in files of earlier versions.
+        if token.type in kinds and token.string != '"terminator"'
     )
 
 

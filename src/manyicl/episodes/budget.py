@@ -21,9 +21,9 @@ class FittingShots:
 
     Attributes:
         episode: Whole shots only.
-        num_left_out: Shots that were asked for and did not fit; 0 when the episode was to fill the context.
-        num_too_long: Shots passed over because not even an empty context would hold them.
-        ran_out_of_room: True if the next shot was too long for what was left.
+        num_left_out: Shots that were drawn and did not fit; 0 where the episode was to fill the context.
+        num_too_long: Shots skipped because they are longer than a whole context.
+        ran_out_of_room: True if the next shot was longer than the rest of the token budget.
     """
 
     episode: Episode
@@ -55,15 +55,15 @@ def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_con
         else:
             examples.append(example)
             num_tokens += num_shot_tokens
-    asked = drawn.num_examples if drawn.num_examples is not None else len(examples)
-    num_left_out = asked - len(examples) if ran_out_of_room else 0
+    wanted = drawn.num_examples if drawn.num_examples is not None else len(examples)
+    num_left_out = wanted - len(examples) if ran_out_of_room else 0
     episode = Episode(drawn.task_name, drawn.instruction, tuple(examples))
     return FittingShots(episode, num_left_out, num_too_long, ran_out_of_room)
 
 
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
-    """Count the tokens to keep free behind the demonstrations: the longest query and the longest answer."""
-    # The first text of a sequence may be encoded with a leading marker, or begin otherwise than behind a shot.
+    """Count the tokens to keep free after the demonstrations: the longest query and the longest answer."""
+    # The first text of a sequence may be encoded with a leading marker, or differ from one after a shot.
     longest_query = max(
         (max(len(encoder.query_ids_uncached(query.text, place)) for place in Preceding) for query in queries), default=0
     )
@@ -106,8 +106,8 @@ def fit_demonstrations(
     """Choose the demonstrations that fit, balanced by label, in their given order.
 
     Demonstrations are considered in rounds: the first of each answer in a closed label set, then the second
-    of each, and so on; within free answers simply in order. One that does not fit is left out and the next is
-    tried, so that a long example does not keep out the short ones behind it.
+    of each, and so on; within free answers simply in order. One that does not fit is dropped and the next is
+    tried, so that a long example does not keep out the short ones after it.
 
     Args:
         task: Gives the instruction and says whether answers form a closed set.
@@ -117,7 +117,7 @@ def fit_demonstrations(
         reserve: Tokens to keep free for the longest query and its answer.
 
     Returns:
-        The demonstrations that fit, in their given order, and how many were left out.
+        The demonstrations that fit, in their given order, and how many were dropped.
 
     Raises:
         UserError: If the instruction alone fills the context.

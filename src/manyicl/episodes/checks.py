@@ -64,8 +64,8 @@ class TaskCheck:
     """What is known of a task before anything is trained.
 
     Attributes:
-        name: Of the task.
-        family: Of the task.
+        name: Name of the task.
+        family: Family of the task.
         num_train: Rows that may become demonstrations.
         num_test: Rows that are only test queries.
         labels: The closed answer set with its balance, most frequent first; empty for free answers.

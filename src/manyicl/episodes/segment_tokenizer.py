@@ -77,7 +77,7 @@ class SegmentTokenizer:
     def encode(self, segment: Segment, opens_sequence: bool = False) -> tuple[int, ...]:
         """Encode one segment; ``opens_sequence`` says that no text stands before it."""
         if segment.is_control:
-            # Some tokenizers put their marker behind every control token, so they decide what follows one.
+            # Some tokenizers put their marker after every control token, so they decide what follows one.
             decides = opens_sequence or segment.text.startswith(self._added)
             backend = self._control_first if decides else self._control_inner
             return tuple(backend.encode(segment.text, add_special_tokens=False).ids)
@@ -95,23 +95,23 @@ class SegmentTokenizer:
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included.
 
-        The tokens are decoded behind a known beginning that is cut off again, because decoders drop a leading
+        The tokens are decoded after a known beginning that is cut off again, because decoders drop a leading
         space at the start of a text.
         """
         token_ids = list(token_ids)
-        text = self._decode_behind_lead(token_ids)
+        text = self._decode_after_lead(token_ids)
         if REPLACEMENT not in text or not self._byte_of_token:
             return text
-        # The decoder gives up a whole run of byte tokens of which one is wrong, the line breaks behind it too.
+        # The decoder gives up a whole run of byte tokens of which one is wrong, the line breaks after it too.
         runs = ((is_byte, list(run)) for is_byte, run in groupby(token_ids, self._byte_of_token.__contains__))
         return "".join(
             bytes(map(self._byte_of_token.__getitem__, run)).decode(errors="replace")
             if is_byte
-            else self._decode_behind_lead(run)
+            else self._decode_after_lead(run)
             for is_byte, run in runs
         )
 
-    def _decode_behind_lead(self, token_ids: list[int]) -> str:
+    def _decode_after_lead(self, token_ids: list[int]) -> str:
         lead = self._inner.encode("\n", add_special_tokens=False).ids
         lead_text = self._inner.decode(lead, skip_special_tokens=False)
         text = self._inner.decode([*lead, *token_ids], skip_special_tokens=False)

@@ -66,7 +66,7 @@ def isolated_attention(
     continuation: Continuation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally, within segments of a packed row or over a prefix and the own sequence behind it.
+    """Attend causally, within segments of a packed row or over a prefix and the own sequence after it.
 
     Splitting by segment costs the sum of squares instead of the square of the sum: measured 22 times faster
     than a dense mask for 8 segments of 1,024 tokens on a CPU.

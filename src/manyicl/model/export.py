@@ -311,7 +311,7 @@ def _holds(dtype: str, model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _round(model: PreTrainedModel, dtype: str) -> None:
-    """Cast weights in place; buffers are made anew by whoever loads.
+    """Cast weights in place; buffers are made anew when the model is loaded.
 
     Raises:
         UserError: If a weight is too large for the dtype.
@@ -347,7 +347,7 @@ def _written_whole(output: Path) -> Iterator[Path]:
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Path) -> None:
-    """Write weights, configuration and tokenizer; generation goes on with a cache."""
+    """Write weights, configuration and tokenizer; generation uses a cache."""
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True
     model.save_pretrained(str(part))

@@ -94,7 +94,7 @@ def require_same_logits(model: PreTrainedModel, before: torch.Tensor, library: s
 
 @torch.no_grad()
 def continuation_error(model: PreTrainedModel) -> float:
-    """Return the largest difference between logits of packed queries behind a prefix and of each whole text alone."""
+    """Return the largest difference between logits of packed queries after a prefix and of each whole text alone."""
     queries = _segments(model)[:2]
     prefix = max(_segments(model), key=lambda segment: segment.shape[1])
     lengths = [query.shape[1] for query in queries]
@@ -246,7 +246,7 @@ def _segments(model: PreTrainedModel) -> list[torch.Tensor]:
 def _continue(
     model: PreTrainedModel, sequences: Sequence[torch.Tensor], prefix: Sequence[Block], own: OwnKeys | None = None
 ) -> torch.Tensor:
-    """Run sequences behind a prefix, packed, and return all logits, (T, V)."""
+    """Run sequences after a prefix, packed, and return all logits, (T, V)."""
     lengths = [ids.shape[1] for ids in sequences]
     column = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
     continuation = Continuation(

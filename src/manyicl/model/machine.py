@@ -1,6 +1,6 @@
 """What this machine offers: cores, memory, GPUs, libraries and their versions, as plain data.
 
-The only place that looks. Nothing is imported until it is asked, and no network is touched.
+The only place that looks. Nothing is imported before it is called, and no network is touched.
 """
 
 from __future__ import annotations

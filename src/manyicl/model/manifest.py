@@ -122,8 +122,8 @@ def format_to_ask_in(
         tasks: Tasks whose rows a chat template and the segments cut from it must write alike.
 
     Raises:
-        UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end is
-            asked for than that of its turns.
+        UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end
+            is wanted than that of its turns.
     """
     if manifest is not None:
         taught = manifest.text_format
