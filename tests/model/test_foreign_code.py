@@ -82,6 +82,13 @@ def test_code_of_a_model_folder_never_runs_even_where_standard_input_says_yes(
     assert not trace.exists()
 
 
+def test_a_model_is_named_by_text_or_path_and_by_nothing_else(base: Path) -> None:
+    assert load_model(base).reference == str(base)
+    assert load_tokenizer(base).get_vocab() == load_tokenizer(str(base)).get_vocab()
+    with pytest.raises(UserError, match="names no model; expected a folder or hf:owner/name, found 5"):
+        load_model(5)  # type: ignore[arg-type]
+
+
 def test_every_load_of_a_library_refuses_code() -> None:
     calls = [call for path in sources() for call in loads_in(path)]
     assert len(calls) >= 5

@@ -115,23 +115,12 @@ def isolated_attention(
 
 
 def variable_length_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    continuation: Continuation | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Do what `isolated_attention` does, all segments of a row in one call of flash-attn.
+    """Do what `isolated_attention` does, all segments of a packed sequence in one call of flash-attn.
 
-    The arguments are those, too; what is no packed row, such as the continuation of a prefix, goes there. Tested with
-    a slow stand-in for the library's function; the kernel itself, for which a GPU is needed, we never ran.
+    The arguments are the same; what is no packed sequence goes there. Tested with a slow stand-in for the
+    library's function; the kernel itself, for which a GPU is needed, was never run.
 
     Returns:
         (1, T, heads, head size), and None in place of attention weights.
@@ -140,23 +129,11 @@ def variable_length_attention(
         UserError: As there, and if flash-attn cannot be imported or the model does not compute in 16 bits.
     """
     num_tokens = query.shape[2]
-    if continuation is not None or key.shape[2] != num_tokens or len(query) != 1:
-        return isolated_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            cu_seq_lens_q=cu_seq_lens_q,
-            continuation=continuation,
-            **kwargs,
-        )
-    _require_known_terms(module, attention_mask, kwargs)
-    _note_window(sliding_window, kwargs)
+    if options.get("continuation") is not None or key.shape[2] != num_tokens or len(query) != 1:
+        return isolated_attention(module, query, key, value, attention_mask, **options)
+    window = options.get("sliding_window")
+    _require_known_terms(module, attention_mask, options)
+    _note_window(window, options)
     if query.dtype not in KERNEL_DTYPES:
         raise UserError(
             "not_16_bits",
@@ -164,23 +141,22 @@ def variable_length_attention(
             found=str(query.dtype).removeprefix("torch."),
             remedy="Use model.dtype: bfloat16.",
         )
-    kernel = import_library("flash_attn").flash_attn_varlen_func
-    ends = cu_seq_lens_q
+    ends = options.get("cu_seq_lens_q")
     if ends is None:
         ends = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device)
     longest = int(ends.diff().max())
-    attended: Tensor = kernel(
+    attended: Tensor = import_library("flash_attn").flash_attn_varlen_func(
         *(part[0].transpose(0, 1) for part in (query, key, value)),  # (T, heads, head size)
         cu_seqlens_q=ends,
         cu_seqlens_k=ends,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
-        dropout_p=dropout,
-        softmax_scale=scaling,
+        dropout_p=options.get("dropout", 0.0),
+        softmax_scale=options.get("scaling"),
         causal=True,
         # Keys to the left and to the right of a token, itself not counted.
-        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=options.get("softcap") or 0.0,
     )
     return attended[None], None
 

@@ -67,13 +67,14 @@ class LoadedModel:
     reference: str
 
 
-def resolve_reference(reference: str) -> str:
+def resolve_reference(reference: str | Path) -> str:
     """Turn a model reference into what transformers loads: a folder that exists, or a Hub id.
 
     Raises:
         UserError: If a local folder does not exist or holds no model; a mistyped folder is never looked for on
             the Hub.
     """
+    reference = _as_text(reference)
     if reference.startswith(HUB_PREFIX):
         return reference.removeprefix(HUB_PREFIX)
     if reference.startswith(BUILTIN_PREFIX):
@@ -102,12 +103,22 @@ def resolve_reference(reference: str) -> str:
     return str(folder)
 
 
-def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+def _as_text(reference: object) -> str:
+    """Return the name of a model, which may be given as a path."""
+    if not isinstance(reference, str | Path):
+        raise UserError(
+            "not_a_reference", "This names no model", expected="a folder or hf:owner/name", found=shown(reference)
+        )
+    return str(reference)
+
+
+def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a model was saved with.
 
     Raises:
         UserError: If there is none.
     """
+    reference = _as_text(reference)
     path = _path_without_code(reference)
     with _as_user_error(reference, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -151,7 +162,7 @@ def _file_of(path: str, name: str) -> Path | None:
 
 
 def load_model(
-    reference: str,
+    reference: str | Path,
     *,
     dtype: str | None = None,
     device: str | None = None,
@@ -171,6 +182,7 @@ def load_model(
     Raises:
         UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
     """
+    reference = _as_text(reference)
     path = _path_without_code(reference)
     device = _checked_device(device)
     torch_dtype = _torch_dtype(dtype, device)
