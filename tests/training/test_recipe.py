@@ -48,11 +48,11 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
         ("format.end_of_anser=x", "Did you mean 'end_of_answer'?"),
         ("nothing=1", "unknown key 'nothing'. Known here: ['model', 'tasks',"),
         ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0; found -1."),
-        ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found None."),
+        ("training.learning_rate=null", "training.learning_rate: input should be a valid number; found nothing."),
         ("training.learning_rate=.nan", "training.learning_rate: "),
         (
             "sequences.examples_per_episode=many",
-            "sequences.examples_per_episode: found 'many'; expected: Examples in an episode",
+            "sequences.examples_per_episode: wrong value; expected examples in an episode",
         ),
         ("sequences.examples_per_episode=[5, 2]", "1 <= least <= most"),
         ("training.num_tokens=5", "give either num_tokens or num_steps; found both"),
@@ -144,7 +144,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Pa
     (tmp_path / "my.yaml").write_text("\ufeff" + RECIPE, encoding="utf-8")
     assert Recipe.read(tmp_path / "my.yaml") == Recipe.parse(RECIPE)
     (tmp_path / "my.yaml").write_bytes(("# für\n" + RECIPE).encode("latin-1"))
-    with pytest.raises(UserError, match=r"my\.yaml:1: not UTF-8, the byte 0xfc cannot be read"):
+    with pytest.raises(UserError, match=r"my\.yaml:1: the file is not text in UTF-8; found the byte 0xfc"):
         Recipe.read(tmp_path / "my.yaml")
 
 

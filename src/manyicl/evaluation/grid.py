@@ -140,7 +140,7 @@ class Grid:
     ) -> list[CellReport]:
         """Work on all cells that are not done and that nobody else is working on.
 
-        A cell that fails is recorded and the others go on; failed ones are not tried again by default.
+        A cell that fails is recorded and the others are worked on; failed ones are not tried again by default.
 
         Args:
             work: Trains and evaluates a cell in its folder, and returns a result that JSON can hold.

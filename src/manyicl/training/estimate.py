@@ -58,7 +58,7 @@ class SequenceStatistics:
     build_seconds: float
 
     def sentence(self) -> str:
-        """Say what a sequence holds, and what is left out of it."""
+        """Say what a sequence holds, and what is dropped."""
         text = (
             f"A packed sequence holds {self.tokens:,.0f} tokens in {self.episodes:.1f} episodes with "
             f"{self.answers:,.1f} supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays "
@@ -228,7 +228,7 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
     """Estimate time from the matrix rate of this machine, memory from counts of weights and activations.
 
     A token costs 2 operations per weight forward, 2 more for the gradients of activations and 2 for those of
-    trainable weights; checkpointing repeats the forward pass. Attention is left out.
+    trainable weights; checkpointing repeats the forward pass. Attention is not counted.
 
     Raises:
         UserError: If the configuration is not available.

@@ -63,7 +63,7 @@ def _written(segments: Iterable[Segment]) -> str:
 def _word_level(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Trainer]:
     """One token per word between spaces; line breaks, and pairs of them, are tokens of their own.
 
-    Words are joined by single spaces again, but for line breaks, which stand close: so text whose words are
+    Words are joined by single spaces again, except around line breaks: so text whose words are
     separated by single spaces or line breaks comes back exactly.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))

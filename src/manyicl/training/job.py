@@ -118,7 +118,7 @@ def ensure_trained(
 
 
 def _plan(folder: RunFolder, recipe: Recipe, existing: Existing) -> _Plan:
-    """Look at the output folder and say how to go on.
+    """Look at the output folder and say how to continue.
 
     Raises:
         UserError: If it holds what ``existing`` does not allow, or cannot be written.

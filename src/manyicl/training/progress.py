@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one bar on a terminal, one line per log entry elsewhere."""
+"""What a user sees while a model trains: one bar on a terminal, one line per log entry elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainingProgress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Say how the loss stands and how fast it goes."""
+        """Show the loss and the speed."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
@@ -67,5 +67,5 @@ class TrainingProgress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.stop()

@@ -96,7 +96,7 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
 
 
 def missing_features(recipe: Recipe) -> Iterator[UserError]:
-    """Yield which settings this machine cannot give; looks only at what is asked.
+    """Yield which settings this machine cannot give; looks only at what the recipe asks for.
 
     The libraries would fall back to something slower or start on a CPU in some of these cases.
     """

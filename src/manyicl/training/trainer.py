@@ -1,4 +1,4 @@
-"""transformers.Trainer with our sequences, our loss and an evaluation that was handed in."""
+"""transformers.Trainer with our packed sequences, our loss and an evaluation that was handed in."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class ManyShotTrainer(Trainer):
         evaluation: MetricFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Prepare a run over all sequences of the source, in their order.
+        """Prepare a run over all packed sequences, in their order.
 
         Args:
-            model: To be trained, in place.
-            arguments: One sequence per device and micro-batch, sequential sampling.
-            sequences: The whole run, one long epoch.
+            model: Model to be trained, in place.
+            arguments: Arguments of transformers; one sequence per device and micro-batch, sequential sampling.
+            sequences: Packed sequences of the whole run, one long epoch.
             objective: Which tokens are targets.
             evaluation: Called with the model in evaluation mode; returns figures, ``score`` among them.
-            callbacks: Added to transformers' own.
+            callbacks: Callbacks besides transformers' own.
         """
         assert arguments.per_device_train_batch_size == 1
         super().__init__(
@@ -173,7 +173,7 @@ class ManyShotTrainer(Trainer):
         )
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Say where transformers writes a checkpoint: not where whole ones stand."""
+        """Say where transformers writes a checkpoint: not where complete ones are."""
         return str(self.checkpoints.partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -196,7 +196,7 @@ class ManyShotTrainer(Trainer):
             self.point_to_best()
             self.accelerator.wait_for_everyone()
             if writes:
-                # transformers has written where the best one stood while it was being saved.
+                # transformers has written where the best one was while it was being saved.
                 self.state.save_to_json(str(self.checkpoints.partial / f"checkpoint-{step}" / "trainer_state.json"))
                 self.checkpoints.complete(step, self.accelerator.num_processes, self.state.best_global_step)
         if writes:
@@ -204,7 +204,7 @@ class ManyShotTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def point_to_best(self) -> None:
-        """Say where the best checkpoint stands, or will; a run folder may have moved since."""
+        """Say where the best checkpoint is, or will be; a run folder may have moved since."""
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(self.checkpoints.path(best)) if best else None
 
@@ -238,7 +238,7 @@ class ManyShotTrainer(Trainer):
                 )
 
     def restore(self) -> None:
-        """Take over from a checkpoint what transformers leaves out: sums of losses, intervals, and the best one."""
+        """Restore from a checkpoint what transformers does not: sums of losses, intervals, and the best one."""
         self._run_loss.restore(self.state)
         self._tr_loss += self._run_loss.since_log
         self._total_loss_scalar = self._run_loss.before_log
@@ -319,14 +319,14 @@ class StopAfterStep(TrainerCallback):
 
     def __init__(self, num_processes: int) -> None:
         self._num_processes = num_processes
-        self._asked_at: float | None = None
+        self._signalled_at: float | None = None
         self.stopped = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals that stop a run while the block runs; outside the main thread, take none."""
         try:
-            previous = {number: signal.signal(number, self._ask) for number in stopping_signals()}
+            previous = {number: signal.signal(number, self._on_signal) for number in stopping_signals()}
         except ValueError:
             previous = {}
         try:
@@ -335,23 +335,23 @@ class StopAfterStep(TrainerCallback):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
+        if self._signalled_at is None:
+            self._signalled_at = now
             if is_main_process():
                 # Python's own streams may be in the middle of a write when a signal arrives.
                 with suppress(OSError):  # a closed terminal takes no words
                     os.write(2, STOPPING)
-        elif now - self._asked_at > SECONDS_OF_ONE_REQUEST:
+        elif now - self._signalled_at > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Stop all processes at the same step, if any of them was asked to.
+        """Stop all processes at the same step, if any of them received a signal.
 
-        An evaluation that is due still runs: left out, the best model could be another one.
+        An evaluation that is due still runs: without it, the best model could be another one.
         """
         if self._stops(args, state, control):
             control.should_save = True
@@ -365,21 +365,21 @@ class StopAfterStep(TrainerCallback):
         return control
 
     def _stops(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-        if state.global_step >= state.max_steps or not self._any_process_asked(args.device):
+        if state.global_step >= state.max_steps or not self._any_process_signalled(args.device):
             return False
         self.stopped = control.should_training_stop = True
         return True
 
-    def _any_process_asked(self, device: torch.device) -> bool:
+    def _any_process_signalled(self, device: torch.device) -> bool:
         if self._num_processes == 1:
-            return self._asked_at is not None
-        asked = torch.tensor(float(self._asked_at is not None), device=device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked)
+            return self._signalled_at is not None
+        signalled = torch.tensor(float(self._signalled_at is not None), device=device)
+        torch.distributed.all_reduce(signalled)
+        return bool(signalled)
 
 
 class Milestones(TrainerCallback):
-    """Saves between evaluations where asked, and saves and evaluates after the last step."""
+    """Saves between evaluations if configured, and saves and evaluates after the last step."""
 
     def __init__(self, save_every: int | None, evaluates: bool) -> None:
         self._save_every = save_every
@@ -388,7 +388,7 @@ class Milestones(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for what is due after this step."""
+        """Request what is due after this step."""
         if self._save_every and state.global_step % self._save_every == 0:
             control.should_save = True
         if state.global_step >= state.max_steps:
