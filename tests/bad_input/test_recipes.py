@@ -78,13 +78,13 @@ READING = [
         files=recipe("model:\n\tbase: x\n"),
     ),
     refused(
-        "a section that stands twice",
+        "a section that occurs twice",
         TRAINED,
         "broken_yaml",
         file="recipe.yaml",
         row=10,
         remedy="Keep one of them.",
-        what="not valid YAML, the key 'output' stands twice",
+        what="not valid YAML, the key 'output' occurs twice",
         files=recipe(RECIPE + "output: b\n"),
     ),
     refused(
