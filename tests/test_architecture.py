@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MOST_BODY_LINES = 40
 # Functions of the command line that are still longer.
-LONGER = {"predict_command"}
+LONGER: set[str] = set()
 NEVER = {"tasks": {"torch", "transformers", "tokenizers", "peft"}, "episodes": {"torch", "peft"}}
 
 

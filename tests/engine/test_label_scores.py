@@ -7,7 +7,7 @@ import math
 import pytest
 
 from manyicl.engine.label_scores import LabelScores, mean_scores
-from manyicl.errors import UserError
+from tests.engine.parts import refused
 
 SCORES = LabelScores(
     {"good": math.log(0.2), "bad": math.log(0.1), "so so": math.log(0.1)}, {"good": 1, "bad": 1, "so so": 2}
@@ -38,7 +38,7 @@ def test_a_prior_is_taken_away_and_must_be_of_the_same_labels() -> None:
     corrected = SCORES.corrected(prior)
     assert corrected.best == "bad"
     assert corrected.log_probabilities["good"] == pytest.approx(math.log(0.5))
-    with pytest.raises(UserError, match="other labels"):
+    with refused("foreign_prior"):
         SCORES.corrected(LabelScores({"x": -1.0}, {"x": 1}))
 
 
@@ -46,5 +46,5 @@ def test_a_mean_is_of_probabilities() -> None:
     other = LabelScores({"good": math.log(0.4), "bad": math.log(0.3), "so so": math.log(0.1)}, SCORES.num_tokens)
     mean = mean_scores([SCORES, other]).log_probabilities
     assert mean == pytest.approx({"good": math.log(0.3), "bad": math.log(0.2), "so so": math.log(0.1)})
-    with pytest.raises(UserError, match="at least one query"):
+    with refused("foreign_prior"):
         mean_scores([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,14 +15,15 @@ from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
 from manyicl.errors import UserError, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rich.console import Console
 
+    from manyicl.cli.queries import Queries
     from manyicl.engine.backend import Sampling
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.task_prefix import TaskPrefix
-    from manyicl.tasks.task import Query
+    from manyicl.tasks.task import Example, Query, Task
 
 
 def predict_command(
@@ -100,22 +102,18 @@ def predict_command(
     from rich.progress import Progress
 
     from manyicl.cli.queries import Queries, rows_of
-    from manyicl.engine.engine import FITTED_QUERIES, Engine
+    from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
     console = Console(stderr=True)
     only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     sampling = _sampling(temperature, top_p, seed)
     _require_one_source(task, prefix, only_with_task if sampling else {**only_with_task, "--seed": seed})
+    every = "all" if scores or abstain_below is not None else "best"
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as write:
-        loaded_task = None if task is None else load_task(task, data_root)
+        source = _Source(None if task is None else load_task(task, data_root), prefix, shots, seed or 0, nearest)
         queries = Queries(input_path, rows_of(input_path, task, delimiter))
-        first: list[Query] = []
-        if loaded_task is not None:
-            require_no_rows_of(loaded_task.name, chain(loaded_task.train, loaded_task.test), output)
-            num_shots = len(loaded_task.train) if shots is None else shots
-            demonstrations = loaded_task.demonstrations(num_shots, seed or 0)
-            first = [] if input_path == STANDARD_STREAM else queries.read_ahead(loaded_task, FITTED_QUERIES)
+        source.read_ahead(queries, output)
         engine = Engine.from_pretrained(
             model,
             dtype=dtype,
@@ -125,24 +123,56 @@ def predict_command(
             max_context_tokens=max_context_tokens,
             working_memory_mib=working_memory_mib,
         )
-        every = scores or abstain_below is not None
-        options: dict[str, Any] = {"abstain_below": abstain_below, "sampling": sampling}
-        options["scores"] = "all" if every else "best"
-        describe = partial(_describe, console, engine)
-        if loaded_task is None:
-            compiled = engine.load(prefix or "").prefix
-            require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
-            describe(compiled)
-            predictions = engine.predict(compiled, queries.rendered(compiled.task), **options)
-        else:
-            rows = chain(first, queries.rendered(loaded_task))
-            options |= {"num_nearest": nearest, "on_prefix": describe}
-            predictions = engine.answer(loaded_task, demonstrations, rows, **options)
+        options = {"scores": every, "abstain_below": abstain_below, "sampling": sampling}
+        predictions = source.predictions(engine, queries, output, partial(_describe, console, engine), options)
         answered = queries.answered(predictions, _columns(scores, abstain_below is not None))
         with Progress(console=console) as progress:
             num_answers = write(progress.track(answered, description="Answering"))
     if output != STANDARD_STREAM:
         console.print(f"{counted(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
+
+
+@dataclass
+class _Source:
+    """Where demonstrations come from: a task, or a prefix that was compiled from one."""
+
+    task: Task | None
+    prefix: Path | None
+    num_shots: int | None
+    seed: int
+    num_nearest: int
+    demonstrations: Sequence[Example] = ()
+    first: Sequence[Query] = ()
+
+    def read_ahead(self, queries: Queries, output: Path) -> None:
+        """Find mistakes in task, shots and the first queries of a file before a model is loaded."""
+        from manyicl.engine.engine import FITTED_QUERIES
+
+        if self.task is None:
+            return
+        require_no_rows_of(self.task.name, chain(self.task.train, self.task.test), output)
+        num_shots = len(self.task.train) if self.num_shots is None else self.num_shots
+        self.demonstrations = self.task.demonstrations(num_shots, self.seed)
+        if queries.source != STANDARD_STREAM:
+            self.first = queries.read_ahead(self.task, FITTED_QUERIES)
+
+    def predictions(
+        self,
+        engine: Engine,
+        queries: Queries,
+        output: Path,
+        describe: Callable[[TaskPrefix], None],
+        options: dict[str, Any],
+    ) -> Iterator[Prediction]:
+        """Answer the queries after demonstrations of the task, or after the compiled prefix."""
+        if self.task is not None:
+            rows = chain(self.first, queries.rendered(self.task))
+            nearest: dict[str, Any] = {"num_nearest": self.num_nearest, "on_prefix": describe}
+            return engine.answer(self.task, self.demonstrations, rows, **options, **nearest)
+        compiled = engine.load(self.prefix or "").prefix
+        require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
+        describe(compiled)
+        return engine.predict(compiled, queries.rendered(compiled.task), **options)
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
