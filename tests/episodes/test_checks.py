@@ -6,7 +6,7 @@ import pytest
 
 from manyicl.episodes.checks import Lengths, check_task
 from manyicl.episodes.encoding import Encoder
-from manyicl.tasks.building import ON_BOTH_SIDES
+from manyicl.tasks.leakage import ON_BOTH_SIDES
 from tests.builders import byte_level_bpe, make_example, make_task, word_level
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from manyicl.errors import UserError
 from manyicl.evaluation.held_out import held_out_measure, validation_task
-from manyicl.tasks.building import normalised
+from manyicl.tasks.leakage import normalised
 from tests.builders import make_example, make_task, tiny_loaded
 
 

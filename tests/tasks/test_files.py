@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from manyicl.errors import UserError
-from manyicl.tasks.building import ON_BOTH_SIDES
 from manyicl.tasks.files import load_task, load_tasks, task_from_file
+from manyicl.tasks.leakage import ON_BOTH_SIDES
 from manyicl.tasks.task import Task
 
 Rows = Sequence[Mapping[str, Any]]

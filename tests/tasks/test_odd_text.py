@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyicl.errors import UserError
-from manyicl.tasks.building import normalised
 from manyicl.tasks.catalog import catalog_entries
 from manyicl.tasks.files import load_task
+from manyicl.tasks.leakage import normalised
 from manyicl.tasks.nearest import terms
 from manyicl.tasks.rows import read_rows
 from manyicl.tasks.task import Task

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from manyicl.errors import UserError
-from manyicl.tasks.building import normalised
+from manyicl.tasks.leakage import normalised
 from manyicl.tasks.task import Task
 
 if TYPE_CHECKING:

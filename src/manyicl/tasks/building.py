@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import UserError, counted, did_you_mean, located, shortened, shown
-from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked, normalised
+from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
 from manyicl.tasks.spec import TaskSpec
@@ -19,8 +19,6 @@ from manyicl.tasks.split import split, why_one_side_is_empty
 from manyicl.tasks.task import Example, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
 from manyicl.tasks.values import as_written, columns_in, listed, missing_column, num_characters
-
-__all__ = ["ON_BOTH_SIDES", "TaskBuilder", "normalised", "require_column", "task_of_examples"]
 
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
