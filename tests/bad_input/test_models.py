@@ -432,15 +432,16 @@ MODELS = [
     refused(
         "an export over what is there",
         "export --model m --output t",
-        "output_not_empty",
-        what="The output 't' is not empty",
+        "output_exists",
+        what="the output is not empty",
+        file="t",
     ),
     refused(
         "an export to a file",
         "export --model m --output new.jsonl",
         "output_is_file",
-        what="The output 'new.jsonl' is a file",
-        expected="a new or empty folder",
+        expected="a folder",
+        file="new.jsonl",
         files=QUERIES,
     ),
     Case(

@@ -59,8 +59,8 @@ def test_a_full_model_needs_no_merge_and_keeps_its_dtype(
         ({"--dtype": "int8"}, "expected float32, bfloat16, float16, found 'int8'"),
         ({"--model": "runs/nowhere"}, "The model folder 'runs/nowhere' does not exist"),
         ({"--model": "builtin:mano"}, "builtin:nano"),
-        ({"--output": "taken"}, "is not empty. Give a new or empty folder"),
-        ({"--output": "taken/note.txt"}, "is a file; expected a new or empty folder"),
+        ({"--output": "taken"}, "the output is not empty. Give a new or an empty folder"),
+        ({"--output": "taken/note.txt"}, "the output is a file; expected a folder"),
         ({"--output": None}, "--output"),
     ],
 )

@@ -155,6 +155,7 @@ def test_the_folder_is_plain(base: Path, exported: Path) -> None:
     assert json.loads((base / "config.json").read_text(encoding="utf-8"))["use_cache"] is False
     assert {path.name for path in exported.iterdir()} == {
         "PROMPT.md",
+        "prompt.json",
         "config.json",
         "generation_config.json",
         "manyicl.json",
@@ -193,7 +194,7 @@ def test_the_manifest_is_kept_and_no_base_is_needed(tmp_path: Path) -> None:
 def test_a_model_without_a_manifest_gets_none(tmp_path: Path, base: Path) -> None:
     export_model(str(base), tmp_path / "out")
     assert load_model(str(tmp_path / "out")).manifest is None
-    assert "has no `manyicl.json`" in (tmp_path / "out" / "PROMPT.md").read_text(encoding="utf-8")
+    assert not json.loads((tmp_path / "out" / "prompt.json").read_text(encoding="utf-8"))["fine_tuned"]
 
 
 # Precision
@@ -299,7 +300,7 @@ def test_a_failure_half_way_leaves_nothing(
     def fail(*_: object) -> str:
         raise failure
 
-    monkeypatch.setattr(export, "prompt_guide", fail)
+    monkeypatch.setattr(export, "write_guide", fail)
     with pytest.raises(type(failure)):
         export_model(str(base), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -313,7 +314,7 @@ def test_what_appears_in_the_output_meanwhile_is_not_replaced(
         (tmp_path / "out" / "note.txt").write_text("mine", encoding="utf-8")
         return ""
 
-    monkeypatch.setattr(export, "prompt_guide", meanwhile)
+    monkeypatch.setattr(export, "write_guide", meanwhile)
     with pytest.raises(OSError, match="not empty"):
         export_model(str(base), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "note.txt"]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from manyicl.cli.options import EndOfAnswer
-from manyicl.outputs import require_writable
+from manyicl.outputs import require_output_folder
 
 
 def export_command(
@@ -41,7 +41,7 @@ def export_command(
     from manyicl.model.export import export_model
     from manyicl.model.prompt_guide import GUIDE_FILE
 
-    require_writable(output, beside=True)
+    require_output_folder(output, empty=True)
     logging.disable_progress_bar()
     with Console(stderr=True).status("Loading, writing and reading back"):
         exported = export_model(model, output, merge=merge, dtype=dtype, end_of_answer=end_of_answer)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from manyicl.atomic import folder_written_atomically
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError, did_you_mean
 from manyicl.library_errors import reason
@@ -32,6 +29,7 @@ from manyicl.model.load import (
 from manyicl.model.manifest import format_to_ask_in
 from manyicl.model.merging import merge_adapter
 from manyicl.model.prompt_guide import ExportFacts, example_prompt, write_guide
+from manyicl.outputs import require_output_folder
 
 NUM_PROBE_TOKENS = 32
 # A merge may differ from its adapter by rounding alone: so much of what the adapter does, and of the logits.
@@ -103,7 +101,8 @@ def export_model(
             adapter and ``merge`` is not given, or is one that cannot be merged exactly.
         MachineError: If the folder cannot be written, or reads back as something else than was written.
     """
-    output = _free_folder(output)
+    require_output_folder(output, empty=True)
+    output = output.resolve()  # A link stays a link.
     if dtype is not None and dtype not in DTYPES:
         raise UserError(
             "unknown_dtype",
@@ -118,7 +117,7 @@ def export_model(
             f"{reference!r} is an adapter",
             remedy="Give --merge to write it and its base as one model.",
         )
-    with _written_whole(output) as part:
+    with folder_written_atomically(output) as part:
         written = _write(reference, dtype, end_of_answer, part)
         # Only now, when the model that was written is gone: a large one is not held twice.
         back = _read_back(part, written)
@@ -178,7 +177,10 @@ def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: P
         # The file holds more than its configuration says.
         saved_in, rounded = "float32", False
     _round(plain, saved_in)
-    _save(plain, loaded.tokenizer, part)
+    try:
+        _save(plain, loaded.tokenizer, part)
+    except SafetensorError as error:
+        raise MachineError(f"The weights cannot be written: {reason(error)}.") from error
     if loaded.manifest is not None:
         # All of it stays true: the base is what training began from, merged or not.
         loaded.manifest.write(part)
@@ -187,21 +189,6 @@ def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: P
 
 def _is_adapter(reference: str) -> bool:
     return (Path(resolve_reference(reference)) / "adapter_config.json").is_file()
-
-
-def _free_folder(output: Path) -> Path:
-    """Return where a link to the output leads, or refuse an output that is taken."""
-    taken = next(place for place in (output, *output.absolute().parents) if place.exists())
-    if not taken.is_dir():
-        below = "" if taken == output else f" would lie below {str(taken)!r}, which"
-        raise UserError(
-            "output_is_file", f"The output {str(output)!r}{below} is a file", expected="a new or empty folder"
-        )
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(
-            "output_not_empty", f"The output {str(output)!r} is not empty", remedy="Give a new or empty folder."
-        )
-    return output.resolve()
 
 
 def _load(reference: str) -> LoadedModel:
@@ -327,23 +314,6 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
                 remedy="Use bfloat16.",
             )
         weights.data = rounded
-
-
-@contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """Yield a folder beside the output that takes its place at the end, or is removed."""
-    part = output.with_name(f"{output.name}.{secrets.token_hex(4)}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if output.exists():
-            # Still empty, or this fails.
-            output.rmdir()
-        part.rename(output)
-    except SafetensorError as error:
-        raise MachineError(f"The weights cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Path) -> None:
