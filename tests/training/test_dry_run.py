@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> Non
     assert "stays unused" in text
     assert "measured: 2 sequences forward and backward on CPU" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_memory_is_measured_on_systems_without_the_module_resource(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "GiB of memory (measured" in "\n".join(dry_run(small_recipe(tmp_path / "run"), small_tasks()))
+
+
+def test_weights_that_are_updated_in_bfloat16_are_remarked(tmp_path: Path) -> None:
+    lines = list(dry_run(small_recipe(tmp_path / "run", "model.dtype=bfloat16"), small_tasks()))
+    assert any("updated in bfloat16, without float32 copies" in line for line in lines)
 
 
 def test_what_the_rows_hold_is_counted(tmp_path: Path) -> None:

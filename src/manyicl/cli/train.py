@@ -42,10 +42,6 @@ def train_command(
 
         manyicl train recipes/nano.yaml --dry-run
 
-            Run: 150 steps of 8 sequences of at most 1,024 tokens.
-            A packed sequence holds 1,003 tokens in 2.1 episodes with 62.0 supervised answers (124 tokens) …
-            About 4 minutes on this machine, evaluation aside, and 0.6 GiB of memory (measured: 2 sequences …).
-
         manyicl train recipes/nano.yaml --set training.learning_rate=1e-4 --set output=runs/slower
 
         manyicl train recipes/nano.yaml --resume
@@ -53,9 +49,8 @@ def train_command(
         torchrun --nproc-per-node 2 --no-python manyicl train recipes/mistral_7b_v0.3.yaml
     """
     if resume and overwrite:
-        raise UserError(
-            "conflicting_options", "--resume continues a run and --overwrite replaces it", remedy="Give one of them."
-        )
+        what = "--resume continues a run and --overwrite replaces it"
+        raise UserError("conflicting_options", what, remedy="Give one of them.")
     changes = [*(overrides or ()), *([f"training.seed={seed}"] if seed is not None else ())]
     with _terminated_as_by_ctrl_c():
         try:

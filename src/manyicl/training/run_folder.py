@@ -15,6 +15,7 @@ run is being replaced, ``.replacing`` exists too and nothing else counts.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,30 +40,16 @@ IDENTITY_FILE = "run.json"
 REPLACING_FILE = ".replacing"
 LOCK_FILE = ".lock"
 
-# What a run writes, so that --overwrite removes nothing else. In a folder of a run these names are taken.
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model*.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "additional_chat_templates",
-)
+# What a run writes into its folder and the folders in it, so that --overwrite removes nothing else. In the folder of a
+# run these names are taken.
 WRITTEN = {
-    "": (FILE_NAME, RECIPE_FILE, *MODEL_FILES),
-    "checkpoints": (IDENTITY_FILE, "checkpoint-*", "partial"),
-    "logs": ("events.out.tfevents.*",),
+    "": re.compile(
+        rf"{FILE_NAME}|{RECIPE_FILE}|(generation_|adapter_)?config\.json|(adapter_)?model.*\.safetensors(\.index\.json)?|"
+        r"tokenizer(_config)?\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+        r"spiece\.model|chat_template\.jinja|additional_chat_templates"
+    ),
+    "checkpoints": re.compile(rf"{IDENTITY_FILE}|checkpoint-\d+|partial"),
+    "logs": re.compile(r"events\.out\.tfevents\..*"),
 }
 
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
@@ -221,9 +208,9 @@ class RunFolder:
         """
         (self.path / REPLACING_FILE).touch()
         sync_folder(self.path)
-        for name, patterns in WRITTEN.items():
+        for name, pattern in WRITTEN.items():
             folder = self.path / name
-            for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+            for path in [path for path in folder.glob("*") if pattern.fullmatch(path.name)]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
