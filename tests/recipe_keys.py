@@ -52,7 +52,7 @@ def sections() -> dict[str, list[Key]]:
 
 def table(section: str) -> str:
     """The table of one section, with the marks that stand around it on the page."""
-    lines = ["| Key | Values | If left out | Meaning |", "| --- | --- | --- | --- |"]
+    lines = ["| Key | Values | Default | Meaning |", "| --- | --- | --- | --- |"]
     lines += [f"| `{key.name}` | {key.values} | {key.default} | {key.meaning} |" for key in sections()[section]]
     return "\n".join([f"<!-- keys of {section} -->", "", *lines, "", "<!-- end -->"])
 

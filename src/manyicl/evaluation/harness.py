@@ -8,7 +8,7 @@
     model = HarnessModel.from_pretrained("runs/one-model")
     lm_eval.simple_evaluate(model=model, tasks=["mmlu_astronomy"], num_fewshot=5)
 
-lm-eval hands over pairs of a context and a continuation. The continuations of one context become one trie behind it,
+lm-eval hands over pairs of a context and a continuation. The continuations of one context become one trie after it,
 and what many contexts begin with is read once, before them:
 
 ::
@@ -196,7 +196,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Score continuations behind their contexts.
+        """Score continuations after their contexts.
 
         Args:
             requests: Text, context tokens and continuation tokens of each; no text for rolling windows.
@@ -204,7 +204,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             override_bs: Without effect here.
 
         Returns:
-            Log-probability and whether every token is the likeliest, in the order of the requests.
+            Log-probability and whether every token is the most probable, in the order of the requests.
 
         Raises:
             UserError: If a continuation has no tokens, or more than fit the model.
@@ -372,7 +372,7 @@ class _Ending:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep a library from advice that does not concern the person."""
+    """Keep a library from advice that does not concern the user."""
     library = logging.getLogger(name)
     was_disabled = library.disabled
     library.disabled = True

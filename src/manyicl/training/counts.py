@@ -67,7 +67,7 @@ class RunCounts(TrainerCallback, ExportableState):
 
 
 class RunLoss(TrainerCallback, ExportableState):
-    """The sums behind the logged losses, kept in checkpoints, so that a resumed run logs what another one does.
+    """Sums of the logged losses, kept in checkpoints, so that a resumed run logs what another one does.
 
     Attributes:
         since_log: Summed loss of the steps since the last log line.
