@@ -75,7 +75,7 @@ def test_labels_that_begin_one_another_are_paired_as_text_and_as_tokens(encoder:
 def test_a_label_never_shown_and_a_lopsided_test_side_are_problems(encoder: Encoder) -> None:
     rows = [make_example(f"q{i}", "good") for i in range(40)]
     check = check_task(make_task(train=rows[:8], test=rows[8:], labels=("good", "bad")), encoder, 2048)
-    assert "The label 'bad' stands in no training row" in said(*check.problems)
+    assert "The label 'bad' is in no training row" in said(*check.problems)
     assert "100% of the test rows have one label" in said(*check.problems)
 
 

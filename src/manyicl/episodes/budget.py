@@ -113,7 +113,7 @@ def fit_demonstrations(
         task: Gives the instruction and says whether answers form a closed set.
         demonstrations: Wanted, in order.
         encoder: Counts tokens as the engine will see them.
-        max_context_tokens: Of the model.
+        max_context_tokens: Context of the model.
         reserve: Tokens to keep free for the longest query and its answer.
 
     Returns:

@@ -39,7 +39,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class LabelCount:
-    """How often a label stands on each side."""
+    """How often a label occurs on each side."""
 
     label: str
     num_train: int
@@ -72,7 +72,7 @@ class TaskCheck:
         majority_share: Share of the most frequent label among test rows, the trivial baseline.
         query_tokens: Lengths of queries with their separator, both sides.
         answer_tokens: Lengths of answers with their end-of-answer text, both sides.
-        num_repeated: Training rows whose query stands in training before.
+        num_repeated: Training rows whose query came before in training.
         num_contradictions: Of these, rows with another answer than before.
         num_on_both_sides: Training rows dropped because their query is in test.
         dropped: Reason -> number of rows dropped when the task was read.
@@ -111,7 +111,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
 
     Args:
         task: The task.
-        encoder: Of the model it is meant for.
+        encoder: Encoder of the model that the task is meant for.
         max_context_tokens: Context for which fitting shots are counted.
         num_examined: Most examples that are encoded twice, to compare segments with the joined text.
 
@@ -170,11 +170,11 @@ def _problems(
     """Say what the user should look at; ``alike`` are labels whose tokens, with their end, do not differ."""
     never_shown = [label.label for label in check.labels if label.num_train == 0]
     for label in never_shown if len(never_shown) <= MOST_NAMED else ():
-        yield f"The label {label!r} stands in no training row, so no demonstration can show it."
+        yield f"The label {label!r} is in no training row, so no demonstration can show it."
     if len(never_shown) > MOST_NAMED:
         named = ", ".join(map(repr, never_shown[:MOST_NAMED]))
         yield (
-            f"{len(never_shown):,} labels stand in no training row, so no demonstration can show them: {named} and "
+            f"{len(never_shown):,} labels are in no training row, so no demonstration can show them: {named} and "
             f"{len(never_shown) - MOST_NAMED:,} more."
         )
     if check.majority_share is not None and check.majority_share >= ONE_SIDED_SHARE:

@@ -91,7 +91,7 @@ class Encoder:
         return self._segments.encode(segment, opens_sequence)
 
     def _encode(self, segments: Iterable[Segment], opens_sequence: bool = False) -> tuple[int, ...]:
-        """Encode segments one by one; ``opens_sequence`` says that no text stands before them."""
+        """Encode segments one by one; ``opens_sequence`` says that no text comes before them."""
         token_ids: list[int] = []
         for segment in segments:
             token_ids += self._encode_segment(segment, opens_sequence)
@@ -99,7 +99,7 @@ class Encoder:
         return tuple(token_ids)
 
     def segment_ids(self, text: str, opens_sequence: bool = False) -> tuple[int, ...]:
-        """Encode a text by itself; ``opens_sequence`` says that no text stands before it."""
+        """Encode a text by itself; ``opens_sequence`` says that no text comes before it."""
         return self._encode_segment(Segment(text), opens_sequence)
 
     def preceding(self, instruction: str, num_shots: int) -> Preceding:

@@ -28,7 +28,7 @@ class SegmentTokenizer:
         """Copy the backend of a fast tokenizer.
 
         Args:
-            tokenizer: Of the model; stays as it is.
+            tokenizer: Tokenizer of the model; stays as it is.
             constants: All that the format itself writes.
 
         Raises:
@@ -75,7 +75,7 @@ class SegmentTokenizer:
             )
 
     def encode(self, segment: Segment, opens_sequence: bool = False) -> tuple[int, ...]:
-        """Encode one segment; ``opens_sequence`` says that no text stands before it."""
+        """Encode one segment; ``opens_sequence`` says that no text comes before it."""
         if segment.is_control:
             # Some tokenizers put their marker after every control token, so they decide what follows one.
             decides = opens_sequence or segment.text.startswith(self._added)
@@ -150,7 +150,7 @@ def _with_special_tokens(description: dict[str, Any], written: str) -> dict[str,
 
 
 def _byte_of_token(backend: Tokenizer, description: dict[str, Any]) -> dict[int, int]:
-    """Return the byte that each token such as ``<0x0A>`` stands for; empty where a tokenizer has no such tokens."""
+    """Return the byte that each token such as ``<0x0A>`` means; empty where a tokenizer has no such tokens."""
     if '"ByteFallback"' not in json.dumps(description.get("decoder")):
         return {}
     tokens = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}

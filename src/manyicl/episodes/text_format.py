@@ -189,8 +189,8 @@ class ChatFormat(TextFormat):
         end_of_answer: Ends an answer, up to its control token.
         inter_turn_text: Between the end of an answer and the next query.
         trimmed: The texts from whose ends the template takes white space.
-        instruction_in: Where an instruction stands: a system turn, or the first query's turn where there is none.
-        template_arguments: That the template was given; a client that sends messages to a server must give them too.
+        instruction_in: Turn of the instruction: a system turn, or the first query's turn where there is none.
+        template_arguments: Arguments of the template; a client that sends messages to a server must give them too.
     """
 
     kind: Literal["chat"] = "chat"
@@ -234,7 +234,7 @@ class ChatFormat(TextFormat):
 
     @property
     def begins_with_bos(self) -> bool:
-        """Never: the template itself writes it, if it stands there."""
+        """Never: the template itself writes it, where it belongs."""
         return False
 
     @property
@@ -263,7 +263,7 @@ class FormatSettings(Section):
         "plain", description="plain: texts one after the other; chat: turns of the base's chat template."
     )
     separator: str | None = Field(
-        None, min_length=1, description="plain: stands between a query and its answer; unset: a line break."
+        None, min_length=1, description="plain: text between a query and its answer; unset: a line break."
     )
     end_of_answer: str | None = Field(
         None,

@@ -6,7 +6,7 @@ see follows from the order of keys alone:
 
 ::
 
-    packed row       segments 0 0 0 1 1 1 1 2 2             a token sees its own segment, up to itself
+    packed           segments 0 0 0 1 1 1 1 2 2             a token sees its own segment, up to itself
     continuation     prefix p p p p | row a a b b b         a token sees the whole prefix and its own sequence
 """
 
@@ -34,11 +34,11 @@ UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
 def packed_arguments(segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return what a model needs beside the ids of a packed row: restarting positions and segment ends.
+    """Return what a model needs beside the ids of a packed sequence: restarting positions and segment ends.
 
     Args:
         segment_lengths: Tokens of each isolated episode; they sum to T.
-        device: Where the row lives.
+        device: Device of the sequence.
 
     Returns:
         ``position_ids`` (1, T), from 0 in each segment, and ``cu_seq_lens_q`` (segments + 1,), from 0 to T, under
@@ -66,7 +66,7 @@ def isolated_attention(
     continuation: Continuation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally, within segments of a packed row or over a prefix and the own sequence after it.
+    """Attend causally, within segments of a packed sequence or over a prefix and the own sequence after it.
 
     Splitting by segment costs the sum of squares instead of the square of the sum: measured 22 times faster
     than a dense mask for 8 segments of 1,024 tokens on a CPU.
@@ -74,15 +74,15 @@ def isolated_attention(
     Args:
         module: The attention layer that calls.
         query: (B, heads, T, head size).
-        key: (B, key heads, K, head size); K = T, or more where transformers' own cache stands before them.
-        value: As ``key``.
+        key: (B, key heads, K, head size); K = T, or more where transformers' own cache comes before them.
+        value: Values, shaped as ``key``.
         attention_mask: Must be None; a mask would be ignored here.
-        scaling: Of the scores before the softmax; None for one over the root of the head size.
-        dropout: Of attention weights, in training.
+        scaling: Factor of the scores before the softmax; None for one over the root of the head size.
+        dropout: Share of attention weights dropped in training.
         sliding_window: A token sees at most so many keys, itself included; None for all.
         softcap: Scores are squashed to plus or minus this; None for no cap.
-        cu_seq_lens_q: Ends of the segments of a packed row, (segments + 1,); None for one segment.
-        continuation: What the row continues, if it continues a prefix; it takes the place of segments.
+        cu_seq_lens_q: Ends of the segments of a packed sequence, (segments + 1,); None for one segment.
+        continuation: What the sequence continues, if it continues a prefix; it replaces segments.
         **kwargs: What else transformers hands over. Nothing in it changes the result, or it is refused.
 
     Returns:
@@ -119,7 +119,7 @@ def variable_length_attention(
 ) -> tuple[Tensor, None]:
     """Do what `isolated_attention` does, all segments of a packed sequence in one call of flash-attn.
 
-    The arguments are the same; what is no packed sequence goes there. Tested with a slow stand-in for the
+    The arguments are the same; what is no packed sequence is handed to it. Tested with a slow stand-in for the
     library's function; the kernel itself, for which a GPU is needed, was never run.
 
     Returns:

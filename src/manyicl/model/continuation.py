@@ -29,7 +29,7 @@ class Block:
     Attributes:
         start: Position of the first token.
         keys: One per layer, (1, key heads, tokens, head size).
-        values: As ``keys``.
+        values: Values, shaped as ``keys``.
     """
 
     start: int
@@ -106,12 +106,12 @@ class Continuation:
         prefix: Blocks that every token sees, in order.
         positions: Position of each new token, (T,).
         sequence: Which sequence each new token belongs to, (T,), rising.
-        column: Its place among the new tokens of its sequence, (T,).
+        column: Position of each token among the new tokens of its sequence, (T,).
         num_sequences: Rows of the padded batch.
         num_columns: Most new tokens of one sequence.
-        own: Where keys and values are kept for later passes; None if there is none.
+        own: Keys and values kept for later passes; None if there is none.
         own_line: Line of ``own`` that belongs to each sequence, (sequences,); None if they are all of them, in order.
-        slot: Where in ``own`` each new token goes, (T,).
+        slot: Slot of ``own`` for each new token, (T,).
         slot_positions: Position of each slot, (sequences, slots); for windows.
         visible: Which slots of ``own`` each new token sees, (sequences, columns, slots). None if the tokens are the
             first of their sequences: then each sees its own sequence up to itself.
@@ -143,10 +143,10 @@ class Continuation:
 
         Args:
             layer: Index of the calling layer.
-            query: Of the new tokens, (1, heads, T, head size).
-            key: Of the new tokens, (1, key heads, T, head size).
-            value: As ``key``.
-            scale: Of the scores.
+            query: Queries of the new tokens, (1, heads, T, head size).
+            key: Keys of the new tokens, (1, key heads, T, head size).
+            value: Values, shaped as ``key``.
+            scale: Factor of the scores.
             window: A token sees at most so many keys, itself included; None for all.
             softcap: Scores are squashed to plus or minus this; None for no cap.
 

@@ -41,9 +41,9 @@ class Exported:
     """What an export wrote, and what it did to the weights.
 
     Attributes:
-        folder: Where it stands.
+        folder: Folder that was written.
         num_parameters: Weights of the model, a tied head counted once.
-        dtype: In which they are saved.
+        dtype: Precision in which they are saved.
         merged: True if an adapter went into its base.
         rounded: True if the dtype does not hold all weights exactly.
         logit_change: Largest difference of a logit on a probe, between the exported folder as plain transformers
@@ -86,7 +86,7 @@ def export_model(
 ) -> Exported:
     """Write a model as one plain folder, an adapter merged into its base, and read it back before it counts.
 
-    The folder is written beside its place and renamed into it last.
+    The folder is written aside and gets its name last.
 
     Args:
         reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
@@ -140,11 +140,11 @@ class _Written:
     """What must be found again in the folder.
 
     Attributes:
-        encoder: Of the model's tokenizer and format.
-        fingerprint: Of the weights as they are saved.
+        encoder: Encoder of the model's tokenizer and format.
+        fingerprint: Fingerprint of the weights as they are saved.
         probe: Tokens, (1, T).
-        logits: Of the model that was given, after them, (1, T, V).
-        dtype: In which the weights are saved.
+        logits: Logits of the original model at these tokens, (1, T, V).
+        dtype: Precision in which the weights are saved.
         rounded: True if that changed any.
         adapter_effect: Largest difference that the adapter makes to a logit of its base; None without one.
     """
@@ -246,7 +246,7 @@ def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
 
 
 def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrainedModel, float]:
-    """Merge an adapter into its base, and hold that the logits stay the same.
+    """Merge an adapter into its base, and check that the logits stay the same.
 
     Args:
         loaded: The adapter over its base, in float32; used up.

@@ -43,7 +43,7 @@ def structured_initialization(model: PreTrainedModel, seed: int) -> None:
     """Overwrite all weights of a new Llama model, so that looking up in its own context is near.
 
     Layer 0: one head looks one token back, two average windows of the last tokens, one looks two back.
-    Layers 1 up: two heads find earlier places that had this token before them and similar words around them,
+    Layers 1 up: two heads find earlier positions that had this token before them and similar words around them,
     and copy what stood there; one matches like content nearby; one matches like content anywhere (in layer 1
     it looks one back). Everything else is small and random.
 
@@ -54,7 +54,7 @@ def structured_initialization(model: PreTrainedModel, seed: int) -> None:
     Args:
         model: A Llama with attention_bias (Qwen2 has the same biases, but plain transformers loads only Qwen2's
             own tokenizer for it), tied embeddings, one key head per query head, and at least four heads.
-        seed: Of the random directions.
+        seed: Seed of the random directions.
 
     Raises:
         UserError: If the model has another shape.
@@ -187,7 +187,7 @@ class _Structure:
         head.output[block.start : block.start + rank, :rank] = torch.eye(rank) * (EMBEDDING_SCALE * COPY_GAIN)
 
     def _look_up(self, head: _Head, half: int) -> None:
-        """Find a place with this token before it and similar words around it; copy half of its identity."""
+        """Find a position with this token before it and similar words around it; copy half of its identity."""
         same = self._directions(len(self.matching), self.before.stop - self.before.start)
         similar = self._directions(len(self.matching), self.hidden - self.around.start)
         query, key = torch.zeros(2, self.head, self.hidden)

@@ -73,9 +73,9 @@ def require_same_logits(model: PreTrainedModel, before: torch.Tensor, library: s
     """Refuse kernels that change what a model computes by more than rounding.
 
     Args:
-        model: With the kernels.
+        model: Model with the kernels.
         before: `probe_logits` of the same model without them.
-        library: Where the kernels come from.
+        library: Library that the kernels come from.
 
     Raises:
         UserError: If so.
@@ -120,7 +120,7 @@ def require_isolation(model: PreTrainedModel) -> None:
     """Refuse a model in which a packed episode sees its neighbours, or our attention scores otherwise than its own.
 
     Raises:
-        UserError: If so, or if the model cannot be called on a packed row.
+        UserError: If so, or if the model cannot be called on a packed sequence.
     """
     name = type(model).__name__
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())

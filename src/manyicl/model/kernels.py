@@ -1,6 +1,6 @@
 """Kernels of other libraries for a GPU, taken only where they give what the model gave before.
 
-We never ran them on a GPU: tests put stand-ins in their place, and Liger 0.8.5 was compared once in Triton's
+They were never run on a GPU: tests replace them by stand-ins, and Liger 0.8.5 was compared once in Triton's
 interpreter. So each is compared when a run starts, with torch's own kernels and packed with alone, and refused where
 it differs.
 """
@@ -32,7 +32,7 @@ LIGER_KERNELS = {
 
 
 def use_flash_attention(model: PreTrainedModel) -> None:
-    """Let flash-attn compute the packed rows of a model, in place.
+    """Let flash-attn compute the packed sequences of a model, in place.
 
     Raises:
         UserError: If flash-attn cannot be imported or does not run, or the model's logits become others.

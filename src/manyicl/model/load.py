@@ -50,11 +50,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network ready for packed rows, with all that it was saved with.
+    """A network ready for packed sequences, with all that it was saved with.
 
     Attributes:
         model: The causal language model, an adapter over it if there is one.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         manifest: Content of manyicl.json, if the folder holds one.
         fingerprint: Hash of the weights; tells results of different models apart.
         reference: How the user named it.
@@ -168,19 +168,19 @@ def load_model(
     device: str | None = None,
     check_isolation: bool = True,
 ) -> LoadedModel:
-    """Load a model for packed rows and for continuing a prefix.
+    """Load a model for packed sequences and for continuing a prefix.
 
     Args:
         reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for float32 on a CPU and the saved one on a GPU.
-        device: Where to put it; None for a GPU if there is one.
+        device: Device of the model; None for a GPU if there is one.
         check_isolation: Compare packed with separate episodes; costs two short passes.
 
     Returns:
         The model in evaluation mode, with its tokenizer, manifest and fingerprint.
 
     Raises:
-        UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
+        UserError: If it cannot be found or loaded, or mixes the episodes of a packed sequence.
     """
     reference = _as_text(reference)
     path = _path_without_code(reference)
@@ -224,11 +224,11 @@ def load_quantized(reference: str, dtype: str, device: str) -> PreTrainedModel:
 
     Args:
         reference: As for `load_model`; no adapter.
-        dtype: Of everything that is not quantized, and of the products.
+        dtype: Precision of everything that is not quantized, and of the products.
         device: A GPU.
 
     Raises:
-        UserError: If it cannot be found or loaded, or mixes the episodes of a packed row.
+        UserError: If it cannot be found or loaded, or mixes the episodes of a packed sequence.
     """
     from transformers import BitsAndBytesConfig
 

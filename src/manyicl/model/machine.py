@@ -43,7 +43,7 @@ class Processor:
     """The CPU.
 
     Attributes:
-        name: As the system calls it.
+        name: Name of the CPU, as the system calls it.
         num_physical_cores: None where the system does not say.
         num_logical_cores: Hardware threads.
         num_usable_cores: Those that this process may use, by affinity and by the quota of its container.
@@ -65,7 +65,7 @@ class Gpu:
     """A device that torch can use.
 
     Attributes:
-        name: Its model.
+        name: Model of the device.
         memory_gib: In all.
         compute_capability: Major and minor.
         bfloat16: Whether it computes in bfloat16 itself; older ones emulate it.
@@ -83,10 +83,10 @@ class Machine:
 
     Attributes:
         system: Operating system and architecture.
-        python: Its version.
+        python: Version of Python.
         processor: The CPU.
-        memory_gib: That this process may use, by the machine and by the limit of its container.
-        available_memory_gib: Of the machine, not in use now.
+        memory_gib: Memory that this process may use, by the machine and by the limit of its container.
+        available_memory_gib: Memory of the machine that is not in use now.
         num_torch_threads: CPU threads that torch uses unless told otherwise.
         gpus: Those that torch sees.
         cuda: CUDA version that torch is built for; None for a build without.

@@ -42,8 +42,8 @@ def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float, softc
     Args:
         query: (B, heads, T, head size).
         key: (B, key heads, K, head size), K at least 1.
-        value: As ``key``.
-        scale: Of the scores.
+        value: Values, shaped as ``key``.
+        scale: Factor of the scores.
         softcap: Scores are squashed to plus or minus this; None for no cap.
     """
     heads, key_heads, num_tokens = query.shape[1], key.shape[1], query.shape[2]
