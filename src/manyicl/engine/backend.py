@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from manyicl.errors import UserError
 
@@ -88,8 +88,7 @@ class OptionScores:
     greedy: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
+class GeneratedToken(NamedTuple):
     """The next token of one query's answer.
 
     Attributes:

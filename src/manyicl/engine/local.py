@@ -172,10 +172,9 @@ class LocalBackend:
         numbers = range(len(queries)) if numbers is None else numbers
         for batch, blocks, batch_queries in self._batches(prefix, queries, memory):
             batch_numbers = [numbers[i] for i in batch]
-            tokens = generate(self.model, blocks, batch_queries, stop, max_tokens, memory, sampling, batch_numbers)
-            for token in tokens:
-                query = batch[token.query]
-                yield GeneratedToken(query, token.token_id, token.log_probability, token.stopped, token.is_last)
+            yield from generate(
+                self.model, blocks, batch_queries, stop, max_tokens, memory, sampling, batch_numbers, batch
+            )
 
     def working_memory(self, prefix: Prefix) -> WorkingMemory:
         """Return the bound on what queries in flight use, and what their tokens cost."""
