@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -71,7 +71,28 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
-    for beginning, what, remedy in _NO_UTF8:
+    return _decoded(content, path).lstrip("\ufeff")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text, read as they are needed, each with a line feed at its end; see `read_text`.
+
+    Raises:
+        UserError: As `read_text`, once the line is reached.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, content in enumerate(file, start=1):
+                text = _decoded(content, path, number)
+                text = text.lstrip("\ufeff") if number == 1 else text
+                yield from (f"{line}\n" for line in text.removesuffix("\n").split("\n"))
+    except OSError as error:
+        raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
+
+
+def _decoded(content: bytes, path: Path, first_line: int = 1) -> str:
+    """Decode a text, or lines of one, and write all line ends as line feeds."""
+    for beginning, what, remedy in _NO_UTF8 if first_line == 1 else ():
         if content.startswith(beginning):
             raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=path)
     try:
@@ -81,11 +102,11 @@ def read_text(path: Path) -> str:
         position = error.start
     if position >= 0:
         wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
-        line = content.count(b"\n", 0, position) + 1
+        line = content.count(b"\n", 0, position) + first_line
         raise UserError(
             "not_utf8", "the file is not text in UTF-8", found=wrong, remedy=_SAVE_AS_UTF8, file=path, row=line
         )
-    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -310,7 +310,7 @@ BROKEN = [
         "not_an_object",
         file="t/train.jsonl",
         row=1,
-        found="a text or number",
+        found="a number",
         files={**task(), "t/train.jsonl": "12\n"},
     ),
     refused(

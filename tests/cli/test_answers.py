@@ -6,12 +6,14 @@ import csv
 import io
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from manyicl.cli.answers import answers_written
+from manyicl.tasks.rows import iter_rows
 from manyicl.tasks.task import Task
 from tests.cli.test_predict import EARLIER, run
 from tests.engine.parts import refused
@@ -122,3 +124,26 @@ def test_a_row_of_a_file_is_rendered_once(
     assert rendered == {f"film {i}": 1 for i in range(12)}
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [answer["text"] for answer in answers] == [f"film {i}" for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["new.jsonl", "new.csv", "new.parquet"])
+def test_a_file_is_read_no_further_than_its_answers_need(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"film {i}", "id": str(i)} for i in range(5_000)]
+    path = tmp_path / name
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n", encoding="utf-8")
+    elif name.endswith(".csv"):
+        lines = "".join(f"{row['text']},{row['id']}\n" for row in rows)
+        path.write_text(f"text,id\n{lines}a,b,c\n", encoding="utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    read = iter_rows(path)
+    assert [row.columns for row in islice(read, 4_999)] == rows[:4_999]
+    if not name.endswith(".parquet"):
+        with refused(
+            "broken_json" if name.endswith(".jsonl") else "wrong_number_of_fields", row=5_001 + ("csv" in name)
+        ):
+            list(read)

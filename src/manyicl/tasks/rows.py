@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from manyicl.checked import read_text
+from manyicl.checked import text_lines
 from manyicl.errors import UserError, counted
 from manyicl.library_errors import reason
 from manyicl.paths import exists, nearest_path
@@ -28,6 +27,7 @@ SUFFIXES: tuple[str, ...] = (*JSON_LINES, *DELIMITERS, *PARQUET)
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar")
 _USUAL_DELIMITERS = (";", "\t", "|", ",")
 _NUM_RECORDS_COMPARED = 20
+_NUM_LINES_COMPARED = 1_000
 _EXCEL_NOTE = re.compile(r'"?sep=\W?"?', re.IGNORECASE)
 _JSON_LINES_REMEDY = "`jq -c '.[]'` or pandas `to_json(orient='records', lines=True)` writes that."
 _QUOTES_REMEDY = "If double quotes are ordinary characters there, set `quotes: none` under `data` in a task.yaml."
@@ -119,9 +119,9 @@ def require_file(path: Path) -> None:
 
 def _json_rows(path: Path) -> Iterator[LocatedRow]:
     # str.splitlines would also cut at U+2028 and others, which JSON strings may hold.
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
+    for line, text in enumerate(text_lines(path), start=1):
         if text.strip():
-            yield LocatedRow(parse_json_row(text, str(path), line), str(path), line)
+            yield LocatedRow(parse_json_row(text.removesuffix("\n"), str(path), line), str(path), line)
 
 
 def parse_json_row(text: str, file: str | None = None, line: int | None = None) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def parse_json_row(text: str, file: str | None = None, line: int | None = None) 
     if text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS:
         refuse("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep", "a row of columns")
     if not isinstance(row, dict):
-        found = {list: "a list", str: "a text or number", bool: "true or false"}.get(type(row), "null")
+        found = {list: "a list", str: "a text", NumberText: "a number", bool: "true or false"}.get(type(row), "null")
         is_table = isinstance(row, list) and any(isinstance(part, dict) for part in row)
         expected = 'one JSON object a line, such as {"text": …}'
         if is_table:
@@ -188,17 +188,18 @@ def _num_levels(value: Any) -> int:
 def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
     # The limit of 131,072 characters a field is the csv module's own, and process-wide.
     csv.field_size_limit(2**31 - 1)
-    text = read_text(path)
-    if note := _EXCEL_NOTE.fullmatch(text.partition("\n")[0].strip(" ")):
+    lines = text_lines(path)
+    first_lines = list(islice(lines, _NUM_LINES_COMPARED))
+    if note := _EXCEL_NOTE.fullmatch("".join(first_lines[:1]).strip(" \n")):
         what = f"{note[0]!r} tells Excel the delimiter and is no header"
         raise UserError("excel_note", what, remedy="Delete that line.", file=path, row=1)
     header: list[str] | None = None
-    for line, fields in _records(path, text, delimiter, quotes):
+    for line, fields in _records(path, chain(first_lines, lines), delimiter, quotes):
         if header is None:
             try:
                 header = _checked_header(fields)
                 if len(header) == 1:
-                    _require_one_column(text, header[0], delimiter, quotes)
+                    _require_one_column(first_lines, header[0], delimiter, quotes)
             except UserError as error:
                 raise error.at(file=path, row=line) from None
         elif len(fields) != len(header):
@@ -219,9 +220,9 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
             yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
 
 
-def _records(path: Path, text: str, delimiter: str, quotes: Quotes) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV text that are not blank, each with its first line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -261,7 +262,7 @@ def _checked_header(fields: list[str]) -> list[str]:
     return names
 
 
-def _require_one_column(text: str, name: str, delimiter: str, quotes: Quotes) -> None:
+def _require_one_column(lines: Iterable[str], name: str, delimiter: str, quotes: Quotes) -> None:
     """Refuse a table of one column that another delimiter cuts into as many fields in each of its first records.
 
     A name may hold such a character by itself, as ``"Question; if any"`` does, and queries are often in one column.
@@ -269,7 +270,7 @@ def _require_one_column(text: str, name: str, delimiter: str, quotes: Quotes) ->
     for other in _USUAL_DELIMITERS:
         if other == delimiter:
             continue
-        records = csv.reader(io.StringIO(text, newline=""), delimiter=other, quoting=_QUOTING[quotes])
+        records = csv.reader(lines, delimiter=other, quoting=_QUOTING[quotes])
         nums_fields = {len(fields) for fields in islice(filter(None, records), 1 + _NUM_RECORDS_COMPARED)}
         if len(nums_fields) == 1 and nums_fields != {1}:
             quoted = " If it is one column, put its name in double quotes." if quotes == "csv" else ""
@@ -288,19 +289,18 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
     import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            what = f"the column {repeated!r} occurs twice"
-            raise UserError("repeated_column", what, remedy="Keep one of them.", file=path, field=repeated)
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if repeated := next((name for name in names if names.count(name) > 1), None):
+                what = f"the column {repeated!r} occurs twice"
+                raise UserError("repeated_column", what, remedy="Keep one of them.", file=path, field=repeated)
+            batches = (zip(*batch.columns, strict=True) for batch in file.iter_batches())
+            for number, values in enumerate(chain.from_iterable(batches), start=1):
+                named = zip(names, values, strict=True)
+                columns = {name: text_of(value.as_py, name, str(path), number) for name, value in named}
+                yield LocatedRow(columns, str(path), number)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError("broken_parquet", f"not a readable Parquet file, {reason(error)}", file=path) from error
-    for number, values in enumerate(zip(*table.columns, strict=True), start=1):
-        columns = {
-            name: text_of(value.as_py, name, str(path), number)
-            for name, value in zip(table.column_names, values, strict=True)
-        }
-        yield LocatedRow(columns, str(path), number)
 
 
 def text_of(read: Callable[[], Any], column: str, file: str, line: int) -> Any:
