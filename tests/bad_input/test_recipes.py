@@ -526,7 +526,7 @@ VALUES = [
         "evaluations of nothing",
         put("training.evaluate_every=1"),
         "wrong_value",
-        what="without tasks.evaluate nothing is evaluated and training.eva",
+        what="without tasks.evaluate nothing is evaluated, so training.eva",
         files=recipe(),
     ),
     refused(

@@ -103,8 +103,11 @@ def test_checkpoints_that_evaluations_make_in_any_case_are_not_asked_for_twice()
         (["tasks.mixture={kind: weights, temperature: 2, weights: {a: 1}}"], "temperature has no effect"),
         (["tasks.mixture={kind: weights}"], "kind: weights needs weights"),
         (["training.decay_share=0.5"], "decay_share has no effect with schedule: linear"),
-        (["tasks.evaluate=[]", "training.evaluate_every=2"], "nothing is evaluated and training.evaluate_every has no"),
-        (["tasks.evaluate=[]", "training.evaluate_shots=[1]", "training.evaluate_queries=3"], "shots, training.evalu"),
+        (["tasks.evaluate=[]", "training.evaluate_every=2"], "nothing is evaluated, so training.evaluate_every would"),
+        (
+            ["tasks.evaluate=[]", "training.evaluate_shots=[1]", "training.evaluate_queries=3"],
+            "shots and training.evaluate_queries would",
+        ),
         (["training.warmup_steps=5"], "training.warmup_steps is 5, but the run has 4 steps, so the rate never reaches"),
         (
             ["training.schedule=warmup_stable_decay", "training.decay_share=1", "training.warmup_steps=1"],

@@ -300,17 +300,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _evaluations_have_tasks(self) -> Self:
-        fields = {name: field.default for name, field in TrainingSettings.model_fields.items()}
-        unused = [
-            f"training.{name}"
-            for name, default in fields.items()
-            if name.startswith("evaluate_") and getattr(self.training, name) != default
-        ]
+        fields = TrainingSettings.model_fields
+        keys = [key for key in fields if key.startswith("evaluate_")]
+        unused = [f"training.{key}" for key in keys if getattr(self.training, key) != fields[key].default]
         if unused and not self.tasks.evaluate:
+            names = " and ".join(unused)
             raise ValueError(
-                f"without tasks.evaluate nothing is evaluated and {', '.join(unused)} "
-                f"{'has' if len(unused) == 1 else 'have'} no effect; name held-out tasks, or leave "
-                f"{'it' if len(unused) == 1 else 'them'} out"
+                f"without tasks.evaluate nothing is evaluated, so {names} would have no effect; name held-out tasks, "
+                "or leave that out"
             )
         return self
 
