@@ -339,11 +339,14 @@ MODELS = [
         found="1,000,000,000,000,000,000,000,000,000,000",
         files=QUERIES,
     ),
-    Case(
+    refused(
         "a context too small for the query",
         f"{PREDICT} --max-context-tokens 3",
-        ("new.jsonl:1: Query 1: ", "max_context_tokens is 3"),
-        QUERIES,
+        "query_too_long",
+        what="8 tokens are needed with 0 demonstrations and its answer;",
+        file="new.jsonl",
+        row=1,
+        files=QUERIES,
         leaves=("answers.jsonl.part",),
     ),
     refused(
@@ -649,23 +652,28 @@ COMPILED = [
         expected="at most max_context_tokens, 20",
         files=QUERIES,
     ),
-    Case(
+    refused(
         "a compiled task and a task",
         "predict --model m --task t --prefix t.prefix --input new.jsonl",
-        ("Give either --task, or --prefix",),
-        QUERIES,
+        "conflicting_options",
+        what="demonstrations come from one place",
+        expected="either --task or --prefix",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "neither a compiled task nor a task",
         "predict --model m --input new.jsonl",
-        ("Give either --task, or --prefix",),
-        QUERIES,
+        "conflicting_options",
+        what="demonstrations come from one place",
+        expected="either --task or --prefix",
+        files=QUERIES,
     ),
-    Case(
+    refused(
         "shots for a compiled task",
         "predict --model m --prefix t.prefix --shots 4 --input new.jsonl",
-        ("--shots goes with --task",),
-        QUERIES,
+        "conflicting_options",
+        field="--shots",
+        files=QUERIES,
     ),
     refused(
         "a compiled task for a folder that is not there",
@@ -712,35 +720,45 @@ TRAINING = [
         what="The model folder 'mm' does not exist",
         files=recipe(spoilt("base: m", "base: mm", BASE)),
     ),
-    Case(
+    refused(
         "rows longer than the base can read",
         TRAINED,
-        ("sequences.max_context_tokens is 5,000; the model has 512 positions. Use shorter sequences",),
-        recipe(spoilt("max_context_tokens: 60", "max_context_tokens: 5000", BASE)),
+        "context_too_long",
+        field="sequences.max_context_tokens",
+        files=recipe(spoilt("max_context_tokens: 60", "max_context_tokens: 5000", BASE)),
     ),
-    Case(
+    refused(
         "a context too small for one example",
         TRAINED,
-        ("The shortest example of task 't' needs", "max_context_tokens is 8. Raise it or leave the task out"),
-        recipe(spoilt("max_context_tokens: 60", "max_context_tokens: 8", BASE)),
+        "no_shot_fits",
+        field="sequences.max_context_tokens",
+        expected="at most 8 tokens (max_context_tokens)",
+        found="11",
+        files=recipe(spoilt("max_context_tokens: 60", "max_context_tokens: 8", BASE)),
     ),
-    Case(
+    refused(
         "an example longer than the context, of a dry run",
         "train recipe.yaml --dry-run",
-        ("The shortest example of task 't' needs",),
-        recipe(BASE, train=[{"text": "film " * 900, "label": label} for label in ("good", "bad")]),
+        "no_shot_fits",
+        field="sequences.max_context_tokens",
+        expected="at most 60 tokens (max_context_tokens)",
+        found="1,806",
+        files=recipe(BASE, train=[{"text": "film " * 900, "label": label} for label in ("good", "bad")]),
     ),
-    Case(
+    refused(
         "an adapter over an adapter to be trained",
         TRAINED,
-        ("model.base 'a' is an adapter itself", "leave out model.lora"),
-        recipe(spoilt("{base: m}", "{base: a, lora: {rank: 2}}", BASE)),
+        "base_is_adapter",
+        field="model.lora",
+        files=recipe(spoilt("{base: m}", "{base: a, lora: {rank: 2}}", BASE)),
     ),
-    Case(
+    refused(
         "an adapter over layers that there are not",
         TRAINED,
-        ("model.lora.target_modules: ['query']", "linear layers are ['down_proj'"),
-        recipe(spoilt("{base: m}", "{base: m, lora: {target_modules: [query]}}", BASE)),
+        "unknown_layer",
+        field="model.lora.target_modules",
+        expected="names of linear layers, ['down_proj', 'gate_proj', 'k_proj',",
+        files=recipe(spoilt("{base: m}", "{base: m, lora: {target_modules: [query]}}", BASE)),
     ),
     refused(
         "a base of another version",
@@ -752,47 +770,54 @@ TRAINING = [
         files=recipe(BASE),
         prepare=changed("m/manyicl.json", format_version=0),
     ),
-    Case(
+    refused(
         "an architecture that there is not",
         TRAINED,
-        ("model.from_scratch", "'lama'", "Did you mean 'llama'?"),
-        recipe(spoilt("architecture: llama", "architecture: lama")),
+        "unknown_architecture",
+        field="model.from_scratch.architecture",
+        files=recipe(spoilt("architecture: llama", "architecture: lama")),
     ),
-    Case(
+    refused(
         "a shape that cannot be",
         TRAINED,
-        ("model.from_scratch.config",),
-        recipe(spoilt("num_attention_heads: 4", "num_attention_heads: 5")),
+        "wrong_config",
+        field="model.from_scratch.config",
+        files=recipe(spoilt("num_attention_heads: 4", "num_attention_heads: 5")),
     ),
-    Case(
+    refused(
         "a shape in words",
         TRAINED,
-        ("model.from_scratch.config",),
-        recipe(spoilt("hidden_size: 32", "hidden_size: large")),
+        "wrong_config",
+        field="model.from_scratch.config",
+        files=recipe(spoilt("hidden_size: 32", "hidden_size: large")),
     ),
-    Case(
+    refused(
         "a shape of nothing",
         TRAINED,
-        ("model.from_scratch: llama cannot be made with this config: ",),
-        recipe(spoilt("hidden_size: 32", "hidden_size: 0")),
+        "wrong_config",
+        field="model.from_scratch.config",
+        files=recipe(spoilt("hidden_size: 32", "hidden_size: 0")),
     ),
-    Case(
+    refused(
         "a shape without heads",
         TRAINED,
-        ("model.from_scratch", "modulo by zero."),
-        recipe(spoilt("num_attention_heads: 4", "num_attention_heads: 0")),
+        "wrong_config",
+        field="model.from_scratch.config",
+        files=recipe(spoilt("num_attention_heads: 4", "num_attention_heads: 0")),
     ),
-    Case(
+    refused(
         "a function that there is not",
         TRAINED,
-        ("model.from_scratch: llama cannot be made with this config: 'zzz'.",),
-        recipe(spoilt("hidden_size: 32", "hidden_act: zzz, hidden_size: 32")),
+        "wrong_config",
+        field="model.from_scratch.config",
+        files=recipe(spoilt("hidden_size: 32", "hidden_act: zzz, hidden_size: 32")),
     ),
-    Case(
+    refused(
         "an unknown key of a shape",
         TRAINED,
-        ("model.from_scratch.config", "'hiden_size'"),
-        recipe(spoilt("hidden_size", "hiden_size")),
+        "unknown_key",
+        field="model.from_scratch.config.hiden_size",
+        files=recipe(spoilt("hidden_size", "hiden_size")),
     ),
     refused(
         "a vocabulary too small for the words",
@@ -801,35 +826,47 @@ TRAINING = [
         what="The tokenizer cannot tell the labels 'bad' and 'good' of task 't' apar",
         files=recipe(spoilt("vocabulary_size: 200", "vocabulary_size: 8")),
     ),
-    Case(
+    refused(
         "an output that is a file",
         TRAINED,
-        ("output 'run' is a file; expected a folder",),
-        {**recipe(BASE), "run": "x"},
+        "output_is_file",
+        what="the output is a file",
+        file="run",
+        expected="a folder",
+        files={**recipe(BASE), "run": "x"},
     ),
-    Case(
+    refused(
         "an output that is a file, of a dry run",
         f"{TRAINED} --dry-run",
-        ("output 'run' is a file; expected a folder",),
-        {**recipe(BASE), "run": "x"},
+        "output_is_file",
+        what="the output is a file",
+        file="run",
+        expected="a folder",
+        files={**recipe(BASE), "run": "x"},
     ),
-    Case(
+    refused(
         "an output that holds something else, of a dry run",
         f"{TRAINED} --dry-run",
-        ("output 'run' is not empty. Use another output",),
-        {**recipe(BASE), "run/thesis.tex": "x"},
+        "output_exists",
+        what="the output is not empty and holds no run of manyicl",
+        file="run",
+        files={**recipe(BASE), "run/thesis.tex": "x"},
     ),
-    Case(
+    refused(
         "this folder as the output of a dry run",
         f"{TRAINED} --dry-run --set output=.",
-        ("output '.' is not empty. Use another output",),
-        recipe(BASE),
+        "output_exists",
+        what="the output is not empty and holds no run of manyicl",
+        file=".",
+        files=recipe(BASE),
     ),
-    Case(
+    refused(
         "an output to be replaced that holds something else, of a dry run",
         f"{TRAINED} --dry-run --overwrite",
-        ("output 'run' holds no run of manyicl",),
-        {**recipe(BASE), "run/thesis.tex": "x"},
+        "output_exists",
+        what="the output is not empty and holds no run of manyicl",
+        file="run",
+        files={**recipe(BASE), "run/thesis.tex": "x"},
     ),
     accepted(
         "a dry run where a run has begun",
@@ -837,37 +874,54 @@ TRAINING = [
         "Run: 2 steps",
         files={**recipe(BASE), "run/recipe.yaml": BASE, "run/manyicl.json": "{}"},
     ),
-    Case(
+    refused(
         "an output below a file",
         f"{TRAINED} --set output=recipe.yaml/run",
-        ("output 'recipe.yaml' is a file, so 'recipe.yaml/run' cannot stand below it; expected a folder",),
-        recipe(BASE),
+        "output_below_file",
+        what="'recipe.yaml' above it is a file",
+        file="recipe.yaml/run",
+        files=recipe(BASE),
     ),
-    Case(
+    refused(
         "an output with a name longer than any file system takes",
         f"{TRAINED} --set output={'x' * 300}",
-        ("cannot be a folder: file name too long",),
-        recipe(BASE),
+        "output_name_too_long",
+        expected="at most 240 bytes",
+        found="300",
+        files=recipe(BASE),
     ),
-    Case(
+    refused(
         "an output that holds something else",
         TRAINED,
-        ("output 'run' is not empty. Use another output",),
-        {**recipe(BASE), "run/thesis.tex": "x"},
+        "output_exists",
+        what="the output is not empty and holds no run of manyicl",
+        file="run",
+        files={**recipe(BASE), "run/thesis.tex": "x"},
     ),
-    Case(
+    refused(
         "an output to be replaced that holds something else",
         f"{TRAINED} --overwrite",
-        ("output 'run' holds no run of manyicl", "--overwrite leaves it alone"),
-        {**recipe(BASE), "run/thesis.tex": "x"},
+        "output_exists",
+        what="the output is not empty and holds no run of manyicl",
+        file="run",
+        files={**recipe(BASE), "run/thesis.tex": "x"},
     ),
-    Case(
+    refused(
         "an output that holds another run",
         TRAINED,
-        ("output 'run' holds a run already. Use --resume to go on, --overwrite to start anew, or another output",),
-        {**recipe(BASE), "run/recipe.yaml": BASE, "run/manyicl.json": "{}"},
+        "run_exists",
+        what="the output holds a run already",
+        file="run",
+        files={**recipe(BASE), "run/recipe.yaml": BASE, "run/manyicl.json": "{}"},
     ),
-    Case("going on where nothing was begun", f"{TRAINED} --resume", ("run",), recipe(BASE)),
+    refused(
+        "going on where nothing was begun",
+        f"{TRAINED} --resume",
+        "not_resumable",
+        what="--resume: the output holds no run",
+        file="run",
+        files=recipe(BASE),
+    ),
     Case(
         "a held-out task that the base was trained on",
         TRAINED,
@@ -878,42 +932,52 @@ TRAINING = [
         },
         changed("m/manyicl.json", tasks=[{"name": "u", "family": "classification", "source": "u", "data_hash": "0"}]),
     ),
-    Case(
+    refused(
         "a held-out task of one row",
         TRAINED,
-        ("tasks.evaluate: 'u' has 1 training row",),
-        {
+        "too_few_rows",
+        field="tasks.evaluate",
+        expected="at least 2",
+        found="1",
+        files={
             **recipe(spoilt("{train: [t]}", "{train: [t], evaluate: [u]}", BASE)),
             **task(spoilt("classification", "generation", task()["t/task.yaml"]), name="u", train=TRAIN[:1]),
         },
     ),
-    Case(
+    refused(
         "a held-out task of a training task's name",
         TRAINED,
-        ("tasks.evaluate: a training task is named 'same'",),
-        {
+        "duplicate_task",
+        field="tasks.evaluate",
+        files={
             **recipe(spoilt("{train: [t]}", "{train: [t], evaluate: [u]}", BASE), **{}),
             **task_with("name: same\nsource: one\n"),
             **task(task()["t/task.yaml"] + "name: same\nsource: other\n", name="u"),
         },
     ),
-    Case(
+    refused(
         "a weight for a task that is not there",
         f"{TRAINED} --set 'tasks.mixture={{kind: weights, weights: {{u: 1}}}}'",
-        ("'u'",),
-        recipe(BASE),
+        "unknown_task",
+        field="tasks.mixture.weights",
+        files=recipe(BASE),
     ),
-    Case(
+    refused(
         "weights that are all zero",
         f"{TRAINED} --set 'tasks.mixture={{kind: weights, weights: {{t: 0}}}}'",
-        ("mixture",),
-        recipe(BASE),
+        "wrong_value",
+        field="tasks.mixture.weights",
+        expected="at least one above 0",
+        files=recipe(BASE),
     ),
-    Case(
+    refused(
         "a weight below zero",
         f"{TRAINED} --set 'tasks.mixture={{kind: weights, weights: {{t: -1}}}}'",
-        ("-1",),
-        recipe(BASE),
+        "wrong_value",
+        field="tasks.mixture.weights",
+        expected="at least 0",
+        found="-1",
+        files=recipe(BASE),
     ),
 ]
 

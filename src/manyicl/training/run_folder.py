@@ -96,7 +96,12 @@ class RunFolder:
 
     def state(self) -> RunState:
         """Look at what the folder holds."""
-        if (self.path / REPLACING_FILE).is_file():
+        try:
+            is_replacing = (self.path / REPLACING_FILE).is_file()
+        except OSError:
+            require_output_folder(self.path)  # says that the name is too long
+            raise
+        if is_replacing:
             return RunState.REPLACING
         has_model = (self.path / FILE_NAME).is_file()
         if (self.path / RECIPE_FILE).is_file():
