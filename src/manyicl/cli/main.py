@@ -14,7 +14,7 @@ from rich.markup import escape
 
 import manyicl
 from manyicl import library_errors
-from manyicl.cli import tasks
+from manyicl.cli import models, tasks
 from manyicl.cli.compile import compile_command
 from manyicl.cli.doctor import doctor_command
 from manyicl.cli.evaluate import evaluate_command
@@ -38,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("quickstart")(quickstart_command)
+app.add_typer(models.app, name="models")
 app.add_typer(tasks.app, name="tasks")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)

@@ -29,8 +29,11 @@ from transformers.utils.hub import cached_file
 from manyicl.errors import UserError, shortened, shown
 from manyicl.library_errors import reason
 from manyicl.model.attention import ATTENTION
+from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
+from manyicl.model.gguf_conversion import converted_folder
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
+from manyicl.model.pretrained import named_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BUILTIN_PREFIX = "builtin:"
-BUILTIN_MODELS = {"nano": Path(__file__).parent / "nano_base"}
 LFS_POINTER = b"version https://git-lfs"
 PICKLED = "*model*.bin"
 # Files in which a folder can name Python code of its own, under the key auto_map.
@@ -78,15 +80,9 @@ def resolve_reference(reference: str | Path) -> str:
     if reference.startswith(HUB_PREFIX):
         return reference.removeprefix(HUB_PREFIX)
     if reference.startswith(BUILTIN_PREFIX):
-        name = reference.removeprefix(BUILTIN_PREFIX)
-        if name not in BUILTIN_MODELS:
-            raise UserError(
-                "unknown_model",
-                "No such model comes with manyicl",
-                expected=", ".join(BUILTIN_PREFIX + known for known in BUILTIN_MODELS),
-                found=repr(reference),
-            )
-        return str(BUILTIN_MODELS[name])
+        return str(named_folder(reference.removeprefix(BUILTIN_PREFIX)))
+    if reference.endswith(GGUF_ENDING):
+        return str(converted_folder(Path(reference)))
     folder = Path(reference)
     if not reference or not folder.is_dir():
         raise UserError(

@@ -85,8 +85,8 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
     assert recipe.model.base is not None
     loaded = _loaded_base(recipe)
     base = recipe.model.base
-    is_local = Path(base).is_dir()
-    if is_local:
+    is_folder = Path(base).is_dir()
+    if Path(base).exists():
         # An adapter must find its base from wherever it is loaded later.
         base = str(Path(base).resolve())
     model = loaded.model
@@ -103,7 +103,7 @@ def _start_from_base(recipe: Recipe) -> StartingPoint:
         model = merge_adapter(adapter)
     _use_kernels(model, recipe)
     if recipe.model.lora is not None:
-        if is_local:
+        if is_folder:
             # The name that PEFT writes into adapter_config.json.
             model.name_or_path = model.config._name_or_path = base
         set_seed(recipe.training.seed)

