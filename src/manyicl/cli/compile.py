@@ -27,7 +27,7 @@ CLEAR_STANDARD_ERRORS = 1.96
 
 
 def compile_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
     task: Annotated[
         str,
         typer.Option(

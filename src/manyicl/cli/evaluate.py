@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, hf:owner/name or builtin:nano.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
     tasks: Annotated[
         list[str], typer.Option("--tasks", "-t", help="Task folder, catalog:NAME, task.yaml or pattern; repeatable.")
     ],

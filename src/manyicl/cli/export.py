@@ -12,7 +12,7 @@ from manyicl.outputs import require_output_folder
 
 
 def export_command(
-    model: Annotated[str, typer.Option(help="Model or adapter folder, `hf:owner/name`, or `builtin:nano`.")],
+    model: Annotated[str, typer.Option(help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base; adapters need it.")] = False,
     dtype: Annotated[

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def predict_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, `hf:owner/name`, or `builtin:nano`.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
     input_path: Annotated[
         Path,
         typer.Option(

@@ -193,7 +193,7 @@ class Engine:
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> Self:
-        """Load a model folder, ``hf:owner/name`` or ``builtin:nano``, with the format it was fine-tuned in.
+        """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``, with the format it was fine-tuned in.
 
         Raises:
             UserError: If it cannot be loaded, or mixes the episodes of a packed sequence.

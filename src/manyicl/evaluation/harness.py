@@ -156,7 +156,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
     ) -> Self:
-        """Load a model folder, ``hf:owner/name`` or ``builtin:nano``.
+        """Load a folder, a .gguf file, ``hf:owner/name`` or ``builtin:`` and a name.
 
         Raises:
             UserError: If it cannot be loaded, or mixes the episodes of a packed row.

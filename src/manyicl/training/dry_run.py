@@ -13,7 +13,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from manyicl.episodes.chat_template import describe
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import UserError
-from manyicl.model.load import HUB_PREFIX, load_tokenizer
+from manyicl.model.load import HUB_PREFIX, load_tokenizer, resolve_reference
 from manyicl.training.estimate import (
     MOST_PARAMETERS_MEASURED,
     Cost,
@@ -89,7 +89,7 @@ def _is_only_described(base: str) -> bool:
     """Tell whether to look at a base's configuration and tokenizer only, and leave its weights alone."""
     if base.startswith(HUB_PREFIX):
         return True
-    weights = Path(base).glob("*.safetensors") if Path(base).is_dir() else ()
+    weights = Path(resolve_reference(base)).glob("*.safetensors")
     # Two bytes per weight at the least.
     return sum(file.stat().st_size for file in weights) > 4 * MOST_PARAMETERS_MEASURED
 

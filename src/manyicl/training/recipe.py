@@ -78,7 +78,7 @@ class FromScratchSettings(Section):
 class ModelSettings(Section):
     """Which weights are trained, starting from what."""
 
-    base: str | None = Field(None, description="A local folder, hf:owner/name, or builtin:nano.")
+    base: str | None = Field(None, description="A folder, a .gguf file, hf:owner/name, or builtin:nano, one, smollm2.")
     from_scratch: FromScratchSettings | None = Field(None, description="A new model instead of a base.")
     lora: LoraSettings | None = Field(None, description="Train an adapter; unset trains all weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
