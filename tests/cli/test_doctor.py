@@ -119,7 +119,11 @@ def test_where_everything_is_at_hand_nothing_is_refused(
     ("changes", "refusal"),
     [
         (["model.base=nowhere"], "The model folder 'nowhere' does not exist"),
-        (["model.base=builtin:nan"], "No such model comes with manyicl; expected builtin:nano, builtin:one, builtin:smollm2, found 'builtin:nan'"),
+        (
+            ["model.base=builtin:nan"],
+            "No such model comes with manyicl; expected builtin:nano, "
+            "builtin:one, builtin:smollm2, found 'builtin:nan'",
+        ),
         (
             ["sequences.max_context_tokens=100000", "training.warmup_steps=0"],
             "sequences.max_context_tokens is 100,000; the model has",

@@ -88,7 +88,7 @@ def resolve_reference(reference: str | Path) -> str:
         raise UserError(
             "model_not_found",
             f"The model folder {reference!r} does not exist",
-            remedy=f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for a model of the Hub.",
+            remedy=f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for one of the Hub.",
         )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(
