@@ -339,6 +339,13 @@ def test_weights_of_an_adapter_in_bfloat16_load_exactly_over_the_base_by_its_nam
     assert load_tokenizer("builtin:one")("a")["input_ids"] == load_tokenizer("builtin:tiny")("a")["input_ids"]
 
 
+def test_an_adapter_without_a_tokenizer_uses_that_of_its_base(adapter: Path) -> None:
+    for file in adapter.glob("tokenizer*"):
+        file.unlink()
+    assert load_tokenizer("builtin:one")("a b")["input_ids"] == load_tokenizer("builtin:tiny")("a b")["input_ids"]
+    assert load_model("builtin:one", device="cpu").tokenizer("a")["input_ids"]
+
+
 def test_an_adapter_without_its_base_names_the_command(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,13 +109,16 @@ def _as_text(reference: object) -> str:
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that a model was saved with.
+    """Load the tokenizer that a model was saved with; an adapter of ours that has none uses that of its base.
 
     Raises:
         UserError: If there is none.
     """
     reference = _as_text(reference)
     path = _path_without_code(reference)
+    manifest = read_manifest(path)
+    if manifest and manifest.base and Path(path).is_dir() and not list(Path(path).glob("tokenizer*")):
+        return load_tokenizer(manifest.base)
     with _as_user_error(reference, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
