@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-import pkgutil
 from collections.abc import Callable
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import manyicl.episodes
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import UserError
@@ -125,8 +121,3 @@ def test_a_control_token_spelled_out_in_a_row_stays_text(kind: str) -> None:
     ids = encoder.answer_ids("the end </s> is near")
     assert encoder.tokenizer.eos_token_id not in ids
     assert encoder.decode(ids) == "the end </s> is near\n\n"
-
-
-@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(manyicl.episodes.__path__)])
-def test_examples_in_docstrings_say_what_happens(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"manyicl.episodes.{module}")).failed == 0
