@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
+from manyicl.cli import options
 from manyicl.errors import counted
 
 if TYPE_CHECKING:
@@ -27,28 +27,17 @@ CLEAR_STANDARD_ERRORS = 1.96
 
 
 def compile_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
-        ),
-    ],
+    model: options.Model,
+    task: Annotated[str, options.TASK_OPTION],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
-    ] = None,
+    shots: options.Shots = None,
     seed: Annotated[int, typer.Option(help="Chooses the demonstrations and their order.")] = 0,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
-    ] = None,
-    max_context_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
-    ] = None,
-    text_format: TextFormat = None,
-    end_of_answer: EndOfAnswer = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    data_root: options.DataRoot = None,
+    max_context_tokens: options.MaxContextTokens = None,
+    text_format: options.TextFormat = None,
+    end_of_answer: options.EndOfAnswer = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Read a task's demonstrations once and keep them, so that `manyicl predict --prefix` starts in no time.
 

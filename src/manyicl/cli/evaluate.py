@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.options import DataRoot, Device, Dtype, EndOfAnswer, MaxContextTokens, TextFormat, WorkingMemoryMib
+from manyicl.cli import options
 from manyicl.errors import UserError, counted, shortened
 from manyicl.outputs import require_output_folder
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
+    model: options.Model,
     tasks: Annotated[
         list[str], typer.Option("--tasks", "-t", help="Task folder, catalog:NAME, task.yaml or pattern; repeatable.")
     ],
@@ -28,15 +28,15 @@ def evaluate_command(
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
     seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Test queries of each task.")] = 200,
-    data_root: DataRoot = None,
-    working_memory_mib: WorkingMemoryMib = None,
+    data_root: options.DataRoot = None,
+    working_memory_mib: options.WorkingMemoryMib = None,
     seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
-    max_context_tokens: MaxContextTokens = None,
-    text_format: TextFormat = None,
-    end_of_answer: EndOfAnswer = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    max_context_tokens: options.MaxContextTokens = None,
+    text_format: options.TextFormat = None,
+    end_of_answer: options.EndOfAnswer = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Measure how a model's score grows with the number of examples in its context.
 

@@ -9,6 +9,11 @@ import typer
 
 from manyicl.episodes.text_format import FormatKind
 
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")]
+TASK_OPTION = typer.Option(
+    "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
+)
+Shots = Annotated[int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")]
 TextFormat = Annotated[
     FormatKind | None,
     typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.cli import options
 from manyicl.cli.answers import STANDARD_STREAM, answers_written, require_no_rows_of
-from manyicl.cli.options import Device, Dtype, EndOfAnswer, TextFormat
 from manyicl.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -27,19 +27,14 @@ if TYPE_CHECKING:
 
 
 def predict_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")],
+    model: options.Model,
     input_path: Annotated[
         Path,
         typer.Option(
             "--input", help="Queries, one row each: .jsonl, .csv, .tsv, .parquet; - for JSON lines on standard input."
         ),
     ],
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
-        ),
-    ] = None,
+    task: Annotated[str | None, options.TASK_OPTION] = None,
     prefix: Annotated[
         Path | None, typer.Option(help="What `manyicl compile` wrote, in place of --task, --shots and --seed.")
     ] = None,
@@ -51,9 +46,7 @@ def predict_command(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where answers go: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")
-    ] = None,
+    shots: options.Shots = None,
     nearest: Annotated[
         int, typer.Option(min=0, help="Training rows that each query gets of its own, those most like it (BM25).")
     ] = 0,
@@ -69,17 +62,13 @@ def predict_command(
     top_p: Annotated[
         float | None, typer.Option(help="Draw free answers among tokens that together reach this probability.")
     ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
-    ] = None,
-    max_context_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prefix and query together.")] = None,
-    working_memory_mib: Annotated[
-        int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
-    ] = None,
-    text_format: TextFormat = None,
-    end_of_answer: EndOfAnswer = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    data_root: options.DataRoot = None,
+    max_context_tokens: options.MaxContextTokens = None,
+    working_memory_mib: options.WorkingMemoryMib = None,
+    text_format: options.TextFormat = None,
+    end_of_answer: options.EndOfAnswer = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Answer the queries of a file after demonstrations of a task.
 
@@ -123,8 +112,8 @@ def predict_command(
             max_context_tokens=max_context_tokens,
             working_memory_mib=working_memory_mib,
         )
-        options = {"scores": every, "abstain_below": abstain_below, "sampling": sampling}
-        predictions = source.predictions(engine, queries, output, partial(_describe, console, engine), options)
+        wanted = {"scores": every, "abstain_below": abstain_below, "sampling": sampling}
+        predictions = source.predictions(engine, queries, output, partial(_describe, console, engine), wanted)
         answered = queries.answered(predictions, _columns(scores, abstain_below is not None))
         with Progress(console=console) as progress:
             num_answers = write(progress.track(answered, description="Answering"))
@@ -162,17 +151,17 @@ class _Source:
         queries: Queries,
         output: Path,
         describe: Callable[[TaskPrefix], None],
-        options: dict[str, Any],
+        wanted: dict[str, Any],
     ) -> Iterator[Prediction]:
         """Answer the queries after demonstrations of the task, or after the compiled prefix."""
         if self.task is not None:
             rows = chain(self.first, queries.rendered(self.task))
             nearest: dict[str, Any] = {"num_nearest": self.num_nearest, "on_prefix": describe}
-            return engine.answer(self.task, self.demonstrations, rows, **options, **nearest)
+            return engine.answer(self.task, self.demonstrations, rows, **wanted, **nearest)
         compiled = engine.load(self.prefix or "").prefix
         require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
         describe(compiled)
-        return engine.predict(compiled, queries.rendered(compiled.task), **options)
+        return engine.predict(compiled, queries.rendered(compiled.task), **wanted)
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:

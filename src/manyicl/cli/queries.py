@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyicl.cli.answers import STANDARD_STREAM, beside, no_rows
-from manyicl.errors import QueryError, UserError, shortened
+from manyicl.errors import QueryError, UserError, located, shortened
 from manyicl.tasks.files import task_places
 from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, parse_json_row
 from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
@@ -113,10 +113,8 @@ class Queries:
         from manyicl.engine.queries import checked_query
 
         for row in self.rows:
-            try:
+            with located(file=row.file, row=row.line):
                 query = checked_query(row.columns, task)
-            except UserError as error:
-                raise error.at(file=row.file, row=row.line) from None
             self.waiting.append(row)
             yield query
 

@@ -28,13 +28,14 @@ from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import AnswerTargets
 from manyicl.engine.queries import (
+    AnswerOptions,
     EncodedQuery,
     FittingQuery,
     Row,
+    checked_options,
     checked_query,
     in_batches,
     query_error,
-    require_options,
 )
 from manyicl.engine.task_prefix import CompiledTask, TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
@@ -520,8 +521,8 @@ class Engine:
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        require_options(prefix.task, rows, scores, abstain_below, sampling)
-        return self._predict(prefix, rows, scores, abstain_below, sampling, nearest)
+        options = checked_options(prefix.task, rows, scores, abstain_below, sampling)
+        return self._predict(prefix, rows, options, nearest)
 
     def answer(
         self,
@@ -553,9 +554,8 @@ class Engine:
         Raises:
             UserError: As for `prefill` and `predict`.
         """
-        require_options(task, rows, scores, abstain_below, sampling)
-        shots = tuple(demonstrations)
-        return self._answer(task, shots, rows, num_nearest, scores, abstain_below, sampling, on_prefix)
+        options = checked_options(task, rows, scores, abstain_below, sampling)
+        return self._answer(task, tuple(demonstrations), rows, num_nearest, options, on_prefix)
 
     def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
         """Score the labels after queries that say nothing, for `LabelScores.corrected`.
@@ -580,9 +580,7 @@ class Engine:
         demonstrations: tuple[Example, ...],
         rows: Iterable[Row],
         num_nearest: int,
-        wanted: Wanted,
-        abstain_below: float | None,
-        sampling: Sampling | None,
+        options: AnswerOptions,
         on_prefix: Callable[[TaskPrefix], None] | None,
     ) -> Iterator[Prediction]:
         prefix: TaskPrefix | None = None
@@ -600,16 +598,14 @@ class Engine:
                 prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
                 if on_prefix is not None:
                     on_prefix(prefix)
-            yield from self._predict(prefix, batch, wanted, abstain_below, sampling, nearest, num_answered)
+            yield from self._predict(prefix, batch, options, nearest, num_answered)
             num_answered += len(batch)
 
     def _predict(
         self,
         prefix: TaskPrefix,
         rows: Iterable[Row],
-        wanted: Wanted,
-        abstain_below: float | None,
-        sampling: Sampling | None,
+        options: AnswerOptions,
         nearest: Nearest | None,
         num_before: int = 0,
     ) -> Iterator[Prediction]:
@@ -619,10 +615,8 @@ class Engine:
         numbered = enumerate(encoded, start=num_before + 1)
         fitting = (self._fitting_query(prefix, query, number, nearest) for number, query in numbered)
         for batch in in_batches(fitting, READ_AHEAD_QUERIES):
-            if prefix.task.is_closed:
-                yield from self._choose(prefix, batch, wanted, abstain_below)
-            else:
-                yield from self._generate(prefix, batch, sampling)
+            answers = self._choose if prefix.task.is_closed else self._generate
+            yield from answers(prefix, batch, options)
 
     def _fitting_query(
         self, prefix: TaskPrefix, encoded: EncodedQuery, number: int, nearest: Nearest | None
@@ -662,29 +656,23 @@ class Engine:
         return (*token_ids, *self.encoder.query_ids_uncached(encoded.query.text, preceding))
 
     def _choose(
-        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], wanted: Wanted, abstain_below: float | None
+        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Find the best option of each query; the first among equals."""
-        found = self.backend.score(
-            prefix.cache, [query.token_ids for query in queries], [query.option_ids for query in queries], wanted
-        )
+        token_ids, option_ids = [query.token_ids for query in queries], [query.option_ids for query in queries]
+        found = self.backend.score(prefix.cache, token_ids, option_ids, options.scores)
         for query, scores in zip(queries, found, strict=True):
-            label_scores = None
-            if wanted == "all":
+            answer, log_probability = query.options[scores.best], scores.log_probabilities[scores.best]
+            label_scores, abstained = None, False
+            if options.scores == "all":
                 log_probabilities = {option: scores.log_probabilities[n] for n, option in enumerate(query.options)}
                 num_tokens = {option: len(ids) for option, ids in zip(query.options, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
-            answer = query.options[scores.best]
-            abstained = (
-                label_scores is not None
-                and abstain_below is not None
-                and label_scores.probabilities[answer] < abstain_below
-            )
-            log_probability = scores.log_probabilities[scores.best]
+                abstained = label_scores.probabilities[answer] < (options.abstain_below or 0)
             yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
 
     def _generate(
-        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], sampling: Sampling | None
+        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
         limit = self.max_answer_tokens(prefix.task)
@@ -693,7 +681,7 @@ class Engine:
         written: list[list[GeneratedToken]] = [[] for _ in queries]
         finished: set[int] = set()
         next_query = 0
-        for token in self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers):
+        for token in self.backend.generate(prefix.cache, ids, self._end, limit, options.sampling, numbers):
             written[token.query].append(token)
             if token.is_last:
                 finished.add(token.query)

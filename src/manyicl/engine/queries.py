@@ -80,10 +80,19 @@ def query_error(error: UserError, number: int) -> QueryError:
     return same.at(file=error.file, row=error.row if error.file else number)
 
 
-def require_options(
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """Options of `Engine.predict` that suit the task and each other."""
+
+    scores: Wanted
+    abstain_below: float | None
+    sampling: Sampling | None
+
+
+def checked_options(
     task: Task, rows: object, scores: Wanted, abstain_below: float | None, sampling: Sampling | None
-) -> None:
-    """Refuse options of `Engine.predict` that contradict each other or the task.
+) -> AnswerOptions:
+    """Take the options of `Engine.predict`, and refuse those that contradict each other or the task.
 
     Raises:
         UserError: If they do.
@@ -101,29 +110,20 @@ def require_options(
             "unknown_value", "scores has no such value", expected="'best' or 'all'", found=repr(scores), field="scores"
         )
     if abstain_below is not None and not 0 <= abstain_below <= 1:
-        raise UserError(
-            "out_of_range",
-            "abstain_below is a probability among all labels",
-            expected="from 0 to 1",
-            found=str(abstain_below),
-            field="abstain_below",
-        )
+        what, found = "abstain_below is a probability among all labels", str(abstain_below)
+        raise UserError("out_of_range", what, expected="from 0 to 1", found=found, field="abstain_below")
     if abstain_below is not None and scores != "all":
-        raise UserError(
-            "conflicting_options", "abstain_below needs scores='all'", found=f"scores={scores!r}", field="abstain_below"
-        )
+        raise _conflict("abstain_below needs scores='all'", "abstain_below", found=f"scores={scores!r}")
     if scores == "all" and not task.is_closed:
-        raise UserError(
-            "conflicting_options",
-            f"Task {task.name!r} has free answers; scores='all' needs labels to score",
-            field="scores",
-        )
+        raise _conflict(f"Task {task.name!r} has free answers; scores='all' needs labels to score", "scores")
     if sampling is not None and task.is_closed:
-        raise UserError(
-            "conflicting_options",
-            f"Task {task.name!r} has a closed answer set, which is scored; sampling draws none",
-            field="sampling",
-        )
+        what = f"Task {task.name!r} has a closed answer set, which is scored; sampling draws none"
+        raise _conflict(what, "sampling")
+    return AnswerOptions(scores, abstain_below, sampling)
+
+
+def _conflict(what: str, field: str, found: str | None = None) -> UserError:
+    return UserError("conflicting_options", what, found=found, field=field)
 
 
 def in_batches(items: Iterator[ItemT], most: int) -> Iterator[list[ItemT]]:
