@@ -132,10 +132,9 @@ def _write_json(stream: IO[str], rows: Iterable[Row]) -> int:
     num_rows = 0
     for row in rows:
         num_rows += 1
-        restored = _with_numbers(row)
-        line = json.dumps(restored, ensure_ascii=False)
+        line = json.dumps(_with_numbers(row), ensure_ascii=False)
         # Half a character, which UTF-8 cannot hold, is written as the escape that it came as.
-        stream.write((line if _is_text(line) else json.dumps(restored)) + "\n")
+        stream.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
     _require_rows(num_rows)
     return num_rows
 
@@ -192,11 +191,3 @@ def _with_numbers(value: Any) -> Any:
     except ValueError:
         number = float(value)
         return number if math.isfinite(number) else str(value)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

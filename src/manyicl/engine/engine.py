@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,14 @@ FITTED_QUERIES = 1024
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
 Nearest = Callable[[Query], Sequence[Example]]
+
+
+class EngineOptions(TypedDict, total=False):
+    """Arguments that every way to make an `Engine` passes to its `__init__`, where they are explained."""
+
+    text_format: AnyFormat | FormatKind | None
+    end_of_answer: str | None
+    max_context_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,22 +173,14 @@ class Engine:
         cls,
         loaded: LoadedModel,
         *,
-        text_format: AnyFormat | FormatKind | None = None,
-        end_of_answer: str | None = None,
-        max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """Run a loaded model in this process; arguments are those of `__init__` and of `LocalBackend`."""
         from manyicl.engine.local import LocalBackend
 
-        return cls(
-            LocalBackend(loaded, working_memory_mib=working_memory_mib),
-            loaded.tokenizer,
-            manifest=loaded.manifest,
-            text_format=text_format,
-            end_of_answer=end_of_answer,
-            max_context_tokens=max_context_tokens,
-        )
+        backend = LocalBackend(loaded, working_memory_mib=working_memory_mib)
+        return cls(backend, loaded.tokenizer, manifest=loaded.manifest, **options)
 
     @classmethod
     def from_pretrained(
@@ -189,10 +189,8 @@ class Engine:
         *,
         dtype: str | None = None,
         device: str | None = None,
-        text_format: FormatKind | None = None,
-        end_of_answer: str | None = None,
-        max_context_tokens: int | None = None,
         working_memory_mib: int | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``, with the format it was fine-tuned in.
 
@@ -201,13 +199,8 @@ class Engine:
         """
         from manyicl.model.load import load_model
 
-        return cls.local(
-            load_model(str(reference), dtype=dtype, device=device),
-            text_format=text_format,
-            end_of_answer=end_of_answer,
-            max_context_tokens=max_context_tokens,
-            working_memory_mib=working_memory_mib,
-        )
+        loaded = load_model(str(reference), dtype=dtype, device=device)
+        return cls.local(loaded, working_memory_mib=working_memory_mib, **options)
 
     @property
     def reference(self) -> str:
@@ -335,7 +328,8 @@ class Engine:
                 remedy="Extend by fewer.",
             )
         cache = self.backend.prefill(token_ids, prefix.cache, between_chunks=between_chunks)
-        return self._prefix(task, together, prefix.num_dropped, cache, prefix, is_extension=True)
+        longer = self._prefix(task, together, prefix.num_dropped, cache, prefix)
+        return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens)
 
     def compile(
         self,
@@ -394,13 +388,10 @@ class Engine:
         num_dropped: int,
         cache: Prefix,
         source: TaskPrefix | None = None,
-        *,
-        is_extension: bool = False,
     ) -> TaskPrefix:
         """Put a prefix together, with what it took over from ``source``."""
         num_reused = num_shared_tokens(cache.token_ids, source.token_ids) if source else 0
-        rebuilt = is_extension and source is not None and num_reused < source.num_tokens
-        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.format, cache, num_reused, rebuilt)
+        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.format, cache, num_reused)
 
     def _require_own(self, prefix: TaskPrefix) -> None:
         """Refuse a prefix of another network or text format.
@@ -623,9 +614,7 @@ class Engine:
     ) -> FittingQuery:
         """Put a query's own examples before it, and make sure that it fits after the prefix."""
         own_examples = tuple(nearest(encoded.query)) if nearest else ()
-        token_ids = encoded.token_ids
-        if nearest is not None:
-            token_ids = self._ids_with_own_examples(prefix, own_examples, encoded)
+        token_ids = self._ids_with_own_examples(prefix, own_examples, encoded) if nearest else encoded.token_ids
         options = encoded.query.choices or prefix.task.labels or ()
         answer_tokens = max(map(len, encoded.option_ids), default=self.max_answer_tokens(prefix.task))
         needed = prefix.num_tokens + len(token_ids) + answer_tokens

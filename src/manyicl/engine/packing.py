@@ -181,21 +181,15 @@ class QueriesInFlight:
         depth = np.empty(len(queries), dtype=np.int64)
         for i, (query, parent) in enumerate(zip(queries, parents, strict=True)):
             number = self.num_later[query]
+            self.depths[query, number] = self.depths[query, parent] + 1 if parent >= 0 else 0
             if self.in_line:
                 assert parent == number - 1, "tokens in a line each follow the last"
-                self.depths[query, number] = number
-            elif parent >= 0:
-                self.sees[query, number] = self.sees[query, parent]
-                self.depths[query, number] = self.depths[query, parent] + 1
             else:
-                self.sees[query, number] = False
-                self.depths[query, number] = 0
-            if not self.in_line:
+                self.sees[query, number] = self.sees[query, parent] if parent >= 0 else False
                 self.sees[query, number, number] = True
             self.num_later[query] += 1
-            column[i] = columns[line[i]]
+            column[i], slot[i] = columns[line[i]], self.lengths[query] + number
             columns[line[i]] += 1
-            slot[i] = self.lengths[query] + number
             depth[i] = self.depths[query, number]
         lengths = self.lengths[active]
         num_slots = int((lengths + self.num_later[active]).max())
