@@ -162,7 +162,7 @@ def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path |
     console = _console()
     console.print(_table(rows))
     note = f"{len(entries)} tasks of the catalogue. Name one as catalog:{entries[0].name} wherever a task is named."
-    console.print(note, markup=False, highlight=False)
+    console.print(note)
 
 
 def _size(num_rows: int | None) -> str:
@@ -216,11 +216,11 @@ def check_tasks(
         _print_details(checks[0], console, in_tokens=model is not None)
     for check in checks:
         for problem in check.problems:
-            console.print(f"{check.name}: {problem}", style="yellow", markup=False, highlight=False)
+            console.print(f"{check.name}: {problem}", style="yellow")
     num_with_problems = sum(bool(check.problems) for check in checks)
-    console.print(f"{len(checks)} checked, {num_with_problems} with something to look at.", highlight=False)
+    console.print(f"{len(checks)} checked, {num_with_problems} with something to look at.")
     if model is None:
-        console.print("Name a --model to count tokens, and the shots that fit in a context.", highlight=False)
+        console.print("Name a --model to count tokens, and the shots that fit in a context.")
 
 
 def _require_model_for_format(model: str | None, text_format: object, end_of_answer: str | None) -> None:
@@ -326,12 +326,8 @@ def show_task(
         num_supervised = sum(end - start for start, end in encoded.answer_spans)
         supervised = f"{num_supervised:,} of {len(encoded.token_ids):,} tokens supervised"
     console.print(drawn, soft_wrap=True)
-    console.print(
-        f"{loaded.name}, seed {seed}: {shots} answers, {supervised}; ⏎ is a line break.",
-        style="dim",
-        markup=False,
-        highlight=False,
-    )
+    note = f"{loaded.name}, seed {seed}: {shots} answers, {supervised}; ⏎ is a line break."
+    console.print(note, style="dim")
 
 
 def segments_of(episode: Episode, text_format: PlainFormat) -> Iterator[Span]:
@@ -410,11 +406,13 @@ def _encoder(
 
 
 def _console() -> Console:
-    """Make a console that does not squeeze tables into 80 columns where there is no terminal."""
+    """Make a console of plain texts that does not squeeze tables into 80 columns where there is no terminal."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, WIDTH_WITHOUT_TERMINAL))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_WITHOUT_TERMINAL)
+    return console
 
 
 def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) -> Table:
@@ -447,8 +445,6 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
 
 def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
     """Print what the table has no room for: balance of labels, beginnings, dropped rows."""
-    from rich.markup import escape
-
     from manyicl.printing import printable
 
     if check.labels:
@@ -456,16 +452,16 @@ def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
         if others := balance[MOST_LABELS_SHOWN:]:
             sums = (sum(num_train for _, num_train, _ in others), sum(num_test for _, _, num_test in others))
             balance = [*balance[:MOST_LABELS_SHOWN], (f"{len(others):,} other labels", *sums)]
-        rows = ({"label": escape(name), "train": f"{a:,}", "test": f"{b:,}"} for name, a, b in balance)
+        rows = ({"label": name, "train": f"{a:,}", "test": f"{b:,}"} for name, a, b in balance)
         console.print(_table(rows, title="Balance"))
     kinds = {"text": check.labels_in_labels, "tokens": check.labels_in_labels_as_tokens if in_tokens else ()}
     for kind, pairs in kinds.items():
         if pairs:
             shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
-            console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.", markup=False)
+            console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.")
     for reason, count in check.dropped.items():
-        console.print(f"Dropped: {count:,} ({reason}).", markup=False)
+        console.print(f"Dropped: {count:,} ({reason}).")
 
 
 def _spread(lengths: Lengths) -> str:

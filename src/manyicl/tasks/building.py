@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +35,16 @@ _BAD_ROWS = {
 }
 
 
+@contextmanager
+def _within_key(key: str) -> Iterator[None]:
+    """Name the key of the task file in which a mistake is."""
+    try:
+        yield
+    except UserError as error:
+        error.what = f"{key}: {error.what}"
+        raise error.at(field=key)  # noqa: B904
+
+
 class TaskBuilder:
     """Renders the rows of one task and checks its rules."""
 
@@ -58,7 +69,9 @@ class TaskBuilder:
             self.query_template = self._template(keys.query, "query")
             self.answer_template = self._template(keys.answer, "answer")
             if keys.instruction:
-                self._compiled(keys.instruction, "instruction")
+                with _within_key("instruction"):
+                    compiled(keys.instruction)
+            self.read_columns = {*self.query_template.columns, *self.answer_template.columns}
             self._require_class_names_read()
         labels = keys.closed_labels
         self.labels = labels if isinstance(labels, tuple) else None
@@ -77,15 +90,9 @@ class TaskBuilder:
             max_answer_tokens=keys.max_answer_tokens,
         )
 
-    def _compiled(self, source: str, key: str) -> Template:
-        try:
-            return compiled(source)
-        except UserError as error:
-            error.what = f"{key}: {error.what}"
-            raise error.at(field=key)  # noqa: B904
-
     def _template(self, source: str, key: str) -> Template:
-        template = self._compiled(source, key)
+        with _within_key(key):
+            template = compiled(source)
         if not template.columns:
             column = source.strip() if source.strip().isidentifier() else "text"
             hint = " A column whose name has a meaning of its own is written row['true']." if "{{" in source else ""
@@ -99,7 +106,7 @@ class TaskBuilder:
 
     def _require_class_names_read(self) -> None:
         """Refuse class names of a column that nothing reads: it is misspelt, and they would name nothing."""
-        read = {*self.query_template.columns, *self.answer_template.columns}
+        read = set(self.read_columns)
         for place in filter(None, (self.keys.choices, self.keys.references)):
             read |= columns_in(place)
         for column in self.keys.class_names:
@@ -187,15 +194,14 @@ class TaskBuilder:
                 _require_whole_characters(text)
         if not query.text.strip():
             raise UserError("empty_query", "the query is empty", field="query")
-        for answer in (*answers, *(query.choices or ())):
-            _require_answer(answer)
+        if not all((*answers, *(query.choices or ()))):
+            raise UserError("empty_answer", "an answer or option is empty")
         self._require_known(answers[0], query)
         return Example(query, answers[0], answers, row.origin)
 
     def _require_short_columns(self, columns: Mapping[str, object]) -> None:
         """Say that a row is too long where a template failed on it: it may be bad, and the template good for others."""
-        read = {*self.query_template.columns, *self.answer_template.columns}
-        for column in sorted(read & columns.keys()):
+        for column in sorted(self.read_columns & columns.keys()):
             self._require_short(f"the column {column!r}", num_characters(columns[column]))
 
     def _require_short(self, what: str, num_characters: int) -> None:
@@ -296,11 +302,8 @@ class TaskBuilder:
                 self._refuse_no_rows("test")
         spec = self.spec.model_copy(update={"labels": labels})
         task = Task(spec, train, test, dropped=dict(self.dropped))
-        try:
+        with _within_key("instruction"):  # which alone is rendered here: it needs all labels
             return replace(task, data_hash=hash_content(task))
-        except UserError as error:  # of the instruction, which alone is rendered here: it needs all labels
-            error.what = f"instruction: {error.what}"
-            raise error.at(field="instruction")  # noqa: B904
 
     def _without_test_queries(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> tuple[Example, ...]:
         pairs = leaked(train, test)
@@ -410,9 +413,3 @@ def _require_whole_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         half = text[error.start : error.end]
         raise UserError("half_a_character", f"a text holds half a character, {half!r}") from error
-
-
-def _require_answer(answer: str) -> None:
-    """Refuse an answer that could not be supervised."""
-    if not answer:
-        raise UserError("empty_answer", "an answer or option is empty")

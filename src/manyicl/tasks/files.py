@@ -93,19 +93,15 @@ def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | No
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         for place in task_places(pattern):
             places.setdefault(str(place.resolve()) if isinstance(place, Path) else place, place)
-    tasks: dict[str, Task] = {}
+    tasks: list[Task] = []
     place_of: dict[str, str | Path] = {}
     for place in places.values():
         task = load_task(place, data_root)
-        if task.name in tasks:
-            raise UserError(
-                "duplicate_task",
-                f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}",
-                remedy="Rename one with `name:` in its task.yaml.",
-            )
-        tasks[task.name] = task
-        place_of[task.name] = place
-    return list(tasks.values())
+        if place_of.setdefault(task.name, place) != place:
+            what = f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}"
+            raise UserError("duplicate_task", what, remedy="Rename one with `name:` in its task.yaml.")
+        tasks.append(task)
+    return tasks
 
 
 def task_places(pattern: str | Path) -> list[str | Path]:

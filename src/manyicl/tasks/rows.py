@@ -50,11 +50,6 @@ class LocatedRow:
     line: int
 
     @property
-    def place(self) -> str:
-        """Full place, as an error names it."""
-        return f"{self.file}:{self.line}"
-
-    @property
     def origin(self) -> str:
         """Place without folders, as an example keeps it."""
         return f"{self.file.rpartition('/')[2]}:{self.line}"

@@ -16,7 +16,11 @@ from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.spec import Family, usual_metric
 
-Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
+Delimiter = Annotated[
+    Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None,
+    Field(description="One character between CSV fields, no double quote or line break."),
+]
+QuotesKey = Annotated[Quotes, Field(description="csv, or none where a double quote is an ordinary character.")]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "numeric_match"]
 
 
@@ -39,10 +43,8 @@ class TwoFiles(Section):
 
     train: tuple[str, ...] = Field(min_length=1, description="Rows that may become demonstrations.")
     test: tuple[str, ...] = Field((), description="Rows that are only test queries; may be omitted.")
-    delimiter: Delimiter | None = Field(
-        None, description="One character between CSV fields, no double quote or line break."
-    )
-    quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
+    delimiter: Delimiter = None
+    quotes: QuotesKey = "csv"
 
     @field_validator("train", "test", mode="before")
     @classmethod
@@ -59,10 +61,8 @@ class OneFile(Section):
     group: str | None = Field(
         None, description="Column whose rows stay on one side together, such as a customer or a document."
     )
-    delimiter: Delimiter | None = Field(
-        None, description="One character between CSV fields, no double quote or line break."
-    )
-    quotes: Quotes = Field("csv", description="csv, or none where a double quote is an ordinary character.")
+    delimiter: Delimiter = None
+    quotes: QuotesKey = "csv"
 
 
 class HubData(Section):
