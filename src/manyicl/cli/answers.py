@@ -40,7 +40,7 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
 
     Raises:
         UserError: If the output cannot be written, would replace what is no earlier output, another run writes it or
-            was interrupted, or no row comes.
+            was interrupted, or rows differ in a CSV file.
     """
     if output == STANDARD_STREAM:
         if sys.stdout is None:
@@ -135,7 +135,6 @@ def _write_json(stream: IO[str], rows: Iterable[Row]) -> int:
         line = json.dumps(_with_numbers(row), ensure_ascii=False)
         # Half a character, which UTF-8 cannot hold, is written as the escape that it came as.
         stream.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
-    _require_rows(num_rows)
     return num_rows
 
 
@@ -157,19 +156,7 @@ def _write_csv(stream: IO[str], rows: Iterable[Row]) -> int:
                 row=num_rows,
             )
         table.writerow({column: _as_field(value) for column, value in row.items()})
-    _require_rows(num_rows)
     return num_rows
-
-
-def _require_rows(num_rows: int) -> None:
-    """Refuse to replace earlier answers by none."""
-    if not num_rows:
-        raise no_rows()
-
-
-def no_rows() -> UserError:
-    """Make the error for an input without queries."""
-    return UserError("no_rows", "there is no row to answer", expected="at least one query", field="--input")
 
 
 def _as_field(value: object) -> object:

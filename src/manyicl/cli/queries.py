@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyicl.cli.answers import STANDARD_STREAM, beside, no_rows
+from manyicl.cli.answers import STANDARD_STREAM, beside
 from manyicl.errors import QueryError, UserError, located, shortened
 from manyicl.tasks.files import task_places
 from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, parse_json_row
@@ -122,7 +122,7 @@ class Queries:
         """Render the first rows, so that mistakes in a file are found before a model is loaded."""
         queries = list(islice(self.rendered(task), most))
         if not queries:
-            raise no_rows().at(file=self.source)
+            raise _no_rows(self.source)
         return queries
 
     def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Any]) -> Iterator[Any]:
@@ -136,6 +136,13 @@ class Queries:
                     error.file, error.row = row.file, row.line
                 raise
             if prediction is None:
-                return
+                break
             self.num_answered += 1
             yield beside(self.waiting.popleft().columns, columns(prediction))
+        # Nothing may take the place of earlier answers.
+        if not self.num_answered:
+            raise _no_rows()
+
+
+def _no_rows(file: Path | None = None) -> UserError:
+    return UserError("no_rows", "there is no row to answer", expected="at least one query", field="--input", file=file)

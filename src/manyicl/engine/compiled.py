@@ -140,12 +140,8 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTas
     except UserError as error:
         raise error.at(file=path) from None
     layers, device = range(backend.model.config.get_text_config().num_hidden_layers), backend.model.device
-    block = Block(
-        0,
-        tuple(tensors[f"keys.{layer}"].to(device) for layer in layers),
-        tuple(tensors[f"values.{layer}"].to(device) for layer in layers),
-    )
-    cache = PrefixCache(backend.identity, token_ids, (block,))
+    keys, values = (tuple(tensors[f"{kind}.{layer}"].to(device) for layer in layers) for kind in ("keys", "values"))
+    cache = PrefixCache(backend.identity, token_ids, (Block(0, keys, values),))
     prefix = TaskPrefix(task, header.demonstrations, header.num_dropped, encoder.format, cache)
     return CompiledTask(prefix, header.answers)
 

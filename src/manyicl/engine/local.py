@@ -122,14 +122,8 @@ class LocalBackend:
         for numbers, blocks, batch in self._batches(prefix, queries, memory):
             in_tries = [i for i in numbers if short_of[id(options[i])]]
             batch_of = dict(zip(numbers, batch, strict=True))
-            searches = score_labels(
-                self.model,
-                blocks,
-                [batch_of[i] for i in in_tries],
-                [tries_by_options[id(options[i])] for i in in_tries],
-                memory,
-                wanted,
-            )
+            in_batch, tries = [batch_of[i] for i in in_tries], [tries_by_options[id(options[i])] for i in in_tries]
+            searches = score_labels(self.model, blocks, in_batch, tries, memory, wanted)
             for i, search in zip(in_tries, searches, strict=True):
                 short = short_of[id(options[i])]
                 greedy = frozenset(short[n] for n in search.greedy)
