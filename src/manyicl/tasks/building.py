@@ -146,11 +146,8 @@ class TaskBuilder:
                 cause = why_one_side_is_empty(examples, data, groups)
                 if side == "test" and cause.startswith("test_fraction"):
                     cause = f"there are {len(examples):,}, and the first of each label stays in training"
-                raise UserError(
-                    f"no_{side}_rows",
-                    f"task {self.name!r} has no {side} rows: {cause}, so none is left",
-                    remedy="Set test_fraction to 0, or add rows.",
-                )
+                what = f"task {self.name!r} has no {side} rows: {cause}, so none is left"
+                raise UserError(f"no_{side}_rows", what, remedy="Set test_fraction to 0, or add rows.")
             return self._finish(train, test)
 
     def _refuse_no_rows(self, side: str) -> NoReturn:
@@ -232,13 +229,9 @@ class TaskBuilder:
         if self.keys.references is not None:
             references = listed(columns, self.keys.references)
             if not isinstance(references, list | tuple):
-                raise UserError(
-                    "not_a_list",
-                    f"the column {self.keys.references!r} lists the accepted answers",
-                    expected="a list",
-                    found=shown(references),
-                    field=self.keys.references,
-                )
+                column, found = self.keys.references, shown(references)
+                what = f"the column {column!r} lists the accepted answers"
+                raise UserError("not_a_list", what, expected="a list", found=found, field=column)
             answers += [str(as_written(reference)) for reference in references]
         return tuple(dict.fromkeys(answer.strip() for answer in answers))
 
@@ -246,12 +239,9 @@ class TaskBuilder:
         """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""
         labels = self._labels_in(answers, columns)
         if len(labels) > 1:
-            raise UserError(
-                "several_labels",
-                f"task {self.name!r} is multi-label: this row has {sorted(labels)}",
-                expected="one label in each row",
-                remedy="Keep the rows with one label, or make a yes/no task of each label.",
-            )
+            what = f"task {self.name!r} is multi-label: this row has {sorted(labels)}"
+            remedy = "Keep the rows with one label, or make a yes/no task of each label."
+            raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
 
     def _labels_in(self, answers: Sequence[str], columns: Mapping[str, object]) -> set[str]:
         """Find several labels in one answer: a list as it is, a list joined, or a text that joins labels."""
@@ -275,12 +265,8 @@ class TaskBuilder:
             named = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
             # Where rows are dropped nobody reads it, and among thousands of labels it takes a tenth of a second.
             hint = did_you_mean(shortened(answer), self.labels).strip() if self.keys.bad_rows == "refuse" else None
-            raise UserError(
-                "unknown_label",
-                f"{shortened(answer)!r} is no label of task {self.name!r}",
-                expected=f"one of {named}",
-                remedy=hint or None,
-            )
+            what = f"{shortened(answer)!r} is no label of task {self.name!r}"
+            raise UserError("unknown_label", what, expected=f"one of {named}", remedy=hint or None)
 
     def _finish(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> Task:
         """Take leaked rows off the training side, settle the labels, hash the examples."""
@@ -382,14 +368,8 @@ def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> Locat
             columns["choices"] = list(example.query.choices)
         return LocatedRow(columns, side, number)
     if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
-        raise UserError(
-            "not_an_example",
-            "an example is a query and its answer",
-            expected="two texts",
-            found=shown(example),
-            file=side,
-            row=number,
-        )
+        what = "an example is a query and its answer"
+        raise UserError("not_an_example", what, expected="two texts", found=shown(example), file=side, row=number)
     return LocatedRow(dict(zip(("text", "answer"), example, strict=True)), side, number)
 
 

@@ -151,9 +151,8 @@ def parse_json_row(text: str, file: str | None = None, line: int | None = None) 
         found = {list: "a list", str: "a text", NumberText: "a number", bool: "true or false"}.get(type(row), "null")
         is_table = isinstance(row, list) and any(isinstance(part, dict) for part in row)
         expected = 'one JSON object a line, such as {"text": …}'
-        if is_table:
-            refuse("not_an_object", "not a row", expected, "a list of them", _JSON_LINES_REMEDY)
-        refuse("not_an_object", "not a row", expected, found)
+        found, hint = ("a list of them", _JSON_LINES_REMEDY) if is_table else (found, "")
+        refuse("not_an_object", "not a row", expected, found, hint)
     return row
 
 
