@@ -138,10 +138,6 @@ class TaskSpec(BaseModel):
                 field=self.choices_column,
             )
         if any(option is None or not str(option).strip() for option in options):
-            raise UserError(
-                "empty_option",
-                f"An option in the column {self.choices_column!r} is empty",
-                found=shown(list(options)),
-                field=self.choices_column,
-            )
+            what = f"An option in the column {self.choices_column!r} is empty"
+            raise UserError("empty_option", what, found=shown(list(options)), field=self.choices_column)
         return tuple(str(option).strip() for option in options)
