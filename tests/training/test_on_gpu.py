@@ -1,4 +1,4 @@
-"""For who has a CUDA GPU: `pytest -m gpu`. Not part of continuous integration, and never run by us."""
+"""For a machine with a CUDA GPU: `pytest -m gpu`. Not part of continuous integration; the plain case ran on an H200."""
 
 from __future__ import annotations
 
