@@ -306,6 +306,7 @@ def test_a_task_is_checked_in_the_tokens_of_its_turns() -> None:
     [
         "{% for x in range(90000) %}{% for y in range(90000) %}{% endfor %}{% endfor %}" + CHATML,
         CHATML + "{{ 'a' * 10000000000 }}",
+        "{% set s = 'a-' * 900000 %}{% set q = s | title %}" + CHATML,  # not alone, but in all that is rendered
         CHATML + "{% for m in messages %}{{ 'a' * (messages | length) * 100000000 }}{% endfor %}",
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
+from manyicl.model.attention import ATTENTION
 from manyicl.model.load import load_model, load_tokenizer, model_config
 from tests.model.exports import save_adapter, save_model
 
@@ -98,6 +99,21 @@ def test_every_load_of_a_library_refuses_code() -> None:
 def sources() -> Iterator[Path]:
     for folder in ("src", "benchmarks"):
         yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "someone/kernel"])
+def test_the_attention_that_a_model_folder_names_is_never_used(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: object, **others: object) -> None:
+        raise AssertionError(f"attention code was fetched: {arguments}")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", fetched)
+    folder = save_model(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": name}), encoding="utf-8")
+    assert load_model(str(folder), device="cpu").model.config._attn_implementation == ATTENTION
+    assert model_config(str(folder))._attn_implementation == ATTENTION
 
 
 def loads_in(path: Path) -> Iterator[tuple[str, bool]]:

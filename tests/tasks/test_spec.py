@@ -182,3 +182,10 @@ def test_sides_are_replaced_and_the_spec_changed_without_touching_the_rest() -> 
 def test_the_package_exports_tasks() -> None:
     assert manyicl.TaskSpec is TaskSpec
     assert manyicl.Task is Task
+
+
+def test_a_task_without_a_name_is_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        Task.from_examples(None, [("a", "x")])  # type: ignore[arg-type]
+    assert refused.value.code == "wrong_type"
+    assert refused.value.field == "name"

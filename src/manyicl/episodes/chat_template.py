@@ -21,7 +21,7 @@ from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, 
 from manyicl.errors import UserError, shortened
 from manyicl.library_errors import reason
 from manyicl.tasks.demonstrations import evenly_chosen
-from manyicl.tasks.sandbox import render_chat_template
+from manyicl.tasks.sandbox import Budget, render_chat_template
 from manyicl.tasks.task import Task
 
 NUM_TURNS = 4
@@ -129,6 +129,7 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
+        self._budget: Budget | None = None
 
     def __str__(self) -> str:
         return f"the chat template of {self.tokenizer.name_or_path!r}"
@@ -142,7 +143,7 @@ class ChatTemplate:
         variables = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, **self.arguments}
         variables |= {**arguments, "messages": messages, "add_generation_prompt": asks}
         try:
-            return render_chat_template(self.tokenizer.get_chat_template(), variables)
+            return render_chat_template(self.tokenizer.get_chat_template(), variables, self._budget)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise _UnfitError(f"it fails on a conversation of {len(messages)} messages: {reason(error)}") from error
 
@@ -155,6 +156,7 @@ class ChatTemplate:
         Raises:
             UserError: If turns change with their position; it names the difference.
         """
+        self._budget = Budget()  # some fifty renderings together take no more than one may
         try:
             self._require_no_date()
             plain = self._fixed_parts(None)
@@ -164,6 +166,8 @@ class ChatTemplate:
                 return self._verified(plain, None)
         except _UnfitError as error:
             raise UserError("unfit_chat_template", f"{self} cannot be used: {error}", remedy=REMEDY) from error
+        finally:
+            self._budget = None
 
     def _require_no_date(self) -> None:
         """Refuse a template that reads the date: tomorrow's prompts would differ from those of training."""
@@ -179,6 +183,8 @@ class ChatTemplate:
                 # The date comes from a function, which an argument of the same name hides.
                 differs = self.render(messages, asks=False, strftime_now="no date") != today
             except _UnfitError:
+                if self._budget is not None and self._budget.is_spent:
+                    raise
                 differs = True
             if differs:
                 variable = next(iter(_DATE_VARIABLE.findall(self.tokenizer.get_chat_template())), None)

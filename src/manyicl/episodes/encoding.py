@@ -170,9 +170,11 @@ class Encoder:
         named = [repr(shortened(text, 60)) for text in (*cut, *(example.answer for example in examples[:1]))]
         more = f" and {len(origins) - NUM_ROWS_NAMED:,} more" if len(origins) > NUM_ROWS_NAMED else ""
         rows = f" in {', '.join(origins[:NUM_ROWS_NAMED])}{more}" if origins else ""
+        number = len(cut) + len(examples)
+        contain = "contains" if number == 1 else "contain"
         raise UserError(
             "end_inside_answer",
-            f"{counted(len(cut) + len(examples), 'answer')} of task {task.name!r} contain the end-of-answer text "
+            f"{counted(number, 'answer')} of task {task.name!r} {contain} the end-of-answer text "
             f"{self.format.end_of_answer!r}, where this model would cut them",
             found=f"{named[0]}{rows}",
             remedy=REMEDY_FOR_END_INSIDE,

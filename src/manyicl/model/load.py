@@ -257,6 +257,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     with _as_user_error(reference, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=_config_of(path),
             trust_remote_code=False,
             dtype=torch_dtype,
             attn_implementation=ATTENTION,
@@ -407,8 +408,17 @@ def model_config(reference: str) -> PreTrainedConfig:
     """
     path = _path_without_code(reference)
     with _as_user_error(reference, "configuration"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        return config
+        return _config_of(path)
+
+
+def _config_of(path: str) -> PreTrainedConfig:
+    """Read config.json, and put our attention in the place of one that it names.
+
+    Otherwise its key ``_attn_implementation`` would overrule the argument, and may name code on the Hub.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config._attn_implementation = ATTENTION
+    return config
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

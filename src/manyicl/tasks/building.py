@@ -341,7 +341,12 @@ def task_of_examples(
         test: Test examples or pairs.
         labels: Closed answer set, ``from_train`` or None.
         keys: Further keys of a task file.
+
+    Raises:
+        UserError: If the name is no text, or the examples make no task.
     """
+    if not isinstance(name, str):
+        raise UserError("wrong_type", "the name of a task is a text", found=shown(name), field="name")
     sides = [
         [_row_of(example, side, number) for number, example in enumerate(examples, 1)]
         for side, examples in (("train", train), ("test", test))

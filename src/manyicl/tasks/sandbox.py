@@ -29,6 +29,11 @@ from manyicl.tasks.values import as_written
 MOST_CHARACTERS = 4_000_000
 MOST_STEPS = 100_000
 _CHARACTERS_A_STEP = 1_000
+# These look at every character or element in Python, up to a microsecond each, where others work at the speed of C.
+_LOOKING_AT_EACH = frozenset(
+    {"dictsort", "groupby", "max", "min", "sort", "striptags", "sum", "title", "unique", "wordcount"}
+)
+_CHARACTERS_LOOKED_AT_A_STEP = 20
 _CHARACTERS_AN_ELEMENT = 16  # what an element of a list costs to look at and to keep
 _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
@@ -37,19 +42,24 @@ _BUDGET = " budget"  # with a space, so that no template can name or shadow it
 _COUNTED = " counted"
 
 
-class _Budget:
-    """What one rendering may still do."""
+class Budget:
+    """What one rendering, or several together, may still do."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.characters = 0
 
     @staticmethod
-    def of(context: Context) -> _Budget:
+    def of(context: Context) -> Budget:
         """Return the budget of this rendering."""
         budget = context.parent[_BUDGET]
-        assert isinstance(budget, _Budget)
+        assert isinstance(budget, Budget)
         return budget
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing more may be done."""
+        return self.steps > MOST_STEPS or self.characters > MOST_CHARACTERS
 
     def spend(self, steps: int) -> None:
         """Count loop turns and operations."""
@@ -157,8 +167,11 @@ def _counted_filter(name: str) -> Callable[..., Any]:
 
     @pass_context
     def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = _Budget.of(context)
+        budget = Budget.of(context)
         value = budget.counted(list(value) if name == "join" else value)
+        if name in _LOOKING_AT_EACH:
+            value = list(value) if isinstance(value, Iterator) else value
+            budget.spend(_required_size(value) // _CHARACTERS_LOOKED_AT_A_STEP)
         given = [*args, *(kwargs[key] for key in keywords if key in kwargs)]
         if name == "join":
             _require_small_result(name, given[0] if given else "", value)
@@ -184,7 +197,7 @@ def _tojson(
     """Write JSON as transformers does for chat templates, its work counted."""
     if not (indent is None or (isinstance(indent, int) and indent < _WIDEST_INDENT)):
         raise SecurityError(f"it indents by more than {_WIDEST_INDENT - 1}")
-    budget = _Budget.of(context)
+    budget = Budget.of(context)
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=True
     )
@@ -207,17 +220,17 @@ def _written(context: Context, value: object) -> object:
 @pass_context
 def _written_as_python(context: Context, value: object) -> object:
     """Count what a chat template writes."""
-    return _Budget.of(context).written(str(value) if _required_size(value) else "")
+    return Budget.of(context).written(str(value) if _required_size(value) else "")
 
 
 @pass_context
 def _counted(context: Context, value: Any) -> Any:
-    return _Budget.of(context).counted(value)
+    return Budget.of(context).counted(value)
 
 
 @pass_context
 def _turns(context: Context, values: Any) -> Iterator[Any]:
-    return _Budget.of(context).turns(iter(values))
+    return Budget.of(context).turns(iter(values))
 
 
 class _Counting(NodeTransformer):
@@ -287,7 +300,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Offer no ``str.format``, which pads to any width."""
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = _Budget.of(context)
+        budget = Budget.of(context)
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str | list | tuple | dict):
             if function.__name__ == "join":
@@ -298,7 +311,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _require_small_result(operator, left, right)
-        return _Budget.of(context).counted(super().call_binop(context, operator, left, right))
+        return Budget.of(context).counted(super().call_binop(context, operator, left, right))
 
 
 class _Generation(Extension):
@@ -323,27 +336,28 @@ def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
 
-def rendered(template: jinja2.Template, variables: Mapping[str, object]) -> str:
+def rendered(template: jinja2.Template, variables: Mapping[str, object], budget: Budget | None = None) -> str:
     """Render a template of a `_Sandbox`.
 
     Raises:
         jinja2.TemplateError: If it fails, or does or writes too much.
     """
-    return template.render({**variables, _BUDGET: _Budget()})
+    return template.render({**variables, _BUDGET: budget or Budget()})
 
 
-def render_chat_template(source: str, variables: Mapping[str, object]) -> str:
+def render_chat_template(source: str, variables: Mapping[str, object], budget: Budget | None = None) -> str:
     """Render the chat template of a model folder as transformers does, with all work counted.
 
     Args:
         source: Template in Jinja2, which a stranger may have written.
         variables: What it reads, such as ``messages``, ``add_generation_prompt`` and ``bos_token``.
+        budget: Shared with other renderings, so that many of them take no longer than one may; None for its own.
 
     Raises:
         jinja2.TemplateError: If it is wrong, fails, refuses the messages, or does or writes too much.
     """
     try:
-        return rendered(_compiled_chat_template(source), variables)
+        return rendered(_compiled_chat_template(source), variables, budget)
     except RecursionError as error:
         raise TemplateError("it calls itself without end") from error
 
