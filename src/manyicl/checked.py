@@ -218,7 +218,7 @@ def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
 
 def _yaml_problem(error: yaml.YAMLError) -> tuple[str, str | None]:
     """Say what is wrong with YAML, and what to do about what is wrong most often."""
-    problem: str = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem: str = getattr(error, "problem", None) or reason(error)
     if problem.startswith("but "):
         problem = f"{getattr(error, 'context', '')}, {problem}"
     problem, _, remedy = problem.partition("; ")

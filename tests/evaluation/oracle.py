@@ -25,6 +25,11 @@ def shared_encoder() -> Encoder:
 class OraclePrefix:
     task: Task
     demonstrations: tuple[Example, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def num_shots(self) -> int:
@@ -68,7 +73,7 @@ class OracleEngine:
         shared = zip(fitting, reuse.demonstrations if reuse else (), strict=False)
         num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], shared)))
         self.calls.append(f"encode {len(fitting) - num_shared}")
-        return OraclePrefix(task, fitting)
+        return OraclePrefix(task, fitting, self.encoder.encode_prefix(task.instruction(), fitting))
 
     def predict(self, prefix: OraclePrefix, rows: Iterable[Query]) -> Iterator[Prediction]:
         known = {example.query.text: example.answer for example in prefix.task.test}

@@ -27,7 +27,11 @@ EndOfAnswer = Annotated[
     ),
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data paths begin that are not found beside their task.yaml.")
+    Path | None,
+    typer.Option(
+        help="Folder in which data paths begin that are not found beside their task.yaml, and in which copies of Hub "
+        "datasets are, as NAME/train.jsonl."
+    ),
 ]
 MaxContextTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")

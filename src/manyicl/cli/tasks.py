@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyicl.cli.options import EndOfAnswer, TextFormat
+from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
 from manyicl.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -62,13 +62,6 @@ ListedPatterns = Annotated[
 ]
 OneTask = Annotated[
     str, typer.Argument(metavar="TASK", help="A task folder, catalog:NAME, or a table as in tickets.csv:text:label.")
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder in which data paths begin that are not found beside their task.yaml, and in which copies of Hub "
-        "datasets are, as NAME/train.jsonl."
-    ),
 ]
 Model = Annotated[
     str | None,

@@ -229,7 +229,7 @@ class _Curve:
             **self.description,
             **_scores(self.task, self._answers),
             **_baselines(self.task, demonstrations),
-            **self._context(demonstrations),
+            **self._context(self._prefix),
         )
         context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in demonstrations)
         self.store.save(result, self._answers, context)
@@ -272,19 +272,18 @@ class _Curve:
         ]
         self._seconds = time.perf_counter() - start
 
-    def _context(self, demonstrations: Sequence[Example]) -> dict[str, Any]:
+    def _context(self, prefix: TaskPrefix) -> dict[str, Any]:
         """Describe the context in tokens, and whether training ever went so far."""
         engine, task, encoder = self.engine, self.task, self.engine.encoder
-        prefix_ids = encoder.encode_prefix(task.instruction(), demonstrations)
-        preceding = encoder.preceding(task.instruction(), len(demonstrations))
+        preceding = encoder.preceding(task.instruction(), prefix.num_shots)
         query_ids = (encoder.query_ids_uncached(one.query.text, preceding) for one in task.test)
         trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
-        num_tokens = len(prefix_ids) + engine.num_reserved_tokens(task)
+        num_tokens = prefix.num_tokens + engine.num_reserved_tokens(task)
         return {
-            "prompt_hash": hash_of(str(prefix_ids), *map(str, query_ids)),
-            "num_context_tokens": len(prefix_ids),
+            "prompt_hash": hash_of(str(prefix.token_ids), *map(str, query_ids)),
+            "num_context_tokens": prefix.num_tokens,
             "beyond_training": (trained_tokens is not None and num_tokens > trained_tokens)
-            or (trained_shots is not None and len(demonstrations) > trained_shots),
+            or (trained_shots is not None and prefix.num_shots > trained_shots),
         }
 
 

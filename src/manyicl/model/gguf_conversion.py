@@ -123,7 +123,7 @@ class GgufFile:
         with self._as_broken():
             config, tokenizer = self._config(), self._tokenizer()
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             config.architectures, config.dtype = [type(model).__name__], "float32"
             weights = self._weights(config, model)
         config.save_pretrained(str(folder))

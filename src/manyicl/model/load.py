@@ -116,9 +116,11 @@ def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
     """
     reference = _as_text(reference)
     path = _path_without_code(reference)
-    manifest = read_manifest(path)
-    if manifest and manifest.base and Path(path).is_dir() and not list(Path(path).glob("tokenizer*")):
-        return load_tokenizer(manifest.base)
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        manifest = Manifest.read(folder)
+        if manifest and manifest.base:
+            return load_tokenizer(manifest.base)
     with _as_user_error(reference, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
