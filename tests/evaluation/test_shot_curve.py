@@ -223,6 +223,27 @@ def test_a_real_engine_scores_the_same_whether_extended_or_encoded_anew(tmp_path
         assert [line.log_probability for line in extended] == pytest.approx(nats, abs=1e-3)
 
 
+def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(tmp_path: Path) -> None:
+    engine = Engine.local(tiny_loaded())
+    task = make_task()
+    tasks = [task, task.with_spec(name="free", labels=None, metric="exact_match", family="qa", max_answer_tokens=4)]
+    settings = EvaluationSettings(shots=(2,), num_seeds=1, num_queries=5)
+    plain = measure_shot_curves(engine, tasks, tmp_path / "plain", settings)
+    kept = measure_shot_curves(engine, tasks, tmp_path / "kept", settings.model_copy(update={"keep_confidence": True}))
+    assert [one.key for one in kept.results] == [one.key for one in plain.results]
+    for result in plain.results:
+        without, with_it = (ResultStore(tmp_path / folder).predictions(result) for folder in ("plain", "kept"))
+        assert [line.answer for line in with_it] == [line.answer for line in without]
+        assert all(line.confidence is None for line in without)
+    closed, free = (ResultStore(tmp_path / "kept").predictions(result) for result in kept.results)
+    prefix = engine.prefill(task, task.demonstrations(2, 0))
+    rows = [task.query({"text": line.query}) for line in closed]
+    scores = [prediction.scores for prediction in engine.predict(prefix, rows, scores="all")]
+    expected = [one.probabilities[line.answer] for one, line in zip(scores, closed, strict=True) if one]
+    assert [line.confidence for line in closed] == pytest.approx(expected, abs=1e-4)
+    assert all(line.confidence is None for line in free)
+
+
 def test_a_cut_predictions_file_is_named_with_its_line(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     curves = measure(OracleEngine(), [make_task()], tmp_path, EvaluationSettings(shots=(0,), num_queries=5))

@@ -118,6 +118,7 @@ class PredictedAnswer(_Record):
     references: tuple[str, ...]
     scores: dict[str, float] = Field(description="Score of this answer in each metric that scores single answers.")
     log_probability: float | None = Field(description="Log-probability of the answer and its end text, in nats.")
+    confidence: float | None = Field(None, description="Probability among the labels or options, if all were scored.")
     stopped: bool = Field(True, description="False if the answer was cut at the token limit.")
 
 

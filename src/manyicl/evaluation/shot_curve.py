@@ -38,6 +38,7 @@ from manyicl.tasks.demonstrations import ShotSampling
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
+    from manyicl.engine.backend import Wanted
     from manyicl.engine.engine import Engine
     from manyicl.engine.task_prefix import TaskPrefix
 
@@ -52,6 +53,9 @@ class EvaluationSettings(BaseModel):
     num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
+    keep_confidence: bool = Field(
+        False, description="Score every label, to record the probability of each answer among them."
+    )
 
     @field_validator("shots")
     @classmethod
@@ -169,6 +173,7 @@ class _Curve:
         self.task = task
         self.store = store
         self.name = name
+        self.scores: Wanted = "all" if settings.keep_confidence and task.is_closed else "best"
         manifest = engine.manifest
         # What a score depends on, beside shots and seed.
         self.conditions: dict[str, Any] = {
@@ -257,7 +262,7 @@ class _Curve:
         if before is not None and before.demonstrations == self._prefix.demonstrations:
             return
         metrics = [METRICS[name] for name in metrics_of(self.task)]
-        predictions = self.engine.predict(self._prefix, [one.query for one in self.task.test])
+        predictions = self.engine.predict(self._prefix, [one.query for one in self.task.test], scores=self.scores)
         self._answers = [
             PredictedAnswer(
                 origin=example.origin,
@@ -266,6 +271,7 @@ class _Curve:
                 references=example.references,
                 scores={m.name: m.of_example(prediction.answer, example.references) for m in metrics if m.of_example},
                 log_probability=prediction.log_probability,
+                confidence=prediction.scores.probabilities[prediction.answer] if prediction.scores else None,
                 stopped=prediction.stopped,
             )
             for example, prediction in zip(self.task.test, predictions, strict=True)
