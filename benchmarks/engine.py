@@ -39,7 +39,7 @@ from transformers import (
 from manyicl.engine.backend import Wanted
 from manyicl.engine.engine import Engine
 from manyicl.engine.label_trie import tries_of
-from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.packing import ActivationBudget
 from manyicl.engine.prefix_cache import extend_blocks
 from manyicl.engine.scoring import LabelSearch, Strategy, score_labels
 from manyicl.model.attention import ATTENTION
@@ -59,7 +59,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
 }
-WORKING_MEMORY_MIB = 64
+ACTIVATION_BUDGET_MIB = 64
 STRATEGIES: tuple[Strategy, ...] = ("best_first", "full_pass")
 
 
@@ -95,8 +95,8 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def memory_for(model: PreTrainedModel, mib: int = WORKING_MEMORY_MIB) -> WorkingMemory:
-    return WorkingMemory.of(model, mib * 2**20)
+def memory_for(model: PreTrainedModel, mib: int = ACTIVATION_BUDGET_MIB) -> ActivationBudget:
+    return ActivationBudget.of(model, mib * 2**20)
 
 
 def search(

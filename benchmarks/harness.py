@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from manyicl.engine.label_trie import num_shared_tokens, tries_of
-from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.packing import ActivationBudget
 from manyicl.engine.prefix_cache import extend_blocks
 from manyicl.engine.scoring import score_labels
 from manyicl.evaluation.harness import HarnessModel
@@ -200,7 +200,7 @@ def measure_best(
     prefill = time.perf_counter() - started
     seconds = {}
     for mib in BEST_MEMORY_MIB:
-        memory = WorkingMemory.after(model.model, blocks, mib)
+        memory = ActivationBudget.after(model.model, blocks, mib)
         started = time.perf_counter()
         tries = [tries_of(labels[context], memory.slots_per_query()) for context in contexts]
         score_labels(model.model, blocks, [context[num_shared:] for context in contexts], tries, memory, "best")

@@ -106,7 +106,7 @@ def score(loaded: LoadedModel, planned: Planned, task: Task, options: argparse.N
     """Measure one task and return its mean score at each shot count."""
     engine = Engine.local(
         loaded,
-        working_memory_mib=options.activation_budget_mib,
+        activation_budget_mib=options.activation_budget_mib,
         text_format=options.text_format,
         end_of_answer=options.end_of_answer,
         max_context_tokens=planned.max_context_tokens,

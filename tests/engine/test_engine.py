@@ -142,7 +142,7 @@ def test_predictions_come_in_order_from_an_iterator_that_is_read_little_ahead() 
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
-def test_a_query_longer_than_the_working_memory_scores_the_same_in_chunks(
+def test_a_query_longer_than_the_activation_budget_scores_the_same_in_chunks(
     labels: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine.local(tiny_loaded("mistral"))
@@ -151,9 +151,9 @@ def test_a_query_longer_than_the_working_memory_scores_the_same_in_chunks(
     prefix = engine.prefill(task, task.demonstrations(3))
     queries = ["film", "play " * 40, "song"]
     expected = list(engine.predict(prefix, queries))
-    memory = replace(backend_of(engine).working_memory(prefix.cache), limit=20_000)
+    memory = replace(backend_of(engine).activation_budget(prefix.cache), limit=20_000)
     assert memory.tokens_per_pass() < 40
-    monkeypatch.setattr(engine.backend, "working_memory", lambda prefix: memory)
+    monkeypatch.setattr(engine.backend, "activation_budget", lambda prefix: memory)
     for one, other in zip(engine.predict(prefix, queries), expected, strict=True):
         assert one.answer == other.answer
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
@@ -231,9 +231,9 @@ def test_options_that_contradict_each_other_are_refused(
         engine.predict(engine.prefill(make_task(labels=labels)), ["film"], **options)
 
 
-def test_working_memory_below_one_is_refused() -> None:
-    with refused("out_of_range", field="working_memory_mib"):
-        Engine.local(tiny_loaded(), working_memory_mib=0)
+def test_activation_budget_below_one_is_refused() -> None:
+    with refused("out_of_range", field="activation_budget_mib"):
+        Engine.local(tiny_loaded(), activation_budget_mib=0)
 
 
 def test_choices_per_row_are_the_options_of_that_row() -> None:
@@ -293,7 +293,7 @@ def test_queries_before_a_wrong_one_are_still_answered() -> None:
         next(predictions)
 
 
-def test_the_order_of_queries_and_the_working_memory_change_no_answer() -> None:
+def test_the_order_of_queries_and_the_activation_budget_change_no_answer() -> None:
     task = make_task(labels=LABELS)
     shots = task.demonstrations(9)
     queries = [Query("film " * (1 + i * i % 11) + str(i)) for i in range(40)]
@@ -302,7 +302,7 @@ def test_the_order_of_queries_and_the_working_memory_change_no_answer() -> None:
     expected = [one.scores.log_probabilities for one in together if one.scores]
     order = random.Random(0).sample(range(40), 40)
     for mib in (None, 1):
-        other = Engine.local(tiny_loaded("gemma3_text"), working_memory_mib=mib)
+        other = Engine.local(tiny_loaded("gemma3_text"), activation_budget_mib=mib)
         shuffled = other.predict(other.prefill(task, shots), [queries[i] for i in order], scores="all")
         for i, prediction in zip(order, shuffled, strict=True):
             assert prediction.scores is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyicl.engine.packing import MOST_PADDING, QueriesInFlight, WorkingMemory, log_probabilities
+from manyicl.engine.packing import MOST_PADDING, ActivationBudget, QueriesInFlight, log_probabilities
 from manyicl.engine.prefix_cache import extend_blocks, longer, shared_beginning
 from manyicl.model.continuation import Block
 from tests.builders import ARCHITECTURES, tiny_model
@@ -129,7 +129,7 @@ def test_chunks_hold_every_query_once_within_memory_and_hardly_pad() -> None:
     lengths = [int(rng.lognormvariate(3, 0.8)) + 1 for _ in range(256)]
     assert max(lengths) > 20 * min(lengths)
     later = [rng.choice([0, 3, 9]) for _ in lengths]
-    memory = WorkingMemory(limit=60_000, per_token=100, per_logits=300, per_slot=40)
+    memory = ActivationBudget(limit=60_000, per_token=100, per_logits=300, per_slot=40)
     chunks = list(memory.chunks(lengths, later))
     assert sorted(i for chunk in chunks for i in chunk) == list(range(256))
     padding = columns = 0

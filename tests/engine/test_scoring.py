@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from manyicl.engine.backend import Wanted
 from manyicl.engine.label_trie import tries_of
-from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.packing import ActivationBudget
 from manyicl.engine.prefix_cache import extend_blocks
 from manyicl.engine.scoring import LabelSearch, Strategy, score_labels
 from manyicl.model.continuation import Block
@@ -23,7 +23,7 @@ from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12)]
 WANTED: tuple[Wanted, ...] = ("best", "all")
 STRATEGIES: tuple[Strategy, ...] = ("best_first", "full_pass")
-MEMORY = WorkingMemory(limit=10**9, per_token=100, per_logits=300, per_slot=40)
+BUDGET = ActivationBudget(limit=10**9, per_token=100, per_logits=300, per_slot=40)
 PREFIX = [random.Random(0).randrange(97) for _ in range(30)]
 
 
@@ -47,10 +47,10 @@ def search(
     wanted: Wanted,
     most_inner_nodes: int = 10_000,
     strategy: Strategy | None = None,
-    memory: WorkingMemory = MEMORY,
+    budget: ActivationBudget = BUDGET,
 ) -> list[LabelSearch]:
     tries = tries_of(labels, most_inner_nodes)
-    return score_labels(model, blocks, QUERIES, [tries] * len(QUERIES), memory, wanted, strategy)
+    return score_labels(model, blocks, QUERIES, [tries] * len(QUERIES), budget, wanted, strategy)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -108,9 +108,9 @@ def test_passes_of_any_size_give_the_same_scores(limit: int) -> None:
     model, prefix = sharpened("gemma2")
     blocks = extend_blocks(model, (), prefix)
     labels = random_labels(5, 40)
-    small = WorkingMemory(limit=limit, per_token=100, per_logits=300, per_slot=40)
+    small = ActivationBudget(limit=limit, per_token=100, per_logits=300, per_slot=40)
     for one, other in zip(
-        search(model, blocks, labels, "all"), search(model, blocks, labels, "all", memory=small), strict=True
+        search(model, blocks, labels, "all"), search(model, blocks, labels, "all", budget=small), strict=True
     ):
         assert one.scores == pytest.approx(other.scores, rel=1e-5, abs=1e-4)
 
@@ -119,7 +119,7 @@ def test_each_query_may_have_labels_of_its_own() -> None:
     model, prefix = sharpened("qwen2")
     blocks = extend_blocks(model, (), prefix)
     label_sets: list[list[tuple[int, ...]]] = [[(1, 2), (3,)], [(4, 5, 6)], random_labels(1, 30)]
-    found = score_labels(model, blocks, QUERIES, [tries_of(labels, 100) for labels in label_sets], MEMORY)
+    found = score_labels(model, blocks, QUERIES, [tries_of(labels, 100) for labels in label_sets], BUDGET)
     plain = plain_copy(model)
     for one, query, labels in zip(found, QUERIES, label_sets, strict=True):
         slow = [slow_score(plain, [*PREFIX, *query], label) for label in labels]

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from manyicl.engine import local
 from manyicl.engine.label_trie import tries_of
-from manyicl.engine.packing import WorkingMemory
+from manyicl.engine.packing import ActivationBudget
 from manyicl.errors import UserError
 from manyicl.model.load import load_model
 from tests.builders import TEXTS, byte_level_bpe, sentencepiece_bpe, tiny_model, word_level
@@ -248,10 +248,10 @@ def test_however_requests_are_read_the_scores_are_the_same(
     both.score(PAIRS + pairs + [(context, " never again!") for context, _ in pairs])
 
 
-def test_little_working_memory_changes_nothing(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_activation_budget_changes_nothing(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token a pass: queries are longer than a pass, and tries are cut."""
-    small = WorkingMemory.of(both.ours.model, 1)
-    monkeypatch.setattr(WorkingMemory, "after", lambda model, blocks, mib: small)
+    small = ActivationBudget.of(both.ours.model, 1)
+    monkeypatch.setattr(ActivationBudget, "after", lambda model, blocks, mib: small)
     rng = random.Random(3)
     options = [f" {sentence(rng)}" for _ in range(12)]
     pairs = both.scorable([(f"the film was {word}", option) for word in ("good", "bad and long") for option in options])
@@ -365,8 +365,8 @@ def test_what_cannot_be_scored_is_refused(llama: Path) -> None:
             model._loglikelihood_tokens([(None, [1], [2]), (("a", "b"), [1], continuation)])
     with refused("out_of_range", field="max_context_tokens", expected="1 to 512"):
         HarnessModel.from_pretrained(str(llama), max_context_tokens=513)
-    with refused("out_of_range", field="working_memory_mib"):
-        HarnessModel.from_pretrained(str(llama), working_memory_mib=0)
+    with refused("out_of_range", field="activation_budget_mib"):
+        HarnessModel.from_pretrained(str(llama), activation_budget_mib=0)
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused(tmp_path: Path) -> None:

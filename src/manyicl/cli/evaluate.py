@@ -29,7 +29,7 @@ def evaluate_command(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Test queries of each task.")] = 200,
     data_root: options.DataRoot = None,
-    working_memory_mib: options.WorkingMemoryMib = None,
+    activation_budget_mib: options.ActivationBudgetMib = None,
     seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
     max_context_tokens: options.MaxContextTokens = None,
@@ -71,7 +71,7 @@ def evaluate_command(
         text_format=text_format,
         end_of_answer=end_of_answer,
         max_context_tokens=max_context_tokens,
-        working_memory_mib=working_memory_mib,
+        activation_budget_mib=activation_budget_mib,
     )
     for then, now in engine.manifest.changed_tasks(loaded) if engine.manifest else ():
         console.print(

@@ -36,7 +36,7 @@ DataRoot = Annotated[
 MaxContextTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
 ]
-WorkingMemoryMib = Annotated[
+ActivationBudgetMib = Annotated[
     int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")]

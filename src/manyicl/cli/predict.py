@@ -64,7 +64,7 @@ def predict_command(
     ] = None,
     data_root: options.DataRoot = None,
     max_context_tokens: options.MaxContextTokens = None,
-    working_memory_mib: options.WorkingMemoryMib = None,
+    activation_budget_mib: options.ActivationBudgetMib = None,
     text_format: options.TextFormat = None,
     end_of_answer: options.EndOfAnswer = None,
     dtype: options.Dtype = None,
@@ -110,7 +110,7 @@ def predict_command(
             text_format=text_format,
             end_of_answer=end_of_answer,
             max_context_tokens=max_context_tokens,
-            working_memory_mib=working_memory_mib,
+            activation_budget_mib=activation_budget_mib,
         )
         wanted = {"scores": every, "abstain_below": abstain_below, "sampling": sampling}
         predictions = source.predictions(engine, queries, output, partial(_describe, console, engine), wanted)

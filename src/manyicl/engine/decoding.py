@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.engine.backend import GeneratedToken, Sampling, Stop, TokenIds
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_denominators, numbers_of
+from manyicl.engine.packing import ActivationBudget, QueriesInFlight, log_denominators, numbers_of
 from manyicl.model.continuation import Block
 
 
@@ -21,7 +21,7 @@ def generate(
     queries: Sequence[TokenIds],
     stop: Stop,
     max_tokens: int,
-    memory: WorkingMemory,
+    budget: ActivationBudget,
     sampling: Sampling | None,
     numbers: Sequence[int],
     positions: Sequence[int],
@@ -34,14 +34,14 @@ def generate(
         queries: Encoded, up to where the answer begins.
         stop: Decides after every token whether an answer has ended.
         max_tokens: Limit for answers that do not end before.
-        memory: Bounds how many queries advance together.
+        budget: Bounds how many queries advance together.
         sampling: How tokens are drawn; None for the most probable ones.
         numbers: Number of each query, which fixes its draws together with the seed.
         positions: Position of each query among those of the caller, by which tokens name it.
     """
     written: list[list[int]] = [[] for _ in queries]
     draws = [random.Random(f"answer {sampling.seed if sampling else 0} {number}") for number in numbers]
-    for chunk in memory.chunks([len(query) for query in queries], [max_tokens] * len(queries), in_line=True):
+    for chunk in budget.chunks([len(query) for query in queries], [max_tokens] * len(queries), in_line=True):
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max_tokens, in_line=True)
         live = list(range(len(chunk)))
         logits = flight.read()

@@ -173,13 +173,13 @@ class Engine:
         cls,
         loaded: LoadedModel,
         *,
-        working_memory_mib: int | None = None,
+        activation_budget_mib: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
         """Run a loaded model in this process; arguments are those of `__init__` and of `LocalBackend`."""
         from manyicl.engine.local import LocalBackend
 
-        backend = LocalBackend(loaded, working_memory_mib=working_memory_mib)
+        backend = LocalBackend(loaded, activation_budget_mib=activation_budget_mib)
         return cls(backend, loaded.tokenizer, manifest=loaded.manifest, **options)
 
     @classmethod
@@ -189,7 +189,7 @@ class Engine:
         *,
         dtype: str | None = None,
         device: str | None = None,
-        working_memory_mib: int | None = None,
+        activation_budget_mib: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
         """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``, with the format it was fine-tuned in.
@@ -200,7 +200,7 @@ class Engine:
         from manyicl.model.load import load_model
 
         loaded = load_model(str(reference), dtype=dtype, device=device)
-        return cls.local(loaded, working_memory_mib=working_memory_mib, **options)
+        return cls.local(loaded, activation_budget_mib=activation_budget_mib, **options)
 
     @property
     def reference(self) -> str:

@@ -28,7 +28,7 @@ from manyicl.engine.backend import (
 )
 from manyicl.engine.decoding import generate
 from manyicl.engine.label_trie import NODES_READ_TOGETHER, num_shared_tokens, tries_of
-from manyicl.engine.packing import WorkingMemory, log_denominators, log_probabilities
+from manyicl.engine.packing import ActivationBudget, log_denominators, log_probabilities
 from manyicl.engine.prefix_cache import PREFILL_CHUNK_TOKENS, PrefixCache, extend_blocks, shared_beginning
 from manyicl.engine.scoring import score_labels
 from manyicl.errors import UserError
@@ -51,28 +51,28 @@ NOT_COMPUTED = frozenset(
 class LocalBackend:
     """Runs a loaded model in this process: prefixes as shared keys and values, queries packed after them."""
 
-    def __init__(self, loaded: LoadedModel, *, working_memory_mib: int | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, *, activation_budget_mib: int | None = None) -> None:
         """Take a loaded model.
 
         Args:
             loaded: From `manyicl.model.load.load_model`.
-            working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
+            activation_budget_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
                 many advance together, never a result. None for half of what the prefix uses, and at least 64.
 
         Raises:
             UserError: If the bound is below 1.
         """
-        if working_memory_mib is not None and working_memory_mib < 1:
+        if activation_budget_mib is not None and activation_budget_mib < 1:
             raise UserError(
                 "out_of_range",
-                "working_memory_mib is out of range",
+                "activation_budget_mib is out of range",
                 expected="at least 1",
-                found=str(working_memory_mib),
-                field="working_memory_mib",
+                found=str(activation_budget_mib),
+                field="activation_budget_mib",
             )
         self.model = loaded.model
         self.identity = identity_of(loaded)
-        self.working_memory_mib = working_memory_mib
+        self.activation_budget_mib = activation_budget_mib
         self._tries = lru_cache(maxsize=16)(tries_of)
 
     def prefill(
@@ -109,8 +109,8 @@ class LocalBackend:
         wanted: Wanted = "all",
     ) -> list[OptionScores]:
         """Score the options of each query exactly; options that begin alike share their beginning."""
-        memory = self.working_memory(prefix)
-        most = memory.slots_per_query()
+        budget = self.activation_budget(prefix)
+        most = budget.slots_per_query()
         if wanted == "all":
             most = min(most, NODES_READ_TOGETHER)
         short_of = {id(own): [n for n, ids in enumerate(own) if len(ids) <= MOST_TRIE_TOKENS] for own in options}
@@ -119,11 +119,11 @@ class LocalBackend:
             for own in options
         }
         found: dict[int, OptionScores] = {}
-        for numbers, blocks, batch in self._batches(prefix, queries, memory):
+        for numbers, blocks, batch in self._batches(prefix, queries, budget):
             in_tries = [i for i in numbers if short_of[id(options[i])]]
             batch_of = dict(zip(numbers, batch, strict=True))
             in_batch, tries = [batch_of[i] for i in in_tries], [tries_by_options[id(options[i])] for i in in_tries]
-            searches = score_labels(self.model, blocks, in_batch, tries, memory, wanted)
+            searches = score_labels(self.model, blocks, in_batch, tries, budget, wanted)
             for i, search in zip(in_tries, searches, strict=True):
                 short = short_of[id(options[i])]
                 greedy = frozenset(short[n] for n in search.greedy)
@@ -131,7 +131,7 @@ class LocalBackend:
                 found[i] = OptionScores(scores, short[search.best], greedy)
             for i in numbers:
                 if len(short_of[id(options[i])]) < len(options[i]):
-                    found[i] = self._with_long_options(found.get(i), blocks, batch_of[i], options[i], memory)
+                    found[i] = self._with_long_options(found.get(i), blocks, batch_of[i], options[i], budget)
         return [found[i] for i in range(len(queries))]
 
     def _with_long_options(
@@ -140,14 +140,14 @@ class LocalBackend:
         blocks: Sequence[Block],
         query: TokenIds,
         options: Sequence[TokenIds],
-        memory: WorkingMemory,
+        budget: ActivationBudget,
     ) -> OptionScores:
         """Add the options that are too long for a trie, each processed straight through."""
         scores = dict(short.log_probabilities) if short else {}
         greedy = set(short.greedy) if short else set()
         for number, option in enumerate(options):
             if len(option) > MOST_TRIE_TOKENS:
-                scores[number], is_greedy = score_alone(self.model, blocks, query, option, memory)
+                scores[number], is_greedy = score_alone(self.model, blocks, query, option, budget)
                 greedy |= {number} if is_greedy else set()
         best = max(scores, key=lambda number: (scores[number], -number))
         return OptionScores(scores, best, frozenset(greedy))
@@ -162,17 +162,17 @@ class LocalBackend:
         numbers: Sequence[int] | None = None,
     ) -> Generator[GeneratedToken]:
         """Write the answers of many queries together, and yield tokens as they come."""
-        memory = self.working_memory(prefix)
+        budget = self.activation_budget(prefix)
         numbers = range(len(queries)) if numbers is None else numbers
-        for batch, blocks, batch_queries in self._batches(prefix, queries, memory):
+        for batch, blocks, batch_queries in self._batches(prefix, queries, budget):
             batch_numbers = [numbers[i] for i in batch]
             yield from generate(
-                self.model, blocks, batch_queries, stop, max_tokens, memory, sampling, batch_numbers, batch
+                self.model, blocks, batch_queries, stop, max_tokens, budget, sampling, batch_numbers, batch
             )
 
-    def working_memory(self, prefix: Prefix) -> WorkingMemory:
+    def activation_budget(self, prefix: Prefix) -> ActivationBudget:
         """Return the bound on what queries in flight use, and what their tokens cost."""
-        return WorkingMemory.after(self.model, self._blocks(prefix), self.working_memory_mib)
+        return ActivationBudget.after(self.model, self._blocks(prefix), self.activation_budget_mib)
 
     def _blocks(self, prefix: Prefix) -> tuple[Block, ...]:
         """Return the keys and values of a prefix of this backend, and refuse any other."""
@@ -182,13 +182,13 @@ class LocalBackend:
         return prefix.blocks
 
     def _batches(
-        self, prefix: Prefix, queries: Sequence[TokenIds], memory: WorkingMemory
+        self, prefix: Prefix, queries: Sequence[TokenIds], budget: ActivationBudget
     ) -> Iterator[tuple[list[int], tuple[Block, ...], list[TokenIds]]]:
         """Yield positions of queries, what they come after and their tokens: first those that fit a forward pass.
 
-        A query that would exceed the working memory is processed in chunks as a prefix is, up to its last token.
+        A query that would exceed the activation budget is processed in chunks as a prefix is, up to its last token.
         """
-        blocks, most = self._blocks(prefix), memory.tokens_per_pass()
+        blocks, most = self._blocks(prefix), budget.tokens_per_pass()
         together = [i for i, query in enumerate(queries) if len(query) <= most]
         if together:
             yield together, blocks, [queries[i] for i in together]
@@ -212,7 +212,7 @@ def target_scores(
 
 
 def score_alone(
-    model: PreTrainedModel, blocks: Sequence[Block], query: TokenIds, option: TokenIds, memory: WorkingMemory
+    model: PreTrainedModel, blocks: Sequence[Block], query: TokenIds, option: TokenIds, budget: ActivationBudget
 ) -> tuple[float, bool]:
     """Score one long option after a prefix and a query, and tell whether greedy decoding would have written it."""
     begin = len(query) - 1
@@ -229,7 +229,7 @@ def score_alone(
         model,
         blocks,
         (*query, *option[:-1]),
-        chunk_tokens=memory.tokens_per_pass(num_logits_per_token=1),
+        chunk_tokens=budget.tokens_per_pass(num_logits_per_token=1),
         keep=range(begin, begin + len(option)),
         on_logits=take,
     )

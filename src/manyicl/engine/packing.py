@@ -17,7 +17,7 @@ from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_mo
 # Names that configurations have for the width of the feed-forward layer; without one it is four times the hidden size.
 INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
 # Without a bound of the user's own, queries in flight may use half of what the prefix uses, and at least this.
-LEAST_WORKING_MEMORY_MIB = 64
+LEAST_ACTIVATION_BUDGET_MIB = 64
 # Queries that advance together differ so little in length that at most this share of their padded batch is padding.
 MOST_PADDING = 0.10
 # Normalising logits in float32 goes through so many bytes at a time.
@@ -25,7 +25,7 @@ NORMALISING_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class WorkingMemory:
+class ActivationBudget:
     """Memory that a pass may use in addition to model and prefix, and what a token of it costs; all in bytes.
 
     The costs are estimates from the shape of the network, compared with a measurement by
@@ -44,13 +44,13 @@ class WorkingMemory:
     per_slot: int
 
     @classmethod
-    def after(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> WorkingMemory:
+    def after(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> ActivationBudget:
         """Bound what queries after a prefix use: ``mib``, or half of what the prefix uses and at least 64 MiB."""
         half = sum(block.num_bytes for block in prefix) // 2
-        return cls.of(model, mib * 2**20 if mib is not None else max(half, LEAST_WORKING_MEMORY_MIB * 2**20))
+        return cls.of(model, mib * 2**20 if mib is not None else max(half, LEAST_ACTIVATION_BUDGET_MIB * 2**20))
 
     @classmethod
-    def of(cls, model: PreTrainedModel, limit: int) -> WorkingMemory:
+    def of(cls, model: PreTrainedModel, limit: int) -> ActivationBudget:
         """Read the costs off a network's configuration."""
         config = model.config.get_text_config()
         size = torch.empty(0, dtype=model.dtype).element_size()
@@ -70,14 +70,14 @@ class WorkingMemory:
     def slots_per_query(self) -> int:
         """Return how many tokens may follow one query in a tree, so that about 8 queries still advance together.
 
-        A sixteenth of the memory may go to its keys, and as much to the square that says which of them sees which.
+        A sixteenth of the budget may go to its keys, and as much to the square that says which of them sees which.
         """
         return max(32, min(self.limit // (16 * self.per_slot), math.isqrt(self.limit // 16)))
 
     def chunks(
         self, lengths: Sequence[int], num_later_slots: Sequence[int], *, in_line: bool = False
     ) -> Iterator[list[int]]:
-        """Group queries, by length, so that each group fits in memory and hardly pads.
+        """Group queries, by length, so that each group fits the budget and hardly pads.
 
         Args:
             lengths: Tokens of each query.

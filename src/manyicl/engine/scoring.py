@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from manyicl.engine.backend import Wanted
 from manyicl.engine.label_trie import ROOT, LabelTrie
-from manyicl.engine.packing import QueriesInFlight, WorkingMemory, log_probabilities
+from manyicl.engine.packing import ActivationBudget, QueriesInFlight, log_probabilities
 from manyicl.model.continuation import Block
 
 # A pass costs what so many tokens cost on top of those it reads, measured on a CPU (docs/performance.md): up to so many
@@ -147,7 +147,7 @@ def score_labels(
     prefix: Sequence[Block],
     queries: Sequence[tuple[int, ...]],
     label_tries: Sequence[Sequence[LabelTrie]],
-    memory: WorkingMemory,
+    budget: ActivationBudget,
     wanted: Wanted = "all",
     strategy: Strategy | None = None,
 ) -> list[LabelSearch]:
@@ -158,7 +158,7 @@ def score_labels(
         prefix: Shared by all queries.
         queries: Encoded, up to where the answer begins.
         label_tries: Of each query, from `tries_of`.
-        memory: Bounds how many queries advance together.
+        budget: Bounds how many queries advance together.
         wanted: Only the best label, or the scores of all.
         strategy: Overrules the choice between the two ways to search; the results are the same.
 
@@ -168,16 +168,16 @@ def score_labels(
     sizes_of = {id(tries): [len(trie.inner_nodes) for trie in tries] for tries in label_tries}
     sizes = [sizes_of[id(tries)] for tries in label_tries]
     found: dict[int, LabelSearch] = {}
-    for chunk in memory.chunks([len(query) for query in queries], [max(own) for own in sizes]):
+    for chunk in budget.chunks([len(query) for query in queries], [max(own) for own in sizes]):
         chosen = strategy or strategy_for(sum(sum(sizes[i]) for i in chunk), wanted)
         searches = [LabelSearch(label_tries[i], wanted == "best", chosen) for i in chunk]
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
-        _search_together(flight, searches, memory)
+        _search_together(flight, searches, budget)
         found.update(zip(chunk, searches, strict=True))
     return [found[i] for i in range(len(queries))]
 
 
-def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], memory: WorkingMemory) -> None:
+def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], budget: ActivationBudget) -> None:
     """Prefill the queries, then decode round after round the nodes that their searches take."""
     # Most queries share their labels, and with them a list of thousands of tries.
     of_tries = {id(search.tries): search.tries for search in searches}
@@ -201,7 +201,7 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], m
                 if nodes := searches[query].take(width):
                     taken[query] = nodes
                     break
-        _read_nodes(flight, searches, taken, numbers, memory)
+        _read_nodes(flight, searches, taken, numbers, budget)
         taken = {query: searches[query].take(width) for query in taken}
         waiting = {query for query, nodes in taken.items() if not nodes}
         taken = {query: nodes for query, nodes in taken.items() if nodes}
@@ -212,10 +212,10 @@ def _read_nodes(
     searches: Sequence[LabelSearch],
     taken: dict[int, list[int]],
     numbers: list[dict[int, int]],
-    memory: WorkingMemory,
+    budget: ActivationBudget,
 ) -> None:
-    """Decode one round of nodes, in as many passes as memory requires, and pass on to the searches what follows."""
-    step = memory.tokens_per_pass(num_logits_per_token=1)
+    """Decode one round of nodes, in as many passes as the budget requires, and pass on to the searches what follows."""
+    step = budget.tokens_per_pass(num_logits_per_token=1)
     pairs = [(query, node) for query in sorted(taken) for node in taken[query]]
     learned: dict[int, list[NodeRead]] = {query: [] for query in taken}
     for start in range(0, len(pairs), step):

@@ -81,23 +81,23 @@ def _longest_answer(encoder: Encoder, answers: tuple[str, ...]) -> int:
     return max(len(encoder.answer_ids(answer)) for answer in answers)
 
 
-def require_room_behind_instruction(task: Task, encoder: Encoder, max_context_tokens: int) -> int:
+def require_instruction_fits(task: Task, encoder: Encoder, max_context_tokens: int) -> int:
     """Return how many tokens stand before the first query.
 
     Raises:
         UserError: If they fill the context, as an instruction that lists thousands of labels may.
     """
-    opening = encoder.num_preamble_tokens(task.instruction())
-    if opening >= max_context_tokens:
+    num_tokens = encoder.num_preamble_tokens(task.instruction())
+    if num_tokens >= max_context_tokens:
         labels = f" (the task has {len(task.labels):,} labels)" if task.labels else ""
         raise UserError(
             "instruction_too_long",
             f"The instruction of task {task.name!r}{labels} alone fills the context",
             expected=f"fewer than {max_context_tokens:,} tokens, which is max_context_tokens",
-            found=f"{opening:,}",
+            found=f"{num_tokens:,}",
             remedy="Shorten it, or use a longer context.",
         )
-    return opening
+    return num_tokens
 
 
 def fit_demonstrations(
@@ -123,7 +123,7 @@ def fit_demonstrations(
         UserError: If the instruction alone fills the context.
     """
     instruction = task.instruction()
-    room = max_context_tokens - reserve - require_room_behind_instruction(task, encoder, max_context_tokens)
+    room = max_context_tokens - reserve - require_instruction_fits(task, encoder, max_context_tokens)
     costs = [
         encoder.num_shot_tokens(example, encoder.preceding(instruction, shot))
         for shot, example in enumerate(demonstrations)

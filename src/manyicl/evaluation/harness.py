@@ -107,7 +107,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, max_context_tokens: int | None = None, working_memory_mib: int | None = None
+        self, loaded: LoadedModel, *, max_context_tokens: int | None = None, activation_budget_mib: int | None = None
     ) -> None:
         """Take a loaded model.
 
@@ -115,14 +115,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             loaded: From `manyicl.model.load.load_model`.
             max_context_tokens: Where contexts are cut from the left; None for lm-eval's rule: what the
                 configuration allows, else what the tokenizer says, else 2,048.
-            working_memory_mib: Bound on what queries in flight use beside model and prefix, in MiB; None for half
+            activation_budget_mib: Bound on what queries in flight use beside model and prefix, in MiB; None for half
                 of what the prefix uses, and at least 64.
 
         Raises:
             UserError: If the model allows fewer positions, the tokenizer has no token that may stand for an empty
                 context, or a bound is below 1.
         """
-        self.local = LocalBackend(loaded, working_memory_mib=working_memory_mib)
+        self.local = LocalBackend(loaded, activation_budget_mib=activation_budget_mib)
         require_context(max_context_tokens, self.local.identity)
         if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
             raise UserError(
@@ -154,7 +154,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         dtype: str | None = None,
         device: str | None = None,
         max_context_tokens: int | None = None,
-        working_memory_mib: int | None = None,
+        activation_budget_mib: int | None = None,
     ) -> Self:
         """Load a folder, a .gguf file, ``hf:owner/name`` or ``builtin:`` and a name.
 
@@ -164,7 +164,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         return cls(
             load_model(reference, dtype=dtype, device=device),
             max_context_tokens=max_context_tokens,
-            working_memory_mib=working_memory_mib,
+            activation_budget_mib=activation_budget_mib,
         )
 
     def tok_encode(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from manyicl.episodes.budget import require_room_behind_instruction
+from manyicl.episodes.budget import require_instruction_fits
 from manyicl.errors import UserError
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
@@ -138,7 +138,7 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
         UserError: If there is none, or the instruction alone fills the context.
     """
     engine.encoder.require_encodable(task)
-    preamble = require_room_behind_instruction(task, engine.encoder, engine.max_context_tokens)
+    preamble = require_instruction_fits(task, engine.encoder, engine.max_context_tokens)
     order = list(range(len(task.test)))
     random.Random(f"queries {settings.seed}").shuffle(order)
     chosen: list[Example] = []
