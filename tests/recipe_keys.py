@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -94,22 +94,27 @@ def _either(first: Key | None, other: Key) -> Key:
 
 
 def _key(name: str, field: FieldInfo) -> Key:
-    bounds = [
-        f"{words} {_number(getattr(limit, attribute))}"
-        for limit in field.metadata
-        for kind, (attribute, words) in BOUNDS.items()
-        if isinstance(limit, kind)
-    ]
-    values = ", ".join([_values(field.annotation), *bounds])
+    values = ", ".join([_values(field.annotation), *_bounds(field.metadata)])
     if not field.description and len(get_args(field.annotation)) != 1:
         raise ValueError(f"{name} has no description; give its field one")
     return Key(name, _cell(values), _cell(_default(field)), _cell(field.description or "The only one there is."))
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    return [
+        f"{words} {_number(getattr(limit, attribute))}"
+        for limit in metadata
+        for kind, (attribute, words) in BOUNDS.items()
+        if isinstance(limit, kind)
+    ]
 
 
 def _values(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return ", or ".join(_values(part) for part in arguments if part is not type(None))
+    if origin is Annotated:
+        return ", ".join([_values(arguments[0]), *_bounds(arguments[1].metadata)])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:

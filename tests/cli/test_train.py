@@ -79,6 +79,16 @@ def command(recipe: Path, *arguments: str) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.parametrize(("rank", "num_lines"), [("0", 1), ("1", 0)])
+def test_only_the_main_process_prints_a_mistake(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, rank: str, num_lines: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert command(recipe, "--set", "training.sed=1").wait(timeout=60) == 2
+    assert len((recipe.parent / "log").read_text(encoding="utf-8").splitlines()) == num_lines
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_prints_the_command_that_resumes(recipe: Path, number: signal.Signals) -> None:
     log = recipe.parent / "log"

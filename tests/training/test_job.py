@@ -6,12 +6,13 @@ import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from manyicl.errors import UserError
-from manyicl.model.load import LoadedModel
+from manyicl.model.load import LoadedModel, load_model
 from manyicl.training.job import Existing, TrainedRun, ensure_trained
 from manyicl.training.processes import is_main_process, local_rank, world_size
 from manyicl.training.recipe import Recipe
@@ -63,6 +64,29 @@ def test_a_finished_run_is_found_only_as_the_same_run(tmp_path: Path) -> None:
     ensured(small_recipe(base, "training.seed=2"), existing="replace")
     with pytest.raises(UserError, match=r"the weights of the base .* changed"):
         ensured(recipe, RecipeTasks(small_tasks().train[:1], ()))
+
+
+def test_a_run_is_found_without_loading_a_base_whose_files_are_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    ensured(small_recipe(base))
+    recipe = small_recipe(tmp_path / "run", "model.from_scratch=null", f"model.base={base}")
+    tasks = RecipeTasks(small_tasks().train[:1], ())
+    ensured(recipe, tasks)
+    loads: list[str] = []
+
+    def load(reference: str, **options: Any) -> LoadedModel:
+        loads.append(reference)
+        return load_model(reference, **options)
+
+    monkeypatch.setattr("manyicl.training.job.load_model", load)
+    assert ensured(recipe, tasks).was_found
+    assert not loads
+    (base / "model.safetensors").touch()
+    for _ in range(2):
+        assert ensured(recipe, tasks).was_found
+    assert len(loads) == 1
 
 
 def test_a_run_by_another_version_is_another_run(tmp_path: Path) -> None:

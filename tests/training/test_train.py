@@ -306,6 +306,25 @@ def test_held_out_tasks_are_evaluated_once_after_the_last_step_by_default(tmp_pa
     assert (done.best_score, done.best_step) == (0.5, 4)
 
 
+def test_of_models_with_equal_scores_the_last_one_is_kept(tmp_path: Path) -> None:
+    done = run(small_recipe(tmp_path / "run", "training.evaluate_every=1"), evaluation=lambda loaded: {"score": 0.0})
+    assert (done.best_score, done.best_step) == (0.0, 4)
+
+
+def test_evaluation_can_be_switched_off(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", "training.evaluate_every=null")
+    done = run(recipe, evaluation=lambda loaded: pytest.fail("evaluated"))
+    assert (done.finished, done.best_score, done.best_step) == (True, None, None)
+
+
+def test_an_evaluation_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyicl.training.progress.SECONDS_BETWEEN_LINES", 0.0)
+    recipe, screen = small_recipe(tmp_path / "run", "training.evaluate_shots=[0, 2]"), io.StringIO()
+    ensure_trained(recipe, small_tasks(), held_out_measure, console=Console(file=screen, width=300))
+    lines = [line for line in screen.getvalue().splitlines() if line.startswith("evaluating on held-out tasks: ")]
+    assert [line.split()[4] for line in lines] == ["0/2", "1/2", "2/2"]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_an_adapter_loads_over_its_base_and_leaves_it_alone(finished: Path, tmp_path: Path) -> None:
     before = weights_in(finished)

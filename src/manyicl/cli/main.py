@@ -73,7 +73,10 @@ def main() -> None:
         # Typer itself ends with 2 after a wrong option, with 130 after Ctrl-C, with 1 where a reader has left.
         app()
     except UserError as error:
-        print_error(error, console)
+        # All processes that torchrun starts meet the same mistake; the main one says it.
+        rank = os.environ.get("RANK", "0")
+        if not (rank.isdecimal() and int(rank) > 0):
+            print_error(error, console)
         sys.exit(USER_ERROR)
     except MachineError as error:
         reason = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def held_out_measure(
-    tasks: Sequence[Task], *, shots: tuple[int, ...], num_queries: int, seed: int
+    tasks: Sequence[Task],
+    *,
+    shots: tuple[int, ...],
+    num_queries: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Callable[[LoadedModel], dict[str, float]]:
     """Return a function that measures a model on held-out tasks: its score at each shot count, and their mean.
 
@@ -29,6 +35,7 @@ def held_out_measure(
         shots: Shot counts.
         num_queries: Validation queries per task.
         seed: Seed of their choice and of the demonstrations.
+        on_progress: Called before the first score and after each with how many are measured, and how many there are.
 
     Raises:
         UserError: If a task has too few training rows.
@@ -38,11 +45,21 @@ def held_out_measure(
 
     validation_tasks = [validation_task(task, num_queries, seed) for task in tasks]
     settings = EvaluationSettings(shots=shots, num_seeds=1, num_queries=num_queries, seed=seed)
+    report = on_progress or (lambda num_done, num_all: None)
 
     def measure(loaded: LoadedModel) -> dict[str, float]:
+        num_all = len(validation_tasks) * len(settings.points())
+        num_done = itertools.count(1)
+        report(0, num_all)
         # The figures go to the log; the records of a model that changes with every step are not kept.
         with TemporaryDirectory() as folder:
-            results = measure_shot_curves(Engine.local(loaded), validation_tasks, folder, settings).results
+            results = measure_shot_curves(
+                Engine.local(loaded),
+                validation_tasks,
+                folder,
+                settings,
+                on_result=lambda result, was_found: report(next(num_done), num_all),
+            ).results
         figures = {"score": sum(result.score for result in results) / len(results)}
         for num_shots in settings.shots:
             scores = [result.score for result in results if result.num_shots == num_shots]

@@ -19,7 +19,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
     num_processes = world_size()
     on_cpu = not torch.cuda.is_available()
     due = settings.evaluate_every if evaluates else settings.save_every
-    interval = due or recipe.num_steps
+    interval = due if isinstance(due, int) else recipe.num_steps
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=recipe.num_steps,

@@ -14,16 +14,17 @@ from rich.console import Console
 from transformers import TrainerState
 
 from manyicl.errors import UserError
-from manyicl.model.load import load_model
+from manyicl.model.load import load_model, read_manifest, resolve_reference
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.outputs import require_output_folder
 from manyicl.tasks.task import Task
 from manyicl.training.arguments import training_arguments
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import is_main_process, world_size
+from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
-from manyicl.training.requirements import check_recipe, remark_on_precision
+from manyicl.training.requirements import base_files, check_recipe, remark_on_precision
 from manyicl.training.run_folder import RunFolder, RunState
 from manyicl.training.train import Measure, PreparedRun, explained_ends, prepare_run, train_prepared, trained_tasks
 
@@ -35,7 +36,15 @@ Decision = TypeVar("Decision")
 class MakeMeasure(Protocol):
     """What `manyicl.evaluation.held_out.held_out_measure` is."""
 
-    def __call__(self, tasks: Sequence[Task], *, shots: tuple[int, ...], num_queries: int, seed: int) -> Measure:
+    def __call__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        shots: tuple[int, ...],
+        num_queries: int,
+        seed: int,
+        on_progress: Callable[[int, int], None],
+    ) -> Measure:
         """Return the function that measures a model on held-out tasks."""
         ...
 
@@ -74,8 +83,8 @@ def ensure_trained(
     Args:
         recipe: The run.
         tasks: Its tasks, if they are loaded already.
-        measure: Makes, from the held-out tasks, what is measured every ``evaluate_every`` steps and after the last;
-            it returns figures, ``score`` among them, by which the best model is kept.
+        measure: Makes, from the held-out tasks, what is measured every ``evaluate_every`` steps and after the last,
+            unless that is None; it returns figures, ``score`` among them, by which the best model is kept.
         existing: What to do with a run in the output folder. ``use`` returns or resumes it if it is this run,
             ``refuse`` takes only an empty folder, ``resume`` only an interrupted run, ``replace`` starts anew.
         console: Where progress is shown; None for standard error.
@@ -91,27 +100,37 @@ def ensure_trained(
     if recipe.training.num_threads is not None:
         torch.set_num_threads(recipe.training.num_threads)
     folder = RunFolder(recipe.output)
-    measures = measure is not None and bool(tasks.held_out if tasks else recipe.tasks.evaluate)
-    arguments = training_arguments(recipe, folder, evaluates=measures)
+    if recipe.training.evaluate_every is None or not (tasks.held_out if tasks else recipe.tasks.evaluate):
+        measure = None
+    arguments = training_arguments(recipe, folder, evaluates=measure is not None)
     plan = _decided_together(lambda: _plan(folder, recipe, existing))
     tasks = tasks or load_recipe_tasks(recipe)
     if plan == "found":
         return _found_run(recipe, tasks, folder)
+    progress = TrainingProgress(console)
     measured = None
-    if measure is not None and tasks.held_out:
+    if measure is not None:
         settings = recipe.training
         measured = measure(
-            tasks.held_out, shots=settings.evaluate_shots, num_queries=settings.evaluate_queries, seed=settings.seed
+            tasks.held_out,
+            shots=settings.evaluate_shots,
+            num_queries=settings.evaluate_queries,
+            seed=settings.seed,
+            on_progress=progress.on_evaluation,
         )
+    files = base_files(recipe)
     prepared = prepare_run(recipe, tasks)
     for sentence in (*prepared.sentences(), remark_on_precision(recipe)):
         if sentence:
             console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     with explained_ends(folder), folder.held() if is_main_process() else nullcontext():
         checkpoint = _enter_folder(folder, prepared, console, plan)
+        if is_main_process():
+            folder.remember_base(files)
         finished, trainer = train_prepared(
-            prepared, arguments, folder, console, measure=measured, checkpoint=checkpoint
+            prepared, arguments, folder, progress, measure=measured, checkpoint=checkpoint
         )
+        console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
     state = trainer.state
     best_step = state.best_global_step if measured else None
     return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)
@@ -185,12 +204,15 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
     """
     known = Manifest.read(folder.path)
     assert known is not None
-    fingerprint: str | None = None
-    base_tasks: tuple[TrainedTask, ...] = ()
-    if recipe.model.base is not None:
+    fingerprint, base_manifest = known.base_fingerprint, None
+    files = base_files(recipe)
+    has_same_base = folder.has_same_base(files)
+    if recipe.model.base is not None and has_same_base:
+        base_manifest = read_manifest(resolve_reference(recipe.model.base))
+    elif recipe.model.base is not None:
         base = load_model(recipe.model.base, dtype=recipe.model.dtype, device="cpu", check_isolation=False)
-        fingerprint = base.fingerprint
-        base_tasks = base.manifest.tasks if base.manifest else ()
+        fingerprint, base_manifest = base.fingerprint, base.manifest
+    base_tasks = base_manifest.tasks if base_manifest else ()
     folder.require_same_start(
         known.model_copy(
             update={
@@ -200,6 +222,8 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
             }
         )
     )
+    if is_main_process() and not has_same_base:
+        folder.remember_base(files)
     newest = Checkpoints(folder.checkpoints).newest()
     state = TrainerState.load_from_json(str(newest / "trainer_state.json")) if newest else TrainerState()
     return TrainedRun(folder.path, True, recipe.num_steps, state.best_metric, state.best_global_step, was_found=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# Where there is no bar, an evaluation says this often how far it is.
+SECONDS_BETWEEN_LINES = 30.0
+
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, loss, and supervised answers per second."""
+    """Shows steps, loss, supervised answers per second, and how far an evaluation is."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._written_at = 0.0
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -24,13 +29,14 @@ class TrainingProgress(TrainerCallback):
             console=console,
             disable=not console.is_terminal,
         )
+        self._task = self._bar.add_task("", total=None, status="")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar."""
         self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, status="")
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
@@ -63,6 +69,15 @@ class TrainingProgress(TrainerCallback):
             self._console.print(
                 f"step {state.global_step:,}/{state.max_steps:,}  held-out: {text}", highlight=False, soft_wrap=True
             )
+
+    def on_evaluation(self, num_done: int, num_all: int) -> None:
+        """Show how many scores of an evaluation are measured."""
+        status = f"evaluating on held-out tasks: {num_done:,}/{num_all:,} scores"
+        self._bar.update(self._task, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (num_done == 0 or now - self._written_at >= SECONDS_BETWEEN_LINES):
+            self._written_at = now
+            self._console.print(status, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -208,8 +208,9 @@ class TrainingSettings(Section):
         "liger-kernel and a CUDA GPU.",
     )
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
-    evaluate_every: int | None = Field(
-        None, ge=1, description="Steps between evaluations on tasks.evaluate; unset: only at the end."
+    evaluate_every: Annotated[int, Field(ge=1)] | Literal["end"] | None = Field(
+        "end",
+        description="Steps between evaluations on tasks.evaluate; end: only after the last step; null: never.",
     )
     evaluate_shots: tuple[int, ...] = Field(
         (0, 8),
@@ -291,7 +292,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _save_every_adds_checkpoints(self) -> Self:
         every, evaluations = self.training.save_every, self.training.evaluate_every
-        if self.tasks.evaluate and every and evaluations and every % evaluations == 0:
+        if self.tasks.evaluate and every and isinstance(evaluations, int) and every % evaluations == 0:
             raise ValueError(
                 f"training.save_every is {every}, training.evaluate_every {evaluations}; each evaluation makes a "
                 "checkpoint already, so that the best model has one. Use a smaller save_every for more, or leave it out"
@@ -302,7 +303,8 @@ class Recipe(Section):
     def _evaluations_have_tasks(self) -> Self:
         fields = TrainingSettings.model_fields
         keys = [key for key in fields if key.startswith("evaluate_")]
-        unused = [f"training.{key}" for key in keys if getattr(self.training, key) != fields[key].default]
+        values = {key: getattr(self.training, key) for key in keys}
+        unused = [f"training.{key}" for key in keys if values[key] not in (None, fields[key].default)]
         if unused and not self.tasks.evaluate:
             names = " and ".join(unused)
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -196,6 +197,18 @@ def config_folder(recipe: Recipe) -> Path | None:
         return Path(resolve_reference(base))
     except UserError:
         return None
+
+
+def base_files(recipe: Recipe) -> str | None:
+    """List, as JSON, size and modification time of each file of the base: equal lists mean equal weights.
+
+    None for a new model, for one that is not on this machine, and for an adapter, whose own base is elsewhere.
+    """
+    folder = config_folder(recipe)
+    if folder is None or (folder / "adapter_config.json").is_file():
+        return None
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return json.dumps({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}, indent=2)
 
 
 def _known_positions(recipe: Recipe) -> int | None:

@@ -4,7 +4,7 @@
 
     runs/x/
       recipe.yaml            resolved, written when the run starts
-      checkpoints/           complete checkpoints, and run.json: what the run is made of
+      checkpoints/           complete checkpoints; run.json: what the run is made of; base.json: files of its base
       logs/                  TensorBoard
       config.json …          the finished model or adapter with its tokenizer
       manyicl.json           written last
@@ -37,6 +37,7 @@ from manyicl.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 IDENTITY_FILE = "run.json"
+BASE_FILE = "base.json"
 REPLACING_FILE = ".replacing"
 LOCK_FILE = ".lock"
 
@@ -48,7 +49,7 @@ WRITTEN = {
         r"tokenizer(_config)?\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
         r"spiece\.model|chat_template\.jinja|additional_chat_templates"
     ),
-    "checkpoints": re.compile(rf"{IDENTITY_FILE}|checkpoint-\d+|partial"),
+    "checkpoints": re.compile(rf"{IDENTITY_FILE}|{BASE_FILE}|checkpoint-\d+|partial"),
     "logs": re.compile(r"events\.out\.tfevents\..*"),
 }
 
@@ -117,7 +118,7 @@ class RunFolder:
         """Refuse a folder in which this run cannot start.
 
         Raises:
-            UserError: If it holds a run already and ``overwrite`` is not asked for, holds something else, or
+            UserError: If it holds a run already and ``overwrite`` is false, holds something else, or
                 holds the base of the run that would replace it.
         """
         state = self.state()
@@ -189,7 +190,7 @@ class RunFolder:
             lock.release()
 
     def put_in_place(self, model: Path) -> None:
-        """Move the files of a finished model here, manyicl.json last: whoever finds that finds the others complete."""
+        """Move the files of a finished model here, manyicl.json last: where that is, the others are complete."""
         sync_tree(model)
         for path in sorted(model.iterdir(), key=lambda path: (path.name == FILE_NAME, path.name)):
             target = self.path / path.name
@@ -282,6 +283,16 @@ class RunFolder:
         if changed is not None:
             remedy = "Restore that, start anew with --overwrite, or use another output."
             raise UserError("another_run", changed, remedy=remedy, file=self.path)
+
+    def remember_base(self, files: str | None) -> None:
+        """Write down which files the base has, as `base_files` lists them."""
+        if files is not None:
+            write_atomically(self.checkpoints / BASE_FILE, files)
+
+    def has_same_base(self, files: str | None) -> bool:
+        """Tell whether the base has the files that were written down."""
+        path = self.checkpoints / BASE_FILE
+        return files is not None and path.is_file() and path.read_text(encoding="utf-8") == files
 
     def write_recipe_if_missing(self) -> None:
         """Write recipe.yaml where a kill came before it."""

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -115,7 +114,7 @@ def train_prepared(
     run: PreparedRun,
     arguments: TrainingArguments,
     folder: RunFolder,
-    console: Console,
+    progress: TrainingProgress,
     *,
     measure: Measure | None,
     checkpoint: Path | None,
@@ -126,7 +125,7 @@ def train_prepared(
         run: What is trained.
         arguments: Of transformers.
         folder: Where the run lives; it has started.
-        console: Where progress is shown.
+        progress: Shows how far the run is.
         measure: Called when an evaluation is due, with the model; returns figures, ``score`` among them.
         checkpoint: Where the run resumes; None for its beginning.
 
@@ -146,10 +145,9 @@ def train_prepared(
         run.sequences,
         run.recipe.objective,
         figures if measure is not None else None,
-        _callbacks(run.recipe, folder, console, checkpoint, evaluates=measure is not None),
+        _callbacks(run.recipe, folder, progress, checkpoint, evaluates=measure is not None),
     )
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
-    console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
     if finished:
         start.model.config.use_cache = use_cache
         # Until now it was the most of a sample.
@@ -185,14 +183,14 @@ def explained_ends(folder: RunFolder) -> Iterator[None]:
 
 
 def _callbacks(
-    recipe: Recipe, folder: RunFolder, console: Console, checkpoint: Path | None, *, evaluates: bool
+    recipe: Recipe, folder: RunFolder, progress: TrainingProgress, checkpoint: Path | None, *, evaluates: bool
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [Milestones(recipe.training.save_every, evaluates)]
     if is_main_process():
         # What was logged after the checkpoint will be logged again.
         first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0
         writer = SummaryWriter(str(folder.logs), purge_step=first_step)
-        callbacks += [TrainingProgress(console), TensorBoardCallback(writer)]
+        callbacks += [progress, TensorBoardCallback(writer)]
     return callbacks
 
 

@@ -208,6 +208,14 @@ class ManyShotTrainer(Trainer):
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(self.checkpoints.path(best)) if best else None
 
+    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
+        """Tell whether this is the best model so far; of equal ones it is the last, which was trained for longest."""
+        score = metrics[f"eval_{BEST_METRIC}"]
+        if self.state.best_metric is not None and not score >= self.state.best_metric:
+            return False
+        self.state.best_metric, self.state.best_global_step = score, self.state.global_step
+        return True
+
     def _load_best_model(self) -> None:
         """Load the best model.
 
