@@ -38,30 +38,28 @@ def require_output_file(
             inputs, its folder does not exist, the machine does not let it be written, or it would replace what is
             not ours.
     """
-    if endings and path.suffix.lower() not in endings:
-        raise UserError("wrong_ending", "wrong file name", expected=" or ".join(endings), found=_shown(path))
+    if endings:
+        require_ending(path, endings)
     require_writable(path)
     if path.is_dir():
         raise UserError("output_is_folder", "the output is a folder", expected="a file name", file=path)
     if not with_parents and not path.absolute().parent.is_dir():
-        folder = str(path.parent)
-        raise UserError(
-            "output_folder_missing", f"the folder {folder!r} does not exist", remedy="Make it first.", file=path
-        )
+        what = f"the folder {str(path.parent)!r} does not exist"
+        raise UserError("output_folder_missing", what, remedy="Make it first.", file=path)
     for option, source in (inputs or {}).items():
         if source is not None and path.resolve() == source.resolve():
-            raise UserError(
-                "output_is_input", f"{option} and the output are the same file", remedy=_ANOTHER_NAME, file=path
-            )
-    if not path.exists():
-        return
-    if not path.is_file() or (path.stat().st_size and not (is_ours and is_ours(path))):
-        raise UserError(
-            "output_exists",
-            "the output exists and is no earlier output of this command",
-            remedy="Give another name, or remove it.",
-            file=path,
-        )
+            raise UserError("output_is_input", f"{option} and the output are the same file", file=path)
+    is_new = not path.exists() or (path.is_file() and not path.stat().st_size)
+    if not is_new and not (path.is_file() and is_ours and is_ours(path)):
+        what = "the output exists and is no earlier output of this command"
+        raise UserError("output_exists", what, remedy="Give another name, or remove it.", file=path)
+
+
+def require_ending(path: Path, endings: Sequence[str]) -> None:
+    """Refuse a file name with none of these endings."""
+    if path.suffix.lower() not in endings:
+        found = shortened(repr(str(path)))
+        raise UserError("wrong_ending", "wrong file name", expected=" or ".join(endings), found=found)
 
 
 def require_output_folder(path: Path, *, empty: bool = False) -> None:
@@ -93,37 +91,21 @@ def require_writable(path: Path, *, beside: bool = False) -> None:
     Raises:
         UserError: If the machine refuses, the name is too long, or a file stands where a folder is needed.
     """
-    if len(os.fsencode(path.name)) > MOST_NAME_BYTES:
-        raise UserError(
-            "output_name_too_long",
-            f"the output {_shown(path)} has too long a name",
-            expected=f"at most {MOST_NAME_BYTES} bytes",
-            found=str(len(os.fsencode(path.name))),
-            remedy="Give a shorter one.",
-        )
+    if (num_bytes := len(os.fsencode(path.name))) > MOST_NAME_BYTES:
+        what = f"the output {shortened(repr(str(path)))} has too long a name"
+        raise UserError("output_name_too_long", what, expected=f"at most {MOST_NAME_BYTES} bytes", found=str(num_bytes))
     absolute = path.absolute()
     try:
         nearest = next(place for place in (absolute, *absolute.parents) if place.exists())
         if nearest != absolute and not nearest.is_dir():
-            raise UserError(
-                "output_below_file", f"{nearest.name!r} above it is a file", remedy="Name another place.", file=path
-            )
+            what = f"{nearest.name!r} above it is a file"
+            raise UserError("output_below_file", what, remedy="Name another place.", file=path)
         if not nearest.is_dir() and not os.access(nearest, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         is_parent_tried = not nearest.is_dir() or (beside and nearest == absolute)
         with TemporaryFile(dir=nearest.parent if is_parent_tried else nearest):
             pass
     except OSError as error:
-        raise UserError(
-            "output_not_writable",
-            f"the output cannot be written, {reason(error)}",
-            remedy="Name another place.",
-            file=shortened(str(path)),
-        ) from error
-
-
-_ANOTHER_NAME = "Write to another file."
-
-
-def _shown(path: Path) -> str:
-    return shortened(repr(str(path)))
+        what = f"the output cannot be written, {reason(error)}"
+        file = shortened(str(path))
+        raise UserError("output_not_writable", what, remedy="Name another place.", file=file) from error

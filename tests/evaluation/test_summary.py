@@ -52,8 +52,8 @@ def test_scores_are_averaged_over_seeds_then_tasks_then_families() -> None:
     assert summary.groups == ("classification", "qa")
     assert mean(summary.score("base", "classification", 4)) == 0.25
     assert mean(summary.score("base", OVERALL, 4)) == pytest.approx((0.25 + 0.5) / 2)
-    assert summary.level("majority", OVERALL) == pytest.approx(0.3)
-    assert summary.level("tfidf", OVERALL) is None
+    assert mean(summary.baseline("majority", OVERALL, 4)) == pytest.approx(0.3)
+    assert summary.baseline("tfidf", OVERALL, 4) is None
 
 
 def test_differences_are_paired_over_seeds_and_queries() -> None:

@@ -62,14 +62,10 @@ class Result(_Record):
 
     metric: str = Field(description="Name of the task's metric.")
     score: float = Field(ge=0, le=1)
-    standard_error: float | None = Field(
-        None, ge=0, description="Over queries, None for one query; one draw of demonstrations cannot show more."
-    )
+    standard_error: float | None = Field(None, ge=0, description="Over queries alone; None for one query.")
     companions: dict[str, float] = Field(description="The task's other metrics.")
     query_scores: tuple[float, ...] | None = Field(None, description="One per query; None for macro-F1.")
-    resampled_scores: tuple[float, ...] | None = Field(
-        None, description="Macro-F1 of resampled queries, the same resamples wherever num_queries is the same."
-    )
+    resampled_scores: tuple[float, ...] | None = Field(None, description="Macro-F1 of resampled queries.")
     num_cut_answers: int = Field(0, ge=0, description="Free answers that were cut at the token limit.")
 
     chance: float | None = Field(None, description="Expected accuracy of guessing evenly.")
@@ -87,9 +83,7 @@ class Result(_Record):
     trained_context_tokens: int | None = Field(None, description="Longest training sequence, if known.")
     trained_shots: int | None = Field(None, description="Most demonstrations before an answer in training, if known.")
     beyond_training: bool = Field(False, description="More tokens or shots than any training sequence had.")
-    seen_in_training: bool | None = Field(
-        None, description="Training used this task or another of its source; None where no manifest says."
-    )
+    seen_in_training: bool | None = Field(None, description="Training used it or its source; None if not recorded.")
 
     versions: dict[str, str]
     created: datetime
@@ -98,10 +92,9 @@ class Result(_Record):
     @model_validator(mode="before")
     @classmethod
     def _of_version_1(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict) or fields.get("record_version") != 1:
             return fields
-        renamed = {_RENAMED.get(name, name): value for name, value in fields.items()}
-        return {**renamed, "record_version": 2} if fields.get("record_version") == 1 else renamed
+        return {_RENAMED.get(name, name): value for name, value in fields.items()} | {"record_version": 2}
 
     @property
     def stem(self) -> str:
@@ -167,7 +160,7 @@ class ResultStore:
             UserError: If the record is broken.
         """
         path = self.folder / f"{stem}{RECORD_ENDING}"
-        return read_record(path) if path.is_file() else None
+        return _parsed(Result, path.read_bytes(), path) if path.is_file() else None
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
         """Write predictions and context, then the record: a record is there only if the rest is complete."""
@@ -185,20 +178,14 @@ class ResultStore:
             UserError: If the folder is missing or holds no record, or a record is broken.
         """
         if not self.folder.is_dir():
-            raise UserError(
-                "not_a_folder", "not a folder", expected="one that `manyicl evaluate` wrote", file=self.folder
-            )
+            raise UserError("not_a_folder", "not a folder", expected="one of results", file=self.folder)
         records = []
         for path in _record_files(self.folder):
-            records.append(read_record(path))
+            records.append(_parsed(Result, path.read_bytes(), path))
             self._folders[records[-1].stem] = path.parent
         if not records:
-            raise UserError(
-                "no_results",
-                f"the folder holds no result (*{RECORD_ENDING})",
-                remedy=f"Run `manyicl evaluate --output {self.folder}` first.",
-                file=self.folder,
-            )
+            remedy = f"Run `manyicl evaluate --output {self.folder}` first."
+            raise UserError("no_results", "the folder holds no result", remedy=remedy, file=self.folder)
         return sorted(records, key=lambda record: (record.created, record.stem))
 
     def predictions(self, result: Result) -> list[PredictedAnswer]:
@@ -214,38 +201,18 @@ class ResultStore:
 
     def _lines_of(self, result: Result, ending: str, kind: type[RecordT]) -> list[RecordT]:
         path = self._path(result, ending)
-        if not path.is_file() or not path.stat().st_size:
-            return []
-        records = []
         # Not splitlines: answers may contain line separators that JSON leaves as they are.
-        for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
-            try:
-                records.append(kind.model_validate_json(line))
-            except ValidationError as error:
-                raise _broken(path, error, row=number) from error
-        return records
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.is_file() and path.stat().st_size else []
+        return [_parsed(kind, line, path, row) for row, line in enumerate(lines, start=1)]
 
 
-def read_record(path: Path) -> Result:
-    """Read one record, of an earlier version too.
-
-    Raises:
-        UserError: If the file is not a complete record.
-    """
+def _parsed(kind: type[RecordT], content: bytes, path: Path, row: int | None = None) -> RecordT:
     try:
-        return Result.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception, row: int | None = None) -> UserError:
-    return UserError(
-        "broken_record",
-        f"not a complete record of this version, {reason(error)}",
-        remedy="Delete the result and evaluate again.",
-        file=path,
-        row=row,
-    )
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        what = f"not a complete record of this version, {reason(error)}"
+        remedy = "Delete the result and evaluate again."
+        raise UserError("broken_record", what, remedy=remedy, file=path, row=row) from error
 
 
 def _record_files(folder: Path) -> Iterator[Path]:

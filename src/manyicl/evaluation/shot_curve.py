@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from manyicl.evaluation.result import (
     result_key,
 )
 from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
-from manyicl.model.manifest import Manifest, library_versions
+from manyicl.model.manifest import library_versions
 from manyicl.outputs import require_output_folder
 from manyicl.tasks.demonstrations import ShotSampling
 from manyicl.tasks.task import Example, Task
@@ -53,9 +52,7 @@ class EvaluationSettings(BaseModel):
     num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
-    keep_confidence: bool = Field(
-        False, description="Score every label, to record the probability of each answer among them."
-    )
+    keep_confidence: bool = Field(False, description="Score all labels, to record the probability of each answer.")
 
     @field_validator("shots")
     @classmethod
@@ -114,16 +111,15 @@ def measure_shot_curves(
     for task in tasks:
         metrics_of(task)
         if not task.test:
-            raise UserError(
-                "no_test_rows", f"task {task.name!r} has no test rows", remedy="Give it some, or split its file."
-            )
+            remedy = "Give it some, or split its file."
+            raise UserError("no_test_rows", f"task {task.name!r} has no test rows", remedy=remedy)
+    name = model_name or engine.reference
     measured = []
     for task in tasks:
-        curve = _Curve(engine, *choose_queries(engine, task, settings), settings, store, model_name or engine.reference)
-        for seed, num_shots in settings.points():
-            measured.append(curve.point(seed, num_shots))
+        for result, was_found in _curve(engine, *choose_queries(engine, task, settings), settings, store, name):
+            measured.append((result, was_found))
             if on_result is not None:
-                on_result(*measured[-1])
+                on_result(result, was_found)
     return ShotCurves(tuple(result for result, _ in measured), sum(was_found for _, was_found in measured))
 
 
@@ -138,189 +134,184 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
         UserError: If there is none, or the instruction alone fills the context.
     """
     engine.encoder.require_encodable(task)
-    preamble = require_instruction_fits(task, engine.encoder, engine.max_context_tokens)
+    most = engine.max_context_tokens
+    preamble = require_instruction_fits(task, engine.encoder, most)
     order = list(range(len(task.test)))
     random.Random(f"queries {settings.seed}").shuffle(order)
     chosen: list[Example] = []
     num_skipped = 0
     for position in order:
-        if len(chosen) == settings.num_queries:
-            break
         alone = replace(task, test=(task.test[position],))
-        if preamble + engine.num_reserved_tokens(alone) <= engine.max_context_tokens:
-            chosen.append(task.test[position])
+        if preamble + engine.num_reserved_tokens(alone) <= most:
+            chosen += alone.test
         else:
             num_skipped += 1
+        if len(chosen) == settings.num_queries:
+            break
     if not chosen:
-        raise UserError(
-            "query_too_long",
-            f"no test row of task {task.name!r} fits: {num_skipped} of {len(task.test)} are too long without any "
-            "demonstration",
-            expected=f"at most {engine.max_context_tokens:,} tokens",
-            remedy="Add shorter test rows, or use a longer context.",
-        )
+        what = f"no test row of task {task.name!r} fits: all {num_skipped} are too long without any demonstration"
+        remedy = "Add shorter test rows, or use a longer context."
+        raise UserError("query_too_long", what, expected=f"at most {most:,} tokens", remedy=remedy)
     return replace(task, test=tuple(chosen)), num_skipped
 
 
-class _Curve:
-    """Walks the points of one task's curve; each prefix reuses what it shares with the one before."""
+def _curve(
+    engine: Engine, task: Task, num_skipped: int, settings: EvaluationSettings, store: ResultStore, name: str
+) -> Iterator[tuple[Result, bool]]:
+    """Yield the result of each point of a task's curve, and whether it was found on disk instead of measured.
 
-    def __init__(
-        self, engine: Engine, task: Task, num_skipped: int, settings: EvaluationSettings, store: ResultStore, name: str
-    ) -> None:
-        """Collect what all points of the curve have in common; the test rows of ``task`` are its queries."""
-        self.engine = engine
-        self.task = task
-        self.store = store
-        self.name = name
-        self.scores: Wanted = "all" if settings.keep_confidence and task.is_closed else "best"
-        manifest = engine.manifest
-        # What a score depends on, beside shots and seed.
-        self.conditions: dict[str, Any] = {
-            "task": task.name,
-            "data_hash": task.data_hash,
-            "metric": task.metric,
-            "sampling": settings.sampling,
-            "query_seed": settings.seed,
-            "queries_hash": hash_of(*(text for one in task.test for text in (one.query.text, *one.references))),
-            "model_fingerprint": engine.fingerprint,
-            "text_format": engine.encoder.format.model_dump(),
-            "max_context_tokens": engine.max_context_tokens,
-        }
-        self.description: dict[str, Any] = {
-            "family": task.family,
-            "source": task.source,
-            "num_labels": len(task.labels) if task.labels else None,
-            "num_queries": len(task.test),
-            "num_queries_skipped": num_skipped,
-            "model": engine.reference,
-            "model_name": name,
-            "trained_context_tokens": engine.trained_context_tokens,
-            "trained_shots": manifest.max_trained_shots if manifest else None,
-            "seen_in_training": _seen(task, manifest) if manifest else None,
-            "versions": _versions(),
-        }
-        self._prefix: TaskPrefix | None = None
-        self._answers: list[PredictedAnswer] = []
-        self._seconds = 0.0
-
-    def point(self, seed: int, num_shots: int) -> tuple[Result, bool]:
-        """Return one result, and whether it was found on disk instead of measured."""
-        further = {
-            "dtype": self.engine.dtype,
-            "instruction": self.task.instruction(),
-            "max_answer_tokens": self.engine.max_answer_tokens(self.task),
-            "num_shots": num_shots,
-            "seed": seed,
-        }
-        key = result_key({**self.conditions, **further})
-        found = self.store.find(file_stem(self.task.name, num_shots, seed, key))
+    Each prefix reuses what it shares with the one before; the test rows of ``task`` are the queries.
+    """
+    conditions = _conditions(engine, task, settings)
+    description = _description(engine, task, num_skipped, name)
+    unrecorded = {
+        "dtype": engine.dtype,
+        "instruction": task.instruction(),
+        "max_answer_tokens": engine.max_answer_tokens(task),
+    }
+    prefix: TaskPrefix | None = None
+    answers: list[PredictedAnswer] = []
+    seconds = 0.0
+    for seed, num_shots in settings.points():
+        key = result_key({**conditions, **unrecorded, "num_shots": num_shots, "seed": seed})
+        found = store.find(file_stem(task.name, num_shots, seed, key))
         if found is not None:
-            return (found if found.model_name == self.name else self._by_own_name(found)), True
-        num_available = min(num_shots, len(self.task.train))
-        self._answer_after(self.task.demonstrations(num_available, seed, self.conditions["sampling"]))
-        assert self._prefix is not None, "the queries were answered after it"
-        demonstrations = self._prefix.demonstrations
+            yield _under_name(found, name, store), True
+            continue
+        start, before = time.perf_counter(), prefix
+        num_available = min(num_shots, len(task.train))
+        prefix = engine.prefill(task, task.demonstrations(num_available, seed, settings.sampling), reuse=before)
+        # Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
+        if before is None or before.demonstrations != prefix.demonstrations:
+            answers = _answers(engine, task, prefix, keep_confidence=settings.keep_confidence)
+            seconds = time.perf_counter() - start
         result = Result(
             key=key,
             num_shots=num_shots,
-            num_shots_used=len(demonstrations),
+            num_shots_used=prefix.num_shots,
             num_shots_missing=num_shots - num_available,
-            num_shots_dropped=num_available - len(demonstrations),
+            num_shots_dropped=num_available - prefix.num_shots,
             seed=seed,
-            seconds=self._seconds,
+            seconds=seconds,
             created=datetime.now(UTC),
-            **self.conditions,
-            **self.description,
-            **_scores(self.task, self._answers),
-            **_baselines(self.task, demonstrations),
-            **self._context(self._prefix),
+            **conditions,
+            **description,
+            **_scores(task, answers),
+            **_baselines(task, prefix.demonstrations),
+            **_context(engine, task, prefix, description["trained_shots"]),
         )
-        context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in demonstrations)
-        self.store.save(result, self._answers, context)
-        return result, False
+        context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations)
+        store.save(result, answers, context)
+        yield result, False
 
-    def _by_own_name(self, found: Result) -> Result:
-        """Return the record of this measurement by the name of this model, copied if it is not there yet.
 
-        The same weights by another name stay another model.
-        """
-        key = hash_of(found.key, self.name)
-        copy = self.store.find(file_stem(found.task, found.num_shots, found.seed, key))
-        if copy is None:
-            copy = found.model_copy(update={"key": key, "model_name": self.name})
-            self.store.save(copy, self.store.predictions(found), self.store.context(found))
-        return copy
+def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
+    """Return the part of a record that its score depends on, beside shots and seed."""
+    return {
+        "task": task.name,
+        "data_hash": task.data_hash,
+        "metric": task.metric,
+        "sampling": settings.sampling,
+        "query_seed": settings.seed,
+        "queries_hash": hash_of(*(text for one in task.test for text in (one.query.text, *one.references))),
+        "model_fingerprint": engine.fingerprint,
+        "text_format": engine.encoder.format.model_dump(),
+        "max_context_tokens": engine.max_context_tokens,
+    }
 
-    def _answer_after(self, demonstrations: Sequence[Example]) -> None:
-        """Answer all queries after those demonstrations that fit, and time it.
 
-        Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
-        """
-        start = time.perf_counter()
-        before, self._prefix = self._prefix, self.engine.prefill(self.task, demonstrations, reuse=self._prefix)
-        if before is not None and before.demonstrations == self._prefix.demonstrations:
-            return
-        metrics = [METRICS[name] for name in metrics_of(self.task)]
-        predictions = self.engine.predict(self._prefix, [one.query for one in self.task.test], scores=self.scores)
-        self._answers = [
-            PredictedAnswer(
-                origin=example.origin,
-                query=example.query.text,
-                answer=prediction.answer,
-                references=example.references,
-                scores={m.name: m.of_example(prediction.answer, example.references) for m in metrics if m.of_example},
-                log_probability=prediction.log_probability,
-                confidence=prediction.scores.probabilities[prediction.answer] if prediction.scores else None,
-                stopped=prediction.stopped,
-            )
-            for example, prediction in zip(self.task.test, predictions, strict=True)
-        ]
-        self._seconds = time.perf_counter() - start
+def _description(engine: Engine, task: Task, num_skipped: int, name: str) -> dict[str, Any]:
+    """Return the part of a record that is the same for a whole curve and no condition of its scores."""
+    manifest = engine.manifest
+    trained = manifest.tasks if manifest else ()
+    # Fine-tuning saw this task, or another one of its source.
+    is_seen = any(task.source == one.source or task.data_hash == one.data_hash for one in trained)
+    return {
+        "family": task.family,
+        "source": task.source,
+        "num_labels": len(task.labels) if task.labels else None,
+        "num_queries": len(task.test),
+        "num_queries_skipped": num_skipped,
+        "model": engine.reference,
+        "model_name": name,
+        "trained_context_tokens": engine.trained_context_tokens,
+        "trained_shots": manifest.max_trained_shots if manifest else None,
+        "seen_in_training": is_seen if manifest else None,
+        "versions": {
+            **library_versions(),
+            **{library: version(library) for library in ("scikit-learn", "rouge-score")},
+        },
+    }
 
-    def _context(self, prefix: TaskPrefix) -> dict[str, Any]:
-        """Describe the context in tokens, and whether training ever went so far."""
-        engine, task, encoder = self.engine, self.task, self.engine.encoder
-        preceding = encoder.preceding(task.instruction(), prefix.num_shots)
-        query_ids = (encoder.query_ids_uncached(one.query.text, preceding) for one in task.test)
-        trained_tokens, trained_shots = engine.trained_context_tokens, self.description["trained_shots"]
-        num_tokens = prefix.num_tokens + engine.num_reserved_tokens(task)
-        return {
-            "prompt_hash": hash_of(str(prefix.token_ids), *map(str, query_ids)),
-            "num_context_tokens": prefix.num_tokens,
-            "beyond_training": (trained_tokens is not None and num_tokens > trained_tokens)
-            or (trained_shots is not None and prefix.num_shots > trained_shots),
-        }
+
+def _under_name(found: Result, name: str, store: ResultStore) -> Result:
+    """Return the record of a measurement under the name of this model, copied if it is not there yet.
+
+    The same weights under another name stay another model.
+    """
+    if found.model_name == name:
+        return found
+    copy = found.model_copy(update={"key": hash_of(found.key, name), "model_name": name})
+    if (earlier := store.find(copy.stem)) is not None:
+        return earlier
+    store.save(copy, store.predictions(found), store.context(found))
+    return copy
+
+
+def _answers(engine: Engine, task: Task, prefix: TaskPrefix, *, keep_confidence: bool) -> list[PredictedAnswer]:
+    """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
+    metrics = [METRICS[name] for name in metrics_of(task)]
+    scores: Wanted = "all" if keep_confidence and task.is_closed else "best"
+    predictions = engine.predict(prefix, [one.query for one in task.test], scores=scores)
+    return [
+        PredictedAnswer(
+            origin=example.origin,
+            query=example.query.text,
+            answer=prediction.answer,
+            references=example.references,
+            scores={m.name: m.of_example(prediction.answer, example.references) for m in metrics if m.of_example},
+            log_probability=prediction.log_probability,
+            confidence=prediction.scores.probabilities[prediction.answer] if prediction.scores else None,
+            stopped=prediction.stopped,
+        )
+        for example, prediction in zip(task.test, predictions, strict=True)
+    ]
+
+
+def _context(engine: Engine, task: Task, prefix: TaskPrefix, trained_shots: int | None) -> dict[str, Any]:
+    """Describe the context in tokens, and whether training ever went so far."""
+    preceding = engine.encoder.preceding(task.instruction(), prefix.num_shots)
+    query_ids = (engine.encoder.query_ids_uncached(one.query.text, preceding) for one in task.test)
+    num_tokens = prefix.num_tokens + engine.num_reserved_tokens(task)
+    limits = ((num_tokens, engine.trained_context_tokens), (prefix.num_shots, trained_shots))
+    return {
+        "prompt_hash": hash_of(str(prefix.token_ids), *map(str, query_ids)),
+        "num_context_tokens": prefix.num_tokens,
+        "beyond_training": any(trained is not None and number > trained for number, trained in limits),
+    }
 
 
 def _scores(task: Task, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
     """Score the whole set in the task's metric and its companions."""
     primary, *others = metrics_of(task)
-    metric = METRICS[primary]
     texts = [one.answer for one in answers]
     references = [one.references for one in answers]
+    score = METRICS[primary].score
     each = resampled = None
-    if metric.of_example is not None:
+    if METRICS[primary].of_example is not None:
         each = tuple(one.scores[primary] for one in answers)
         standard_error = mean_over_queries(each).standard_error
     else:
-        resampled = resampled_scores(
-            lambda drawn: metric.score([texts[i] for i in drawn], [references[i] for i in drawn]), len(texts)
-        )
+        resampled = resampled_scores(lambda q: score([texts[i] for i in q], [references[i] for i in q]), len(texts))
         standard_error = honest_error(spread(resampled), len(texts))
     return {
-        "score": metric.score(texts, references),
+        "score": score(texts, references),
         "standard_error": standard_error,
         "query_scores": each,
         "resampled_scores": resampled,
         "companions": {name: METRICS[name].score(texts, references) for name in others},
         "num_cut_answers": sum(not one.stopped for one in answers),
     }
-
-
-def _seen(task: Task, manifest: Manifest) -> bool:
-    """Tell whether fine-tuning used this task or another one of its source."""
-    return any(task.source == one.source or task.data_hash == one.data_hash for one in manifest.tasks)
 
 
 def _baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
@@ -332,8 +323,3 @@ def _baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
     }
     notes = {name: level.note for name, level in levels.items() if level.note}
     return {**{name: level.score for name, level in levels.items()}, "level_notes": notes}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {**library_versions(), "scikit-learn": version("scikit-learn"), "rouge-score": version("rouge-score")}

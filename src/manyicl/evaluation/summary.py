@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,7 +13,6 @@ from manyicl.errors import UserError
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.uncertainty import (
     Estimate,
-    estimate_over_tasks,
     independent_difference,
     mean_of_seed_means,
     mean_over_families,
@@ -21,11 +20,12 @@ from manyicl.evaluation.uncertainty import (
     paired_difference,
     spread,
 )
-from manyicl.tasks.task import FAMILIES
+from manyicl.tasks.task import FAMILIES, Family
 
 OVERALL = "mean over families"
 
 Point = tuple[str, str, int]  # model, task, shots
+Group = str | tuple[str, ...]  # a family, `OVERALL`, or tasks by name
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Summary:
     records: tuple[Result, ...]
     models: tuple[str, ...]
     shots: tuple[int, ...]
-    families: dict[str, str]
+    families: dict[str, Family]
     compared: tuple[str, ...]
     tasks: dict[Point, Estimate]
     by_point: dict[Point, tuple[Result, ...]]
@@ -63,52 +63,39 @@ class Summary:
         """Tasks that lack a point of some model, and are therefore in no mean."""
         return tuple(task for task in self.families if task not in self.compared)
 
-    def members(self, group: str) -> tuple[str, ...]:
-        """Return the compared tasks of a family, or all of them for ``OVERALL``."""
+    def members(self, group: Group) -> tuple[str, ...]:
+        """Return the compared tasks of a family, all of them for ``OVERALL``, or the named tasks themselves."""
+        if isinstance(group, tuple):
+            return group
         return tuple(task for task in self.compared if group in (OVERALL, self.families[task]))
 
-    def shots_of(self, model: str) -> tuple[int, ...]:
-        """Return the shot counts at which a model was measured."""
-        return tuple(sorted({shots for name, _, shots in self.tasks if name == model}))
+    def score(self, model: str, group: Group, shots: int) -> Estimate | None:
+        """Mean score of a group, families weighing alike; None where a task of it was not measured."""
+        return self._mean(group, lambda task: self.tasks.get((model, task, shots)))
 
-    def score(self, model: str, group: str, shots: int) -> Estimate | None:
-        """Mean of a family, or over families for ``OVERALL``; None where it was not measured."""
-        members = self.members(group)
-        if not members or any((model, task, shots) not in self.tasks for task in members):
-            return None
-        return mean_over_families([(self.families[t], self.tasks[model, t, shots]) for t in members])
-
-    def score_over_tasks(self, model: str, shots: int) -> Estimate | None:
-        """Mean over families with the error of having chosen these tasks; None with too few of them."""
-        if self.score(model, OVERALL, shots) is None:
-            return None
-        return estimate_over_tasks([(self.families[t], self.tasks[model, t, shots].mean) for t in self.compared])
-
-    def difference(self, first: str, second: str, group: str, shots: int) -> Estimate | None:
+    def difference(self, first: str, second: str, group: Group, shots: int) -> Estimate | None:
         """Mean of second minus first, paired where ``pairing`` says so; None unless all tasks were measured."""
-        members = self.members(group)
-        points = [(self.by_point.get((first, t, shots)), self.by_point.get((second, t, shots))) for t in members]
-        pairs = [(before, after) for before, after in points if before and after]
-        if not members or len(pairs) < len(members):
-            return None
-        families = (self.families[task] for task in members)
-        return mean_over_families([(family, _difference(*pair)) for family, pair in zip(families, pairs, strict=True)])
 
-    def task_level(self, level: str, task: str, shots: int | None = None) -> float | None:
-        """Level of a task, over the seeds and models that recorded it: chance, majority or tfidf."""
-        values = [
-            value
-            for record in self.records
-            if record.task == task and shots in (None, record.num_shots)
-            if (value := getattr(record, level)) is not None
-        ]
-        return fmean(values) if values else None
+        def of_task(task: str) -> Estimate | None:
+            before, after = (self.by_point.get((model, task, shots)) for model in (first, second))
+            return _difference(before, after) if before and after else None
 
-    def level(self, level: str, group: str, shots: int | None = None) -> float | None:
-        """Mean of a level, families weighing alike; None unless every compared task of the group has it."""
-        values = [(self.families[task], self.task_level(level, task, shots)) for task in self.members(group)]
-        known = [(family, Estimate(value, 0.0, 1)) for family, value in values if value is not None]
-        return mean_over_families(known).mean if known and len(known) == len(values) else None
+        return self._mean(group, of_task)
+
+    def baseline(self, name: str, group: Group, shots: int) -> Estimate | None:
+        """Mean of chance, majority or tfidf over what seeds and models recorded; None unless every task has it."""
+
+        def of_task(task: str) -> Estimate | None:
+            records = (r for model in self.models for r in self.by_point.get((model, task, shots), ()))
+            scores = [score for record in records if (score := getattr(record, name)) is not None]
+            return Estimate(fmean(scores), None, len(scores)) if scores else None
+
+        return self._mean(group, of_task)
+
+    def _mean(self, group: Group, of_task: Callable[[str], Estimate | None]) -> Estimate | None:
+        tasks = self.members(group)
+        known = [(self.families[task], one) for task in tasks if (one := of_task(task)) is not None]
+        return mean_over_families(known) if known and len(known) == len(tasks) else None
 
 
 def summarise(records: Iterable[Result]) -> Summary:
@@ -125,25 +112,26 @@ def summarise(records: Iterable[Result]) -> Summary:
     everything = sorted(distinct.values(), key=lambda record: record.created)
     if not everything:
         raise UserError("no_results", "there is no result to show", remedy="Run `manyicl evaluate` first.")
-    kept = _newest_questions(everything)
     names = _display_names(everything)
+    newest = {(names[_model(r)], r.task): _queries(r) for r in everything}
     groups: defaultdict[Point, dict[int, Result]] = defaultdict(dict)
-    for record in kept:
-        point = names[record.model_name, record.model_fingerprint], record.task, record.num_shots
-        groups[point][record.seed] = record
+    for record in everything:
+        model = names[_model(record)]
+        if newest[model, record.task] == _queries(record):
+            groups[model, record.task, record.num_shots][record.seed] = record
     by_point = {point: tuple(seeds[seed] for seed in sorted(seeds)) for point, seeds in groups.items()}
-    families = {record.task: str(record.family) for record in kept}
-    ordered = dict(sorted(families.items(), key=lambda item: (FAMILIES.index(item[1]), item[0])))
+    records = tuple(record for seeds in by_point.values() for record in seeds)
+    families = dict(sorted({r.task: r.family for r in records}.items(), key=lambda i: (FAMILIES.index(i[1]), i[0])))
     measured = {(model, shots) for model, _, shots in by_point}
     return Summary(
-        records=tuple(record for seeds in by_point.values() for record in seeds),
-        models=tuple(dict.fromkeys(names[r.model_name, r.model_fingerprint] for r in everything)),
+        records=records,
+        models=tuple(dict.fromkeys(names.values())),
         shots=tuple(sorted({shots for _, shots in measured})),
-        families=ordered,
-        compared=tuple(t for t in ordered if all((model, t, shots) in by_point for model, shots in measured)),
+        families=families,
+        compared=tuple(t for t in families if all((model, t, shots) in by_point for model, shots in measured)),
         tasks={point: estimate(seeds) for point, seeds in by_point.items()},
         by_point=by_point,
-        num_superseded=len(everything) - sum(map(len, by_point.values())),
+        num_superseded=len(everything) - len(records),
     )
 
 
@@ -152,45 +140,34 @@ def estimate(seeds: Sequence[Result]) -> Estimate:
     tables = [record.query_scores for record in seeds if record.query_scores is not None]
     if len(tables) == len(seeds):
         return mean_over_seeds_and_queries(tables)
-    return mean_of_seed_means(
-        [record.score for record in seeds], [record.standard_error for record in seeds], seeds[0].num_queries
-    )
+    return mean_of_seed_means([r.score for r in seeds], [r.standard_error for r in seeds], seeds[0].num_queries)
 
 
 def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Estimate second minus first: paired where seeds and queries are the same, else as independent."""
-    after_of_seed = {record.seed: record for record in second}
-    pairs = [(before, after_of_seed[before.seed]) for before in first if before.seed in after_of_seed]
-    is_same = len(pairs) == len(first) == len(second) and len({r.queries_hash for r in (*first, *second)}) == 1
+    """Estimate second minus first: paired where seeds and queries are the same, otherwise as independent."""
+    are_same = [(r.seed, r.queries_hash) for r in first] == [(r.seed, r.queries_hash) for r in second]
+    pairs = list(zip(first, second, strict=True)) if are_same else []
     scores = [(a.query_scores, b.query_scores) for a, b in pairs if a.query_scores and b.query_scores]
-    if is_same and len(scores) == len(pairs):
+    if scores and len(scores) == len(pairs):
         return paired_difference([a for a, _ in scores], [b for _, b in scores])
     resampled = [(a.resampled_scores, b.resampled_scores) for a, b in pairs]
     errors = [spread(np.subtract(b, a)) for a, b in resampled if a and b]
-    if is_same and len(errors) == len(pairs):
-        differences = [after.score - before.score for before, after in pairs]
-        return mean_of_seed_means(differences, errors, first[0].num_queries, pairing="paired")
+    if errors and len(errors) == len(pairs):
+        return mean_of_seed_means([b.score - a.score for a, b in pairs], errors, first[0].num_queries, "paired")
     return independent_difference(estimate(first), estimate(second))
 
 
-def _newest_questions(records: Sequence[Result]) -> list[Result]:
-    """Keep, for each model and task, the records that answer the same queries as its newest record."""
+def _queries(record: Result) -> tuple[object, ...]:
+    """Return what two records of a model and task have in common if they belong together."""
+    return record.data_hash, record.queries_hash, record.metric, record.sampling, record.max_context_tokens
 
-    def question(record: Result) -> tuple[object, ...]:
-        return record.data_hash, record.queries_hash, record.metric, record.sampling, record.max_context_tokens
 
-    newest = {(r.model_fingerprint, r.model_name, r.task): question(r) for r in records}
-    return [r for r in records if newest[r.model_fingerprint, r.model_name, r.task] == question(r)]
+def _model(record: Result) -> tuple[str, str]:
+    return record.model_name, record.model_fingerprint
 
 
 def _display_names(records: Sequence[Result]) -> dict[tuple[str, str], str]:
     """Call each model by its name, with its fingerprint where two models share a name."""
-    fingerprints: defaultdict[str, set[str]] = defaultdict(set)
-    for record in records:
-        fingerprints[record.model_name].add(record.model_fingerprint)
-    return {
-        (r.model_name, r.model_fingerprint): r.model_name
-        if len(fingerprints[r.model_name]) == 1
-        else f"{r.model_name} ({r.model_fingerprint[:8]})"
-        for r in records
-    }
+    models = dict.fromkeys(map(_model, records))
+    shared = Counter(name for name, _ in models)
+    return {(name, hash_): f"{name} ({hash_[:8]})" if shared[name] > 1 else name for name, hash_ in models}

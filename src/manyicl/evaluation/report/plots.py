@@ -7,8 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from manyicl.errors import UserError
 from manyicl.evaluation.report.lines import BASELINES, Section, sections
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary, summarise
+from manyicl.outputs import require_ending
 from manyicl.printing import printable
 
 # Distinct for colour-blind readers, and of middle lightness so that they are visible on white and on near-black.
@@ -34,20 +34,13 @@ _AUTHOR = "manyicl report"
 
 # In a page the ink follows the reader's theme: these are its placeholders until the SVG is written.
 _INK, _FAINT = "#010203", "#040506"
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-}
 
 
 def _style(salt: str) -> Any:
-    """Return a context with our settings; the salt makes the hashed names in an SVG reproducible."""
-    settings: Any = {**_STYLE, "svg.hashsalt": salt}
-    return rc_context(settings)
+    """Return our settings of matplotlib; the salt makes the hashed names in an SVG reproducible."""
+    text = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    axes = {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}
+    return {**text, **axes, "svg.hashsalt": salt}
 
 
 def shot_position(shots: int, smallest: int = 1) -> float:
@@ -71,29 +64,26 @@ def is_picture(path: Path) -> bool:
     return path.is_file() and _AUTHOR.encode() in path.read_bytes()
 
 
-def plot_shot_curves(
-    records: Iterable[Result], path: str | Path, *, title: str | None = None, columns: int = 3
-) -> None:
+def plot_shot_curves(records: Iterable[Result], path: str | Path, *, title: str | None = None) -> None:
     """Write one picture, the mean over families and a panel for each family, as SVG, PNG or PDF.
 
     Raises:
         UserError: If no task was measured at all shot counts of all models, or the ending is unknown.
     """
     path = Path(path)
+    require_ending(path, PICTURE_ENDINGS)
     ending = path.suffix.lower()
-    if ending not in PICTURE_ENDINGS:
-        raise UserError("wrong_ending", "wrong file name", expected=" or ".join(PICTURE_ENDINGS), found=repr(str(path)))
     summary = summarise(records)
     panels = [section for section in sections(summary) if section.lines]
     if not panels:
-        raise UserError(
-            "no_common_task",
-            "no task was measured at every shot count of every model, so there is no curve to compare",
-            remedy="Evaluate the models with the same tasks and shots.",
-        )
-    columns = min(columns, len(panels))
+        what = "no task was measured at every shot count of every model, so there is no curve to compare"
+        raise UserError("no_common_task", what, remedy="Evaluate the models with the same tasks and shots.")
+    columns = min(3, len(panels))
     num_rows = math.ceil(len(panels) / columns)
-    with _style("manyicl"):
+    with rc_context(_style("manyicl")), warnings.catch_warnings():
+        # Letters that no font here has: an SVG keeps them as text, for the fonts of its reader.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
         figure = Figure(figsize=(3.7 * columns, 2.9 * num_rows + 0.7), layout="constrained")
         axes = list(figure.subplots(num_rows, columns, squeeze=False).flat)
         for ax, section in zip(axes, panels, strict=False):
@@ -108,21 +98,9 @@ def plot_shot_curves(
         figure.legend(curves.values(), labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
         if title:
             figure.suptitle(drawable(title))
-        metadata: dict[str, Any] = {"Software" if ending == ".png" else "Creator": _AUTHOR}
-        if ending == ".svg":
-            metadata["Date"] = None
-        settings: Any = {"dpi": 160, "metadata": metadata, "facecolor": "white"}
-        with _without_glyph_warnings():
-            write_atomically(path, lambda aside: figure.savefig(aside, **settings))
-
-
-@contextmanager
-def _without_glyph_warnings() -> Iterator[None]:
-    """Silence warnings of letters that no font here has: an SVG keeps them as text, for the fonts of its reader."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
-        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
-        yield
+        metadata: Any = {"Software" if ending == ".png" else "Creator": _AUTHOR}
+        metadata |= {"Date": None} if ending == ".svg" else {}
+        write_atomically(path, lambda aside: figure.savefig(aside, dpi=160, metadata=metadata, facecolor="white"))
 
 
 def _as_text(name: str) -> str:
@@ -133,19 +111,19 @@ def _as_text(name: str) -> str:
 
 def _with_escapes(name: str) -> str:
     r"""Return a name for a picture of pixels or outlines: what its font cannot draw is an escape, as ``\u6a21``."""
-    font = get_font(findfont(FontProperties(family=["sans-serif"])))
-    known = font.get_charmap()
+    known = get_font(findfont(FontProperties(family=["sans-serif"]))).get_charmap()
     return _as_text("".join(c if ord(c) in known else c.encode("unicode_escape").decode("ascii") for c in name))
 
 
 def inline_panel(summary: Summary, section: Section, *, wide: bool = False) -> str:
     """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
-    with _style(f"manyicl {section.group}"):
+    with rc_context(_style(f"manyicl {section.group}")):
         figure = Figure(figsize=(10.6, 4.2) if wide else (3.9, 2.9), layout="constrained")
         draw_panel(figure.subplots(), summary, section, ink=_INK, faint=_FAINT)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(buffer.getvalue(), _spoken(summary, section))
+    spoken = f"Shot curves, {section.group}; the tables on this page have their numbers."
+    return _for_page(buffer.getvalue(), spoken)
 
 
 def _for_page(svg: str, spoken: str) -> str:
@@ -189,13 +167,3 @@ def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint:
     ax.set_xlabel("demonstrations in context", color=ink)
     for spine in ax.spines.values():
         spine.set_color(faint)
-
-
-def _spoken(summary: Summary, section: Section) -> str:
-    """Say the panel in words, for readers who do not see it."""
-    parts = [f"Shot curve, {section.group}."]
-    for line in section.lines:
-        if line.kind == "model":
-            cells = zip(summary.shots, line.cells, strict=True)
-            parts.append(f"{line.label}: " + ", ".join(f"{cell.mean:.2f} at {n}" for n, cell in cells if cell) + ".")
-    return " ".join(parts)
