@@ -289,6 +289,8 @@ def test_a_prefix_grows_by_labels_it_has_not_seen() -> None:
         assert one.scores.log_probabilities == pytest.approx(two.scores.log_probabilities, abs=1e-4)
         with refused("foreign_demonstration"):
             engine.extend(extended, (), labels=("good", "bad"))
+        with refused("not_a_list", field="labels"):
+            engine.extend(extended, (), labels="hat")
 
 
 def test_a_model_whose_configuration_names_its_inner_size_otherwise_answers_like_plain_transformers() -> None:

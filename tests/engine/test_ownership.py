@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,13 @@ def with_other_positions() -> Engine:
     return Engine.local(loaded)
 
 
+def with_another_tokenizer() -> Engine:
+    loaded = tiny_loaded()
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_tokens(["a token that no demonstration holds"])
+    return Engine.local(replace(loaded, tokenizer=tokenizer))
+
+
 def with_an_adapter() -> Engine:
     loaded = tiny_loaded()
     return Engine.local(replace(loaded, fingerprint="of base and adapter", reference="adapter"))
@@ -39,7 +47,8 @@ OTHERS: dict[str, Callable[[], Engine]] = {
     "another model": lambda: Engine.local(tiny_loaded(seed=1)),
     "another precision": in_bfloat16,
     "another configuration": with_other_positions,
-    "another text format": lambda: Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")),
+    "another tokenizer or text format": lambda: Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")),
+    "another tokenizer": with_another_tokenizer,
     "another model ": with_an_adapter,
 }
 

@@ -15,6 +15,7 @@ from manyicl.episodes.text_format import FormatSettings, PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from tests.builders import byte_level_bpe, make_example, make_task
+from tests.engine.parts import refused
 from tests.episodes.chat_templates import FAMILIES
 from tests.episodes.test_encoding import TOKENIZERS
 
@@ -150,8 +151,9 @@ def test_the_end_is_chosen_for_a_model_that_was_never_fine_tuned_and_for_no_othe
         "'</s>'",
         "'###'",
     )
-    with pytest.raises(UserError, match="spaces alone"):
-        format_to_ask_in(tokenizer, None, end_of_answer="  ")
+    for blank in ("  ", ""):
+        with refused("bad_end_of_answer", what="--end-of-answer", field="end_of_answer"):
+            format_to_ask_in(tokenizer, None, end_of_answer=blank)
 
 
 def test_the_turns_of_a_manifest_of_version_1_are_read(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Header(BaseModel):
     versions: dict[str, str] = Field(default_factory=library_versions)
 
 
-def save_compiled(compiled: CompiledTask, path: Path) -> None:
+def save_compiled(compiled: CompiledTask, path: Path, text_format: AnyFormat) -> None:
     """Write a compiled task; an earlier file is replaced only once the new one is complete.
 
     Raises:
@@ -76,7 +76,7 @@ def save_compiled(compiled: CompiledTask, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = Header(
         identity=cache.identity,
-        text_format=prefix.text_format,
+        text_format=text_format,
         task=prefix.task.spec,
         data_hash=prefix.task.data_hash,
         demonstrations=prefix.demonstrations,
@@ -142,7 +142,7 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTas
     layers, device = range(backend.model.config.get_text_config().num_hidden_layers), backend.model.device
     keys, values = (tuple(tensors[f"{kind}.{layer}"].to(device) for layer in layers) for kind in ("keys", "values"))
     cache = PrefixCache(backend.identity, token_ids, (Block(0, keys, values),))
-    prefix = TaskPrefix(task, header.demonstrations, header.num_dropped, encoder.format, cache)
+    prefix = TaskPrefix(task, header.demonstrations, header.num_dropped, encoder.text_hash, cache)
     return CompiledTask(prefix, header.answers)
 
 

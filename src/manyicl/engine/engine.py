@@ -306,10 +306,14 @@ class Engine:
             between_chunks: As for `prefill`.
 
         Raises:
-            UserError: If the demonstrations do not all fit, one is of another task, or another engine made ``prefix``.
+            UserError: If the demonstrations do not all fit, one is of another task, another engine made ``prefix``, or
+                ``labels`` is one text.
         """
         self._require_own(prefix)
         task = prefix.task
+        if isinstance(labels, str):
+            what, remedy = "labels are a list of texts", f"Write labels=({labels!r},) for one label."
+            raise UserError("not_a_list", what, found=repr(labels), remedy=remedy, field="labels")
         if labels is not None:
             task = task.with_spec(labels=tuple(dict.fromkeys(labels)))
             self.encoder.require_encodable(task)
@@ -360,7 +364,7 @@ class Engine:
         from manyicl.engine.compiled import save_compiled
 
         self._require_own(compiled.prefix)
-        save_compiled(compiled, Path(path))
+        save_compiled(compiled, Path(path), self.encoder.format)
 
     def load(self, path: str | Path) -> CompiledTask:
         """Read a task that this model compiled, in a fraction of the time it took.
@@ -391,10 +395,10 @@ class Engine:
     ) -> TaskPrefix:
         """Put a prefix together, with what it took over from ``source``."""
         num_reused = num_shared_tokens(cache.token_ids, source.token_ids) if source else 0
-        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.format, cache, num_reused)
+        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.text_hash, cache, num_reused)
 
     def _require_own(self, prefix: TaskPrefix) -> None:
-        """Refuse a prefix of another network or text format.
+        """Refuse a prefix of another network, tokenizer or text format.
 
         Raises:
             UserError: If it is one.
@@ -408,8 +412,8 @@ class Engine:
             )
         identity = self.backend.identity
         require_own(prefix.cache, identity)
-        if prefix.text_format != self.encoder.format:
-            raise foreign_prefix("another text format", prefix.cache.identity, identity)
+        if prefix.text_hash != self.encoder.text_hash:
+            raise foreign_prefix("another tokenizer or text format", prefix.cache.identity, identity)
 
     def _fitting(
         self,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from manyicl.engine.backend import Prefix
 from manyicl.engine.observed import ObservedAnswer
-from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import UserError, shown
 from manyicl.tasks.task import Example, Task
 
@@ -20,7 +19,7 @@ class TaskPrefix:
         task: Task of the demonstrations.
         demonstrations: Demonstrations in the prefix, in order.
         num_dropped: Number of demonstrations that were given and did not fit the context.
-        text_format: How examples became text.
+        text_hash: Hash of the tokenizer and the text format that made the tokens.
         cache: The backend's side of it: tokens with their keys and values.
         num_reused_tokens: Tokens taken over from the prefix it was made from; 0 if it was made anew.
         rebuilt: True if an extension changed the instruction, because it lists the labels and these changed; all
@@ -30,7 +29,7 @@ class TaskPrefix:
     task: Task
     demonstrations: tuple[Example, ...]
     num_dropped: int
-    text_format: AnyFormat
+    text_hash: str
     cache: Prefix
     num_reused_tokens: int = 0
     rebuilt: bool = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import chain, takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +68,15 @@ class Encoder:
         self._inter_turn_ids = self._encode(text_format.inter_turn)
         self.answer_end_id = self._control_end_id()
         self._encodable: deque[Task] = deque(maxlen=8)
+
+    @cached_property
+    def text_hash(self) -> str:
+        """Hash of tokenizer and text format: where it is the same, the same examples become the same tokens."""
+        description = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # Both are set by whoever encoded last, and play no part here.
+        del description["truncation"], description["padding"]
+        parts = [json.dumps(description, sort_keys=True), self.format.model_dump_json(), repr(self.bos_ids)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _control_end_id(self) -> int | None:
         """Return the id of the control token in which every answer ends; None where answers end in text."""

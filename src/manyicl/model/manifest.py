@@ -141,7 +141,8 @@ def format_to_ask_in(
         try:
             settings = FormatSettings(end_of_answer=end_of_answer)
         except ValidationError as error:
-            raise UserError("bad_end_of_answer", error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+            what = f"--end-of-answer cannot be used, {reason(error)}"
+            raise UserError("bad_end_of_answer", what, field="end_of_answer") from error
         return chosen_format(settings, tokenizer, tasks)
     text_format = chosen_format(FormatSettings(kind="chat"), tokenizer, tasks)
     _require_same_end(text_format, end_of_answer, "The chat template ends an answer otherwise")
