@@ -52,25 +52,36 @@ def chance_level(task: Task, queries: Sequence[Example]) -> Level:
 
 
 def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:
-    """Score of TF-IDF with logistic regression trained on exactly the demonstrations in the context.
+    """Score of `tfidf_answers`."""
+    answers, note = tfidf_answers(task, demonstrations, queries)
+    return Level(None, note) if answers is None else _score(task, answers, queries, note)
+
+
+def tfidf_answers(
+    task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]
+) -> tuple[Sequence[str] | None, str]:
+    """Answer by TF-IDF with logistic regression trained on exactly the demonstrations in the context.
 
     Both with scikit-learn's default settings: what one would try first. Terms are words of any script; where a
     script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. Where only one label
     was seen it is always answered; without demonstrations nothing is defined.
+
+    Returns:
+        The answers, None where undefined, and what is special about them or missing.
     """
     if task.labels is None:
-        return Level(None, "needs a closed label set")
+        return None, "needs a closed label set"
     if not demonstrations:
-        return Level(None, "no demonstrations")
+        return None, "no demonstrations"
     seen = list(dict.fromkeys(example.answer for example in demonstrations))
     if len(seen) == 1:
-        return _score(task, seen * len(queries), queries, "only one label seen, always answered")
+        return seen * len(queries), "only one label seen, always answered"
     seen_terms = {term for example in demonstrations for term in terms(example.query.text)}
     if len(seen) * len(seen_terms) > MOST_WEIGHTS:
-        return Level(None, f"{len(seen):,} labels x {len(seen_terms):,} terms are too many to fit")
+        return None, f"{len(seen):,} labels x {len(seen_terms):,} terms are too many to fit"
     if not seen_terms:
-        return _score(task, [_most_frequent(demonstrations)] * len(queries), queries, "no words in the demonstrations")
-    return _score(task, _tfidf_predictions(tuple(demonstrations), tuple(queries)), queries)
+        return [_most_frequent(demonstrations)] * len(queries), "no words in the demonstrations"
+    return _tfidf_predictions(tuple(demonstrations), tuple(queries)), ""
 
 
 @lru_cache(maxsize=1024)
