@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from manyicl.errors import UserError
 from manyicl.model.attention import ATTENTION, isolated_attention, packed_arguments, visible_keys
 from manyicl.model.isolation import attention_error, continuation_error, packing_error, require_isolation
-from tests.builders import ARCHITECTURES, tiny_model
+from manyicl.model.load import load_model
+from tests.builders import ARCHITECTURES, byte_level_bpe, tiny_model
+from tests.model.exports import save_adapter, save_model
+
+# peft 0.21 asks transformers 5.23 for a property by its deprecated name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 LENGTHS = (3, 47, 31)
 
@@ -120,8 +130,38 @@ def test_a_mask_is_refused_rather_than_ignored() -> None:
         isolated_attention(layer, states, states, states, torch.ones(1, 1, 3, 3))
 
 
-def test_a_model_whose_layers_do_not_pass_the_prefix_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_in_half_precision_is_not_mistaken_for_another_attention(dtype: str) -> None:
+    load_model("builtin:nano", dtype=dtype, device="cpu")
+
+
+def test_a_model_that_mixes_segments_is_refused_in_half_precision() -> None:
+    model = tiny_model("bloom", n_layer=2, n_head=4)
+    with pytest.raises(UserError, match="mixes the episodes"):
+        require_isolation(model.bfloat16())
+
+
+def test_logits_that_are_no_numbers_are_not_called_mixed(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][3] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    save_adapter(tmp_path / "plain", base)
+    load_model(tmp_path / "plain", device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(use_dora=True, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "dora"))
+    byte_level_bpe().save_pretrained(tmp_path / "dora")
+    with pytest.raises(UserError, match="DoRA divides by zero") as refused:
+        load_model(tmp_path / "dora", device="cpu")
+    assert refused.value.code == "logits_not_finite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_layers_do_not_pass_the_prefix_on_is_refused(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     model = tiny_model()
+    torch.nn.Module.to(model, dtype)
     attention = model.get_submodule("model.layers.1.self_attn")
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *a, continuation=None, **k: forward(*a, **k))
