@@ -14,6 +14,7 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
+from manyicl.model.manifest import Manifest
 from tests.builders import byte_level_bpe, make_example
 
 
@@ -84,6 +85,12 @@ def test_check_reports_balance_lengths_and_shots(folder: Path) -> None:
 def test_check_counts_shots_in_all_positions_of_a_model_that_was_not_fine_tuned(folder: Path) -> None:
     output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model").output
     assert "shots in 32,768" in output
+
+
+def test_check_asks_one_place_for_what_a_model_remembers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyicl.model.load.read_manifest", lambda path: Manifest(max_context_tokens=600))
+    output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model").output
+    assert "shots in 600" in output
 
 
 def test_check_as_json_holds_every_figure(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.catalog import CATALOG_FOLDER, CatalogEntry, catalog_entries, catalog_files, search_catalog
 from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.hub import read_hub_rows
 from manyicl.tasks.task import FAMILIES
+from tests.builders import byte_level_bpe
 from tests.tasks.catalog_rows import FIRST_EXAMPLES, ROWS, shown_all, write_rows
 
 ENTRIES = catalog_entries()
@@ -139,6 +142,20 @@ def test_numbered_parquet_files_as_the_hub_stores_them_are_read(name: str, tmp_p
 def test_rows_without_a_gold_label_are_dropped_and_counted(hub: Path) -> None:
     assert load_task("catalog:snli", hub).dropped == {"row without a label": 1}
     assert load_task("catalog:newsgroups_20", hub).dropped == {"empty query": 1}
+
+
+def test_options_with_blank_lines_are_for_models_that_end_answers_in_one(hub: Path) -> None:
+    path = hub / "arc_easy" / "train.jsonl"
+    first, *others = ROWS["arc_easy"][0]
+    key = first["choices"]["label"].index(first["answerKey"])
+    texts = [f"{text}.\n \nAll of it." for text in first["choices"]["text"]]
+    write_row = {**first, "choices": {**first["choices"], "text": texts}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (write_row, *others)))
+    task = load_task("catalog:arc_easy", hub)
+    Encoder(byte_level_bpe()).require_no_end_inside(task)
+    choices = task.train[0].query.choices
+    assert choices is not None
+    assert task.train[0].answer == choices[key] == texts[key].replace("\n \n", "\n")
 
 
 # --- names --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -111,6 +112,26 @@ def test_stored_examples_are_a_sequence_with_slices(tmp_path: Path, cut: slice) 
         stored[5000]
 
 
+def test_examples_of_another_task_or_side_are_not_opened_as_a_tasks_own(tmp_path: Path) -> None:
+    task = Task.from_examples("quiz", QUIZ, test=[Example(Query("?", ("a", "b")), "a", ("a",))])
+    task.store(tmp_path / "quiz")
+    replace(task, train=task.train[:10]).store(tmp_path / "part")
+    Task.from_examples("mood", PAIRS).store(tmp_path / "mood")
+    for source in ("part/train.arrow", "mood/train.arrow", "quiz/test.arrow"):
+        folder = tmp_path / f"swapped {source.replace('/', ' ')}"
+        shutil.copytree(tmp_path / "quiz", folder)
+        shutil.copy(tmp_path / source, folder / "train.arrow")
+        with pytest.raises(UserError) as caught:
+            Task.open(folder)
+        assert (caught.value.code, caught.value.file) == ("not_a_stored_task", str(folder))
+
+
+def test_a_slice_of_stored_examples_reads_the_file_that_is_open(tmp_path: Path) -> None:
+    stored = Task.from_examples("quiz", QUIZ).store(tmp_path / "quiz").train
+    (tmp_path / "quiz" / "train.arrow").unlink()
+    assert stored[10:][0] == QUIZ_STORED[10]
+
+
 QUIZ_STORED = [replace(example, origin=f"train:{number}") for number, example in enumerate(QUIZ, 1)]
 
 
@@ -177,6 +198,10 @@ def test_sides_are_replaced_and_the_spec_changed_without_touching_the_rest() -> 
     assert replace(task, test=task.train[:1], train=task.train[1:]).labels == task.labels
     changed = task.with_spec(metric="macro_f1")
     assert (changed.metric, changed.train, changed.data_hash) == ("macro_f1", task.train, task.data_hash)
+    for changes, code in (({"family": "poem"}, "wrong_value"), ({"metrc": "macro_f1"}, "unknown_key")):
+        with pytest.raises(UserError) as caught:
+            task.with_spec(**changes)
+        assert (caught.value.code, caught.value.field) == (code, *changes)
 
 
 def test_the_package_exports_tasks() -> None:

@@ -39,6 +39,8 @@ from manyicl.tasks.template import Template
             "13 12.0 long …",
         ),
         ("{% for i in range(3) %}{{ i }}{% endfor %}{{ row['range'] }}", {"range": "r"}, "012r"),
+        ("{{ m | tojson }}", {"m": {"a": "it's <b>"}}, '{"a": "it\'s <b>"}'),
+        ("{{ n | title }} {{ a | sum(start=1) }}", {"n": 5, "a": [1, 2]}, "5 4"),
         ("{{ row }}", {"row": "text"}, "text"),
         ("{{ row[0] }}", {"row": ["text"]}, "text"),
         ("{{ row['row'] }}{{ row.a }}", {"row": "r", "a": "x"}, "rx"),
@@ -103,13 +105,14 @@ TOO_MANY_BITS = "more than 20,000 bits"
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("{{ a }}" * 500, TOO_LONG),
         ("{{ 'a' * 300000000 }}", TOO_LONG),
         ("{{ 300000000 * [a] }}", TOO_LONG),
         ("{{ 10 ** (10 ** 10) }}", TOO_MANY_BITS),
         ("{% set x = 10 %}" + "{% set x = x * x %}" * 40, TOO_MANY_BITS),
         ("{{ ('f' * 3000000) | int(0, 16) }}", TOO_MANY_BITS),
         ("{{ 1 | round(1000000000, 'ceil') }}", "more than 100 decimals"),
-        ("{{ [a] | tojson(indent=300000000) }}", "takes no indent"),
+        ("{{ [a] | tojson(indent=300000000) }}", "indents by more than 99"),
         ("{% set x = a ~ a %}" + "{% set x = x ~ x %}" * 40, TOO_LONG),
         ("{% set x = a + a %}" + "{% set x = x + x %}" * 40, TOO_LONG),
         ("{% set x = a %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}", TOO_LONG),
@@ -134,7 +137,7 @@ TOO_MANY_BITS = "more than 20,000 bits"
     ],
 )
 def test_a_template_can_neither_hang_nor_fill_the_memory(source: str, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=message):
@@ -142,4 +145,4 @@ def test_a_template_can_neither_hang_nor_fill_the_memory(source: str, message: s
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

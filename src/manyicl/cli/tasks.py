@@ -384,12 +384,11 @@ def _encoder(
 ) -> tuple[Encoder, int | None]:
     """Load a model's tokenizer and format, and the context it was fine-tuned with, or else all its positions."""
     from manyicl.episodes.encoding import Encoder
-    from manyicl.model.load import load_tokenizer, model_config, resolve_reference
-    from manyicl.model.manifest import Manifest, format_to_ask_in
+    from manyicl.model.load import load_tokenizer, model_config, read_manifest, resolve_reference
+    from manyicl.model.manifest import format_to_ask_in
 
     tokenizer = load_tokenizer(reference)
-    folder = Path(resolve_reference(reference))
-    manifest = Manifest.read(folder) if folder.is_dir() else None
+    manifest = read_manifest(resolve_reference(reference))
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
     for task in tasks:
         encoder.require_no_end_inside(task)

@@ -19,7 +19,7 @@ from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split, why_one_side_is_empty
 from manyicl.tasks.task import Example, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
-from manyicl.tasks.values import as_written, columns_in, listed, missing_column, num_characters
+from manyicl.tasks.values import as_option, as_written, columns_in, listed, missing_column, num_characters
 
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
@@ -233,7 +233,8 @@ class TaskBuilder:
                 what = f"the column {column!r} lists the accepted answers"
                 raise UserError("not_a_list", what, expected="a list", found=found, field=column)
             answers += [str(as_written(reference)) for reference in references]
-        return tuple(dict.fromkeys(answer.strip() for answer in answers))
+        plain = str.strip if self.keys.choices is None else as_option
+        return tuple(dict.fromkeys(map(plain, answers)))
 
     def _refuse_several_labels(self, answers: Sequence[str], columns: Mapping[str, object]) -> None:
         """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""

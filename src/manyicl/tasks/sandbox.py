@@ -8,7 +8,7 @@ there are few operations, neither do all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from math import isfinite
@@ -37,9 +37,10 @@ _CHARACTERS_LOOKED_AT_A_STEP = 20
 _CHARACTERS_AN_ELEMENT = 16  # what an element of a list costs to look at and to keep
 _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
-_WIDEST_INDENT = 100
+_WIDEST_INDENT = 99
 _BUDGET = " budget"  # with a space, so that no template can name or shadow it
 _COUNTED = " counted"
+_TURNS = " turns"
 
 
 class Budget:
@@ -48,13 +49,6 @@ class Budget:
     def __init__(self) -> None:
         self.steps = 0
         self.characters = 0
-
-    @staticmethod
-    def of(context: Context) -> Budget:
-        """Return the budget of this rendering."""
-        budget = context.parent[_BUDGET]
-        assert isinstance(budget, Budget)
-        return budget
 
     @property
     def is_spent(self) -> bool:
@@ -67,14 +61,14 @@ class Budget:
         if self.steps > MOST_STEPS:
             raise SecurityError(f"it takes more than {MOST_STEPS:,} steps; loop over less")
 
-    def counted(self, value: Any) -> Any:
+    def counted(self, value: Any, characters_a_step: int = _CHARACTERS_A_STEP) -> Any:
         """Count a value by its size and return it; what is read one by one is counted as it is read."""
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self.turns(value)
-        self.spend((len(value) if isinstance(value, range) else 0) + 1 + _required_size(value) // _CHARACTERS_A_STEP)
+        self.spend((len(value) if isinstance(value, range) else 0) + 1 + _required_size(value) // characters_a_step)
         return value
 
-    def turns(self, values: Iterator[Any]) -> Iterator[Any]:
+    def turns(self, values: Iterable[Any]) -> Iterator[Any]:
         """Yield values, each of which costs a step."""
         for value in values:
             self.spend(1)
@@ -88,9 +82,19 @@ class Budget:
         return text
 
 
+def _budget(context: Context) -> Budget:
+    budget: Budget = context.parent[_BUDGET]
+    return budget
+
+
 def _require_room(num_characters: int) -> None:
     if num_characters > MOST_CHARACTERS:
         raise SecurityError(f"it makes more than {MOST_CHARACTERS:,} characters")
+
+
+def _require_bits(num_bits: int) -> None:
+    if num_bits > _MOST_BITS:
+        raise SecurityError(f"a number has more than {_MOST_BITS:,} bits")
 
 
 def _required_size(value: object, known: dict[int, int] | None = None) -> int:
@@ -103,80 +107,78 @@ def _required_size(value: object, known: dict[int, int] | None = None) -> int:
     Raises:
         SecurityError: If they are too many.
     """
-    known = {} if known is None else known
+    size = 1
     if isinstance(value, str | bytes):
         size = len(value)
+    elif isinstance(value, int):
+        _require_bits(value.bit_length())
     elif isinstance(value, list | tuple | set | frozenset | dict):
-        _require_room(_CHARACTERS_AN_ELEMENT * len(value))
+        known = {} if known is None else known
         if id(value) not in known:
+            size += _CHARACTERS_AN_ELEMENT * len(value)
+            _require_room(size)
             parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-            known[id(value)] = (
-                1 + _CHARACTERS_AN_ELEMENT * len(value) + sum(_required_size(part, known) for part in parts)
-            )
+            known[id(value)] = size + sum(_required_size(part, known) for part in parts)
         size = known[id(value)]
-    else:
-        size = 1
-        if isinstance(value, int):
-            _require_bits(value.bit_length())
     _require_room(size)
     return size
 
 
-def _require_bits(num_bits: int) -> None:
-    if num_bits > _MOST_BITS:
-        raise SecurityError(f"a number has more than {_MOST_BITS:,} bits")
+def _limit_replace(text: Any, old: Any, new: Any, count: Any = None) -> None:
+    _require_room(len(str(text)) + str(text).count(str(old)) * len(str(new)))
 
 
-def _require_small_result(name: str, value: Any, *arguments: Any) -> None:
-    """Refuse an operator, filter or method before it makes far more than what it is given."""
-    pairs = [(value, *arguments), (*arguments, value)]
-    if name == "replace" and len(arguments) > 1:  # with fewer, it is refused when it is called
-        text, old, new = str(value), str(arguments[0]), str(arguments[1])
-        _require_room(len(text) + text.count(old) * len(new))
-    elif name == "join" and arguments:  # the value is the separator
-        _require_room(_required_size(arguments[0]) + len(arguments[0]) * len(str(value)))
-    elif name == "indent":
-        if any(not isinstance(width, bool) and len(str(width)) > 2 for width in arguments):
-            raise SecurityError(f"it indents by more than {_WIDEST_INDENT - 1}")
-        _require_room(len(str(value)) + str(value).count("\n") * _WIDEST_INDENT)
-    elif name == "round":
-        if any(isinstance(decimals, int) and abs(decimals) > _MOST_DECIMALS for decimals in arguments):
-            raise SecurityError(f"it rounds to more than {_MOST_DECIMALS} decimals")
-    elif name == "tojson" and arguments:
-        raise SecurityError("tojson takes no indent here")
-    elif name == "%" and isinstance(value, str | bytes):
+def _limit_join(values: Any, d: Any = "", attribute: Any = None) -> None:
+    _require_room(_required_size(values) + len(values) * len(str(d)))
+
+
+def _limit_indent(text: Any, width: Any = 4, first: Any = False, blank: Any = False) -> None:
+    if (len(width) if isinstance(width, str) else width) > _WIDEST_INDENT:
+        raise SecurityError(f"it indents by more than {_WIDEST_INDENT}")
+    _require_room(len(str(text)) + len(str(text).splitlines()) * _WIDEST_INDENT)
+
+
+def _limit_round(number: Any, precision: Any = 0, method: Any = None) -> None:
+    if abs(precision) > _MOST_DECIMALS:
+        raise SecurityError(f"it rounds to more than {_MOST_DECIMALS} decimals")
+
+
+# Filters that may make far more than what they are given: each is refused before it does.
+_LIMITS: Mapping[str, Callable[..., None]] = {
+    "replace": _limit_replace,
+    "join": _limit_join,
+    "indent": _limit_indent,
+    "round": _limit_round,
+}
+
+
+def _limit_operator(operator: str, left: Any, right: Any) -> None:
+    """Refuse an operator before it makes far more than what it is given."""
+    if operator == "%" and isinstance(left, str | bytes):
         raise SecurityError("texts are not formatted with %; write {{ }} beside each other")
-    elif name == "*":
-        for repeated, times in pairs:
+    if isinstance(left, int) and isinstance(right, int):
+        if operator == "**":
+            _require_bits(left.bit_length() * right)
+        elif operator == "*":
+            _require_bits(left.bit_length() + right.bit_length())
+    elif operator == "*":
+        for repeated, times in ((left, right), (right, left)):
             if isinstance(repeated, str | bytes | list | tuple) and isinstance(times, int):
                 _require_room(_required_size(repeated) * times)
-    if name in ("*", "**") and all(isinstance(number, int) for number in pairs[0]):
-        base, other = pairs[0]
-        _require_bits(base.bit_length() * other if name == "**" else base.bit_length() + other.bit_length())
 
 
 def _counted_filter(name: str) -> Callable[..., Any]:
     """Return Jinja2's filter of that name, its work counted."""
-    keywords = {
-        "replace": ("old", "new"),
-        "join": ("d",),
-        "indent": ("width",),
-        "round": ("precision",),
-        "tojson": ("indent",),
-    }.get(name, ())
+    looks_at_each, limit = name in _LOOKING_AT_EACH, _LIMITS.get(name)
 
     @pass_context
     def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = Budget.of(context)
-        value = budget.counted(list(value) if name == "join" else value)
-        if name in _LOOKING_AT_EACH:
-            value = list(value) if isinstance(value, Iterator) else value
-            budget.spend(_required_size(value) // _CHARACTERS_LOOKED_AT_A_STEP)
-        given = [*args, *(kwargs[key] for key in keywords if key in kwargs)]
-        if name == "join":
-            _require_small_result(name, given[0] if given else "", value)
-        else:
-            _require_small_result(name, value, *given)
+        budget = _budget(context)
+        if name == "join" or (looks_at_each and isinstance(value, Iterator)):
+            value = list(value)
+        value = budget.counted(value, _CHARACTERS_LOOKED_AT_A_STEP if looks_at_each else _CHARACTERS_A_STEP)
+        if limit is not None:
+            limit(value, *args, **kwargs)
         try:
             return budget.counted(_PLAIN.call_filter(name, value, args, kwargs, context=context))
         except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
@@ -195,42 +197,33 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Write JSON as transformers does for chat templates, its work counted."""
-    if not (indent is None or (isinstance(indent, int) and indent < _WIDEST_INDENT)):
-        raise SecurityError(f"it indents by more than {_WIDEST_INDENT - 1}")
-    budget = Budget.of(context)
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=True
-    )
+    _limit_indent("", indent or 0)
+    budget = _budget(context)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return "".join(map(budget.written, encoder.iterencode(budget.counted(value))))
 
 
-@pass_context
-def _written(context: Context, value: object) -> object:
-    """Count what a task's template writes, and refuse what nobody means to read."""
-    if callable(value) and not isinstance(value, Undefined):
-        raise SecurityError(
-            "a function is written in place of a value; call it with (), or write row['…'] for a column"
-        )
+def written(value: object) -> str:
+    """Return the text that a task's template writes for a value, and refuse what nobody means to read."""
     if isinstance(value, list | tuple | dict):
         kind = "mapping" if isinstance(value, dict) else "list"
         raise SecurityError(f"a {kind} is no text; write its parts, as in {{{{ column | join(', ') }}}}")
-    return _written_as_python(context, as_written(value))
+    if callable(value) and not isinstance(value, Undefined):
+        what = "a function is written in place of a value"
+        raise SecurityError(f"{what}; call it with (), or write row['…'] for a column")
+    return _written_as_python(as_written(value))
 
 
-@pass_context
-def _written_as_python(context: Context, value: object) -> object:
-    """Count what a chat template writes."""
-    return Budget.of(context).written(str(value) if _required_size(value) else "")
+def _written_as_python(value: object) -> str:
+    """Return the text that a chat template writes for a value."""
+    return str(value) if _required_size(value) else ""
 
 
-@pass_context
-def _counted(context: Context, value: Any) -> Any:
-    return Budget.of(context).counted(value)
-
-
-@pass_context
-def _turns(context: Context, values: Any) -> Iterator[Any]:
-    return Budget.of(context).turns(iter(values))
+def joined(texts: Iterable[str]) -> str:
+    """Join all that a template writes, unless that is too much."""
+    texts = list(texts)
+    _require_room(sum(map(len, texts)))
+    return "".join(texts)
 
 
 class _Counting(NodeTransformer):
@@ -238,20 +231,23 @@ class _Counting(NodeTransformer):
 
     def __init__(self, refused: tuple[type[nodes.Node], ...]) -> None:
         self.refused = refused
+        self.is_repeated = False
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         if isinstance(node, self.refused) or (isinstance(node, nodes.For) and node.recursive):
-            raise TemplateSyntaxError(
-                "macros, blocks, includes and recursive loops are not for task files", node.lineno
-            )
+            what = "macros, blocks, includes and recursive loops are refused; only a chat template may have macros"
+            raise TemplateSyntaxError(what, node.lineno)
         if isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
             raise TemplateSyntaxError("a number is too large", node.lineno)
         if isinstance(node, nodes.Name) and node.name == "self":
-            raise TemplateSyntaxError("a column named self is written row['self']", node.lineno)
+            raise TemplateSyntaxError("self means nothing; a column named self is written row['self']", node.lineno)
         if isinstance(node, nodes.NSRef) and node.attr.startswith("_"):
             raise TemplateSyntaxError(f"{node.attr!r} is no name for a value", node.lineno)
+        was_repeated = self.is_repeated
+        self.is_repeated |= isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
         super().generic_visit(node, *args, **kwargs)
-        if isinstance(node, nodes.TemplateData):
+        self.is_repeated = was_repeated
+        if isinstance(node, nodes.TemplateData) and self.is_repeated:
             return nodes.Const(node.data, lineno=node.lineno)  # written like a value, and so counted
         if isinstance(node, nodes.For):
             node.iter = _filter(_TURNS, node.iter)
@@ -279,11 +275,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, refused: tuple[type[nodes.Node], ...], filters: tuple[str, ...], **options: Any) -> None:
+    def __init__(
+        self,
+        refused: tuple[type[nodes.Node], ...],
+        filters: tuple[str, ...],
+        write: Callable[[Any], str],
+        **options: Any,
+    ) -> None:
         # Not optimized: that computes constants before anything is counted, and writes an endless one as a name.
-        super().__init__(optimized=False, **options)
+        super().__init__(
+            optimized=False,
+            finalize=pass_context(lambda context, value: _budget(context).written(write(value))),
+            **options,
+        )
         self.refused = refused
-        self.filters = {name: _counted_filter(name) for name in filters} | {_COUNTED: _counted, _TURNS: _turns}
+        self.filters = {name: _counted_filter(name) for name in filters}
+        self.filters[_COUNTED] = pass_context(lambda context, value: _budget(context).counted(value))
+        self.filters[_TURNS] = pass_context(lambda context, values: _budget(context).turns(values))
+        self.filters["tojson"] = _tojson
         self.globals = {"range": range}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -300,18 +309,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Offer no ``str.format``, which pads to any width."""
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = Budget.of(context)
+        budget = _budget(context)
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str | list | tuple | dict):
-            if function.__name__ == "join":
-                args = tuple(list(argument) for argument in args)
-            _require_small_result(function.__name__, owner, *args)
             budget.counted(owner)
+            if function.__name__ == "join":
+                args = (list(args[0]), *args[1:])
+                _limit_join(args[0], owner)
+            elif function.__name__ == "replace":
+                _limit_replace(owner, *args)
         return budget.counted(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _require_small_result(operator, left, right)
-        return Budget.of(context).counted(super().call_binop(context, operator, left, right))
+        _limit_operator(operator, left, right)
+        return _budget(context).counted(super().call_binop(context, operator, left, right))
 
 
 class _Generation(Extension):
@@ -342,7 +353,8 @@ def rendered(template: jinja2.Template, variables: Mapping[str, object], budget:
     Raises:
         jinja2.TemplateError: If it fails, or does or writes too much.
     """
-    return template.render({**variables, _BUDGET: budget or Budget()})
+    values = {**template.environment.globals, **variables, _BUDGET: budget or Budget()}
+    return "".join(template.root_render_func(template.new_context(values, shared=True)))
 
 
 def render_chat_template(source: str, variables: Mapping[str, object], budget: Budget | None = None) -> str:
@@ -370,12 +382,11 @@ def _compiled_chat_template(source: str) -> jinja2.Template:
         raise TemplateSyntaxError("it is nested too deeply, or holds a huge number", 1) from error
 
 
-_TURNS = " turns"
 # fmt: off
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
     "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace",
-    "reverse", "round", "safe", "select", "selectattr", "sort", "string", "striptags", "sum", "title", "tojson",
+    "reverse", "round", "safe", "select", "selectattr", "sort", "string", "striptags", "sum", "title",
     "trim", "truncate", "unique", "upper", "wordcount",
 )
 _METHODS = frozenset({
@@ -389,18 +400,15 @@ _METHODS = frozenset({
 GLOBALS = frozenset({"range"})
 _OTHER_FILES = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)
 _PLAIN = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-TASK_SANDBOX = _Sandbox(
-    (nodes.Macro, nodes.CallBlock, *_OTHER_FILES), _FILTERS, undefined=StrictUndefined, finalize=_written
-)
+TASK_SANDBOX = _Sandbox((nodes.Macro, nodes.CallBlock, *_OTHER_FILES), _FILTERS, written, undefined=StrictUndefined)
 CHAT_SANDBOX = _Sandbox(
     _OTHER_FILES,
     (*_FILTERS, "indent"),
+    _written_as_python,
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[_Generation, loopcontrols],
-    finalize=_written_as_python,
 )
-CHAT_SANDBOX.filters["tojson"] = _tojson
 CHAT_SANDBOX.globals |= {
     "namespace": Namespace,
     "dict": _new_dict,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from manyicl.errors import UserError, shown
 from manyicl.tasks.example import Query
 from manyicl.tasks.template import compiled
-from manyicl.tasks.values import listed
+from manyicl.tasks.values import as_option, listed
 
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -140,4 +140,4 @@ class TaskSpec(BaseModel):
         if any(option is None or not str(option).strip() for option in options):
             what = f"An option in the column {self.choices_column!r} is empty"
             raise UserError("empty_option", what, found=shown(list(options)), field=self.choices_column)
-        return tuple(str(option).strip() for option in options)
+        return tuple(map(as_option, options))

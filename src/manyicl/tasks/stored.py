@@ -50,24 +50,25 @@ class StoredExamples(Sequence[Example]):
     A slice is a view of the same file.
     """
 
-    def __init__(self, path: Path, positions: range | None = None) -> None:
+    def __init__(self, path: Path, positions: range | None = None, table: pyarrow.Table | None = None) -> None:
         """Map the file into memory.
 
         Args:
             path: Arrow file that `store_task` wrote.
             positions: Examples of the file that are seen here; all by default.
+            table: The file where it is mapped already.
 
         Raises:
             UserError: If it is missing or no such file.
         """
         self.path = path.absolute()
-        try:
-            self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError("not_a_stored_task", "not readable as stored examples", file=path) from error
-        if self._table.schema != _SCHEMA:
-            raise UserError("not_a_stored_task", "the columns are not those of stored examples", file=path)
+        self._table = _mapped(self.path) if table is None else table
         self._positions = range(self._table.num_rows) if positions is None else positions
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """What the file says of the task that it belongs to."""
+        return dict(self._table.schema.metadata or {})
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -78,7 +79,7 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, position: slice) -> StoredExamples: ...
     def __getitem__(self, position: int | slice) -> Example | StoredExamples:
         if isinstance(position, slice):
-            return StoredExamples(self.path, self._positions[position])
+            return StoredExamples(self.path, self._positions[position], self._table)
         row = self._positions[position]
         return _example(*(column[row].as_py() for column in self._table.columns))
 
@@ -102,6 +103,16 @@ class StoredExamples(Sequence[Example]):
         return StoredExamples, (self.path, self._positions)
 
 
+def _mapped(path: Path) -> pyarrow.Table:
+    try:
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError("not_a_stored_task", "not readable as stored examples", file=path) from error
+    if table.schema != _SCHEMA:
+        raise UserError("not_a_stored_task", "the columns are not those of stored examples", file=path)
+    return table
+
+
 def _example(query: str, choices: list[str] | None, answer: str, references: list[str], origin: str) -> Example:
     return Example(Query(query, None if choices is None else tuple(choices)), answer, tuple(references), origin)
 
@@ -121,12 +132,19 @@ def store_task(task: Task, folder: Path) -> Task:
     return open_task(folder)
 
 
+def _identity(side: str, data_hash: str, num_train: int, num_test: int) -> dict[bytes, bytes]:
+    """Return the metadata of a side's file: what ties it to the spec and to the other side's file."""
+    values = {"side": side, "data_hash": data_hash, "num_train": str(num_train), "num_test": str(num_test)}
+    return {key.encode(): value.encode() for key, value in values.items()}
+
+
 def _write(task: Task, folder: Path) -> None:
     for name, examples in (("train", iter(task.train)), ("test", iter(task.test))):
-        with pyarrow.ipc.new_file(str(folder / f"{name}.arrow"), _SCHEMA) as file:
+        schema = _SCHEMA.with_metadata(_identity(name, task.data_hash, len(task.train), len(task.test)))
+        with pyarrow.ipc.new_file(str(folder / f"{name}.arrow"), schema) as file:
             while batch := list(islice(examples, _EXAMPLES_A_BATCH)):
                 rows = [{**asdict(e), "query": e.query.text, "choices": e.query.choices} for e in batch]
-                file.write_batch(pyarrow.RecordBatch.from_pylist(rows, _SCHEMA))
+                file.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
     stored = _StoredTask(spec=task.spec, data_hash=task.data_hash, dropped=dict(task.dropped))
     (folder / SPEC_FILE).write_text(stored.model_dump_json(indent=2), encoding="utf-8")
 
@@ -142,4 +160,9 @@ def open_task(folder: Path) -> Task:
         )
     stored = validated(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
     train, test = (StoredExamples(folder / f"{name}.arrow") for name in ("train", "test"))
+    for name, side in (("train", train), ("test", test)):
+        if side.metadata != _identity(name, stored.data_hash, len(train), len(test)):
+            what = "the examples were not stored together with this task"
+            remedy = "Restore the folder, or store the task again with this version."
+            raise UserError("not_a_stored_task", what, remedy=remedy, file=folder)
     return Task(stored.spec, train, test, stored.data_hash, stored.dropped)

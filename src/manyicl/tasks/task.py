@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from manyicl.checked import validated
 from manyicl.errors import UserError, counted
 from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
 from manyicl.tasks.example import Example, Query
@@ -163,8 +164,12 @@ class Task:
         return self.spec.query(row)
 
     def with_spec(self, **changes: Any) -> Task:
-        """Return the task with other fields in its spec, examples unchanged, as in ``with_spec(metric="accuracy")``."""
-        spec = TaskSpec.model_validate({**self.spec.model_dump(), **changes})
+        """Return the task with other fields in its spec, examples unchanged, as in ``with_spec(metric="accuracy")``.
+
+        Raises:
+            UserError: If the spec has no such field, or the field no such value.
+        """
+        spec = validated(TaskSpec, {**self.spec.model_dump(), **changes}, None)
         return Task(spec, self.train, self.test, self.data_hash, self.dropped)
 
     def demonstrations(self, num_shots: int, seed: int = 0, sampling: ShotSampling = "balanced") -> tuple[Example, ...]:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
 from manyicl.errors import UserError, shortened
 from manyicl.library_errors import reason
-from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, rendered
+from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, joined, rendered, written
 from manyicl.tasks.values import as_written, missing_column
 
 ClassNames = Mapping[str, Mapping[str, str]]
@@ -53,7 +53,10 @@ class Template:
         self.source = source
         self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
         self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
-        self.bare_column: str | None = self.columns[0] if self.columns and _is_bare(syntax) else None
+        self._parts = _plain_parts(syntax, self._reads_row)
+        others = [text for text, column in self._parts or () if column is None]
+        is_bare = self._parts is not None and len(self._parts) == len(others) + 1 and not "".join(others).strip()
+        self.bare_column: str | None = self.columns[0] if is_bare else None
 
     def render(self, row: Mapping[str, object], class_names: ClassNames | None = None) -> str:
         """Render one row.
@@ -74,11 +77,10 @@ class Template:
         for column, names in (class_names or {}).items():
             if column in self.columns:
                 named[column] = _class_name(column, row[column], names)
-        variables: dict[str, object] = {name: value for name, value in named.items() if name not in GLOBALS}
-        if self._reads_row:
-            variables["row"] = named
         try:
-            return rendered(self._compiled, variables)
+            if self._parts is not None:
+                return joined(text if column is None else written(named[column]) for text, column in self._parts)
+            return rendered(self._compiled, self._variables(named))
         except (
             TemplateError,
             TypeError,
@@ -90,6 +92,10 @@ class Template:
         ) as error:
             what = f"Template {self.source!r} fails: {reason(error)}"
             raise UserError("template_fails", what, remedy=self._spelling_hint(row).strip() or None) from error
+
+    def _variables(self, row: Mapping[str, object]) -> dict[str, object]:
+        variables = {name: value for name, value in row.items() if name not in GLOBALS}
+        return {**variables, "row": row} if self._reads_row else variables
 
     def _spelling_hint(self, row: Mapping[str, object]) -> str:
         """Say how a column is written whose name is written as if it were a word, as in ``{{ a-b }}``."""
@@ -150,13 +156,20 @@ def _column_of_row(item: nodes.Node) -> tuple[str, ...]:
     return (item.arg.value,) if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str) else ()
 
 
-def _is_bare(syntax: nodes.Template) -> bool:
-    """Tell whether a template is one column and nothing else but white space."""
-    parts = [part for output in syntax.body if isinstance(output, nodes.Output) for part in output.nodes]
-    written = [part for part in parts if not (isinstance(part, nodes.Const) and not str(part.value).strip())]
-    if len(written) != 1 or not all(isinstance(statement, nodes.Output) for statement in syntax.body):
-        return False
-    return isinstance(written[0], nodes.Name) or bool(_column_of_row(written[0]))
+def _plain_parts(syntax: nodes.Template, reads_row: bool) -> list[tuple[str, str | None]] | None:
+    """List the texts and columns, as (text, None) and ("", column), of a template that is made of nothing else."""
+    parts: list[tuple[str, str | None]] = []
+    for output in syntax.body:
+        for part in output.nodes if isinstance(output, nodes.Output) else [output]:
+            if isinstance(part, nodes.TemplateData):
+                parts.append((part.data, None))
+            elif isinstance(part, nodes.Name) and part.name not in GLOBALS and not (reads_row and part.name == "row"):
+                parts.append(("", part.name))
+            elif column := _column_of_row(part):
+                parts.append(("", column[0]))
+            else:
+                return None
+    return parts
 
 
 def _class_name(column: str, value: object, names: Mapping[str, str]) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,17 @@ def _part_as_text(value: Any) -> Any:
         return as_text(value)
     except UnicodeDecodeError:
         return None
+
+
+def as_option(value: object) -> str:
+    r"""Write one of a row's options, without white space around it or blank lines in it.
+
+    A blank line would end it as an answer of most models, and has no meaning in one line of several to choose from.
+
+    >>> as_option(" one\n\ntwo ")
+    'one\ntwo'
+    """
+    return re.sub(r"\n\s*\n", "\n", str(value).strip())
 
 
 def listed(row: Mapping[str, object], place: str) -> object:
