@@ -24,15 +24,13 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             to the path it is given, which has the ending of ``path``.
     """
     path = path.resolve()
-    if isinstance(content, str):
-        content = content.encode("utf-8")
     aside = path.with_name(f"{_ASIDE}{secrets.token_hex(8)}{path.suffix}")
     try:
-        with aside.open("xb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-        if not isinstance(content, bytes):
+        aside.touch(exist_ok=False)
+        if callable(content):
             content(aside)
+        else:
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
         replace_whole(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -41,8 +39,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
 
 def replace_whole(written: Path, path: Path) -> None:
     """Let a file that is written to its end take the place of another in its folder, once it is on the disk."""
-    with written.open("r+b") as file:
-        os.fsync(file.fileno())
+    _sync_file(written)
     written.replace(path)
     sync_folder(path.parent)
 
@@ -75,13 +72,14 @@ def is_leftover(path: Path) -> bool:
 
 def sync_tree(folder: Path) -> None:
     """Wait until all files of a folder, and their names, are on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+    for path in folder.rglob("*"):
+        (sync_folder if path.is_dir() else _sync_file)(path)
     sync_folder(folder)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Self
 INTERRUPTED_EXIT_CODE = 130
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class UserError(Exception):
     """A mistake of the user: what is wrong, what was expected, what was found, what to do. Ends a command with 2.
 
@@ -31,47 +33,41 @@ class UserError(Exception):
     a.yaml: num_shots is too large; expected at most 12, found 40.
     """
 
-    def __init__(
-        self,
-        code: str,
-        what: str,
-        *,
-        expected: str | None = None,
-        found: str | None = None,
-        remedy: str | None = None,
-        file: str | Path | None = None,
-        row: int | None = None,
-        field: str | None = None,
-    ) -> None:
-        super().__init__(code, what)
-        self.code, self.what = code, what
-        self.expected, self.found, self.remedy = expected, found, remedy
-        self.file = None if file is None else str(file)
-        self.row, self.field = row, field
+    code: str
+    what: str
+    _: dataclasses.KW_ONLY
+    expected: str | None = None
+    found: str | None = None
+    remedy: str | None = None
+    file: str | Path | None = None
+    row: int | None = None
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        """Give the exception the arguments with which it is made again in another process."""
+        super().__init__(self.code, self.what)
 
     def at(self, *, file: str | Path | None = None, row: int | None = None, field: str | None = None) -> Self:
         """Fill in where the mistake is, as far as that is not known yet, and return the error to be raised again."""
-        if self.file is None and file is not None:
-            self.file = str(file)
-        self.row = row if self.row is None else self.row
-        self.field = field if self.field is None else self.field
+        for name, value in (("file", file), ("row", row), ("field", field)):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         return self
 
     def fields(self) -> dict[str, str | int]:
         """Return the fields that are known, as JSON holds them, the sentence among them."""
-        names = ("code", "what", "expected", "found", "remedy", "file", "row", "field")
-        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**known, "sentence": str(self)}
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        known = {name: value for name, value in values.items() if value is not None}
+        return {name: value if name == "row" else str(value) for name, value in known.items()} | {"sentence": str(self)}
 
     def __str__(self) -> str:
-        place = self.file or ""
+        place = "" if self.file is None else f"{self.file}"
         if self.row is not None:
             place = f"{place}:{self.row}" if place else f"Query {self.row}"
         sentence = f"{place}: {self.what}" if place else self.what
-        contrast = [f"expected {self.expected}"] if self.expected else []
-        contrast += [f"found {self.found}"] if self.found else []
+        contrast = [f"{name} {value}" for name, value in (("expected", self.expected), ("found", self.found)) if value]
         if contrast:
-            sentence = f"{sentence}; {', '.join(contrast)}"
+            sentence += f"; {', '.join(contrast)}"
         if not sentence.endswith((".", "?", "…")):
             sentence += "."
         # A path or a library's message may hold line breaks; a sentence never does.
@@ -103,11 +99,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if name in names:
         return ""
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(name, names, n=1)
     if not nearest:
         written = {known_name.casefold(): known_name for known_name in names}
-        folded = difflib.get_close_matches(name.casefold(), written, n=1, cutoff=0.6)
-        nearest = [written[known_name] for known_name in folded]
+        nearest = [written[folded] for folded in difflib.get_close_matches(name.casefold(), written, n=1)]
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 

@@ -383,7 +383,7 @@ RESULTS = [
         "test rows longer than the context",
         f"{EVALUATE} --max-context-tokens 5",
         "query_too_long",
-        what="no test row of task 't' fits: 4 of 4 are too long",
+        what="no test row of task 't' fits: all 4 are too long",
         expected="at most 5 tokens",
         files=task(),
     ),

@@ -9,7 +9,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from sklearn.metrics import f1_score
 
 from manyicl.errors import UserError
-from manyicl.evaluation.metrics import METRICS, exact_match, metric_named, metrics_of, numeric_match, token_f1
+from manyicl.evaluation.metrics import METRICS, exact_match, metrics_of, numeric_match, token_f1
 from manyicl.tasks.words import words
 from tests.builders import make_task
 
@@ -142,7 +142,7 @@ def test_every_score_lies_between_zero_and_one(name: str) -> None:
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r"nknown metric 'acuracy'.* Did you mean 'accuracy'\?"):
-        metric_named("acuracy")
+        metrics_of(make_task(metric="acuracy"))
 
 
 def test_macro_f1_needs_a_closed_label_set() -> None:

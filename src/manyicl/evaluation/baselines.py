@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
+from typing import NamedTuple
 
 from manyicl.evaluation.metrics import METRICS
 from manyicl.tasks.nearest import NearestExamples, terms
@@ -17,8 +17,7 @@ from manyicl.tasks.task import Example, Task
 MOST_WEIGHTS = 10_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """Score of a trivial baseline in the task's metric, None where undefined, and the reason."""
 
     score: float | None

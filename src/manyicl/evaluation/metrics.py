@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
@@ -134,27 +135,17 @@ def _token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(accepted))
 
 
-class _WordTokenizer:
-    """Words of any script in the form that rouge-score expects."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Split a text into words."""
-        return words(text)
-
-
 @lru_cache
 def _rouge_scorer(kind: str) -> Any:
     """Build rouge-score's scorer once per kind; importing it costs about a second."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], tokenizer=_WordTokenizer())
+    # The tokenizer is anything with this method.
+    return RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=words))
 
 
-def _rouge(kind: str) -> Callable[[str, References], float]:
-    def rouge(prediction: str, references: References) -> float:
-        return float(_rouge_scorer(kind).score_multi(list(references), prediction)[kind].fmeasure)
-
-    return rouge
+def _rouge(kind: str, prediction: str, references: References) -> float:
+    return float(_rouge_scorer(kind).score_multi(list(references), prediction)[kind].fmeasure)
 
 
 def numeric_match(prediction: str, references: References) -> float:
@@ -182,42 +173,23 @@ def _without_spaces(text: str) -> str:
     return "".join(folded(text).split()) or text
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("accuracy", accuracy, "share of answers that are right"),
-        Metric("macro_f1", None, "mean F1 over labels", macro_f1),
-        Metric(
-            "exact_match", exact_match, "share of answers equal in SQuAD's normalisation, in other scripts Unicode's"
-        ),
-        Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation, characters where a script has no spaces"),
-        *(
-            Metric(
-                f"rouge{kind}",
-                _rouge(f"rouge{kind}"),
-                f"ROUGE-{kind} F1 without stemming, words of any script, characters where it has no spaces",
-            )
-            for kind in "12L"
-        ),
-        Metric("numeric_match", numeric_match, "share of answers with the right number, in the digits of any script"),
-    )
+_ROUGE = "F1 without stemming, words of any script, characters where it has no spaces"
+_ALL = (
+    Metric("accuracy", accuracy, "share of answers that are right"),
+    Metric("macro_f1", None, "mean F1 over labels", macro_f1),
+    Metric("exact_match", exact_match, "share of answers equal in SQuAD's normalisation, in other scripts Unicode's"),
+    Metric("token_f1", token_f1, "F1 over words in SQuAD's normalisation, characters where a script has no spaces"),
+    *(Metric(f"rouge{kind}", partial(_rouge, f"rouge{kind}"), f"ROUGE-{kind} {_ROUGE}") for kind in "12L"),
+    Metric("numeric_match", numeric_match, "share of answers with the right number, in the digits of any script"),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+# What is recorded of free answers beside the task's own metric, where a family has other habits than exact matches.
+_FREE_ANSWERS = {
+    "math": ("numeric_match", "exact_match"),
+    "summarization": ("rouge1", "rouge2", "rougeL"),
+    "generation": ("rouge1", "rouge2", "rougeL"),
 }
-
-
-def metric_named(name: str) -> Metric:
-    """Return a metric by name.
-
-    Raises:
-        UserError: If there is none of this name.
-    """
-    if name not in METRICS:
-        raise UserError(
-            "unknown_metric",
-            f"unknown metric {shown(name)}",
-            expected=f"one of {', '.join(METRICS)}",
-            remedy=did_you_mean(name, METRICS).strip() or None,
-        )
-    return METRICS[name]
 
 
 def metrics_of(task: Task) -> tuple[str, ...]:
@@ -226,23 +198,14 @@ def metrics_of(task: Task) -> tuple[str, ...]:
     Raises:
         UserError: If the task names an unknown metric, or macro-F1 without a closed label set.
     """
-    primary = metric_named(task.metric).name
-    if primary == "macro_f1" and task.labels is None:
-        raise UserError(
-            "metric_needs_labels",
-            f"task {task.name!r} has the metric macro_f1 and no closed label set",
-            remedy="Use accuracy, or name its labels.",
-        )
-    return tuple(dict.fromkeys((primary, *_companions(task))))
-
-
-def _companions(task: Task) -> tuple[str, ...]:
-    if task.labels is not None:
-        return ("accuracy", "macro_f1")
-    if task.choices_column is not None:
-        return ("accuracy",)
-    if task.family == "math":
-        return ("numeric_match", "exact_match")
-    if task.family in ("summarization", "generation"):
-        return ("rouge1", "rouge2", "rougeL")
-    return ("exact_match", "token_f1")
+    if task.metric not in METRICS:
+        remedy = did_you_mean(task.metric, METRICS).strip() or None
+        expected = f"one of {', '.join(METRICS)}"
+        raise UserError("unknown_metric", f"unknown metric {shown(task.metric)}", expected=expected, remedy=remedy)
+    if task.metric == "macro_f1" and task.labels is None:
+        what = f"task {task.name!r} has the metric macro_f1 and no closed label set"
+        raise UserError("metric_needs_labels", what, remedy="Use accuracy, or name its labels.")
+    companions = _FREE_ANSWERS.get(task.family, ("exact_match", "token_f1"))
+    if task.is_closed:
+        companions = ("accuracy", "macro_f1") if task.labels is not None else ("accuracy",)
+    return tuple(dict.fromkeys((task.metric, *companions)))

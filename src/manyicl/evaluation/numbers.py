@@ -25,23 +25,19 @@ _NUMBER = regex.compile(
     r"(?P<sign>^\s*-\s*|(?<![\w)\]}%.])-)?"
     r"\p{Sc}?\s?"
     r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}0-9_^/√])"
-    rf"(?:\\[dt]?frac\{{(?P<upper>[0-9]+)\}}\{{(?P<lower>[0-9]+)\}}"
-    r"|(?P<whole>[0-9]+)\s+(?P<part>[0-9]+)\s*/\s*(?P<parts>[0-9]+)"
+    rf"(?:\\[dt]?frac\{{(?P<top>[0-9]+)\}}\{{(?P<bottom>[0-9]+)\}}"
+    r"|(?P<whole>[0-9]+)\s+(?P<top>[0-9]+)\s*/\s*(?P<bottom>[0-9]+)"
     rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
 )
 _PLAIN = regex.compile(r"[0-9]*\.?[0-9]+")
-_GROUPED = tuple(
-    (regex.compile(form), marks)
-    for form, marks in (
-        (r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?", ","),  # 1,234,567.89
-        (r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?", ","),  # 12,34,567.89, as in India
-        (
-            r"[1-9][0-9]{0,2}(?:(?P<mark>[\u00a0\u2009\u202f'\u2019])[0-9]{3})(?:(?P=mark)[0-9]{3})*(?:[.,][0-9]+)?",
-            "\u00a0\u2009\u202f'\u2019",
-        ),
-        (r"[1-9][0-9]{0,2}(?:\.[0-9]{3})+,[0-9]+|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}", "."),  # 1.234.567,89
-    )
-)
+_SPACES = "\u00a0\u2009\u202f'\u2019"
+# Forms of digits in groups, and the marks between the groups of each.
+_GROUPED = {
+    regex.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?"): ",",  # 1,234,567.89
+    regex.compile(r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?"): ",",  # 12,34,567.89, as in India
+    regex.compile(rf"[1-9][0-9]{{0,2}}(?P<mark>[{_SPACES}])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*(?:[.,][0-9]+)?"): _SPACES,
+    regex.compile(r"[1-9][0-9]{0,2}(?:(?:\.[0-9]{3})+,[0-9]+|(?:\.[0-9]{3}){2,})"): ".",  # 1.234.567,89
+}
 _RESULT_FOLLOWS = regex.compile(r"####|=|\banswer\s*(?:is\b|:)", regex.IGNORECASE)
 
 # Signs of other scripts and keyboards, and the ASCII sign that each is in a number.
@@ -128,15 +124,9 @@ def _value(match: regex.Match[str]) -> Number | None:
     clear = {name: value for name, value in part.items() if value is not None}
     if len(clear) < len(part):
         return "".join(_CURRENCY.sub("", match.group()).split())
-    try:
-        if "upper" in clear:
-            value = clear["upper"] / clear["lower"]
-        elif "whole" in clear:
-            value = clear["whole"] + clear["part"] / clear["parts"]
-        else:
-            value = clear["top"] / clear.get("bottom", Fraction(1))
-    except ZeroDivisionError:
+    if clear.get("bottom") == 0:
         return None
+    value = clear.get("whole", 0) + clear["top"] / clear.get("bottom", 1)
     return -value if match["sign"] else value
 
 
@@ -144,7 +134,7 @@ def _read(written: str) -> Fraction | None:
     """Read digits with marks between them; None where they can be read in two ways."""
     digits, exponent, power = written.lower().partition("e")
     if not _PLAIN.fullmatch(digits):
-        marks = next((marks for form, marks in _GROUPED if form.fullmatch(digits)), None)
+        marks = next((marks for form, marks in _GROUPED.items() if form.fullmatch(digits)), None)
         if marks is None:
             return None
         # What groups is taken out, what is left parts off the decimals.

@@ -12,16 +12,16 @@ of Q queries is therefore never below ``1 / (Q + 2)``, which is what one success
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 Pairing = Literal["paired", "independent"]
+ValueT = TypeVar("ValueT")
 
 # 95 % of a normal distribution.
 _NORMAL_95 = 1.959964
@@ -113,20 +113,18 @@ def _mean_square(deviations: NDArray[np.float64], degrees_of_freedom: int) -> fl
 
 
 def mean_of_seed_means(
-    means: Sequence[float],
-    standard_errors: Sequence[float | None],
-    num_queries: int,
-    pairing: Pairing | None = None,
+    means: Sequence[float], standard_errors: Sequence[float | None], num_queries: int, pairing: Pairing | None = None
 ) -> Estimate:
     """Mean over seeds where only each seed's mean and standard error are known, as with macro-F1.
 
     Seeds share their queries, so the queries' part does not shrink with the number of seeds: the variance is
     that of the seed means over S plus the mean squared standard error. It errs on the wide side.
     """
-    known = [error for error in standard_errors if error is not None]
     between = float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else 0.0
-    variance = between + float(np.mean(np.square(known))) if len(known) == len(means) else None
-    error = None if variance is None else honest_error(math.sqrt(variance), num_queries, pairing)
+    known = [error for error in standard_errors if error is not None]
+    error = None
+    if len(known) == len(means):
+        error = honest_error(math.sqrt(between + float(np.mean(np.square(known)))), num_queries, pairing)
     return Estimate(float(np.mean(means)), error, len(means) * num_queries, num_queries - 1, pairing)
 
 
@@ -168,9 +166,8 @@ def independent_difference(first: Estimate, second: Estimate) -> Estimate:
     """Mean of ``second - first`` where other queries were answered, or after other seeds: errors add up."""
     combined = mean_of_independent([first, second])
     error = None if combined.standard_error is None else 2 * combined.standard_error
-    return Estimate(
-        second.mean - first.mean, error, combined.num_scores, combined.degrees_of_freedom, pairing="independent"
-    )
+    difference = second.mean - first.mean
+    return Estimate(difference, error, combined.num_scores, combined.degrees_of_freedom, "independent")
 
 
 def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
@@ -201,10 +198,7 @@ def mean_over_families(tasks: Sequence[tuple[str, Estimate]]) -> Estimate:
     Args:
         tasks: Family and estimate of each task.
     """
-    members: defaultdict[str, list[Estimate]] = defaultdict(list)
-    for family, estimate in tasks:
-        members[family].append(estimate)
-    return mean_of_independent([mean_of_independent(estimates) for estimates in members.values()])
+    return mean_of_independent([mean_of_independent(estimates) for estimates in _by_family(tasks)])
 
 
 def estimate_over_tasks(tasks: Sequence[tuple[str, float]]) -> Estimate | None:
@@ -219,10 +213,12 @@ def estimate_over_tasks(tasks: Sequence[tuple[str, float]]) -> Estimate | None:
     Returns:
         None where a family has fewer than three tasks and so cannot show how its tasks differ.
     """
-    members: defaultdict[str, list[float]] = defaultdict(list)
-    for family, score in tasks:
-        members[family].append(score)
-    if not members or min(map(len, members.values())) < _FEWEST_TASKS:
+    families = _by_family(tasks)
+    if not families or min(map(len, families)) < _FEWEST_TASKS:
         return None
     # Tasks are to a family what queries are to a task.
-    return mean_of_independent([mean_over_queries(scores) for scores in members.values()])
+    return mean_of_independent([mean_over_queries(scores) for scores in families])
+
+
+def _by_family(tasks: Sequence[tuple[str, ValueT]]) -> list[list[ValueT]]:
+    return [[value for other, value in tasks if other == family] for family in dict.fromkeys(name for name, _ in tasks)]
