@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from manyicl.atomic import folder_written_atomically, is_leftover, replace_whole, sync_folder, write_atomically
+from manyicl.atomic import folder_written_atomically, is_leftover, sync_folder, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,6 @@ def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_atomically(tmp_path / "file", "new")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_a_file_that_was_written_in_steps_takes_its_name(tmp_path: Path) -> None:
-    (tmp_path / "a.part").write_text("new")
-    replace_whole(tmp_path / "a.part", tmp_path / "a")
-    assert (tmp_path / "a").read_text() == "new"
-    assert not (tmp_path / "a.part").exists()
 
 
 def test_a_folder_appears_as_a_whole(tmp_path: Path) -> None:

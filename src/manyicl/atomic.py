@@ -31,17 +31,12 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             content(aside)
         else:
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        replace_whole(aside, path)
+        _sync_file(aside)
+        aside.replace(path)
+        sync_folder(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-def replace_whole(written: Path, path: Path) -> None:
-    """Let a file that is written to its end take the place of another in its folder, once it is on the disk."""
-    _sync_file(written)
-    written.replace(path)
-    sync_folder(path.parent)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     store, result = ResultStore(tmp_path / "new" / "folder"), make_result()
     store.save(result, [ANSWER, ANSWER], [SHOWN])
     assert store.load() == [result]
-    assert store.find(result.stem) == result
+    assert store.find(result.task, result.num_shots, result.seed, result.key) == result
     assert store.predictions(result) == [ANSWER, ANSWER]
     assert store.context(result) == [SHOWN]
 

@@ -199,7 +199,7 @@ def test_a_wrong_metric_is_refused_before_anything_is_asked(tmp_path: Path) -> N
 
 
 def test_negative_shot_counts_are_refused() -> None:
-    with pytest.raises(ValidationError, match="at least 0"):
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
         EvaluationSettings(shots=(-1, 4))
 
 

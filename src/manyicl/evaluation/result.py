@@ -153,13 +153,13 @@ class ResultStore:
         self.folder = Path(folder)
         self._folders: dict[str, Path] = {}
 
-    def find(self, stem: str) -> Result | None:
-        """Return the result of this name, None if there is none.
+    def find(self, task: str, num_shots: int, seed: int, key: str) -> Result | None:
+        """Return the result of this measurement, None if there is none.
 
         Raises:
             UserError: If the record is broken.
         """
-        path = self.folder / f"{stem}{RECORD_ENDING}"
+        path = self.folder / f"{file_stem(task, num_shots, seed, key)}{RECORD_ENDING}"
         return _parsed(Result, path.read_bytes(), path) if path.is_file() else None
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
@@ -178,7 +178,7 @@ class ResultStore:
             UserError: If the folder is missing or holds no record, or a record is broken.
         """
         if not self.folder.is_dir():
-            raise UserError("not_a_folder", "not a folder", expected="one of results", file=self.folder)
+            raise UserError("not_a_folder", "not a folder of results", file=self.folder)
         records = []
         for path in _record_files(self.folder):
             records.append(_parsed(Result, path.read_bytes(), path))

@@ -9,27 +9,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
 
 from manyicl.episodes.budget import require_instruction_fits
 from manyicl.errors import UserError
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
-from manyicl.evaluation.result import (
-    ContextExample,
-    PredictedAnswer,
-    Result,
-    ResultStore,
-    file_stem,
-    hash_of,
-    result_key,
-)
+from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore, hash_of, result_key
 from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
 from manyicl.model.manifest import library_versions
 from manyicl.outputs import require_output_folder
@@ -47,19 +39,14 @@ class EvaluationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shots: tuple[int, ...] = Field((0, 1, 4, 16, 64, 256), min_length=1, description="Shot counts.")
+    shots: Annotated[tuple[NonNegativeInt, ...], AfterValidator(lambda shots: tuple(sorted(set(shots))))] = Field(
+        (0, 1, 4, 16, 64, 256), min_length=1, description="Shot counts."
+    )
     num_seeds: int = Field(3, ge=1, description="Draws of demonstrations for each task.")
     num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
     keep_confidence: bool = Field(False, description="Score all labels, to record the probability of each answer.")
-
-    @field_validator("shots")
-    @classmethod
-    def _ascending(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
-        if min(shots) < 0:
-            raise ValueError(f"a shot count is at least 0; found {min(shots)}")
-        return tuple(sorted(set(shots)))
 
     def points(self) -> list[tuple[int, int]]:
         """Return (seed, shots) in the order of measurement; without demonstrations one seed says it all."""
@@ -67,8 +54,7 @@ class EvaluationSettings(BaseModel):
         return [(seed, shots) for seed in seeds for shots in self.shots if shots > 0 or seed == self.seed]
 
 
-@dataclass(frozen=True, slots=True)
-class ShotCurves:
+class ShotCurves(NamedTuple):
     """Results of an evaluation.
 
     Attributes:
@@ -174,7 +160,7 @@ def _curve(
     seconds = 0.0
     for seed, num_shots in settings.points():
         key = result_key({**conditions, **unrecorded, "num_shots": num_shots, "seed": seed})
-        found = store.find(file_stem(task.name, num_shots, seed, key))
+        found = store.find(task.name, num_shots, seed, key)
         if found is not None:
             yield _under_name(found, name, store), True
             continue
@@ -252,10 +238,10 @@ def _under_name(found: Result, name: str, store: ResultStore) -> Result:
     if found.model_name == name:
         return found
     copy = found.model_copy(update={"key": hash_of(found.key, name), "model_name": name})
-    if (earlier := store.find(copy.stem)) is not None:
-        return earlier
-    store.save(copy, store.predictions(found), store.context(found))
-    return copy
+    earlier = store.find(copy.task, copy.num_shots, copy.seed, copy.key)
+    if earlier is None:
+        store.save(copy, store.predictions(found), store.context(found))
+    return earlier or copy
 
 
 def _answers(engine: Engine, task: Task, prefix: TaskPrefix, *, keep_confidence: bool) -> list[PredictedAnswer]:
