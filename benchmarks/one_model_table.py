@@ -606,7 +606,7 @@ def print_calibration(measured: Sequence[Measured]) -> None:
         return
     print(
         "Confidence is the probability of the answer among the labels. Expected calibration error: over all answers "
-        f"of the row together, {NUM_BINS} bins. Accuracy at {COVERAGE:.0%} coverage: on the answers of each task that "
+        f"of the row together, {NUM_BINS} bins. Accuracy at {100 * COVERAGE:.0f} % coverage: on the answers of each task that "
         "the model is most confident of, in the mean over tasks. ± is the standard error over queries."
     )
 
@@ -618,7 +618,14 @@ def print_calibration(measured: Sequence[Measured]) -> None:
         pairs = (f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (one.error, one.covered))
         print_row(name, one.num_tasks, system, f"{100 * one.accuracy:.1f}", f"{100 * one.confidence:.1f}", *pairs)
 
-    columns = ("Tasks", "Model", "Accuracy", "Confidence", "Calibration error", "Accuracy at 80 % coverage")
+    columns = (
+        "Tasks",
+        "Model",
+        "Accuracy",
+        "Confidence",
+        "Calibration error",
+        f"Accuracy at {100 * COVERAGE:.0f} % coverage",
+    )
     print_header("Shots", *columns)
     for count in shots:
         for system in (BASE, ONE):
