@@ -605,9 +605,9 @@ def print_calibration(measured: Sequence[Measured]) -> None:
         print("The records hold no confidences: score with one_model_scores.py, into an empty folder.")
         return
     print(
-        "Confidence is the probability of the answer among the labels. Expected calibration error: over all answers "
-        f"of the row together, {NUM_BINS} bins. Accuracy at {100 * COVERAGE:.0f} % coverage: on the answers of each task that "
-        "the model is most confident of, in the mean over tasks. ± is the standard error over queries."
+        "Confidence is the probability of the answer among the labels. Expected calibration error: over all answers of "
+        f"the row together, {NUM_BINS} bins. Accuracy at {100 * COVERAGE:.0f} % coverage: on the answers of each task "
+        "that the model is most confident of, in the mean over tasks. ± is the standard error over queries."
     )
 
     def print_line(name: object, count: int, system: str, some: Sequence[Measured]) -> None:
