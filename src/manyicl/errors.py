@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         written = {known_name.casefold(): known_name for known_name in names}
         nearest = [written[folded] for folded in difflib.get_close_matches(name.casefold(), written, n=1)]
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def differing_parts(first: str, second: str) -> tuple[str, str]:
+    """Return what two texts hold between the beginning and the end that they share.
+
+    >>> differing_parts("a red box", "a green box")
+    ('red', 'green')
+    """
+    start = len(os.path.commonprefix([first, second]))  # noqa: RUF071  # characters are what is compared
+    end = len(os.path.commonprefix([first[start:][::-1], second[start:][::-1]]))  # noqa: RUF071
+    return first[start : len(first) - end], second[start : len(second) - end]
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,10 +7,11 @@ turn alone, write today's date, or trim some turns and not others. Such template
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from os.path import commonprefix
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from manyicl.checked import read_text
 from manyicl.episodes.segment_tokenizer import control_tokens
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Preceding, TextRole, text_of
-from manyicl.errors import UserError, shortened
+from manyicl.errors import UserError, differing_parts, shortened
 from manyicl.library_errors import reason
 from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.sandbox import Budget, render_chat_template
@@ -56,18 +57,6 @@ class _UnfitError(Exception):
     """A template that cannot be used: says why, as the end of a sentence."""
 
 
-class _FixedParts(NamedTuple):
-    """What a template writes around the texts of one conversation.
-
-    Attributes:
-        preamble: Before the first query: one text, or two with the instruction between them.
-        turn: After a query: generation prompt, white space before the answer, its end, inter-turn text.
-    """
-
-    preamble: tuple[str, ...]
-    turn: tuple[str, str, str, str]
-
-
 def chosen_format(
     settings: FormatSettings, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task] = ()
 ) -> AnyFormat:
@@ -86,13 +75,8 @@ def chosen_format(
     if settings.template is not None:
         tokenizer.chat_template = read_text(settings.template)
         if not tokenizer.chat_template.strip():
-            raise UserError(
-                "empty_template",
-                "The file is empty",
-                expected="a Jinja template",
-                file=settings.template,
-                field="format.template",
-            )
+            file, field = settings.template, "format.template"
+            raise UserError("empty_template", "The file is empty", expected="a Jinja template", file=file, field=field)
     text_format = ChatTemplate(tokenizer, settings.template_arguments).extract()
     require_rows_as_written(settings, tokenizer, text_format, tasks)
     return text_format
@@ -122,11 +106,9 @@ class ChatTemplate:
             UserError: If it has none.
         """
         if not tokenizer.chat_template:
-            raise UserError(
-                "no_chat_template",
-                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, as those of instruct models have",
-                remedy="Use format.kind: plain, or name a template with format.template.",
-            )
+            what = f"The tokenizer {tokenizer.name_or_path!r} has no chat template, as those of instruct models have"
+            remedy = "Use format.kind: plain, or name a template with format.template."
+            raise UserError("no_chat_template", what, remedy=remedy)
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self._budget: Budget | None = None
@@ -159,11 +141,9 @@ class ChatTemplate:
         self._budget = Budget()  # some fifty renderings together take no more than one may
         try:
             self._require_no_date()
-            plain = self._fixed_parts(None)
-            try:
-                return self._verified(plain, self._fixed_parts(SENTINEL_INSTRUCTION))
-            except _UnfitError:
-                return self._verified(plain, None)
+            with suppress(_UnfitError):
+                return self._verified(has_system=True)
+            return self._verified(has_system=False)
         except _UnfitError as error:
             raise UserError("unfit_chat_template", f"{self} cannot be used: {error}", remedy=REMEDY) from error
         finally:
@@ -171,45 +151,70 @@ class ChatTemplate:
 
     def _require_no_date(self) -> None:
         """Refuse a template that reads the date: tomorrow's prompts would differ from those of training."""
+        assert self._budget is not None
         for instruction in (None, SENTINEL_INSTRUCTION):
-            messages = _messages(instruction, SENTINEL_TURNS)
-            try:
-                today = self.render(messages, asks=False)
-            except _UnfitError:
-                if instruction is None:
-                    raise
-                continue  # no system turn
-            try:
-                # The date comes from a function, which an argument of the same name hides.
-                differs = self.render(messages, asks=False, strftime_now="no date") != today
-            except _UnfitError:
-                if self._budget is not None and self._budget.is_spent:
-                    raise
-                differs = True
-            if differs:
+            written: set[str | None] = set()
+            # The date comes from a function, which an argument of the same name hides.
+            for arguments in ({}, {"strftime_now": "no date"}):
+                try:
+                    written.add(self.render(_messages(instruction, SENTINEL_TURNS), asks=False, **arguments))
+                except _UnfitError:
+                    written.add(None)
+            if len(written) > 1 and not self._budget.is_spent:
                 variable = next(iter(_DATE_VARIABLE.findall(self.tokenizer.get_chat_template())), None)
                 remedy = f"; fix one with format.template_arguments.{variable}" if variable else ""
                 raise _UnfitError(f"it reads today's date{remedy}")
 
-    def _fixed_parts(self, instruction: str | None) -> _FixedParts:
-        """Extract what is written around sentinels, and check that it is the same in all turns."""
+    def _around_texts(self, instruction: str | None) -> list[str]:
+        """Return what is written before, between and after the texts of a sentinel conversation."""
         messages = _messages(instruction, SENTINEL_TURNS)
-        texts = _around(self.render(messages, asks=False), messages)
-        num_before_queries = len(messages) - 2 * NUM_TURNS + 1
-        preamble, (*turns, closing) = tuple(texts[:num_before_queries]), texts[num_before_queries:]
-        separator, between = _same(turns[::2]), _same(turns[1::2])
-        prompt = _around(self.render(messages[:-1], asks=True), messages[:-1])[-1]
+        return _around(self.render(messages, asks=False), messages)
+
+    def _verified(self, *, has_system: bool) -> ChatFormat:
+        """Extract the format from the beginning of a sentinel conversation, and verify it on others.
+
+        Args:
+            has_system: True if the instruction is a system turn; False if it opens the first query's turn.
+        """
+        preamble_text, separator, inter_turn_text, *others, closing = self._around_texts(None)
+        for number, text in enumerate(others):
+            if text != (expected := (separator, inter_turn_text)[number % 2]):
+                raise _UnfitError(_difference(expected, text))
+        before_instruction, after_instruction = preamble_text, "\n\n"
+        if has_system:
+            before_instruction, after_instruction, *_ = self._around_texts(SENTINEL_INSTRUCTION)
+        messages = _messages(None, SENTINEL_TURNS)[:-1]
+        prompt = _around(self.render(messages, asks=True), messages)[-1]
         if not separator.startswith(prompt):
             raise _UnfitError(_difference(separator, prompt))
         before_answer = separator.removeprefix(prompt)
         if before_answer.strip():
             raise _UnfitError(f"its generation prompt ends before {before_answer!r}, which opens every answer")
-        end = self._end_of_answer(closing, between)
-        return _FixedParts(preamble, (prompt, before_answer, end, between.removeprefix(end)))
+        end_of_answer = self._end_of_answer(closing, inter_turn_text)
+        text_format = ChatFormat(
+            preamble_text=preamble_text,
+            before_instruction=before_instruction,
+            after_instruction=after_instruction,
+            separator=prompt,
+            before_answer=before_answer,
+            end_of_answer=end_of_answer,
+            inter_turn_text=inter_turn_text.removeprefix(end_of_answer),
+            trimmed=self._trimmed(has_system=has_system),
+            instruction_in="system" if has_system else "first_turn",
+            template_arguments=self.arguments,
+        )
+        if text_format.ends_early("a"):
+            raise _UnfitError(f"{end_of_answer!r} ends an answer and opens it, too")
+        for instruction in ("", SENTINEL_INSTRUCTION):
+            for turns in _trial_conversations():
+                self._require_same(text_format, instruction, turns)
+        for space in WHITE_SPACE:
+            self._require_same(text_format, space + SENTINEL_INSTRUCTION + space, SENTINEL_TURNS)
+        return text_format
 
     def _end_of_answer(self, closing: str, between: str) -> str:
         """Return the text that ends every answer, the last like those before: up to its control token, if any."""
-        common = _common_start(closing, between)
+        common = commonprefix([closing, between])  # noqa: RUF071  # characters are what is compared
         tokens = control_tokens(self.tokenizer) | set(self.tokenizer.all_special_tokens)
         # The first of them, and the longest that begins there, as a tokenizer reads it.
         ends = [(common.index(token), -len(token)) for token in tokens if token.strip() and token in common]
@@ -219,40 +224,6 @@ class ChatTemplate:
                 f"the last answer ends in {closing!r}, those before it in {between!r}, so no text ends every answer"
             )
         return end
-
-    def _verified(self, plain: _FixedParts, with_system: _FixedParts | None) -> ChatFormat:
-        """Put the format together and verify it against what the template writes.
-
-        Args:
-            plain: Fixed parts of a conversation without instruction.
-            with_system: Fixed parts of one with a system turn; None where the instruction opens the first query's turn.
-        """
-        if with_system is not None and with_system.turn != plain.turn:
-            raise _UnfitError(_difference("".join(plain.turn), "".join(with_system.turn)))
-        before_instruction, after_instruction = with_system.preamble if with_system else (plain.preamble[0], "\n\n")
-        separator, before_answer, end_of_answer, inter_turn_text = plain.turn
-        text_format = ChatFormat(
-            preamble_text=plain.preamble[0],
-            before_instruction=before_instruction,
-            after_instruction=after_instruction,
-            separator=separator,
-            before_answer=before_answer,
-            end_of_answer=end_of_answer,
-            inter_turn_text=inter_turn_text,
-            trimmed=self._trimmed(has_system=with_system is not None),
-            instruction_in="system" if with_system else "first_turn",
-            template_arguments=self.arguments,
-        )
-        if text_format.ends_early("a"):
-            raise _UnfitError(f"{end_of_answer!r} ends an answer and opens it, too")
-        for instruction in ("", SENTINEL_INSTRUCTION):
-            for turns in _trial_conversations():
-                self._require_same(text_format, instruction, turns)
-        many_shots = [SENTINEL_TURNS[n % NUM_TURNS] for n in range(NUM_TURNS_OF_MANY_SHOTS)]
-        self._require_same(text_format, SENTINEL_INSTRUCTION, many_shots)
-        for space in WHITE_SPACE:
-            self._require_same(text_format, space + SENTINEL_INSTRUCTION + space, SENTINEL_TURNS)
-        return text_format
 
     def _trimmed(self, *, has_system: bool) -> tuple[TextRole, ...]:
         """Return the texts from whose ends the template takes white space in some turn: there it is never written."""
@@ -301,19 +272,18 @@ class ChatTemplate:
             if conversation:
                 self._require_same(text_format, instruction, conversation)
         except _UnfitError as error:
-            raise UserError(
-                "row_changed_by_template",
-                f"{where}: {self} writes this otherwise than its turns: {error}",
-                remedy="Change the row, or use format.kind: plain.",
-            ) from error
+            what = f"{where}: {self} writes this otherwise than its turns: {error}"
+            remedy = "Change the row, or use format.kind: plain."
+            raise UserError("row_changed_by_template", what, remedy=remedy) from error
 
 
 def _trial_conversations() -> Iterator[Turns]:
-    """Yield conversations that a template must write as its fixed parts say: short, odd, padded."""
+    """Yield conversations that a template must write as its fixed parts say: short, odd, padded, long."""
     for num_turns in range(1, NUM_TURNS + 1):
         yield SENTINEL_TURNS[:num_turns]
     for space in ("", *WHITE_SPACE):
         yield _padded((*SENTINEL_TURNS, *((text, text) for text in AWKWARD_TEXTS)), space)
+    yield SENTINEL_TURNS * (NUM_TURNS_OF_MANY_SHOTS // NUM_TURNS)
 
 
 def _padded(turns: Turns, space: str) -> Turns:
@@ -361,29 +331,15 @@ def _around(text: str, messages: Messages) -> list[str]:
     return [*parts, text]
 
 
-def _same(texts: Sequence[str]) -> str:
-    """Return the text that all of these are."""
-    for text in texts:
-        if text != texts[0]:
-            raise _UnfitError(_difference(texts[0], text))
-    return texts[0]
-
-
 def _difference(first: str, second: str) -> str:
     """Say how two texts differ that should be the same, with the likely cause."""
-    start = len(_common_start(first, second))
-    end = len(_common_start(first[start:][::-1], second[start:][::-1]))
-    one, other = first[start : len(first) - end], second[start : len(second) - end]
+    one, other = differing_parts(first, second)
     cause = "what it writes in a turn changes with its place or its text"
     if _THINKS.search(one + other):
         cause = "a think block is in some turns and not in others"
     elif not (one + other).strip():
         cause = "white space is in some turns and not in others"
     return f"{cause} ({shortened(one, 60)!r} against {shortened(other, 60)!r})"
-
-
-def _common_start(first: str, second: str) -> str:
-    return os.path.commonprefix([first, second])  # noqa: RUF071  # characters are what is compared
 
 
 def describe(text_format: AnyFormat) -> Iterator[str]:

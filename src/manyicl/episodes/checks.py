@@ -13,7 +13,7 @@ from statistics import median_low
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.errors import counted
+from manyicl.errors import counted, differing_parts
 from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.leakage import ON_BOTH_SIDES, normalised
 from manyicl.tasks.task import Example, Task
@@ -126,16 +126,16 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     examined = evenly_chosen(task.train, task.test, num_examined)
     num_repeated, num_contradictions = _repeats(task.train)
     labels = task.labels or ()
+    counts = _label_counts(task)
     alike = _beginnings({label: encoder.answer_ids(label) for label in labels})
-    set_of_alike = set(alike)
     in_tokens = _beginnings({label: encoder.segment_ids(label) for label in labels})
     check = TaskCheck(
         name=task.name,
         family=task.family,
         num_train=len(task.train),
         num_test=len(task.test),
-        labels=_label_counts(task),
-        majority_share=_majority_share(task),
+        labels=counts,
+        majority_share=counts[0].num_test / len(task.test) if counts and task.test else None,
         query_tokens=_lengths(query_lengths),
         answer_tokens=_lengths(answer_lengths),
         num_repeated=num_repeated,
@@ -143,62 +143,62 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         num_on_both_sides=task.dropped.get(ON_BOTH_SIDES, 0),
         dropped=task.dropped,
         labels_in_labels=_beginnings({label: label for label in labels}),
-        labels_in_labels_as_tokens=tuple(pair for pair in in_tokens if pair not in set_of_alike),
+        labels_in_labels_as_tokens=tuple(sorted(set(in_tokens) - set(alike))),
         joined_share=_joined_share(task, examined, encoder),
         num_altered_answers=sum(encoder.decode(encoder.segment_ids(e.answer)) != e.answer for e in examined),
         num_examined=len(examined),
         shots_that_fit=_shots_that_fit(task, encoder, max_context_tokens, shot_lengths, max(answer_lengths)),
         problems=(),
     )
-    opening = encoder.num_preamble_tokens(task.instruction())
-    num_too_long = sum(opening + length > max_context_tokens for length in shot_lengths)
-    if opening >= max_context_tokens:
-        problems = [
-            f"The instruction alone needs {opening:,} tokens and fills the context of {max_context_tokens:,}; no "
-            "query fits after it."
-        ]
-        num_too_long = 0
-    else:
-        problems = []
-    problems += _problems(check, max_context_tokens, num_too_long, alike)
-    return replace(check, problems=tuple(problems))
+    room = max_context_tokens - encoder.num_preamble_tokens(task.instruction())
+    num_too_long = sum(length > room for length in shot_lengths)
+    return replace(check, problems=tuple(_problems(check, max_context_tokens, room, num_too_long, alike)))
 
 
 def _problems(
-    check: TaskCheck, max_context_tokens: int, num_too_long: int, alike: Sequence[tuple[str, str]]
+    check: TaskCheck, max_context_tokens: int, room: int, num_too_long: int, alike: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
-    """Say what the user should look at; ``alike`` are labels whose tokens, with their end, do not differ."""
-    never_shown = [label.label for label in check.labels if label.num_train == 0]
-    for label in never_shown if len(never_shown) <= MOST_NAMED else ():
-        yield f"The label {label!r} is in no training row, so no demonstration can show it."
-    if len(never_shown) > MOST_NAMED:
-        named = ", ".join(map(repr, never_shown[:MOST_NAMED]))
+    """Say what the user should look at.
+
+    Args:
+        check: All else that is known.
+        max_context_tokens: Tokens of the context.
+        room: Those that the instruction leaves.
+        num_too_long: Training rows that are longer than that.
+        alike: Labels whose tokens, with their end, do not differ.
+    """
+    labels = [count.label for count in check.labels]
+    if room <= 0:
         yield (
-            f"{len(never_shown):,} labels are in no training row, so no demonstration can show them: {named} and "
-            f"{len(never_shown) - MOST_NAMED:,} more."
+            f"The instruction alone needs {max_context_tokens - room:,} tokens and fills the context of "
+            f"{max_context_tokens:,}; no query fits after it."
         )
+    never_shown = [count.label for count in check.labels if count.num_train == 0]
+    sentences = [
+        f"The label {label!r} is in no training row, so no demonstration can show it." for label in never_shown
+    ]
+    yield from _first_of(sentences, "labels are in no training row")
     if check.majority_share is not None and check.majority_share >= ONE_SIDED_SHARE:
         yield f"{check.majority_share:.0%} of the test rows have one label; accuracy says little, prefer macro_f1."
-    for first, second in alike[:MOST_NAMED]:
-        yield f"The labels {first!r} and {second!r} are the same to this tokenizer; rename one."
-    if len(alike) > MOST_NAMED:
-        yield f"{len(alike) - MOST_NAMED:,} more pairs of labels are the same to this tokenizer."
-    yield from _first_of(look_alikes([label.label for label in check.labels]), "labels look like another one")
-    yield from _first_of(unseen_characters([label.label for label in check.labels]), "labels hold invisible characters")
+    sentences = [
+        f"The labels {one!r} and {other!r} are the same to this tokenizer; rename one." for one, other in alike
+    ]
+    yield from _first_of(sentences, "pairs of labels are the same to this tokenizer")
+    yield from _first_of(look_alikes(labels), "labels look like another one")
+    yield from _first_of(unseen_characters(labels), "labels hold invisible characters")
     if check.num_test == 0:
         yield "There are no test rows; the task can be used, not evaluated."
     elif check.num_test < FEW_TEST_ROWS:
         verb = "is" if check.num_test == 1 else "are"
         yield f"There {verb} only {counted(check.num_test, 'test row')}; scores will have wide intervals."
     if check.num_contradictions:
-        rows = counted(check.num_contradictions, "training row")
-        yield f"A query comes again with another answer in {rows}."
+        yield f"A query comes again with another answer in {counted(check.num_contradictions, 'training row')}."
     if check.num_altered_answers:
         yield (
             f"Of {counted(check.num_examined, 'answer')}, {check.num_altered_answers} would come back altered from "
             "their tokens; this tokenizer loses characters."
         )
-    if num_too_long:
+    if num_too_long and room > 0:
         rows = counted(num_too_long, "training row")
         yield f"Too long for {max_context_tokens:,} tokens, and never shown: {rows}."
     if check.shots_that_fit.guaranteed == 0:
@@ -229,12 +229,7 @@ def _difference(first: str, second: str) -> str:
         "white space": (" ".join(first.split()), " ".join(second.split())),
     }
     kind = next((name for name, (one, other) in kinds.items() if one == other), "the form of their characters")
-    start = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-    ends = zip(first[start:][::-1], second[start:][::-1], strict=False)
-    end = next((i for i, (a, b) in enumerate(ends) if a != b), min(len(first), len(second)) - start)
-    one, other = (_code_points(label[start : len(label) - end]) for label in (first, second))
+    one, other = map(_code_points, differing_parts(first, second))
     return f"{kind}: {one} and {other}"
 
 
@@ -267,14 +262,6 @@ def _label_counts(task: Task) -> tuple[LabelCount, ...]:
     test = Counter(example.answer for example in task.test)
     counts = [LabelCount(label, train[label], test[label]) for label in task.labels or ()]
     return tuple(sorted(counts, key=lambda count: -count.num_train))
-
-
-def _majority_share(task: Task) -> float | None:
-    """Share of test rows that have the label most frequent in training."""
-    if not task.labels or not task.test:
-        return None
-    majority = _label_counts(task)[0].label
-    return sum(example.answer == majority for example in task.test) / len(task.test)
 
 
 def _repeats(examples: Iterable[Example]) -> tuple[int, int]:
