@@ -90,13 +90,10 @@ def require_instruction_fits(task: Task, encoder: Encoder, max_context_tokens: i
     num_tokens = encoder.num_preamble_tokens(task.instruction())
     if num_tokens >= max_context_tokens:
         labels = f" (the task has {len(task.labels):,} labels)" if task.labels else ""
-        raise UserError(
-            "instruction_too_long",
-            f"The instruction of task {task.name!r}{labels} alone fills the context",
-            expected=f"fewer than {max_context_tokens:,} tokens, which is max_context_tokens",
-            found=f"{num_tokens:,}",
-            remedy="Shorten it, or use a longer context.",
-        )
+        what = f"The instruction of task {task.name!r}{labels} alone fills the context"
+        expected = f"fewer than {max_context_tokens:,} tokens, which is max_context_tokens"
+        remedy = "Shorten it, or use a longer context."
+        raise UserError("instruction_too_long", what, expected=expected, found=f"{num_tokens:,}", remedy=remedy)
     return num_tokens
 
 

@@ -25,6 +25,7 @@ REMEDY_FOR_END_INSIDE = (
     "end in a control token of its tokenizer: format.end_of_answer in a recipe, --end-of-answer for a model that was "
     "not fine-tuned."
 )
+REMEDY_FOR_UNKNOWN = "Use a model whose tokenizer knows them."
 # Texts that come again, as demonstrations do, are encoded once; in each of two caches.
 MAX_BYTES_REMEMBERED = 64 * 2**20
 
@@ -73,7 +74,7 @@ class Encoder:
     def text_hash(self) -> str:
         """Hash of tokenizer and text format: where it is the same, the same examples become the same tokens."""
         description = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Both are set by whoever encoded last, and play no part here.
+        # Both are left over from the last call, and play no part here.
         del description["truncation"], description["padding"]
         parts = [json.dumps(description, sort_keys=True), self.format.model_dump_json(), repr(self.bos_ids)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -88,12 +89,11 @@ class Encoder:
         if not answer:
             raise UserError("empty_answer", "An answer is empty", remedy="Every example needs one.")
         if self._ends_early(answer):
-            raise UserError(
-                "end_inside_answer",
-                f"The answer {shortened(answer, 60)!r} contains the end-of-answer text "
-                f"{self.format.end_of_answer!r}, where it would be cut",
-                remedy=REMEDY_FOR_END_INSIDE,
+            end = self.format.end_of_answer
+            what = (
+                f"The answer {shortened(answer, 60)!r} contains the end-of-answer text {end!r}, where it would be cut"
             )
+            raise UserError("end_inside_answer", what, remedy=REMEDY_FOR_END_INSIDE)
         return self._encode(self.format.answer(answer))
 
     def _ends_early(self, answer: str) -> bool:
@@ -141,11 +141,8 @@ class Encoder:
 
     def shot_ids(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a demonstration: a query, its answer, and the inter-turn text after it."""
-        return (
-            *self.query_ids(example.query.text, preceding),
-            *self.answer_ids(example.answer),
-            *self._inter_turn_ids,
-        )
+        query_ids, answer_ids = self.query_ids(example.query.text, preceding), self.answer_ids(example.answer)
+        return (*query_ids, *answer_ids, *self._inter_turn_ids)
 
     def require_encodable(self, task: Task) -> None:
         """Refuse a task that these tokens would teach otherwise than its rows say; done once for a task.
@@ -179,42 +176,38 @@ class Encoder:
         if not cut and not examples:
             return
         origins = [example.origin for example in examples if example.origin]
-        named = [repr(shortened(text, 60)) for text in (*cut, *(example.answer for example in examples[:1]))]
         more = f" and {len(origins) - NUM_ROWS_NAMED:,} more" if len(origins) > NUM_ROWS_NAMED else ""
         rows = f" in {', '.join(origins[:NUM_ROWS_NAMED])}{more}" if origins else ""
+        first = [*cut, *(example.answer for example in examples)][0]
         number = len(cut) + len(examples)
-        contain = "contains" if number == 1 else "contain"
-        raise UserError(
-            "end_inside_answer",
-            f"{counted(number, 'answer')} of task {task.name!r} {contain} the end-of-answer text "
-            f"{self.format.end_of_answer!r}, where this model would cut them",
-            found=f"{named[0]}{rows}",
-            remedy=REMEDY_FOR_END_INSIDE,
+        what = (
+            f"{counted(number, 'answer')} of task {task.name!r} {'contains' if number == 1 else 'contain'} the "
+            f"end-of-answer text {self.format.end_of_answer!r}, where this model would cut them"
         )
+        found = f"{shortened(first, 60)!r}{rows}"
+        raise UserError("end_inside_answer", what, found=found, remedy=REMEDY_FOR_END_INSIDE)
 
     def _require_distinct_labels(self, task: Task) -> None:
         by_ids: dict[tuple[int, ...], str] = {}
         for label in task.labels or ():
             other = by_ids.setdefault(self.answer_ids(label), label)
             if other != label:
-                raise UserError(
-                    "labels_with_equal_tokens",
+                what = (
                     f"The tokenizer cannot tell the labels {other!r} and {label!r} of task {task.name!r} apart: both "
-                    f"become {self.decode(self.answer_ids(label))!r}",
-                    remedy="Use a model whose tokenizer knows them.",
+                    f"become {self.decode(self.answer_ids(label))!r}"
                 )
+                raise UserError("labels_with_equal_tokens", what, remedy=REMEDY_FOR_UNKNOWN)
 
     def _require_known_answers(self, task: Task) -> None:
         unknown = self.tokenizer.unk_token_id
         answers = [example.answer for example in task.train[:NUM_ANSWERS_EXAMINED]]
         num_unknown = sum(unknown is not None and unknown in self.answer_ids(answer) for answer in answers)
         if 2 * num_unknown > len(answers):
-            raise UserError(
-                "unknown_words",
+            what = (
                 f"The tokenizer does not know the words of task {task.name!r}: {num_unknown} of its first "
-                f"{len(answers)} answers hold unknown tokens",
-                remedy="Use a model whose tokenizer knows them.",
+                f"{len(answers)} answers hold unknown tokens"
             )
+            raise UserError("unknown_words", what, remedy=REMEDY_FOR_UNKNOWN)
 
     def encode_prefix(self, instruction: str, examples: Iterable[Example]) -> tuple[int, ...]:
         """Encode an instruction and demonstrations: all that queries share."""

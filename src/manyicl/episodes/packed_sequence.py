@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,17 +145,13 @@ def _require_one_shot_fits(task: Task, instruction: str, encoder: Encoder, max_c
     if not task.train:
         raise UserError("no_training_rows", f"task {task.name!r} has no training example")
     opening = encoder.num_preamble_tokens(instruction)
-    shortest = None
+    shortest = sys.maxsize
     for example in task.train:
         num_tokens = opening + encoder.num_shot_tokens(example, encoder.preceding(instruction, 0))
         if num_tokens <= max_context_tokens:
             return
-        shortest = min(shortest or num_tokens, num_tokens)
-    raise UserError(
-        "no_shot_fits",
-        f"the shortest example of task {task.name!r} does not fit the context with its instruction",
-        expected=f"at most {max_context_tokens:,} tokens (max_context_tokens)",
-        found=f"{shortest:,}",
-        remedy="Raise max_context_tokens, or leave the task out.",
-        field="sequences.max_context_tokens",
-    )
+        shortest = min(shortest, num_tokens)
+    what = f"the shortest example of task {task.name!r} does not fit the context with its instruction"
+    expected, remedy = f"at most {max_context_tokens:,} tokens (max_context_tokens)", "Raise it, or leave the task out."
+    field = "sequences.max_context_tokens"
+    raise UserError("no_shot_fits", what, expected=expected, found=f"{shortest:,}", remedy=remedy, field=field)

@@ -84,28 +84,18 @@ class Mixture(Section):
             return [1.0] * len(tasks)
         groups = [self._group_of(task) for task in tasks]
         sizes = Counter(groups)
+        key = "tasks.mixture.weights"
         for name, weight in self.weights.items():
             if name not in sizes:
-                known = [task.name for task in tasks] + [task.family for task in tasks]
-                hint = did_you_mean(name, known).strip() or None
-                what = f"tasks.mixture.weights: {name!r} fits no task"
-                raise UserError("unknown_task", what, remedy=hint, field="tasks.mixture.weights")
+                hint = did_you_mean(name, [known for task in tasks for known in (task.name, task.family)]).strip()
+                raise UserError("unknown_task", f"{key}: {name!r} fits no task", remedy=hint or None, field=key)
             if weight < 0:
-                raise UserError(
-                    "wrong_value",
-                    f"tasks.mixture.weights: the weight of {name!r} is negative",
-                    expected="at least 0",
-                    found=f"{weight:g}",
-                    field="tasks.mixture.weights",
-                )
+                what, found = f"{key}: the weight of {name!r} is negative", f"{weight:g}"
+                raise UserError("wrong_value", what, expected="at least 0", found=found, field=key)
         weights = [1.0 if group is None else self.weights[group] / sizes[group] for group in groups]
         if not any(weights):
-            raise UserError(
-                "wrong_value",
-                "tasks.mixture.weights: every training task has the weight 0",
-                expected="at least one above 0",
-                field="tasks.mixture.weights",
-            )
+            what = f"{key}: every training task has the weight 0"
+            raise UserError("wrong_value", what, expected="at least one above 0", field=key)
         return weights
 
     def _group_of(self, task: Task) -> str | None:
@@ -157,7 +147,7 @@ def draw_episode(
         answers: Answers of its training examples, if the caller has them already; they balance.
     """
     wanted = settings.examples_per_episode
-    num_examples = None if wanted == "fill" else _draw_number(wanted, rng)
+    num_examples = rng.randint(*wanted) if isinstance(wanted, tuple) else None if wanted == "fill" else wanted
     order: Iterator[int]
     if settings.sampling == "balanced":
         if answers is None:
@@ -178,10 +168,6 @@ def draw_episode(
 def answers_of(task: Task) -> list[str]:
     """Return the answers of a task's training examples, in their order."""
     return [example.answer for example in task.train]
-
-
-def _draw_number(wanted: int | tuple[int, int], rng: random.Random) -> int:
-    return wanted if isinstance(wanted, int) else rng.randint(*wanted)
 
 
 def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:
@@ -208,23 +194,21 @@ def require_replacement_words(tasks: Sequence[Task], replacement_words: Sequence
     Raises:
         UserError: If a task has more labels than there are words, or no task has labels.
     """
+    field = "sequences.rename_labels"
     if not any(task.labels for task in tasks):
-        raise UserError(
-            "no_effect",
-            "rename_labels has no effect, because no training task has a closed set of labels",
-            remedy="Leave it out.",
-            field="sequences.rename_labels",
-        )
+        what = "rename_labels has no effect, because no training task has a closed set of labels"
+        raise UserError("no_effect", what, remedy="Leave it out.", field=field)
     for task in tasks:
-        num_words = len(_words_for(task.labels or (), replacement_words))
-        if num_words < len(task.labels or ()):
+        labels = task.labels or ()
+        num_words = len(_words_for(labels, replacement_words))
+        if num_words < len(labels):
+            what = f"rename_labels cannot rename the labels of task {task.name!r}"
+            expected, remedy = (
+                f"at least {len(labels):,} plain words in the training queries",
+                "Set rename_labels to 0.",
+            )
             raise UserError(
-                "too_few_words",
-                f"rename_labels cannot rename the labels of task {task.name!r}",
-                expected=f"at least {len(task.labels or ()):,} plain words in the training queries",
-                found=f"{num_words:,}",
-                remedy="Set rename_labels to 0.",
-                field="sequences.rename_labels",
+                "too_few_words", what, expected=expected, found=f"{num_words:,}", remedy=remedy, field=field
             )
 
 

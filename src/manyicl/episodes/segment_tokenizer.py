@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -36,11 +37,8 @@ class SegmentTokenizer:
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise UserError(
-                "slow_tokenizer",
-                f"{type(tokenizer).__name__} has no fast backend",
-                expected="a tokenizer with a tokenizer.json",
-            )
+            what = f"{type(tokenizer).__name__} has no fast backend"
+            raise UserError("slow_tokenizer", what, expected="a tokenizer with a tokenizer.json")
         written = "".join(segment.text for segment in constants if segment.is_control)
         description = _with_special_tokens(json.loads(backend.to_str()), written)
         self._first = _copy(description)
@@ -59,20 +57,15 @@ class SegmentTokenizer:
     def _require_kept(self, segment: Segment) -> None:
         """Refuse a tokenizer that loses a segment of the format."""
         decoded = self.decode(self.encode(segment))
-        if segment.is_control and self._strips:
-            # Some control tokens take the white space beside them along, in the template's own text as well.
-            same = "".join(decoded.split()) == "".join(segment.text.split())
-        else:
-            same = decoded == segment.text
-        if not same:
-            remedy = "format.kind: plain" if segment.is_control else "another format.separator or format.end_of_answer"
-            raise UserError(
-                "lossy_tokenizer",
-                "The tokenizer does not keep a text that the format needs",
-                expected=repr(segment.text),
-                found=repr(decoded),
-                remedy=f"Use a tokenizer that keeps line breaks, or {remedy}.",
-            )
+        # Some control tokens take the white space beside them along, in the template's own text as well.
+        ignored = string.whitespace if segment.is_control and self._strips else ""
+        without = str.maketrans("", "", ignored)
+        if decoded.translate(without) != segment.text.translate(without):
+            other = "format.kind: plain" if segment.is_control else "another format.separator or format.end_of_answer"
+            what = "The tokenizer does not keep a text that the format needs"
+            expected, found = repr(segment.text), repr(decoded)
+            remedy = f"Use a tokenizer that keeps line breaks, or {other}."
+            raise UserError("lossy_tokenizer", what, expected=expected, found=found, remedy=remedy)
 
     def encode(self, segment: Segment, opens_sequence: bool = False) -> tuple[int, ...]:
         """Encode one segment; ``opens_sequence`` says that no text comes before it."""

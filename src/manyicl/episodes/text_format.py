@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 from datetime import date
 from enum import Enum
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from manyicl.checked import Section
 from manyicl.errors import UserError
@@ -36,6 +37,15 @@ class Preceding(Enum):
     DEMONSTRATION = "a demonstration"
 
 
+def _checked_end(end_of_answer: str) -> str:
+    if not end_of_answer.strip(" "):
+        raise ValueError("end_of_answer is of spaces alone, which most answers contain; use a blank line")
+    return end_of_answer
+
+
+EndOfAnswer = Annotated[str, Field(min_length=1), AfterValidator(_checked_end)]
+
+
 class TextFormat(BaseModel, ABC):
     """How instruction, query and answer become one text.
 
@@ -50,6 +60,8 @@ class TextFormat(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Whether a sequence begins with the tokens that the tokenizer itself puts before a text.
+    begins_with_bos: ClassVar[bool]
     separator: str
     end_of_answer: str
 
@@ -66,14 +78,9 @@ class TextFormat(BaseModel, ABC):
         """Return the supervised segments of an answer, the end-of-answer text included."""
 
     @property
-    @abstractmethod
     def inter_turn(self) -> tuple[Segment, ...]:
-        """Inter-turn text: from the end of an answer to the next query."""
-
-    @property
-    @abstractmethod
-    def begins_with_bos(self) -> bool:
-        """Whether a sequence begins with the tokens that the tokenizer itself puts before a text."""
+        """Inter-turn text: from the end of an answer to the next query; nothing in plain text."""
+        return ()
 
     @property
     @abstractmethod
@@ -105,16 +112,13 @@ class PlainFormat(TextFormat):
         end_of_instruction: Text that ends the instruction.
     """
 
+    begins_with_bos: ClassVar[bool] = True
+    before_answer: ClassVar[str] = ""
     kind: Literal["plain"] = "plain"
     separator: str = Field("\n", min_length=1)
-    end_of_answer: str = Field("\n\n", min_length=1)
+    end_of_answer: EndOfAnswer = "\n\n"
     end_is_control_token: bool | None = None
     end_of_instruction: str = Field("\n\n", min_length=1)
-
-    @field_validator("end_of_answer")
-    @classmethod
-    def _not_only_spaces(cls, end_of_answer: str) -> str:
-        return _checked_end(end_of_answer)
 
     def decided(self, control_tokens: Container[str]) -> Self:
         """Return the format for a tokenizer with these control tokens.
@@ -124,15 +128,11 @@ class PlainFormat(TextFormat):
         """
         is_control = self.end_of_answer in control_tokens
         if self.end_is_control_token and not is_control:
-            raise UserError(
-                "unknown_control_token",
-                "The tokenizer does not have the control token in which the answers of this model end",
-                found=repr(self.end_of_answer),
-                remedy="Restore the tokenizer of the model.",
-            )
-        if self.end_is_control_token is None:
-            return self.model_copy(update={"end_is_control_token": is_control})
-        return self
+            what = "The tokenizer does not have the control token in which the answers of this model end"
+            remedy = "Restore the tokenizer of the model."
+            raise UserError("unknown_control_token", what, found=repr(self.end_of_answer), remedy=remedy)
+        decided = is_control if self.end_is_control_token is None else self.end_is_control_token
+        return self.model_copy(update={"end_is_control_token": decided})
 
     def preamble(self, instruction: str) -> tuple[Segment, ...]:
         """Return the instruction and what ends it; nothing where there is no instruction."""
@@ -147,21 +147,6 @@ class PlainFormat(TextFormat):
         if self.end_is_control_token:
             return Segment(answer), *_control(self.end_of_answer)
         return (Segment(f"{answer}{self.end_of_answer}"),)
-
-    @property
-    def before_answer(self) -> str:
-        """Nothing."""
-        return ""
-
-    @property
-    def inter_turn(self) -> tuple[Segment, ...]:
-        """Nothing."""
-        return ()
-
-    @property
-    def begins_with_bos(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def constants(self) -> tuple[Segment, ...]:
@@ -193,6 +178,8 @@ class ChatFormat(TextFormat):
         template_arguments: Arguments of the template; a client that sends messages to a server must give them too.
     """
 
+    # The template itself writes them, where they belong.
+    begins_with_bos: ClassVar[bool] = False
     kind: Literal["chat"] = "chat"
     preamble_text: str
     before_instruction: str
@@ -233,11 +220,6 @@ class ChatFormat(TextFormat):
         return _control(self.inter_turn_text.rstrip(" "))
 
     @property
-    def begins_with_bos(self) -> bool:
-        """Never: the template itself writes it, where it belongs."""
-        return False
-
-    @property
     def constants(self) -> tuple[Segment, ...]:
         """Openings and endings of all turns."""
         openings = self.preamble_text, self.before_instruction, self.after_instruction, self.inter_turn_text
@@ -265,9 +247,8 @@ class FormatSettings(Section):
     separator: str | None = Field(
         None, min_length=1, description="plain: text between a query and its answer; unset: a line break."
     )
-    end_of_answer: str | None = Field(
+    end_of_answer: EndOfAnswer | None = Field(
         None,
-        min_length=1,
         description="plain: ends an answer: a text that no answer contains, or a control token of the tokenizer such "
         "as </s>; unset: a blank line.",
     )
@@ -287,15 +268,13 @@ class FormatSettings(Section):
             return {"end_of_answer" if key == "terminator" else key: value for key, value in settings.items()}
         return settings
 
-    @field_validator("end_of_answer")
-    @classmethod
-    def _not_only_spaces(cls, end_of_answer: str | None) -> str | None:
-        return None if end_of_answer is None else _checked_end(end_of_answer)
-
     @field_validator("template_arguments")
     @classmethod
     def _variables_alone(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        taken = sorted(_NAMES_TAKEN & set(arguments))
+        from transformers import PreTrainedTokenizerBase
+
+        names = {"messages", "strftime_now", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+        taken = sorted(names & set(arguments))
         if taken:
             raise ValueError(f"{taken[0]!r} is no variable of a template but what it is called with. Leave it out")
         return arguments
@@ -324,30 +303,6 @@ class FormatSettings(Section):
         return chosen.decided(control_tokens)
 
 
-# What transformers hands to a chat template, or takes for itself.
-_NAMES_TAKEN = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "strftime_now",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
-
-
 def text_of(segments: Iterable[Segment]) -> str:
     """Join segments."""
     return "".join(segment.text for segment in segments)
@@ -359,9 +314,3 @@ def _control(text: str) -> tuple[Segment, ...]:
 
 def _spaces_at_the_end(text: str) -> str:
     return text[len(text.rstrip(" ")) :]
-
-
-def _checked_end(end_of_answer: str) -> str:
-    if not end_of_answer.strip(" "):
-        raise ValueError("end_of_answer is of spaces alone, which most answers contain; use a blank line")
-    return end_of_answer
