@@ -352,6 +352,7 @@ OPTIONS = [
         "a nano world that there is not",
         "tasks nano world --split test",
         ("split", "'test'", "base"),
+        is_option=True,
     ),
 ]
 

@@ -9,10 +9,9 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
-from manyicl.cli.tasks import app, draw, segments_of, tokens_of
+from manyicl.cli.tasks import app, character_encoder, draw, spans_of
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from tests.builders import byte_level_bpe, make_example
@@ -137,7 +136,7 @@ def test_an_episode_is_drawn_without_loss_and_coloured_where_supervised() -> Non
     encoder = Encoder(byte_level_bpe())
     examples = (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja"))
     episode = encoder.encode_episode(Episode("t", "Say.", examples))
-    drawn = draw(tokens_of(episode, encoder), with_marks=True)
+    drawn = draw(spans_of(episode, encoder, by_token=True), with_marks=True)
     assert drawn.plain.replace("⏎", "").replace("»\n", "").replace("«", "") == encoder.decode(episode.token_ids)
     coloured = "".join(drawn.plain[span.start : span.end] for span in drawn.spans if "green" in str(span.style))
     assert coloured.replace("⏎", "") == "caféja"
@@ -146,5 +145,8 @@ def test_an_episode_is_drawn_without_loss_and_coloured_where_supervised() -> Non
 def test_segments_and_tokens_of_an_episode_draw_the_same_text() -> None:
     encoder = Encoder(byte_level_bpe())
     episode = Episode("t", "Say.", (make_example("日本語 🎉?", "café"), make_example("two\nlines", "ja")))
-    tokens = draw(tokens_of(encoder.encode_episode(episode), encoder), with_marks=True)
-    assert draw(segments_of(episode, PlainFormat()), with_marks=True).plain == tokens.plain
+    tokens = draw(spans_of(encoder.encode_episode(episode), encoder, by_token=True), with_marks=True)
+    characters = character_encoder()
+    segments = draw(spans_of(characters.encode_episode(episode), characters, by_token=False), with_marks=True)
+    assert segments.plain == tokens.plain
+    assert len(segments.spans) < len(tokens.spans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyicl.cli.tasks import _check_in_characters
+from manyicl.cli.tasks import character_encoder
+from manyicl.episodes.checks import check_task
 from manyicl.tasks.files import load_task
 from manyicl.tasks.rows import read_rows
 from manyicl.tasks.task import Task
@@ -88,7 +90,7 @@ def require_sound(task: Task | None) -> None:
         assert task.labels is None or example.answer in task.labels
         assert example.query.choices is None or example.answer in example.query.choices
         json.dumps([example.query.text, *example.references], ensure_ascii=False).encode()
-    _check_in_characters(task)
+    check_task(task, character_encoder(), sys.maxsize)
 
 
 @efforts

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from manyicl.errors import UserError
 from manyicl.tasks.files import load_tasks
 from manyicl.tasks.nanoworld.basics import BASICS
-from manyicl.tasks.nanoworld.rule import Binding
+from manyicl.tasks.nanoworld.rule import Binding, Split
 from manyicl.tasks.nanoworld.world import (
     HIDDEN_RULES,
     NUM_UNSEEN_TASKS,
-    checked_split,
     draw_rows,
     hidden_rules,
     write_nano_world,
@@ -43,8 +41,8 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_rules(tmp_pa
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("short_name", HIDDEN_RULES)
 def test_no_binding_of_an_unseen_task_stands_in_a_training_task(short_name: str, seed: int) -> None:
-    def bindings(split: str) -> set[Binding]:
-        rules = hidden_rules(seed, checked_split(split))
+    def bindings(split: Split) -> set[Binding]:
+        rules = hidden_rules(seed, split)
         return {
             binding
             for name, rule in rules.items()
@@ -98,8 +96,3 @@ def test_every_word_of_unseen_tasks_stands_in_the_base_tasks(tmp_path: Path, mon
         return {word for row in rows for value in row.values() for word in value.split()}
 
     assert words(tmp_path / "unseen") <= words(tmp_path / "base")
-
-
-def test_an_unknown_split_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="Did you mean 'unseen'"):
-        checked_split("unsen")

@@ -19,7 +19,7 @@ import manyicl
 import manyicl.tasks
 from manyicl.errors import UserError
 from manyicl.tasks import Example, Query, Task, TaskSpec, load_task, load_tasks
-from manyicl.tasks.nanoworld.world import checked_split, write_nano_world
+from manyicl.tasks.nanoworld.world import write_nano_world
 from manyicl.tasks.task import hash_content
 from tests.tasks.catalog_rows import write_rows
 from tests.tasks.test_files import write_task
@@ -42,7 +42,7 @@ def from_catalog(folder: Path) -> list[Task]:
 
 
 def from_nanoworld(folder: Path) -> list[Task]:
-    write_nano_world(folder, seed=3, split=checked_split("unseen"))
+    write_nano_world(folder, seed=3, split="unseen")
     return load_tasks([folder])[:3]
 
 

@@ -13,6 +13,7 @@ import typer
 
 from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
 from manyicl.errors import UserError, counted
+from manyicl.tasks.nanoworld.rule import Split
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
     from manyicl.episodes.checks import Lengths, TaskCheck
     from manyicl.episodes.encoding import Encoder
-    from manyicl.episodes.episode import EncodedEpisode, Episode
-    from manyicl.episodes.text_format import FormatKind, PlainFormat
+    from manyicl.episodes.episode import EncodedEpisode
+    from manyicl.episodes.text_format import FormatKind
     from manyicl.tasks.task import Task
 
 Span = tuple[Iterable[str], bool]  # texts side by side, and whether they are supervised
@@ -32,12 +33,8 @@ MOST_LABELS_SHOWN = 100
 NOT_SUPERVISED = ("default", "default dim")
 SUPERVISED = ("black on green", "black on bright_green")
 _TEXT_HEADINGS = frozenset({"task", "family", "metric", "source", "Hub", "description", "label"})
-_OF_TOKENS_ALONE = (
-    "labels_in_labels_as_tokens",
-    "joined_share",
-    "num_altered_answers",
-    "num_examined",
-    "shots_that_fit",
+_OF_TOKENS_ALONE = frozenset(
+    {"labels_in_labels_as_tokens", "joined_share", "num_altered_answers", "num_examined", "shots_that_fit"}
 )
 
 app = typer.Typer(name="tasks", help="List, check and show tasks.", no_args_is_help=True)
@@ -50,18 +47,6 @@ TaskPatterns = Annotated[
         "columns, as in tickets.csv:text:label.",
         show_default=False,
     ),
-]
-ListedPatterns = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[TASK...]",
-        help="A family, name or pattern of the catalogue, such as nli or tweet_*; or task folders, task.yaml files, "
-        "folders of task folders, globs and tables, which are loaded. [default: the whole catalogue]",
-        show_default=False,
-    ),
-]
-OneTask = Annotated[
-    str, typer.Argument(metavar="TASK", help="A task folder, catalog:NAME, or a table as in tickets.csv:text:label.")
 ]
 Model = Annotated[
     str | None,
@@ -81,7 +66,15 @@ Model = Annotated[
     "manyicl tasks list tasks/\n\nmanyicl tasks list recipes/real/train --data-root ~/data",
 )
 def list_tasks(
-    tasks: ListedPatterns = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK...]",
+            help="A family, name or pattern of the catalogue, such as nli or tweet_*; or task folders, task.yaml "
+            "files, folders of task folders, globs and tables, which are loaded. [default: the whole catalogue]",
+            show_default=False,
+        ),
+    ] = None,
     search: Annotated[
         str | None,
         typer.Option(help="Of the catalogue, those whose name, family, description or Hub id hold this word."),
@@ -95,23 +88,22 @@ def list_tasks(
         _list_catalog(tasks or ["catalog:"], search, data_root)
         return
     if search is not None:
-        what = "--search looks through the catalogue"
-        raise UserError("conflicting_options", what, remedy=f"Leave out {tasks[0]!r}, or --search.", field="--search")
-    _console().print(
-        _table(
-            {
-                "task": task.name,
-                "family": task.family,
-                "metric": task.metric,
-                "labels": str(len(task.labels)) if task.labels else "per row" if task.choices_column else "free",
-                "train": f"{len(task.train):,}",
-                "test": f"{len(task.test):,}",
-                "dropped": f"{sum(task.dropped.values()):,}",
-                "source": task.source,
-            }
-            for task in load_tasks(tasks, data_root)
-        )
-    )
+        what, remedy = "--search looks through the catalogue", f"Leave out {tasks[0]!r}, or --search."
+        raise UserError("conflicting_options", what, remedy=remedy, field="--search")
+    _console().print(_table(map(_row_of_task, load_tasks(tasks, data_root))))
+
+
+def _row_of_task(task: Task) -> dict[str, str]:
+    return {
+        "task": task.name,
+        "family": task.family,
+        "metric": task.metric,
+        "labels": str(len(task.labels)) if task.labels else "per row" if task.choices_column else "free",
+        "train": f"{len(task.train):,}",
+        "test": f"{len(task.test):,}",
+        "dropped": f"{sum(task.dropped.values()):,}",
+        "source": task.source,
+    }
 
 
 def _table(rows: Iterable[dict[str, str]], **options: Any) -> Table:
@@ -144,22 +136,23 @@ def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path |
     entries = list({entry.name: entry for pattern in patterns for entry in catalog_entries(pattern)}.values())
     if search is not None:
         entries = list(search_catalog(entries, search))
-    rows = []
-    for entry in entries:
-        row = {"task": entry.name, "family": entry.spec.family, "Hub": entry.hub}
-        row |= {"train": _size(entry.data.num_train), "test": _size(entry.data.num_test)}
-        row["description"] = entry.spec.description or ""
-        if data_root is not None:
-            row[f"in {data_root}"] = "yes" if (data_root / entry.name).is_dir() else ""
-        rows.append(row)
+    rows = [
+        {
+            "task": entry.name,
+            "family": entry.spec.family,
+            "Hub": entry.hub,
+            "train": f"{entry.data.num_train:,}",
+            "test": f"{entry.data.num_test:,}",
+            "description": entry.spec.description or "",
+        }
+        for entry in entries
+    ]
+    if data_root is not None:
+        rows = [row | {f"in {data_root}": "yes" if (data_root / row["task"]).is_dir() else ""} for row in rows]
     console = _console()
     console.print(_table(rows))
     note = f"{len(entries)} tasks of the catalogue. Name one as catalog:{entries[0].name} wherever a task is named."
     console.print(note)
-
-
-def _size(num_rows: int | None) -> str:
-    return f"{num_rows:,}" if num_rows is not None else "–"
 
 
 @app.command(
@@ -183,25 +176,21 @@ def check_tasks(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check tasks: balance, lengths, repeats; with --model, labels that begin one another, shots that fit."""
+    from manyicl.episodes.checks import check_task
     from manyicl.tasks.files import load_tasks
 
     if model is None and context is not None:
         remedy = "Name the model that counts them with --model."
         raise UserError("no_effect", "--context is in tokens", remedy=remedy, field="--context")
-    _require_model_for_format(model, text_format, end_of_answer)
     loaded = load_tasks(tasks, data_root)
+    encoder, context_of_model = _encoder(model, text_format, end_of_answer, loaded)
+    max_context_tokens = None if model is None else context or context_of_model or DEFAULT_CONTEXT_TOKENS
+    checks = [check_task(task, encoder, max_context_tokens or sys.maxsize) for task in loaded]
     if model is None:
-        checks = [_check_in_characters(task) for task in loaded]
-        max_context_tokens = None
-    else:
-        from manyicl.episodes.checks import check_task
-
-        encoder, context_of_model = _encoder(model, text_format, end_of_answer, loaded)
-        max_context_tokens = context or context_of_model or DEFAULT_CONTEXT_TOKENS
-        checks = [check_task(task, encoder, max_context_tokens) for task in loaded]
+        checks = list(map(_with_cut_answers, checks, loaded))
     if as_json:
-        values = [asdict(check) if model is not None else _values_in_characters(check) for check in checks]
-        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        values = map(asdict if model is not None else _values_in_characters, checks)
+        typer.echo(json.dumps(list(values), indent=2, ensure_ascii=False))
         return
     console = _console()
     console.print(_check_table(checks, max_context_tokens))
@@ -216,22 +205,12 @@ def check_tasks(
         console.print("Name a --model to count tokens, and the shots that fit in a context.")
 
 
-def _require_model_for_format(model: str | None, text_format: object, end_of_answer: str | None) -> None:
-    """Refuse a format without the model that it belongs to."""
-    if model is None and (text_format, end_of_answer) != (None, None):
-        what = "--format and --end-of-answer belong to a model"
-        raise UserError("no_effect", what, remedy="Name it with --model, or leave them out.", field="--format")
-
-
-def _check_in_characters(task: Task) -> TaskCheck:
-    """Check a task as if every character were a token and no context too short: all that needs no tokenizer."""
-    from manyicl.episodes.checks import check_task
+def character_encoder() -> Encoder:
+    """Return an encoder of the plain format in which every character is a token: all that needs no tokenizer."""
     from manyicl.episodes.encoding import Encoder
     from manyicl.episodes.text_format import PlainFormat, Segment
 
     class Characters(Encoder):
-        """Every character is a token, its number the character's own."""
-
         def __init__(self) -> None:
             self.bos_ids = ()
             self._use_format(PlainFormat())
@@ -248,14 +227,18 @@ def _check_in_characters(task: Task) -> TaskCheck:
         def _ends_early(self, answer: str) -> bool:
             return False
 
-    check = check_task(task, Characters(), sys.maxsize)
+    return Characters()
+
+
+def _with_cut_answers(check: TaskCheck, task: Task) -> TaskCheck:
+    """Add what most models would refuse to a check that was made without one."""
+    from manyicl.episodes.text_format import PlainFormat
+
     num_cut = sum(PlainFormat().ends_early(example.answer) for example in (*task.train, *task.test))
     if not num_cut:
         return check
-    problem = (
-        f"{counted(num_cut, 'answer')} with a blank line, which ends an answer unless the model was taught another end "
-        "(format.end_of_answer)."
-    )
+    end = "ends an answer unless the model was taught another end (format.end_of_answer)"
+    problem = f"{counted(num_cut, 'answer')} with a blank line, which {end}."
     return replace(check, problems=(*check.problems, problem))
 
 
@@ -272,13 +255,13 @@ def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
 )
 def write_nano_tasks(
     folder: Annotated[Path, typer.Argument(help="Where the task folders go.", show_default=False)],
-    split: Annotated[str, typer.Option(help="base, train or unseen.")] = "train",
+    split: Annotated[Split, typer.Option(help="Which tasks.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Decides every rule and row.")] = 0,
 ) -> None:
     """Write tasks of the nano world, whose hidden rules only demonstrations reveal."""
-    from manyicl.tasks.nanoworld.world import checked_split, write_nano_world
+    from manyicl.tasks.nanoworld.world import write_nano_world
 
-    places = write_nano_world(folder, seed=seed, split=checked_split(split))
+    places = write_nano_world(folder, seed=seed, split=split)
     typer.echo(f"{len(places):,} tasks written to {folder}")
 
 
@@ -288,7 +271,10 @@ def write_nano_tasks(
     "manyicl tasks show tickets.csv:text:label --shots 8 --seed 1",
 )
 def show_task(
-    task: OneTask,
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK", help="A task folder, catalog:NAME, or a table as in tickets.csv:text:label."),
+    ],
     data_root: DataRoot = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples in the episode.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Which examples, in which order.")] = 0,
@@ -301,46 +287,35 @@ def show_task(
     With --model it is drawn token by token.
     """
     from manyicl.episodes.episode import Episode
-    from manyicl.episodes.text_format import PlainFormat
     from manyicl.tasks.files import load_task
 
-    _require_model_for_format(model, text_format, end_of_answer)
     loaded = load_task(task, data_root)
+    encoder, _ = _encoder(model, text_format, end_of_answer, [loaded])
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
+    encoded = encoder.encode_episode(episode)
     console = _console()
-    with_marks = console.color_system is None
-    if model is None:
-        drawn = draw(segments_of(episode, PlainFormat()), with_marks)
-        supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
-    else:
-        encoder, _ = _encoder(model, text_format, end_of_answer, [loaded])
-        encoded = encoder.encode_episode(episode)
-        drawn = draw(tokens_of(encoded, encoder), with_marks)
+    drawn = draw(spans_of(encoded, encoder, by_token=model is not None), console.color_system is None)
+    console.print(drawn, soft_wrap=True)
+    supervised = "supervised with the blank line that ends each; name a --model to see its tokens"
+    if model is not None:
         num_supervised = sum(end - start for start, end in encoded.answer_spans)
         supervised = f"{num_supervised:,} of {len(encoded.token_ids):,} tokens supervised"
-    console.print(drawn, soft_wrap=True)
     note = f"{loaded.name}, seed {seed}: {shots} answers, {supervised}; ⏎ is a line break."
     console.print(note, style="dim")
 
 
-def segments_of(episode: Episode, text_format: PlainFormat) -> Iterator[Span]:
-    """Yield the texts of an episode segment by segment, answers as supervised."""
-    from manyicl.episodes.text_format import text_of
-
-    yield [text_of(text_format.preamble(episode.instruction))], False
-    for example in episode.examples:
-        yield [text_of(text_format.query(example.query.text))], False
-        yield [text_of(text_format.answer(example.answer))], True
-
-
-def tokens_of(episode: EncodedEpisode, encoder: Encoder) -> Iterator[Span]:
-    """Yield the texts of the tokens of an episode, answers as supervised."""
+def spans_of(episode: EncodedEpisode, encoder: Encoder, by_token: bool) -> Iterator[Span]:
+    """Yield the texts of an episode, token by token or each span as one text, answers as supervised."""
     position = 0
-    for start, end in episode.answer_spans:
-        yield _token_texts(encoder, episode.token_ids[position:start]), False
-        yield _token_texts(encoder, episode.token_ids[start:end]), True
+    for start, end in (*episode.answer_spans, (len(episode.token_ids), len(episode.token_ids))):
+        for token_ids, is_supervised in (
+            (episode.token_ids[position:start], False),
+            (episode.token_ids[start:end], True),
+        ):
+            if token_ids:
+                texts = _token_texts(encoder, token_ids) if by_token else [encoder.decode(token_ids)]
+                yield texts, is_supervised
         position = end
-    yield _token_texts(encoder, episode.token_ids[position:]), False
 
 
 def draw(spans: Iterable[Span], with_marks: bool) -> Text:
@@ -380,13 +355,18 @@ def _token_texts(encoder: Encoder, token_ids: Sequence[int]) -> Iterator[str]:
 
 
 def _encoder(
-    reference: str, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
+    reference: str | None, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
 ) -> tuple[Encoder, int | None]:
     """Load a model's tokenizer and format, and the context it was fine-tuned with, or else all its positions."""
     from manyicl.episodes.encoding import Encoder
     from manyicl.model.load import load_tokenizer, model_config, read_manifest, resolve_reference
     from manyicl.model.manifest import format_to_ask_in
 
+    if reference is None:
+        if (kind, end_of_answer) != (None, None):
+            what, remedy = "--format and --end-of-answer belong to a model", "Name it with --model, or leave them out."
+            raise UserError("no_effect", what, remedy=remedy, field="--format")
+        return character_encoder(), None
     tokenizer = load_tokenizer(reference)
     manifest = read_manifest(resolve_reference(reference))
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
@@ -446,9 +426,8 @@ def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
             balance = [*balance[:MOST_LABELS_SHOWN], (f"{len(others):,} other labels", *sums)]
         rows = ({"label": name, "train": f"{a:,}", "test": f"{b:,}"} for name, a, b in balance)
         console.print(_table(rows, title="Balance"))
-    kinds = {"text": check.labels_in_labels, "tokens": check.labels_in_labels_as_tokens if in_tokens else ()}
-    for kind, pairs in kinds.items():
-        if pairs:
+    for kind, pairs in (("text", check.labels_in_labels), ("tokens", check.labels_in_labels_as_tokens)):
+        if pairs and (in_tokens or kind == "text"):
             shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
             console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.")

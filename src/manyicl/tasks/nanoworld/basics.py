@@ -11,45 +11,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from operator import itemgetter
 
-from manyicl.tasks.nanoworld.arithmetic import OPERATIONS
-from manyicl.tasks.nanoworld.rule import Binding, Columns, dealt, shuffled
+from manyicl.tasks.nanoworld.families import OPERATIONS
+from manyicl.tasks.nanoworld.rule import Rule, dealt, shuffled
 from manyicl.tasks.nanoworld.words import COINED, DIGITS, EVERY_WORD, FILLERS, KINDS
-from manyicl.tasks.task import Family
 
 DrawnRow = tuple[str, str]  # query, answer
 
 
-@dataclass(frozen=True)
-class Basic:
-    """A basic exercise: a function that draws a query with its answer."""
-
-    draw_example: Callable[[random.Random], DrawnRow]
-    family: ClassVar[Family] = "generation"
-    query_template: ClassVar[str] = "{{ text }}"
-
-    @property
-    def labels(self) -> None:
-        """Answers are free."""
-        return
-
-    @property
-    def bindings(self) -> frozenset[Binding]:
-        """Not compared: the base has seen no task of the five families at all."""
-        return frozenset()
-
-    def draw_row(self, rng: random.Random) -> Columns:
-        """Draw a query together with its answer."""
-        text, answer = self.draw_example(rng)
-        return {"text": text, "answer": answer}
-
-    def answer(self, row: Columns) -> str:
-        """Return the answer that was drawn with the query."""
-        return row["answer"]
+def _exercise(draw_example: Callable[[random.Random], DrawnRow]) -> Rule:
+    """Make a rule of a function that draws a query with its answer; bindings are not compared, for it is no family."""
+    return Rule(
+        "generation",
+        "{{ text }}",
+        lambda rng: dict(zip(("text", "answer"), draw_example(rng), strict=True)),
+        itemgetter("answer"),
+    )
 
 
-def draw_list(rng: random.Random) -> Basic:
+def draw_list(rng: random.Random) -> Rule:
     """One or two cue words among fillers -> the word they are filed under; 2 to 8 such words, 1 to 4 cues each."""
     num_answers, num_cues = rng.randint(2, 8), rng.randint(1, 4)
     words = rng.sample(_lookup_words(rng), num_answers * (1 + num_cues))
@@ -63,10 +45,10 @@ def draw_list(rng: random.Random) -> Basic:
         shown = rng.sample(cues, min(num_cues, 2 if often_two and rng.random() < 0.5 else 1))
         return " ".join(shuffled(shown + rng.sample(fillers, rng.randint(1, most_fillers)), rng)), answer
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_pair(rng: random.Random) -> Basic:
+def draw_pair(rng: random.Random) -> Rule:
     """Two cue words among fillers decide together; for some cues the second turns the answer around."""
     num_answers, num_firsts = rng.randint(2, 4), rng.randint(2, 6)
     words = rng.sample(_lookup_words(rng), num_answers + num_firsts + 2)
@@ -88,20 +70,11 @@ def draw_pair(rng: random.Random) -> Basic:
             shown.insert(rng.randint(0, len(shown)), filler)
         return " ".join(shown), table[pair]
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_pick(rng: random.Random) -> Basic:
-    """Words of several kinds in any order -> the one of a kind that the task is about."""
-    return _draw_pick(rng, 1)
-
-
-def draw_pick_two(rng: random.Random) -> Basic:
-    """Words of several kinds in any order -> the two of the task's kinds, in its order."""
-    return _draw_pick(rng, 2)
-
-
-def _draw_pick(rng: random.Random, num_picked: int) -> Basic:
+def draw_pick(rng: random.Random, num_picked: int = 1) -> Rule:
+    """Words of several kinds in any order -> the ones of the kinds that the task is about, in its order."""
     kinds = rng.sample(list(KINDS), rng.randint(2, 5))
     picked = rng.sample(kinds, num_picked)
 
@@ -109,10 +82,10 @@ def _draw_pick(rng: random.Random, num_picked: int) -> Basic:
         context, word_of = _words_of(kinds, rng)
         return context, " ".join(word_of[kind] for kind in picked)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_ask(rng: random.Random) -> Basic:
+def draw_ask(rng: random.Random) -> Rule:
     """``place of hen lima rice`` -> ``lima``: one or two kinds, requested by their English names."""
     kinds, num_requested = rng.sample(list(KINDS), rng.randint(3, 5)), rng.choice([1, 1, 2])
 
@@ -121,10 +94,10 @@ def draw_ask(rng: random.Random) -> Basic:
         requested = rng.sample(kinds, num_requested)
         return f"{' '.join(requested)} of {context}", " ".join(word_of[kind] for kind in requested)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_cued_pick(rng: random.Random) -> Basic:
+def draw_cued_pick(rng: random.Random) -> Rule:
     """One of 2 to 4 coined cues, before or after words of several kinds -> the words of its kinds."""
     kinds, cues = rng.sample(list(KINDS), rng.randint(2, 5)), rng.sample(COINED, rng.randint(2, 4))
     num_picked = min(rng.choice([1, 1, 2]), len(kinds))
@@ -134,35 +107,33 @@ def draw_cued_pick(rng: random.Random) -> Basic:
     def draw_example(rng: random.Random) -> DrawnRow:
         context, word_of = _words_of(kinds, rng)
         cue = rng.choice(cues)
-        return f"{cue} {context}" if cue_first else f"{context} {cue}", " ".join(
-            word_of[kind] for kind in picked_by[cue]
-        )
+        query = f"{cue} {context}" if cue_first else f"{context} {cue}"
+        return query, " ".join(word_of[kind] for kind in picked_by[cue])
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_kind(rng: random.Random) -> Basic:
+def draw_kind(rng: random.Random) -> Rule:
     """``kind of hen lima`` -> ``animal place``."""
 
     def draw_example(rng: random.Random) -> DrawnRow:
         kinds = [rng.choice(list(KINDS)) for _ in range(rng.randint(1, 3))]
         return "kind of " + " ".join(rng.choice(KINDS[kind]) for kind in kinds), " ".join(kinds)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_named_operation(rng: random.Random) -> Basic:
+def draw_named_operation(rng: random.Random) -> Rule:
     """``sum of 4 8`` -> ``2``: arithmetic under English names."""
 
     def draw_example(rng: random.Random) -> DrawnRow:
-        name = rng.choice(list(OPERATIONS))
-        first, second = rng.choice(DIGITS), rng.choice(DIGITS)
+        name, first, second = rng.choice(list(OPERATIONS)), rng.choice(DIGITS), rng.choice(DIGITS)
         return f"{name} of {first} {second}", _computed(name, first, second)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_one_operation(rng: random.Random) -> Basic:
+def draw_one_operation(rng: random.Random) -> Rule:
     """``4 often 8`` -> ``2``: one operation that the whole task is about."""
     name, between = rng.choice(list(OPERATIONS)), rng.choice(FILLERS)
 
@@ -170,29 +141,28 @@ def draw_one_operation(rng: random.Random) -> Basic:
         first, second = rng.choice(DIGITS), rng.choice(DIGITS)
         return f"{first} {between} {second}", _computed(name, first, second)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_cued_operation(rng: random.Random) -> Basic:
+def draw_cued_operation(rng: random.Random) -> Rule:
     """``gizel 4 8`` -> ``2``: two or three coined cues, each for an operation."""
     operation_of = {cue: rng.choice(list(OPERATIONS)) for cue in rng.sample(COINED, rng.randint(2, 3))}
 
     def draw_example(rng: random.Random) -> DrawnRow:
-        cue = rng.choice(list(operation_of))
-        first, second = rng.choice(DIGITS), rng.choice(DIGITS)
+        cue, first, second = rng.choice(list(operation_of)), rng.choice(DIGITS), rng.choice(DIGITS)
         return f"{cue} {first} {second}", _computed(operation_of[cue], first, second)
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
-def draw_text(rng: random.Random) -> Basic:
+def draw_text(rng: random.Random) -> Rule:
     """A sentence, and the sentences that follow it: plain text of this world, every word of it a target."""
 
     def draw_example(rng: random.Random) -> DrawnRow:
         sentences = [_sentence(rng) for _ in range(rng.randint(3, 5))]
         return sentences[0], " ".join(sentences[1:])
 
-    return Basic(draw_example)
+    return _exercise(draw_example)
 
 
 def _sentence(rng: random.Random) -> str:
@@ -229,7 +199,7 @@ def _computed(operation: str, first: str, second: str) -> str:
 class Exercise:
     """How many tasks of one kind the base gets; with its share in a recipe, how well it comes to know it."""
 
-    draw: Callable[[random.Random], Basic]
+    draw: Callable[[random.Random], Rule]
     num_tasks: int
 
 
@@ -237,7 +207,7 @@ BASICS: dict[str, Exercise] = {
     "list": Exercise(draw_list, 1600),
     "pair": Exercise(draw_pair, 1200),
     "pick": Exercise(draw_pick, 400),
-    "pick-two": Exercise(draw_pick_two, 400),
+    "pick-two": Exercise(partial(draw_pick, num_picked=2), 400),
     "ask": Exercise(draw_ask, 200),
     "cued-pick": Exercise(draw_cued_pick, 800),
     "kind": Exercise(draw_kind, 100),

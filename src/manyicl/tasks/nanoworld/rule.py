@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from manyicl.tasks.task import Family
 
+Split = Literal["base", "train", "unseen"]
 Columns = dict[str, str]
 # What a word stands for in one task, such as (`dorik`, `saduk`): this is all that demonstrations can teach.
 Binding = tuple[str, str]
 
 
-class Rule(Protocol):
+@dataclass(frozen=True)
+class Rule:
     """A rule that only demonstrations reveal.
 
     Attributes:
-        family: Of the tasks made of it.
+        family: Family of the tasks made of it.
         query_template: Template over the columns of a row.
+        draw_row: Draws the columns of a query.
+        answer: Applies the rule to these columns.
+        labels: The closed answer set, or None for free answers.
+        bindings: What its words stand for; a task is unseen if no training task shares any of it.
     """
 
-    family: ClassVar[Family]
-    query_template: ClassVar[str]
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """The closed answer set, or None for free answers."""
-        ...
-
-    @property
-    def bindings(self) -> frozenset[Binding]:
-        """What its words stand for; a task is unseen if no training task shares any of it."""
-        ...
-
-    def draw_row(self, rng: random.Random) -> Columns:
-        """Draw the columns of a query, without its answer."""
-        ...
-
-    def answer(self, row: Columns) -> str:
-        """Apply the rule."""
-        ...
+    family: Family
+    query_template: str
+    draw_row: Callable[[random.Random], Columns]
+    answer: Callable[[Columns], str]
+    labels: tuple[str, ...] | None = None
+    bindings: frozenset[Binding] = frozenset()
 
 
 def dealt(keys: Sequence[str], values: Sequence[str]) -> dict[str, str]:

@@ -4,52 +4,28 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 import yaml
 
-from manyicl.errors import UserError, did_you_mean
-from manyicl.tasks.nanoworld.arithmetic import OperatorRule
+from manyicl.tasks.nanoworld import families
 from manyicl.tasks.nanoworld.basics import BASICS
-from manyicl.tasks.nanoworld.classification import TriggerRule
-from manyicl.tasks.nanoworld.headline import HeadlineRule
-from manyicl.tasks.nanoworld.nli import VerbRule
-from manyicl.tasks.nanoworld.qa import QuestionRule
-from manyicl.tasks.nanoworld.rule import Binding, Columns, Rule
+from manyicl.tasks.nanoworld.rule import Binding, Columns, Rule, Split
 
-Split = Literal["base", "train", "unseen"]
 DrawRule = Callable[[random.Random], Rule]
 
 # Short name in task names -> how a hidden rule of the family is drawn.
 HIDDEN_RULES: dict[str, DrawRule] = {
-    "cls": TriggerRule.draw,
-    "nli": VerbRule.draw,
-    "qa": QuestionRule.draw,
-    "headline": HeadlineRule.draw,
-    "math": OperatorRule.draw,
+    "cls": families.draw_trigger_rule,
+    "nli": families.draw_verb_rule,
+    "qa": families.draw_question_rule,
+    "headline": families.draw_headline_rule,
+    "math": families.draw_operator_rule,
 }
 NUM_TRAINING_TASKS, NUM_UNSEEN_TASKS = 60, 4  # of each family
 NUM_TRAIN_ROWS, NUM_TEST_ROWS = 200, 40
 NUM_BASE_ROWS = 64
-
-
-def checked_split(split: str) -> Split:
-    """Return the split of this name.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if split not in get_args(Split):
-        raise UserError(
-            "unknown_split",
-            "The nano world has no such split",
-            expected=f"one of {', '.join(get_args(Split))}",
-            found=repr(split),
-            remedy=did_you_mean(split, get_args(Split)).strip() or None,
-        )
-    return cast(Split, split)
 
 
 def write_nano_world(folder: Path | str, seed: int = 0, split: Split = "train") -> list[Path]:
@@ -92,21 +68,15 @@ def hidden_rules(seed: int, split: Split) -> dict[str, Rule]:
     trained = hidden_rules(seed, "train")
     rules = {}
     for short_name, draw in HIDDEN_RULES.items():
-        seen = frozenset[Binding]().union(
-            *(rule.bindings for name, rule in trained.items() if name.startswith(f"nano-{short_name}-"))
-        )
+        of_family = [rule.bindings for name, rule in trained.items() if name.startswith(f"nano-{short_name}-")]
+        seen = frozenset[Binding]().union(*of_family)
         rng = random.Random(f"nano world {seed} {short_name} unseen")
         for number in range(NUM_UNSEEN_TASKS):
-            rules[f"nano-{short_name}-unseen-{number:03d}"] = _draw_without(seen, draw, rng)
+            rule = draw(rng)
+            while not seen.isdisjoint(rule.bindings):
+                rule = draw(rng)
+            rules[f"nano-{short_name}-unseen-{number:03d}"] = rule
     return rules
-
-
-def _draw_without(seen: frozenset[Binding], draw: DrawRule, rng: random.Random) -> Rule:
-    """Draw a rule again and again until it shares no binding with what was seen."""
-    while True:
-        rule = draw(rng)
-        if seen.isdisjoint(rule.bindings):
-            return rule
 
 
 def _write_task(
@@ -118,23 +88,16 @@ def _write_task(
     num_test_rows = len(rows) * num_test_rows // (num_train_rows + num_test_rows)
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    description: dict[str, object] = {
-        "name": name,
-        "family": rule.family,
-        "query": rule.query_template,
-        "answer": "{{ answer }}",
-    }
-    if rule.labels is not None:
-        description["labels"] = list(rule.labels)
-    else:
-        description["metric"] = "exact_match"
-        description["max_answer_tokens"] = 4
-    description["data"] = {"train": "train.jsonl"}
-    if num_test_rows:
-        description["data"] = {"train": "train.jsonl", "test": "test.jsonl"}
-        _write_rows(place / "test.jsonl", rows[:num_test_rows])
-    _write_rows(place / "train.jsonl", rows[num_test_rows:])
-    (place / "task.yaml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+    keys: dict[str, object] = {"name": name, "family": rule.family, "query": rule.query_template}
+    keys["answer"] = "{{ answer }}"
+    keys |= {"labels": list(rule.labels)} if rule.labels else {"metric": "exact_match", "max_answer_tokens": 4}
+    sides = {"train": rows[num_test_rows:], "test": rows[:num_test_rows]}
+    keys["data"] = {side: f"{side}.jsonl" for side, its_rows in sides.items() if its_rows}
+    for side, its_rows in sides.items():
+        if its_rows:
+            lines = (json.dumps(row) + "\n" for row in its_rows)
+            (place / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (place / "task.yaml").write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
     return place
 
 
@@ -148,7 +111,3 @@ def draw_rows(rule: Rule, num_rows: int, rng: random.Random) -> list[Columns]:
         query = tuple(value for column, value in row.items() if column != "answer")
         rows.setdefault(query, {**row, "answer": rule.answer(row)})
     return list(rows.values())
-
-
-def _write_rows(path: Path, rows: Sequence[Columns]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
