@@ -47,6 +47,7 @@ class UserError(Exception):
     def __post_init__(self) -> None:
         """Give the exception the arguments with which it is made again in another process."""
         super().__init__(self.code, self.what)
+        self.remedy = (self.remedy or "").strip() or None
 
     def at(self, *, file: str | Path | None = None, row: int | None = None, field: str | None = None) -> Self:
         """Fill in where the mistake is, as far as that is not known yet, and return the error to be raised again."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from manyicl.errors import UserError
-from manyicl.tasks.files import load_task, load_tasks, task_from_file
+from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.leakage import ON_BOTH_SIDES
 from manyicl.tasks.task import Task
 
@@ -381,7 +381,7 @@ def test_rows_with_the_same_query_stay_on_one_side_and_rare_labels_in_training(t
     rows = [f"Text {i % 20},{'a' if i % 20 else 'rare'}\n" for i in range(60)]
     path.write_text("q,a\n" + "".join(rows))
     for seed in range(5):
-        task = task_from_file(path, "q", "a", seed=seed, test_fraction=0.5)
+        task = load_task(f"{path}:q:a,seed={seed},test_fraction=0.5")
         assert task.dropped == {}
         assert "rare" in {example.answer for example in task.train}
         assert {e.query.text for e in task.train}.isdisjoint({e.query.text for e in task.test})
@@ -390,9 +390,15 @@ def test_rows_with_the_same_query_stay_on_one_side_and_rare_labels_in_training(t
 def test_the_family_of_a_table_is_inferred_from_its_answers(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("q,a\n" + "".join(f"q{i},answer {i}\n" for i in range(20)) + "q99,\n")
-    task = task_from_file(path, "q", "a")
+    task = load_task(f"{path}:q:a")
     assert (task.family, task.labels, task.dropped) == ("generation", None, {"empty answer": 1})
-    assert task_from_file(path, "q", "a", family="qa").metric == "exact_match"
+    assert load_task(f"{path}:q:a,family=qa").metric == "exact_match"
+
+
+def test_a_table_may_have_another_delimiter(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("q;a\n" + "".join(f"q{i};{'x' if i % 2 else 'y'}\n" for i in range(20)))
+    assert load_task(f"{path}:q:a,delimiter=;").labels == ("x", "y")
 
 
 def test_columns_of_a_table_may_have_any_name(tmp_path: Path) -> None:
@@ -411,10 +417,10 @@ def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> N
     path = tmp_path / "t.csv"
     quoted = name.replace('"', '""')
     path.write_text(f'"{quoted}",label\n' + "".join(f"q{i},{'x' if i % 2 else 'y'}\n" for i in range(20)))
-    task = task_from_file(path, name, "label")
+    task = load_task(f"{path}:{name}:label")
     assert task.columns == (name,)
     assert task.query("hello").text == "hello"
-    assert task_from_file(path, "label", name).family == "generation"
+    assert load_task(f"{path}:label:{name}").family == "generation"
 
 
 @pytest.mark.parametrize(
@@ -462,7 +468,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_written(tmp_path: Path, m
     tasks = load_tasks(["~/films", "~/oth*", "~/tickets.csv:text:label", folder])
     assert [task.name for task in tasks] == ["films", "other", "tickets"]
     assert tasks[0].train == tasks[1].train == load_task(rooted, Path("~")).train
-    assert task_from_file("~/tickets.csv", "text", "label") == tasks[2]
+    assert load_task("~/tickets.csv:text:label") == tasks[2]
 
 
 @pytest.mark.parametrize(

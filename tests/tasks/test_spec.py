@@ -123,7 +123,7 @@ def test_examples_of_another_task_or_side_are_not_opened_as_a_tasks_own(tmp_path
         shutil.copy(tmp_path / source, folder / "train.arrow")
         with pytest.raises(UserError) as caught:
             Task.open(folder)
-        assert (caught.value.code, caught.value.file) == ("not_a_stored_task", str(folder))
+        assert (caught.value.code, caught.value.file) == ("not_a_stored_task", folder)
 
 
 def test_a_slice_of_stored_examples_reads_the_file_that_is_open(tmp_path: Path) -> None:

@@ -66,17 +66,16 @@ class TaskBuilder:
         self.name = keys.name or fit_name(default_name)
         self.dropped: Counter[str] = Counter()
         with located(file=file):
-            self.query_template = self._template(keys.query, "query")
+            query_template = self._template(keys.query, "query")
             self.answer_template = self._template(keys.answer, "answer")
-            if keys.instruction:
-                with _within_key("instruction"):
-                    compiled(keys.instruction)
-            self.read_columns = {*self.query_template.columns, *self.answer_template.columns}
+            with _within_key("instruction"):
+                compiled(keys.instruction or "")
+            self.read_columns = {*query_template.columns, *self.answer_template.columns}
             self._require_class_names_read()
         labels = keys.closed_labels
+        self.is_closed = labels is not None
         self.labels = labels if isinstance(labels, tuple) else None
         self.label_set = frozenset(self.labels or ())
-        self.is_closed = labels is not None
         self.spec = TaskSpec(
             name=self.name,
             family=keys.family,
@@ -96,28 +95,20 @@ class TaskBuilder:
         if not template.columns:
             column = source.strip() if source.strip().isidentifier() else "text"
             hint = " A column whose name has a meaning of its own is written row['true']." if "{{" in source else ""
-            raise UserError(
-                "template_without_column",
-                f"{key}: the template {source!r} names no column",
-                remedy=f"Write one in braces, as in '{{{{ {column} }}}}'.{hint}",
-                field=key,
-            )
+            what = f"{key}: the template {source!r} names no column"
+            remedy = f"Write one in braces, as in '{{{{ {column} }}}}'.{hint}"
+            raise UserError("template_without_column", what, remedy=remedy, field=key)
         return template
 
     def _require_class_names_read(self) -> None:
         """Refuse class names of a column that nothing reads: it is misspelt, and they would name nothing."""
-        read = set(self.read_columns)
-        for place in filter(None, (self.keys.choices, self.keys.references)):
-            read |= columns_in(place)
+        places = filter(None, (self.keys.choices, self.keys.references))
+        read = self.read_columns.union(*map(columns_in, places))
         for column in self.keys.class_names:
             if column not in read:
-                raise UserError(
-                    "no_effect",
-                    f"class_names: no template, choices or references read the column {column!r}",
-                    expected=f"one of {sorted(read)}",
-                    remedy=did_you_mean(column, read).strip() or "Leave it out.",
-                    field="class_names",
-                )
+                what = f"class_names: no template, choices or references read the column {column!r}"
+                remedy, expected = did_you_mean(column, read) or "Leave it out.", f"one of {sorted(read)}"
+                raise UserError("no_effect", what, expected=expected, remedy=remedy, field="class_names")
 
     def two_sided_task(self, train: Sequence[LocatedRow], test: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that come with their sides."""
@@ -127,10 +118,8 @@ class TaskBuilder:
                 self._refuse_no_rows("test")
             return self._finish(*examples)
 
-    def split_task(self, rows: Sequence[LocatedRow]) -> Task:
+    def split_task(self, rows: Sequence[LocatedRow], data: OneFile) -> Task:
         """Make the task of rows that are split here."""
-        data = self.keys.data
-        assert isinstance(data, OneFile)
         groups: dict[str, str] = {}
         if data.group is not None:
             require_column(rows, data.group, Path(data.file))
@@ -144,7 +133,7 @@ class TaskBuilder:
             if not train or (data.test_fraction > 0 and not test):
                 side = "test" if train else "training"
                 cause = why_one_side_is_empty(examples, data, groups)
-                if side == "test" and cause.startswith("test_fraction"):
+                if train and cause.startswith("test_fraction"):
                     cause = f"there are {len(examples):,}, and the first of each label stays in training"
                 what = f"task {self.name!r} has no {side} rows: {cause}, so none is left"
                 raise UserError(f"no_{side}_rows", what, remedy="Set test_fraction to 0, or add rows.")
@@ -163,13 +152,13 @@ class TaskBuilder:
                 examples.append(self._render(row))
             except UserError as error:
                 reason = _BAD_ROWS.get(error.code)
-                if reason is not None and self.keys.bad_rows == "drop":
-                    self.dropped[reason] += 1
-                    continue
-                if reason is not None:
+                if reason is None:
+                    raise error.at(file=row.file, row=row.line)  # noqa: B904
+                if self.keys.bad_rows == "refuse":
                     remedy = f"Fix the row, or set `bad_rows: drop` in {self.task_file} of {self.name!r}."
-                    error.remedy = f"{error.remedy} {remedy}" if error.remedy else remedy
-                raise error.at(file=row.file, row=row.line)  # noqa: B904
+                    error.remedy = f"{error.remedy or ''} {remedy}".strip()
+                    raise error.at(file=row.file, row=row.line)  # noqa: B904
+                self.dropped[reason] += 1
         return tuple(examples)
 
     def _render(self, row: LocatedRow) -> Example:
@@ -182,8 +171,9 @@ class TaskBuilder:
             query = self.spec.query(row.columns)
             answers = self._answers(row.columns)
         except UserError as error:
-            if error.code not in _BAD_ROWS:
-                self._require_short_columns(row.columns)
+            if error.code not in _BAD_ROWS:  # a row that is too long may be bad, and the template good for others
+                for column in sorted(self.read_columns & row.columns.keys()):
+                    self._require_short(f"the column {column!r}", num_characters(row.columns[column]))
             raise
         for what, texts in (("query", (query.text,)), ("option", query.choices or ()), ("answer", answers)):
             for text in texts:
@@ -191,24 +181,16 @@ class TaskBuilder:
                 _require_whole_characters(text)
         if not query.text.strip():
             raise UserError("empty_query", "the query is empty", field="query")
-        if not all((*answers, *(query.choices or ()))):
+        if not all(answers):
             raise UserError("empty_answer", "an answer or option is empty")
         self._require_known(answers[0], query)
         return Example(query, answers[0], answers, row.origin)
 
-    def _require_short_columns(self, columns: Mapping[str, object]) -> None:
-        """Say that a row is too long where a template failed on it: it may be bad, and the template good for others."""
-        for column in sorted(self.read_columns & columns.keys()):
-            self._require_short(f"the column {column!r}", num_characters(columns[column]))
-
     def _require_short(self, what: str, num_characters: int) -> None:
         if num_characters > self.keys.max_characters:
-            raise UserError(
-                "text_too_long",
-                f"{what} is too long",
-                expected=f"at most {self.keys.max_characters:,} (max_characters)",
-                found=counted(num_characters, "character"),
-            )
+            expected = f"at most {self.keys.max_characters:,} (max_characters)"
+            found = counted(num_characters, "character")
+            raise UserError("text_too_long", f"{what} is too long", expected=expected, found=found)
 
     def _answers(self, columns: Mapping[str, object]) -> tuple[str, ...]:
         """Render every accepted answer, the canonical one first, without repeats."""
@@ -219,13 +201,16 @@ class TaskBuilder:
         bare = template.bare_column
         values = columns.get(bare) if bare is not None else None
         if isinstance(values, list | tuple):
-            if not values:
-                raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
             answers = [template.render({**columns, str(bare): answer}, class_names) for answer in values]
+            if not answers:
+                raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
         else:
             answers = [template.render(columns, class_names)]
-        if self.is_closed:
-            self._refuse_several_labels(answers, columns)
+        if self.is_closed and len(labels := self._labels_in(answers, columns)) > 1:
+            # One answer of a closed set is supervised and scored, never several.
+            what = f"task {self.name!r} is multi-label: this row has {sorted(labels)}"
+            remedy = "Keep the rows with one label, or make a yes/no task of each label."
+            raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
         if self.keys.references is not None:
             references = listed(columns, self.keys.references)
             if not isinstance(references, list | tuple):
@@ -235,14 +220,6 @@ class TaskBuilder:
             answers += [str(as_written(reference)) for reference in references]
         plain = str.strip if self.keys.choices is None else as_option
         return tuple(dict.fromkeys(map(plain, answers)))
-
-    def _refuse_several_labels(self, answers: Sequence[str], columns: Mapping[str, object]) -> None:
-        """Refuse a multi-label task: one answer of a closed set is supervised and scored, never several."""
-        labels = self._labels_in(answers, columns)
-        if len(labels) > 1:
-            what = f"task {self.name!r} is multi-label: this row has {sorted(labels)}"
-            remedy = "Keep the rows with one label, or make a yes/no task of each label."
-            raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
 
     def _labels_in(self, answers: Sequence[str], columns: Mapping[str, object]) -> set[str]:
         """Find several labels in one answer: a list as it is, a list joined, or a text that joins labels."""
@@ -259,15 +236,14 @@ class TaskBuilder:
     def _require_known(self, answer: str, query: Query) -> None:
         """Check an answer against the row's options or the closed set."""
         if query.choices is not None and answer not in query.choices:
-            options = shortened(repr(list(query.choices)))
             what = f"the answer {shortened(answer)!r} is none of the row's options"
-            raise UserError("not_an_option", what, expected=f"one of {options}")
+            raise UserError("not_an_option", what, expected=f"one of {shortened(repr(list(query.choices)))}")
         if self.labels is not None and answer not in self.label_set:
             named = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
             # Where rows are dropped nobody reads it, and among thousands of labels it takes a tenth of a second.
-            hint = did_you_mean(shortened(answer), self.labels).strip() if self.keys.bad_rows == "refuse" else None
+            hint = did_you_mean(shortened(answer), self.labels) if self.keys.bad_rows == "refuse" else None
             what = f"{shortened(answer)!r} is no label of task {self.name!r}"
-            raise UserError("unknown_label", what, expected=f"one of {named}", remedy=hint or None)
+            raise UserError("unknown_label", what, expected=f"one of {named}", remedy=hint)
 
     def _finish(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> Task:
         """Take leaked rows off the training side, settle the labels, hash the examples."""
@@ -278,53 +254,46 @@ class TaskBuilder:
         if self.is_closed and labels is None:
             labels = tuple(sorted({example.answer for example in train}))
             if len(labels) < 2:
-                raise UserError(
-                    "one_label",
-                    f"task {self.name!r} takes its labels from the training rows, and all have the answer "
-                    f"{labels[0]!r}",
-                    expected="two labels at least",
-                )
-            num_test, test = len(test), self._with_known_labels(test, labels)
-            if num_test and not test:
-                self._refuse_no_rows("test")
-        spec = self.spec.model_copy(update={"labels": labels})
-        task = Task(spec, train, test, dropped=dict(self.dropped))
+                all_equal = f"and all have the answer {labels[0]!r}"
+                what = f"task {self.name!r} takes its labels from the training rows, {all_equal}"
+                raise UserError("one_label", what, expected="two labels at least")
+            test = self._with_known_labels(test, labels)
+        task = Task(self.spec.model_copy(update={"labels": labels}), train, test, dropped=dict(self.dropped))
         with _within_key("instruction"):  # which alone is rendered here: it needs all labels
             return replace(task, data_hash=hash_content(task))
 
     def _without_test_queries(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> tuple[Example, ...]:
         pairs = leaked(train, test)
-        if pairs and self.keys.on_both_sides == "refuse":
-            example, twin = pairs[0]
-            raise UserError(
-                "on_both_sides",
-                f"task {self.name!r} has {counted(len(pairs), 'training row')} whose query is in test too; the first "
-                f"is {example.origin}, like {twin.origin}",
-                remedy="Take such rows off one side, or set `on_both_sides: drop`, which takes them off the training "
-                "side.",
-            )
         if not pairs:
             return train
+        if self.keys.on_both_sides == "refuse":
+            rows, places = counted(len(pairs), "training row"), [example.origin for example in pairs[0]]
+            what = f"task {self.name!r} has {rows} whose query is in test too; the first is {', like '.join(places)}"
+            remedy = (
+                "Take such rows off one side, or set `on_both_sides: drop`, which takes them off the training side."
+            )
+            raise UserError("on_both_sides", what, remedy=remedy)
         self.dropped[ON_BOTH_SIDES] += len(pairs)
         leaks = {id(example) for example, _ in pairs}
         return tuple(example for example in train if id(example) not in leaks)
 
     def _with_known_labels(self, test: tuple[Example, ...], labels: tuple[str, ...]) -> tuple[Example, ...]:
         label_set = frozenset(labels)
-        unknown = [example for example in test if example.answer not in label_set]
-        if not unknown:
+        known = tuple(example for example in test if example.answer in label_set)
+        if len(known) == len(test):
             return test
         if self.keys.bad_rows == "refuse":
-            answer = unknown[0].answer
-            raise UserError(
-                "label_only_in_test",
-                f"{unknown[0].origin}: no training row of task {self.name!r} has the label {answer!r}, which is in "
-                f"{counted(len(unknown), 'test row')}",
-                remedy=f"{did_you_mean(answer, labels).strip()} List all labels under `labels:` in {self.task_file}, "
-                "take another family if answers are free, or set `bad_rows: drop`.".strip(),
-            )
-        self.dropped["label that no training row has"] += len(unknown)
-        return tuple(example for example in test if example.answer in label_set)
+            first = next(example for example in test if example.answer not in label_set)
+            rows = counted(len(test) - len(known), "test row")
+            no_row = f"no training row of task {self.name!r} has the label {first.answer!r}"
+            what = f"{first.origin}: {no_row}, which is in {rows}"
+            remedy = f"List all labels under `labels:` in {self.task_file}, take another family if answers are free"
+            remedy = f"{did_you_mean(first.answer, labels)} {remedy}, or set `bad_rows: drop`."
+            raise UserError("label_only_in_test", what, remedy=remedy)
+        self.dropped["label that no training row has"] += len(test) - len(known)
+        if not known:
+            self._refuse_no_rows("test")
+        return known
 
 
 def task_of_examples(
@@ -352,24 +321,18 @@ def task_of_examples(
         [_row_of(example, side, number) for number, example in enumerate(examples, 1)]
         for side, examples in (("train", train), ("test", test))
     ]
-    values = {
-        "name": name,
-        "query": "{{ text }}",
-        "answer": "{{ answer }}",
-        "labels": labels if labels is None or isinstance(labels, str) else tuple(labels),
-        "choices": "choices" if any("choices" in row.columns for side in sides for row in side) else None,
-        "data": TwoFiles(train=("train",)),
-        **keys,
-    }
+    values: dict[str, object] = {"name": name, "query": "{{ text }}", "answer": "{{ answer }}", **keys}
+    values["labels"] = labels if labels is None or isinstance(labels, str) else tuple(labels)
+    values["choices"] = "choices" if any("choices" in row.columns for side in sides for row in side) else None
+    values["data"] = TwoFiles(train=("train",))
     return TaskBuilder(validated(TaskFile, values, None), None, has_task_file=False).two_sided_task(*sides)
 
 
 def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> LocatedRow:
     """Write an example, or a pair of query and answer, as the row that would give it."""
     if isinstance(example, Example):
-        references = example.references or (example.answer,)
-        columns: dict[str, object] = {"text": example.query.text}
-        columns["answer"] = list(references) if len(references) > 1 else references[0]
+        references = list(example.references or (example.answer,))
+        columns = {"text": example.query.text, "answer": references if len(references) > 1 else references[0]}
         if example.query.choices is not None:
             columns["choices"] = list(example.query.choices)
         return LocatedRow(columns, side, number)

@@ -7,12 +7,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
-from manyicl.checked import MOST_COUNTED, Section, validated
+from manyicl.checked import validated
 from manyicl.errors import MachineError, UserError, did_you_mean, located, shown
 from manyicl.paths import exists, expanded, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
@@ -29,12 +28,9 @@ _TABLE_FORM = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2
 _MOST_LABELS_INFERRED = 100
 
 
-class _TableOptions(Section):
-    """What may follow the columns of a table."""
+class _Table(OneFile):
+    """A table in the short form: where it is, and the options that may follow its columns."""
 
-    group: str | None = None
-    test_fraction: float = Field(0.2, ge=0, lt=1)
-    seed: int = Field(0, le=MOST_COUNTED)
     family: Family | None = None
     name: str | None = None
 
@@ -60,8 +56,7 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
     path = _required_pattern(path)
     data_root = data_root and Path(expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
-        hint = nearest_path(data_root).strip() or None
-        raise UserError("not_a_folder", "the data root is no folder", remedy=hint, file=data_root)
+        raise UserError("not_a_folder", "the data root is no folder", remedy=nearest_path(data_root), file=data_root)
     table = _TABLE.fullmatch(path)
     if table is not None and not exists(Path(path)):
         with located(file=table["path"]):
@@ -176,112 +171,66 @@ def _task_file(path: Path) -> Path:
     if exists(path) and path.is_dir():
         if not (path / TASK_FILE).is_file():
             names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-            hint = did_you_mean(TASK_FILE, names).strip() or None
+            hint = did_you_mean(TASK_FILE, names)
             raise UserError("no_tasks", f"the folder holds no {TASK_FILE}", remedy=hint, file=path)
         return path / TASK_FILE
     table, colon, _ = str(path).partition(":")
     if colon and not exists(path) and Path(table).is_file() and Path(table).suffix.lower() not in SUFFIXES:
         raise unknown_suffix(Path(table))
     if not path.is_file():
-        hints = f"{nearest_path(path)}{catalog_hint(str(path))}".strip()
+        hints = f"{nearest_path(path)}{catalog_hint(str(path))}"
         lists = "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
         what = f"The task {str(path)!r} does not exist"
-        raise UserError("unknown_task", what, remedy=f"{hints} {lists}".strip())
+        raise UserError("unknown_task", what, remedy=f"{hints} {lists}")
     if path.suffix.lower() in SUFFIXES:
-        raise UserError(
-            "table_without_columns",
-            "a table is no task by itself",
-            remedy=f"Name its columns too, as in {path.name}:text:label for a query column `text` and an answer "
-            "column `label`.",
-            file=path,
-        )
+        named = f"{path.name}:text:label for a query column `text` and an answer column `label`"
+        remedy = f"Name its columns too, as in {named}."
+        raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
     return path
 
 
 def _task_from_table(path: str, columns: str) -> Task:
-    """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``."""
-    pair, *options = columns.split(",")
-    query_column, arrow, answer_column = pair.partition("->")
-    if not arrow:
-        query_column, _, answer_column = pair.partition(":")
-    if not query_column.strip() or not answer_column.strip():
-        raise UserError(
-            "bad_table",
-            "no answer column is named",
-            expected=_TABLE_FORM,
-            found=f"{path}:{columns}",
-            remedy="A shell cuts an unquoted `->` off; write a colon instead.",
-        )
-    settings = [option.partition("=")[::2] for option in options]
-    for key, value in settings:
-        if not value:
-            raise UserError("bad_table", f"the option {key!r} has no value", expected=_TABLE_FORM)
-        if [key for key, _ in settings].count(key) > 1:
-            raise UserError("bad_table", f"the option {key!r} is given twice", remedy="Keep one of them.")
-    known = validated(_TableOptions, dict(settings), path)
-    data = OneFile(file=path, **known.model_dump(include={"group", "test_fraction", "seed"}))
-    return _task_of_columns(data, query_column.strip(), answer_column.strip(), known.name, known.family)
-
-
-def task_from_file(
-    path: str | Path,
-    query_column: str,
-    answer_column: str,
-    *,
-    name: str | None = None,
-    family: Family | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    group: str | None = None,
-) -> Task:
-    """Make a task of one table with two named columns: no task.yaml needed.
+    """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``.
 
     Where no family is given, answers decide it. They are *labels* (classification, labels from the training
     rows) if there are at least two and at most 100 different ones, without line breaks, and each is in
     five rows or more on average; any other answers are *free* (generation). Rows without an answer are
     dropped and counted, because tables of labelled and unlabelled rows are common.
-
-    Args:
-        path: CSV, TSV, JSONL or Parquet file.
-        query_column: Column of the query.
-        answer_column: Column of the answer.
-        name: Name of the task; by default the file's name without its suffix.
-        family: Kind of task, if not to be inferred.
-        test_fraction: Share of the rows that become test queries.
-        seed: Seed of the split.
-        group: Column whose rows stay on one side together.
-
-    Raises:
-        UserError: If the file or a column is missing, or a row is broken.
     """
-    data = {"file": str(path), "test_fraction": test_fraction, "seed": seed, "group": group}
-    return _task_of_columns(validated(OneFile, data, path), query_column, answer_column, name, family)
-
-
-def _task_of_columns(
-    data: OneFile, query_column: str, answer_column: str, name: str | None, family: str | None
-) -> Task:
-    """Make a task of one table; see ``task_from_file``."""
-    path = Path(expanded(data.file))
-    rows = read_rows(path)
-    for column in filter(None, (query_column, answer_column, data.group)):
-        require_column(rows, column, path)
+    pair, *options = columns.split(",")
+    query_column, _, answer_column = map(str.strip, pair.partition("->" if "->" in pair else ":"))
+    if not query_column or not answer_column:
+        found, remedy = f"{path}:{columns}", "A shell cuts an unquoted `->` off; write a colon instead."
+        raise UserError("bad_table", "no answer column is named", expected=_TABLE_FORM, found=found, remedy=remedy)
+    settings: dict[str, str] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if not value:
+            raise UserError("bad_table", f"the option {key!r} has no value", expected=_TABLE_FORM)
+        if key in settings:
+            raise UserError("bad_table", f"the option {key!r} is given twice", remedy="Keep one of them.")
+        settings[key] = value
+    table = validated(_Table, {**settings, "file": path}, path)
+    file = Path(expanded(path))
+    rows = read_rows(file, delimiter=table.delimiter, quotes=table.quotes)
+    for column in filter(None, (query_column, answer_column, table.group)):
+        require_column(rows, column, file)
     kept = [row for row in rows if str(as_written(row.columns[answer_column])).strip()]
     values = {
-        "name": name or fit_name(path.stem),
-        "family": family or _inferred_family([row.columns[answer_column] for row in kept]),
+        "name": table.name or fit_name(file.stem),
+        "family": table.family or _inferred_family([row.columns[answer_column] for row in kept]),
         "query": _column_template(query_column),
         "answer": _column_template(answer_column),
-        "data": data,
+        "data": table,
     }
-    builder = TaskBuilder(validated(TaskFile, values, path), str(path), has_task_file=False)
+    builder = TaskBuilder(validated(TaskFile, values, file), path, has_task_file=False)
     if len(kept) < len(rows):
         builder.dropped["empty answer"] = len(rows) - len(kept)
-    return builder.split_task(kept)
+    return builder.split_task(kept, table)
 
 
 def _inferred_family(answers: Sequence[object]) -> Literal["classification", "generation"]:
-    """Tell labels from free answers; ``task_from_file`` states the rule."""
+    """Tell labels from free answers; ``_task_from_table`` states the rule."""
     counts = Counter(str(as_written(answer)).strip() for answer in answers)
     closed = 2 <= len(counts) <= _MOST_LABELS_INFERRED and len(answers) >= 5 * len(counts)
     return "classification" if closed and not any("\n" in answer for answer in counts) else "generation"
@@ -297,45 +246,35 @@ def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset
     builder = TaskBuilder(keys, str(file), default_name=file.resolve().parent.name)
     data = keys.data
     if isinstance(data, HubData):
-        return builder.two_sided_task(*_hub_sides(data, keys, builder.name, data_root, load_dataset))
+        sides = [
+            _hub_rows(data, split, keys, builder.name, data_root, load_dataset) for split in (data.train, data.test)
+        ]
+        return builder.two_sided_task(*sides)
     paths = (data.file,) if isinstance(data, OneFile) else (*data.train, *data.test)
     if not any(Path(path).suffix.lower() in DELIMITERS for path in paths):
         for key in data.model_fields_set & {"delimiter", "quotes"}:
             what = f"data: {key} has no effect, for no file is CSV or TSV"
             raise UserError("no_effect", what, remedy="Leave it out.", file=file, field=f"data.{key}")
+    rows_of = {path: _read_local(path, data, file, data_root) for path in paths}
     if isinstance(data, OneFile):
-        return builder.split_task(_read_local(data.file, data, file, data_root))
-    train, test = (
-        [row for path in side for row in _read_local(path, data, file, data_root)] for side in (data.train, data.test)
+        return builder.split_task(rows_of[data.file], data)
+    return builder.two_sided_task(
+        *([row for path in side for row in rows_of[path]] for side in (data.train, data.test))
     )
-    return builder.two_sided_task(train, test)
 
 
-def _hub_sides(
-    data: HubData, keys: TaskFile, name: str, data_root: Path | None, load_dataset: LoadDataset | None
-) -> tuple[list[LocatedRow], list[LocatedRow]]:
-    """Read both splits of a Hub dataset: from the folder of the task's name under the data root, else from the Hub."""
+def _hub_rows(
+    data: HubData, split: str, keys: TaskFile, name: str, data_root: Path | None, load_dataset: LoadDataset | None
+) -> list[LocatedRow]:
+    """Read a split of a Hub dataset: from the folder of the task's name under the data root, else from the Hub."""
     folder = data_root / name if data_root is not None else None
     if folder is not None and folder.is_dir():
-        train, test = (
-            [row for path in find_split(folder, split) for row in read_rows(path)] for split in (data.train, data.test)
-        )
-        return train, test
+        return [row for path in find_split(folder, split) for row in read_rows(path)]
+    read = partial(read_hub_rows, config=data.config, revision=data.revision, class_names=keys.class_names)
     try:
-        train, test = (
-            read_hub_rows(
-                data.hf,
-                split,
-                config=data.config,
-                revision=data.revision,
-                class_names=keys.class_names,
-                load_dataset=load_dataset,
-            )
-            for split in (data.train, data.test)
-        )
+        return read(data.hf, split, load_dataset=load_dataset)
     except MachineError as error:
         raise MachineError(f"{error} {_local_copy(data, name, data_root)}") from error
-    return train, test
 
 
 def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
@@ -356,11 +295,11 @@ def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_ro
     path = next((candidate for candidate in candidates if exists(candidate)), None)
     if path is None:
         looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))
-        hint = nearest_path(candidates[-1]).strip()
+        hint = nearest_path(candidates[-1])
         if data_root is None and not hint:
             hint = "If the data is elsewhere, name that folder with --data-root."
         what = f"the data file {looked} does not exist"
-        raise UserError("missing_file", what, remedy=hint or None, file=task_file, field="data")
+        raise UserError("missing_file", what, remedy=hint, file=task_file, field="data")
     require_file(path)
     rows = read_rows(path, delimiter=data.delimiter, quotes=data.quotes)
     if not rows and not (isinstance(data, TwoFiles) and written in data.test):
