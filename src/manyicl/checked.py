@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 
 import yaml
 from annotated_types import Le
@@ -60,25 +61,19 @@ def _kinds_in(annotation: Any) -> Iterable[Any]:
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8, with or without a byte order mark, with any line ends.
-
-    The whole file is read into memory, so that the line of a wrong byte can be named.
+    """Read a text whole, with a line feed at the end of each line, the last one too; see `text_lines`.
 
     Raises:
-        UserError: If the file cannot be opened, is packed or not UTF-8, or holds NUL bytes, which no text does.
+        UserError: As `text_lines`.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
-    return _decoded(content, path).lstrip("\ufeff")
+    return "".join(text_lines(path))
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text, read as they are needed, each with a line feed at its end; see `read_text`.
+    """Yield the lines of UTF-8, with or without a byte order mark, with any line ends, as they are needed.
 
     Raises:
-        UserError: As `read_text`, once the line is reached.
+        UserError: If the file cannot be opened, is packed or not UTF-8, or holds NUL bytes, which no text does.
     """
     try:
         with path.open("rb") as file:
@@ -90,9 +85,9 @@ def text_lines(path: Path) -> Iterator[str]:
         raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
 
 
-def _decoded(content: bytes, path: Path, first_line: int = 1) -> str:
-    """Decode a text, or lines of one, and write all line ends as line feeds."""
-    for beginning, what, remedy in _NO_UTF8 if first_line == 1 else ():
+def _decoded(content: bytes, path: Path, number: int) -> str:
+    """Decode a line, and write all line ends in it as line feeds."""
+    for beginning, what, remedy in _NO_UTF8 if number == 1 else ():
         if content.startswith(beginning):
             raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=path)
     try:
@@ -102,10 +97,8 @@ def _decoded(content: bytes, path: Path, first_line: int = 1) -> str:
         position = error.start
     if position >= 0:
         wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
-        line = content.count(b"\n", 0, position) + first_line
-        raise UserError(
-            "not_utf8", "the file is not text in UTF-8", found=wrong, remedy=_SAVE_AS_UTF8, file=path, row=line
-        )
+        what = "the file is not text in UTF-8"
+        raise UserError("not_utf8", what, found=wrong, remedy=_SAVE_AS_UTF8, file=path, row=number)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -122,71 +115,59 @@ class UniqueKeyLoader(yaml.SafeLoader):
     }
 
     def get_single_node(self) -> yaml.Node | None:
-        """Compose the document.
+        """Compose the document, and check all of it before any value is built.
 
         Raises:
-            yaml.constructor.ConstructorError: If it is nested too deeply, or its aliases amount to too many values.
+            yaml.constructor.ConstructorError: If it breaks a rule of `_require_plain`.
         """
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
-            _require_bounded(node, {}, MOST_YAML_LEVELS)
+            _require_plain(node, {}, MOST_YAML_LEVELS)
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """Read a text.
 
-        Raises:
-            yaml.constructor.ConstructorError: If it holds NUL, which no path can, or half a character, which no
-                file or tokenizer can.
-        """
-        value = super().construct_scalar(node)
-        if unfit := _UNFIT.search(str(value)):
-            problem = f"a text holds {unfit[0]!r}, which is no whole character; leave it out"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return value
+def _require_plain(node: yaml.Node, sizes: dict[int, int], levels_left: int) -> int:
+    """Check a node and all in it, and count its values, an alias as often as it is used.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping.
+    Args:
+        node: The values, which may be held in several places.
+        sizes: Number of values of each node that was counted, by identity.
+        levels_left: How deeply it may be nested; aliases may also lead round in a circle.
 
-        Raises:
-            yaml.constructor.ConstructorError: If a key occurs twice, or is itself a list or a mapping.
-        """
+    Raises:
+        yaml.constructor.ConstructorError: If a key occurs twice, or is itself a list or a mapping; if a text holds NUL,
+            which no path can, or half a character, which no file or tokenizer can; if values are too many, or nested
+            too deeply.
+    """
+    if id(node) in sizes:
+        return sizes[id(node)]
+    parts = []
+    if levels_left < 0:
+        _refuse_yaml(f"values are nested more than {MOST_YAML_LEVELS} deep; no key takes so many levels", node)
+    if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 # Without quotes, {{ text }} is a mapping whose key is a mapping.
-                problem = "a key is a list or a mapping; put text that begins with a brace or a bracket in quotes"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                what = "a key is a list or a mapping"
+                _refuse_yaml(f"{what}; put text that begins with a brace or a bracket in quotes", key)
             if key.value in seen:
-                problem = f"the key {key.value!r} occurs twice; keep one of them"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                _refuse_yaml(f"the key {key.value!r} occurs twice; keep one of them", key)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _require_bounded(node: yaml.Node, sizes: dict[int, int], levels_left: int) -> int:
-    """Count the values of a node, an alias as often as it is used.
-
-    Args:
-        node: The values, which may be held in several places.
-        sizes: Of the nodes that were counted, by identity.
-        levels_left: How deeply it may be nested; aliases may also lead round in a circle.
-
-    Raises:
-        yaml.constructor.ConstructorError: If they are too many, or nested too deeply.
-    """
-    if id(node) not in sizes:
-        if levels_left < 0:
-            problem = f"values are nested more than {MOST_YAML_LEVELS} deep; no key takes so many levels"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_require_bounded(part, sizes, levels_left - 1) for part in parts)
+        parts = list(chain(*node.value))
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    elif unfit := _UNFIT.search(node.value):
+        _refuse_yaml(f"a text holds {unfit[0]!r}, which is no whole character; leave it out", node)
+    sizes[id(node)] = 1 + sum(_require_plain(part, sizes, levels_left - 1) for part in parts)
     if sizes[id(node)] > MOST_YAML_VALUES:
-        problem = f"aliases and all, it holds more than {MOST_YAML_VALUES:,} values; write them out, without aliases"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        what = f"aliases and all, it holds more than {MOST_YAML_VALUES:,} values"
+        _refuse_yaml(f"{what}; write them out, without aliases", node)
     return sizes[id(node)]
+
+
+def _refuse_yaml(problem: str, node: yaml.Node) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
@@ -208,11 +189,10 @@ def parse_yaml(text: str, place: str, loader: type[UniqueKeyLoader]) -> Any:
         line = mark.line + 1 if mark is not None and "\n" in text else None
         problem, remedy = _yaml_problem(error)
         cause: Exception = error
-    except (ValueError, LookupError, OverflowError) as error:
+    except (ValueError, LookupError, OverflowError, RecursionError) as error:
         # A value of a tag that it does not fit, as in `!!int one`, or the number of no character, as in "\Uffffffff".
-        problem, cause = str(error), error
-    except RecursionError as error:
-        problem, cause = "it is nested too deeply", error
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        cause = error
     raise UserError("broken_yaml", f"not valid YAML, {problem}", remedy=remedy, file=place, row=line) from cause
 
 
@@ -227,15 +207,6 @@ def _yaml_problem(error: yaml.YAMLError) -> tuple[str, str | None]:
     if "constructor for the tag" in problem:
         remedy = "leave the tag out"
     return problem, f"{remedy[:1].upper()}{remedy[1:]}." if remedy else None
-
-
-def read_yaml(path: Path, loader: type[UniqueKeyLoader]) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        UserError: If it cannot be opened, or is not UTF-8 or no YAML.
-    """
-    return parse_yaml(read_text(path), str(path), loader)
 
 
 # NUL, and the halves of characters that YAML may write as escapes.
@@ -259,61 +230,61 @@ def validated(model: type[ModelT], values: Mapping[Any, Any] | str, place: str |
         return model.model_validate_json(values) if isinstance(values, str) else model.model_validate(dict(values))
     except ValidationError as error:
         raise _first_error(model, error, key).at(file=place) from error
+    except UserError as error:
+        raise error.at(file=place)  # noqa: B904
 
 
 def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> UserError:
     """Say the first thing that is wrong, where, what was found and what was meant."""
-    problems = error.errors(include_url=False)
     # A misspelt key says more than the required key that it leaves missing.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     kind, location = first["type"], _written_location(first["loc"])
+    section, meaning = _section_and_meaning(model, first["loc"])
     if kind == "extra_forbidden":
-        location = [*_written_location(first["loc"][:-1]), first["loc"][-1]]  # any text may be a user's key
+        name = str(first["loc"][-1])  # any text may be a user's key
+        key = ".".join(filter(None, (under, *map(str, _written_location(first["loc"][:-1])), name)))
+        known = list(section.model_fields)
+        return UserError(
+            "unknown_key",
+            f"unknown key {key!r}",
+            remedy=did_you_mean(name, known) or f"Known here: {known}.",
+            field=key,
+        )
     key = ".".join(filter(None, (under, *map(str, location))))
-    if kind == "extra_forbidden":
-        known = list(_innermost_section(model, first["loc"]).model_fields)
-        hint = did_you_mean(str(location[-1]), known).strip() or f"Known here: {known}."
-        return UserError("unknown_key", f"unknown key {key!r}", remedy=hint, field=key)
-    meaning = (_description(model, first["loc"]) or "").rstrip(".")
-    meaning = meaning[:1].lower() + meaning[1:]
     if kind == "missing":
         return UserError("missing_key", f"the key {key!r} is missing{meaning and f', {meaning}'}", field=key)
     found: str | None = shown(first["input"])
     is_union = len(location) < len(first["loc"])
     if meaning and (is_union or kind == "string_pattern_mismatch"):
         return UserError("wrong_value", f"{key}: wrong value", expected=meaning, found=found, field=key)
-    said = first["msg"].removeprefix("Value error, ")
-    said = said[:1].lower() + said[1:]
+    said = _lower_case_start(first["msg"].removeprefix("Value error, "))
     for pythons, ours in (("tuple", "list"), ("valid dictionary", "mapping"), (" after validation", "")):
         said = said.replace(pythons, ours)
-    hint = ""
+    hint = None
     if kind == "value_error":
         found = None  # the message says it
     elif kind == "literal_error":
-        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"])).strip()
-    what = f"{key}: {said}" if key else said
-    return UserError("wrong_value", what, found=found, remedy=hint or None, field=key or None)
+        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    return UserError("wrong_value", f"{key}: {said}" if key else said, found=found, remedy=hint, field=key or None)
 
 
-def _innermost_section(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
-    """Return the section that holds the last part of ``location``."""
-    section = model
-    for part in location[:-1]:
+def _section_and_meaning(section: type[BaseModel], location: Iterable[int | str]) -> tuple[type[BaseModel], str]:
+    """Return the innermost section that a location leads into, and the description of the last field on its way."""
+    meaning = ""
+    for part in location:
         field = section.model_fields.get(str(part))
-        section = (field is not None and _section_of(field.annotation)) or section
-    return section
+        if field is None:
+            continue
+        meaning = _lower_case_start((field.description or "").rstrip("."))
+        inner = (kind for kind in _kinds_in(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+        if (found := next(inner, None)) is None:
+            break
+        section = found
+    return section, meaning
 
 
-def _description(model: type[BaseModel], location: Sequence[int | str]) -> str | None:
-    """Return what the file's model says about the field that ``location`` runs through."""
-    fields = _innermost_section(model, location).model_fields
-    return next((fields[str(part)].description for part in location if str(part) in fields), None)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Find the pydantic model in an annotation such as ``LoraSettings | None``."""
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+def _lower_case_start(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _written_location(location: Iterable[int | str]) -> list[int | str]:

@@ -89,14 +89,9 @@ def iter_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv
 
 def unknown_suffix(path: Path) -> UserError:
     """Make the error for a file that is no table."""
-    return UserError(
-        "unknown_suffix",
-        "not a table",
-        expected=f"one of {', '.join(SUFFIXES)}",
-        found=f"the suffix {path.suffix!r}",
-        remedy="Unpack it." if path.suffix.lower() in _PACKED else "Export it as CSV.",
-        file=path,
-    )
+    expected, found = f"one of {', '.join(SUFFIXES)}", f"the suffix {path.suffix!r}"
+    remedy = "Unpack it." if path.suffix.lower() in _PACKED else "Export it as CSV."
+    return UserError("unknown_suffix", "not a table", expected=expected, found=found, remedy=remedy, file=path)
 
 
 def require_file(path: Path) -> None:
@@ -106,7 +101,7 @@ def require_file(path: Path) -> None:
         UserError: If there is no such file.
     """
     if not exists(path):
-        raise UserError("missing_file", "the file does not exist", remedy=nearest_path(path).strip() or None, file=path)
+        raise UserError("missing_file", "the file does not exist", remedy=nearest_path(path), file=path)
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "this is no plain file"
         raise UserError("not_a_file", what, expected=f"a file of rows ({', '.join(SUFFIXES)})", file=path)
@@ -126,8 +121,8 @@ def parse_json_row(text: str, file: str | None = None, line: int | None = None) 
         UserError: If the text is no JSON object, or a key occurs twice in one; it names file and line.
     """
 
-    def refuse(code: str, what: str, expected: str | None = None, found: str | None = None, hint: str = "") -> NoReturn:
-        raise UserError(code, what, expected=expected, found=found, remedy=hint or None, file=file, row=line)
+    def refuse(code: str, what: str, **fields: str) -> NoReturn:
+        raise UserError(code, what, **fields, file=file, row=line)
 
     try:
         row = json.loads(
@@ -139,20 +134,20 @@ def parse_json_row(text: str, file: str | None = None, line: int | None = None) 
         )
     except json.JSONDecodeError as error:
         what = f"broken JSON at character {error.colno}, {reason(ValueError(error.msg))}"
-        hint = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else ""
-        refuse("broken_json", what, "one object a line", hint=hint)
+        remedy = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else ""
+        refuse("broken_json", what, expected="one object a line", remedy=remedy)
     except _RepeatedKeyError as error:
-        refuse("repeated_key", f"the key {str(error)!r} occurs twice in one JSON object", hint="Keep one of them.")
+        refuse("repeated_key", f"the key {str(error)!r} occurs twice in one JSON object", remedy="Keep one of them.")
     except RecursionError:
         refuse("nested_too_deep", "the JSON is nested too deeply")
     if text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS:
-        refuse("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep", "a row of columns")
+        refuse("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep", expected="a row of columns")
     if not isinstance(row, dict):
         found = {list: "a list", str: "a text", NumberText: "a number", bool: "true or false"}.get(type(row), "null")
-        is_table = isinstance(row, list) and any(isinstance(part, dict) for part in row)
-        expected = 'one JSON object a line, such as {"text": …}'
-        found, hint = ("a list of them", _JSON_LINES_REMEDY) if is_table else (found, "")
-        refuse("not_an_object", "not a row", expected, found, hint)
+        if is_table := isinstance(row, list) and any(isinstance(part, dict) for part in row):
+            found = "a list of them"
+        expected, remedy = 'one JSON object a line, such as {"text": …}', _JSON_LINES_REMEDY if is_table else ""
+        refuse("not_an_object", "not a row", expected=expected, found=found, remedy=remedy)
     return row
 
 
@@ -199,17 +194,11 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
         elif len(fields) != len(header):
             surplus = fields[len(header) :]
             remedy = "Put a field that holds the delimiter in double quotes."
-            if surplus and not any(field.strip() for field in surplus):
+            if surplus and not any(map(str.strip, surplus)):
                 remedy = f"Delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end."
-            raise UserError(
-                "wrong_number_of_fields",
-                "the row does not fit the header",
-                expected=counted(len(header), "field"),
-                found=str(len(fields)),
-                remedy=remedy,
-                file=path,
-                row=line,
-            )
+            what, expected, found = "the row does not fit the header", counted(len(header), "field"), str(len(fields))
+            code = "wrong_number_of_fields"
+            raise UserError(code, what, expected=expected, found=found, remedy=remedy, file=path, row=line)
         else:
             yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
 
@@ -222,13 +211,9 @@ def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(
-                "broken_csv",
-                f"broken {path.suffix[1:].upper()}, {reason(error)}",
-                remedy=_QUOTES_REMEDY if quotes == "csv" else None,
-                file=path,
-                row=line,
-            ) from error
+            what = f"broken {path.suffix[1:].upper()}, {reason(error)}"
+            remedy = _QUOTES_REMEDY if quotes == "csv" else None
+            raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
         if fields is None:
             return
         if fields:
@@ -244,13 +229,11 @@ def _checked_header(fields: list[str]) -> list[str]:
     names = [field.strip() for field in fields]
     for name in names:
         if not name:
-            raise UserError(
-                "unnamed_column",
-                "a column has no name",
-                expected="a first line that names every column",
-                remedy="Name it, delete it if it is empty, or write the table without its index (`index=False` in "
-                "pandas).",
+            remedy = (
+                "Name it, delete it if it is empty, or write the table without its index (`index=False` in pandas)."
             )
+            expected = "a first line that names every column"
+            raise UserError("unnamed_column", "a column has no name", expected=expected, remedy=remedy)
         if names.count(name) > 1:
             raise UserError("repeated_column", f"the column {name!r} occurs twice in the header", field=name)
     return names
@@ -261,21 +244,15 @@ def _require_one_column(lines: Iterable[str], name: str, delimiter: str, quotes:
 
     A name may hold such a character by itself, as ``"Question; if any"`` does, and queries are often in one column.
     """
-    for other in _USUAL_DELIMITERS:
-        if other == delimiter:
-            continue
+    for other in filter(delimiter.__ne__, _USUAL_DELIMITERS):
         records = csv.reader(lines, delimiter=other, quoting=_QUOTING[quotes])
         nums_fields = {len(fields) for fields in islice(filter(None, records), 1 + _NUM_RECORDS_COMPARED)}
         if len(nums_fields) == 1 and nums_fields != {1}:
             quoted = " If it is one column, put its name in double quotes." if quotes == "csv" else ""
-            raise UserError(
-                "wrong_delimiter",
-                "the table has another delimiter",
-                expected=f"fields between {delimiter!r}",
-                found=f"the one column {name!r}",
-                remedy=f"Set `delimiter: {json.dumps(other)}` under `data` in a task.yaml (for queries: "
-                f"`--delimiter`), or save the file with {delimiter!r}.{quoted}",
-            )
+            setting = f"Set `delimiter: {json.dumps(other)}` under `data` in a task.yaml (for queries: `--delimiter`)"
+            remedy = f"{setting}, or save the file with {delimiter!r}.{quoted}"
+            what, expected = "the table has another delimiter", f"fields between {delimiter!r}"
+            raise UserError("wrong_delimiter", what, expected=expected, found=f"the one column {name!r}", remedy=remedy)
 
 
 def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
@@ -306,11 +283,6 @@ def text_of(read: Callable[[], Any], column: str, file: str, line: int) -> Any:
     try:
         return as_text(read())
     except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
-        raise UserError(
-            "unreadable_value",
-            f"the column {column!r} cannot be read as text, {reason(error)}",
-            remedy="Write it as text in UTF-8, or leave it out.",
-            file=file,
-            row=line,
-            field=column,
-        ) from error
+        what = f"the column {column!r} cannot be read as text, {reason(error)}"
+        remedy = "Write it as text in UTF-8, or leave it out."
+        raise UserError("unreadable_value", what, remedy=remedy, file=file, row=line, field=column) from error

@@ -10,17 +10,18 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, read_yaml, validated
-from manyicl.errors import UserError, did_you_mean, located, shortened, shown
+from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, read_text, validated
+from manyicl.errors import UserError, did_you_mean, shortened, shown
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
-from manyicl.tasks.spec import Family, usual_metric
+from manyicl.tasks.spec import Family, required_distinct, usual_metric
 
 Delimiter = Annotated[
     Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None,
     Field(description="One character between CSV fields, no double quote or line break."),
 ]
 QuotesKey = Annotated[Quotes, Field(description="csv, or none where a double quote is an ordinary character.")]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNTED)]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "numeric_match"]
 
 
@@ -73,12 +74,8 @@ class HubData(Section):
     revision: str | None = Field(None, description="Branch, tag or commit.")
     train: str = Field("train", description="Split whose rows may become demonstrations.")
     test: str = Field("test", description="Split whose rows are only test queries.")
-    num_train: int | None = Field(
-        None, ge=1, le=MOST_COUNTED, description="Rows of the train split as published; for listings alone."
-    )
-    num_test: int | None = Field(
-        None, ge=1, le=MOST_COUNTED, description="Rows of the test split as published; for listings alone."
-    )
+    num_train: Count | None = Field(None, description="Rows of the train split as published; for listings alone.")
+    num_test: Count | None = Field(None, description="Rows of the test split as published; for listings alone.")
 
 
 class TaskFile(Section):
@@ -112,7 +109,7 @@ class TaskFile(Section):
     source: str | None = Field(
         None, description="Origin of the data; tasks of one source are never unseen to each other."
     )
-    max_answer_tokens: int | None = Field(None, ge=1, le=MOST_COUNTED, description="Limit for free answers.")
+    max_answer_tokens: Count | None = Field(None, description="Limit for free answers.")
     bad_rows: Literal["refuse", "drop"] = Field(
         "refuse", description="refuse a row that breaks a rule, or drop and count it."
     )
@@ -141,10 +138,10 @@ class TaskFile(Section):
         if not isinstance(names, dict):
             return names
         return {
-            column: {str(number): name for number, name in enumerate(of_column)}
-            if isinstance(of_column, list)
-            else of_column
-            for column, of_column in names.items()
+            column: dict(zip(map(str, range(len(classes))), classes, strict=True))
+            if isinstance(classes, list)
+            else classes
+            for column, classes in names.items()
         }
 
     @field_validator("labels")
@@ -155,14 +152,25 @@ class TaskFile(Section):
         stripped = tuple(label.strip() for label in labels)
         if len(stripped) < 2:
             raise ValueError(f"expected two labels at least, found {list(stripped)}")
-        seen: set[str] = set()
-        for label in stripped:
-            if not label:
-                raise ValueError("a label is empty")
-            if label in seen:
-                raise ValueError(f"the label {label!r} is given twice")
-            seen.add(label)
-        return stripped
+        if not all(stripped):
+            raise ValueError("a label is empty")
+        return required_distinct(stripped)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _of_one_kind(cls, data: object) -> object:
+        """Tell by its keys how a task names its rows, and check them as that alone."""
+        if isinstance(data, Section):
+            return data
+        kinds: dict[str, type[Section]] = {"hf": HubData, "file": OneFile, "train": TwoFiles}
+        keys = list(map(str, data)) if isinstance(data, dict) else []
+        kind = next((kind for key, kind in kinds.items() if key in keys), None)
+        if kind is not None and isinstance(data, dict):
+            return validated(kind, data, None, "data")
+        found = shortened(str(sorted(keys))) if keys else shown(data)
+        remedy = next(filter(None, (did_you_mean(key, kinds) for key in keys)), None)
+        what, expected = "data: it does not say where the rows are", "`train` and `test`, or `file`, or `hf`"
+        raise UserError("wrong_value", what, expected=expected, found=found, remedy=remedy, field="data")
 
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:
@@ -193,34 +201,11 @@ def read_task_file(path: Path) -> TaskFile:
     Raises:
         UserError: If it is missing, no YAML, or breaks a rule; it names the file and the key.
     """
-    content = read_yaml(path, _TextLoader)
+    content = parse_yaml(read_text(path), str(path), _TextLoader)
     if not isinstance(content, dict):
         expected = "keys such as family, query, answer and data"
         raise UserError("no_mapping", "not a task file", expected=expected, found=shown(content), file=path)
-    content = {key: value for key, value in content.items() if value is not None}
-    data = content.get("data")
-    if data is not None:
-        with located(file=path):
-            content["data"] = validated(_kind_of_data(data), data, path, "data")
-    return validated(TaskFile, content, path)
-
-
-def _kind_of_data(data: object) -> type[TwoFiles] | type[OneFile] | type[HubData]:
-    """Tell by its keys how a task names its rows."""
-    kinds: dict[str, type[TwoFiles] | type[OneFile] | type[HubData]]
-    kinds = {"hf": HubData, "file": OneFile, "train": TwoFiles}
-    keys = list(map(str, data)) if isinstance(data, dict) else []
-    for key, kind in kinds.items():
-        if key in keys:
-            return kind
-    raise UserError(
-        "wrong_value",
-        "data: it does not say where the rows are",
-        expected="`train` and `test`, or `file`, or `hf`",
-        found=shortened(str(sorted(keys))) if keys else shown(data),
-        remedy=next(filter(None, (did_you_mean(key, kinds).strip() for key in keys)), None),
-        field="data",
-    )
+    return validated(TaskFile, {key: value for key, value in content.items() if value is not None}, path)
 
 
 class _TextLoader(UniqueKeyLoader):

@@ -35,6 +35,18 @@ def _metric_of(known: dict[str, Any]) -> str:
     return usual_metric(known.get("family", ""), is_closed)
 
 
+def required_distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return labels, none of which is given twice.
+
+    Raises:
+        ValueError: If one is.
+    """
+    repeated = [label for label, count in Counter(labels).items() if count > 1]
+    if repeated:
+        raise ValueError(f"the label {repeated[0]!r} is given twice")
+    return labels
+
+
 class TaskSpec(BaseModel):
     """A task without its examples: name, labels, templates as text. Frozen, JSON in and out, pickles.
 
@@ -79,10 +91,7 @@ class TaskSpec(BaseModel):
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        repeated = next((label for label, count in Counter(labels or ()).items() if count > 1), None)
-        if repeated is not None:
-            raise ValueError(f"the label {repeated!r} is given twice")
-        return labels
+        return labels and required_distinct(labels)
 
     @property
     def columns(self) -> tuple[str, ...]:
