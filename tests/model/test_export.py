@@ -405,12 +405,15 @@ def test_an_adapter_that_transformers_put_into_the_model_is_refused(
         export_model("hf:owner/adapter", tmp_path / "out")
 
 
-def test_a_quantized_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path) -> None:
-    loaded = load_model(str(base))
-    loaded.model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    monkeypatch.setattr(export, "load_model", lambda *_, **__: loaded)
-    with pytest.raises(UserError, match="is quantized"):
-        export_model(str(base), tmp_path / "out")
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "base") / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = {**json.loads(path.read_text(encoding="utf-8")), "quantization_config": quantization}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="are quantized") as refused:
+        export_model(str(tmp_path / "base"), tmp_path / "out")
+    assert refused.value.code == "quantized_weights"
+    assert not (tmp_path / "out").exists()
 
 
 # PROMPT.md and prompt.json

@@ -146,7 +146,7 @@ def test_what_is_not_known_of_a_file_is_refused(
     file = write_gguf(tmp_path / "tiny.gguf", tiny_base(), **changes)
     with pytest.raises(UserError) as refused:
         load_tokenizer(str(file))
-    assert (refused.value.code, refused.value.file) == (code, str(file))
+    assert (refused.value.code, str(refused.value.file)) == (code, str(file))
     assert part in str(refused.value)
     assert entries(kept) == []
 

@@ -6,7 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manyicl.atomic import folder_written_atomically
 from manyicl.episodes.encoding import Encoder
-from manyicl.errors import MachineError, UserError, did_you_mean
+from manyicl.errors import MachineError, UserError
 from manyicl.library_errors import reason
 from manyicl.model.load import (
     DTYPES,
@@ -24,6 +24,7 @@ from manyicl.model.load import (
     load_model,
     max_positions,
     model_config,
+    require_dtype,
     resolve_reference,
 )
 from manyicl.model.manifest import format_to_ask_in
@@ -103,20 +104,10 @@ def export_model(
     """
     require_output_folder(output, empty=True)
     output = output.resolve()  # A link stays a link.
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(
-            "unknown_dtype",
-            "dtype is not one of those known",
-            expected=", ".join(DTYPES),
-            found=repr(dtype),
-            remedy=did_you_mean(dtype, DTYPES).strip() or None,
-        )
+    require_dtype(dtype)
     if _is_adapter(reference) and not merge:
-        raise UserError(
-            "adapter_unmerged",
-            f"{reference!r} is an adapter",
-            remedy="Give --merge to write it and its base as one model.",
-        )
+        remedy = "Give --merge to write it and its base as one model."
+        raise UserError("adapter_unmerged", f"{reference!r} is an adapter", remedy=remedy)
     with folder_written_atomically(output) as part:
         written = _write(reference, dtype, end_of_answer, part)
         # Only now, when the model that was written is gone: a large one is not held twice.
@@ -135,8 +126,7 @@ def export_model(
     return exported
 
 
-@dataclass(frozen=True)
-class _Written:
+class _Written(NamedTuple):
     """What must be found again in the folder.
 
     Attributes:
@@ -161,18 +151,18 @@ class _Written:
 def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: Path) -> _Written:
     """Load a model, merge it if it is an adapter, round it, and write it with its tokenizer and manifest."""
     loaded = _load(reference)
-    encoder = Encoder(
-        loaded.tokenizer, format_to_ask_in(loaded.tokenizer, loaded.manifest, end_of_answer=end_of_answer)
-    )
-    probe = _probe_ids(loaded)
+    text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, end_of_answer=end_of_answer)
+    encoder = Encoder(loaded.tokenizer, text_format)
+    # Tokens from all over the vocabulary.
+    num_tokens = min(len(loaded.tokenizer), len(cast(Tensor, loaded.model.get_input_embeddings().weight)))
+    probe = torch.linspace(0, num_tokens - 1, NUM_PROBE_TOKENS).long()[None]
     logits = _logits(loaded.model, probe)
-    plain, adapter_effect = loaded.model, None
+    plain, adapter_effect, folder = loaded.model, None, resolve_reference(reference)
     if _is_adapter(reference):
-        saved_in = dtype or _saved_dtype(loaded.model.config._name_or_path)
+        folder = loaded.model.config._name_or_path
         plain, adapter_effect = _merged(loaded, probe, logits)
-    else:
-        saved_in = dtype or _saved_dtype(resolve_reference(reference))
-    rounded = not _holds(saved_in, plain)
+    saved_in = dtype or _saved_dtype(folder)
+    rounded = any(not torch.equal(weights.to(DTYPES[saved_in]).float(), weights) for weights in plain.parameters())
     if rounded and dtype is None and adapter_effect is None:
         # The file holds more than its configuration says.
         saved_in, rounded = "float32", False
@@ -192,50 +182,24 @@ def _is_adapter(reference: str) -> bool:
 
 
 def _load(reference: str) -> LoadedModel:
-    """Load in float32, which holds every narrower weight exactly."""
+    """Load in float32, which holds every narrower weight exactly, and refuse an adapter that cannot be merged."""
     with warnings.catch_warnings():
         # peft warns of what `merge_adapter` takes care of.
         warnings.filterwarnings("ignore", module="peft")
         loaded = load_model(reference, dtype="float32", device="cpu", check_isolation=False)
-    _require_exportable(loaded)
-    return loaded
-
-
-def _require_exportable(loaded: LoadedModel) -> None:
-    """Refuse what cannot become plain float weights.
-
-    Raises:
-        UserError: If the model is such.
-    """
     model = cast(Any, loaded.model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            "quantized_weights",
-            f"{loaded.reference!r} is quantized",
-            expected="float weights",
-            remedy="Export what it was made from.",
-        )
     if getattr(model, "_hf_peft_config_loaded", False):
-        # So transformers loads an adapter of the Hub: its layers stand in the base, and peft does not see them.
-        raise UserError(
-            "adapter_not_local",
-            f"{loaded.reference!r} is an adapter that is not a local folder",
-            remedy="Download it, and give the folder with --merge.",
-        )
+        # So transformers loads an adapter of the Hub: its layers are in the base, and peft does not see them.
+        what = f"{loaded.reference!r} is an adapter that is not a local folder"
+        raise UserError("adapter_not_local", what, remedy="Download it, and give the folder with --merge.")
     if hasattr(model, "peft_config") and not hasattr(model.base_model, "merge_and_unload"):
         kind = model.peft_config[model.active_adapter].peft_type
-        raise UserError(
-            "adapter_kind",
+        what = (
             f"The adapter {loaded.reference!r} is of the kind {getattr(kind, 'value', kind)}, which has no weights to "
-            "merge; only an engine that knows such adapters can serve it",
+            "merge; only an engine that knows such adapters can serve it"
         )
-
-
-def _probe_ids(loaded: LoadedModel) -> Tensor:
-    """Return tokens from all over the vocabulary, (1, T)."""
-    embeddings = loaded.model.get_input_embeddings().weight
-    num_tokens = min(len(loaded.tokenizer), len(cast(Tensor, embeddings)))
-    return torch.linspace(0, num_tokens - 1, NUM_PROBE_TOKENS).long()[None]
+        raise UserError("adapter_kind", what)
+    return loaded
 
 
 @torch.no_grad()
@@ -267,20 +231,18 @@ def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrai
     except (ValueError, RuntimeError, TypeError) as error:
         if "memory" in str(error):
             raise
-        raise UserError(
-            "not_mergeable", f"The adapter {loaded.reference!r} cannot be merged: {reason(error)}"
-        ) from error
+        what = f"The adapter {loaded.reference!r} cannot be merged: {reason(error)}"
+        raise UserError("not_mergeable", what) from error
     error_norm = (_logits(plain, probe) - wanted).norm()
     allowed = MERGE_TOLERANCE * (wanted - without).norm() + LOGIT_TOLERANCE * wanted.norm()
     if not error_norm <= allowed:
-        raise UserError(
-            "merge_changes_answers",
+        what = (
             f"The adapter {loaded.reference!r} answers differently once it is merged, as it does more than add to "
-            "weights",
-            expected=f"logits of a probe that move by at most {allowed:.2g}, as by rounding",
-            found=f"{error_norm:.2g}",
-            remedy="Serve it unmerged.",
+            "weights"
         )
+        expected = f"logits of a probe that move by at most {allowed:.2g}, as by rounding"
+        found, remedy = f"{error_norm:.2g}", "Serve it unmerged."
+        raise UserError("merge_changes_answers", what, expected=expected, found=found, remedy=remedy)
     return plain, float((wanted - without).abs().max())
 
 
@@ -289,11 +251,6 @@ def _saved_dtype(path: str) -> str:
     reference = path if Path(path).is_dir() else f"hf:{path}"
     saved = model_config(reference).dtype
     return next((name for name, dtype in DTYPES.items() if saved in (dtype, name)), "float32")
-
-
-def _holds(dtype: str, model: PreTrainedModel) -> bool:
-    """Tell whether a dtype holds all weights exactly."""
-    return all(torch.equal(weights.to(DTYPES[dtype]).float(), weights) for weights in model.parameters())
 
 
 @torch.no_grad()
@@ -308,11 +265,8 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
         if not torch.isfinite(rounded).all():
             if not torch.isfinite(weights).all():
                 raise UserError("weights_not_finite", f"The weight {name!r} is not finite; nothing was written")
-            raise UserError(
-                "dtype_too_narrow",
-                f"The weight {name!r} does not fit {dtype}; nothing was written",
-                remedy="Use bfloat16.",
-            )
+            what = f"The weight {name!r} does not fit {dtype}; nothing was written"
+            raise UserError("dtype_too_narrow", what, remedy="Use bfloat16.")
         weights.data = rounded
 
 

@@ -143,14 +143,8 @@ class GgufFile:
         return self._metadata[key]
 
     def _unsupported(self, what: str, expected: str | None, found: object) -> UserError:
-        return UserError(
-            "unsupported_gguf",
-            what,
-            expected=expected,
-            found=shown(found),
-            remedy="Take the model's own folder instead.",
-            file=self.path,
-        )
+        remedy = "Take the model's own folder instead."
+        return UserError("unsupported_gguf", what, expected=expected, found=shown(found), remedy=remedy, file=self.path)
 
     @contextmanager
     def _as_broken(self) -> Iterator[None]:

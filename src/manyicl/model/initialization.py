@@ -60,39 +60,24 @@ def structured_initialization(model: PreTrainedModel, seed: int) -> None:
         UserError: If the model has another shape.
     """
     if not isinstance(model, LlamaForCausalLM) or not model.config.attention_bias:
-        raise UserError(
-            "unfit_initialization",
-            "initialization: structured is written for one architecture",
-            expected="llama with attention_bias: true",
-            found=repr(model.config.model_type),
-            remedy="Use initialization: default.",
-        )
+        expected, found = "llama with attention_bias: true", repr(model.config.model_type)
+        raise _unfit("is written for one architecture", expected, found, "Use initialization: default.")
     config = model.config
     if config.num_attention_heads < LEAST_HEADS or config.num_key_value_heads != config.num_attention_heads:
-        raise UserError(
-            "unfit_initialization",
-            "initialization: structured needs other heads",
-            expected=f"at least {LEAST_HEADS} attention heads and as many key-value heads",
-            found=f"{config.num_attention_heads} and {config.num_key_value_heads}",
-        )
+        expected = f"at least {LEAST_HEADS} attention heads and as many key-value heads"
+        raise _unfit("needs other heads", expected, f"{config.num_attention_heads} and {config.num_key_value_heads}")
     if not config.tie_word_embeddings:
-        raise UserError(
-            "unfit_initialization",
-            "initialization: structured reads copied tokens with tied embeddings",
-            remedy="Set tie_word_embeddings: true.",
-        )
+        raise _unfit("reads copied tokens with tied embeddings", remedy="Set tie_word_embeddings: true.")
     turns = model.model.rotary_emb.inv_freq.float().cpu()
-    if (
-        config.hidden_size % config.num_attention_heads
-        or 2 * len(turns) * config.num_attention_heads != config.hidden_size
-    ):
-        raise UserError(
-            "unfit_initialization",
-            f"initialization: structured splits hidden_size {config.hidden_size} evenly over "
-            f"{config.num_attention_heads} heads",
-            remedy="Leave head_dim to the library.",
-        )
+    if 2 * len(turns) * config.num_attention_heads != config.hidden_size:
+        what = f"splits hidden_size {config.hidden_size} evenly over {config.num_attention_heads} heads"
+        raise _unfit(what, remedy="Leave head_dim to the library.")
     _Structure(model, turns, torch.Generator().manual_seed(seed)).fill()
+
+
+def _unfit(what: str, expected: str | None = None, found: str | None = None, remedy: str | None = None) -> UserError:
+    what = f"initialization: structured {what}"
+    return UserError("unfit_initialization", what, expected=expected, found=found, remedy=remedy)
 
 
 class _Structure:

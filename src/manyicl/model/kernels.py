@@ -58,14 +58,12 @@ def use_liger_kernels(model: PreTrainedModel) -> None:
     architectures = import_library("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     model_type = model.config.model_type
     if model_type not in architectures:
-        raise UserError(
-            "no_kernels",
+        what, expected = (
             "liger-kernel has no kernels for this architecture",
-            expected=f"one of {', '.join(sorted(architectures))}",
-            found=model_type,
-            remedy="Remove training.liger.",
-            field="training.liger",
+            f"one of {', '.join(sorted(architectures))}",
         )
+        remedy, field = "Remove training.liger.", "training.liger"
+        raise UserError("no_kernels", what, expected=expected, found=model_type, remedy=remedy, field=field)
     before = probe_logits(model)
     with _as_user_error("training.liger: liger-kernel", "Remove training.liger."):
         patch._apply_liger_kernel_to_instance(model=model, **LIGER_KERNELS)
@@ -81,6 +79,5 @@ def _as_user_error(what: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        raise UserError(
-            "kernels_fail", f"{what} does not run with this model: {reason(error)}", remedy=remedy
-        ) from error
+        what = f"{what} does not run with this model: {reason(error)}"
+        raise UserError("kernels_fail", what, remedy=remedy) from error

@@ -127,7 +127,7 @@ def this_machine() -> Machine:
         num_torch_threads=torch.get_num_threads(),
         gpus=gpus(),
         cuda=cuda_version(),
-        gpu_driver=_gpu_driver(),
+        gpu_driver=_listed("driver/nvidia/version", r"^NVRM version:.*?\s(\d+\.\d+[.\d]*)\s") or None,
         libraries={name: library_version(name) for name in CORE_LIBRARIES},
         optional_libraries={name: library_version(name) for name in OPTIONAL_LIBRARIES},
         hub_offline=bool(constants.HF_HUB_OFFLINE),
@@ -152,20 +152,16 @@ def import_library(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(
-            "library_not_importable",
-            f"The library {module.partition('.')[0]} cannot be imported: {reason(error)}",
-            remedy="Install it for the torch that is here, or leave out what needs it.",
-        ) from error
+        what = f"The library {module.partition('.')[0]} cannot be imported: {reason(error)}"
+        remedy = "Install it for the torch that is here, or leave out what needs it."
+        raise UserError("library_not_importable", what, remedy=remedy) from error
 
 
 def gpus() -> tuple[Gpu, ...]:
     """List the devices that torch can use."""
     import torch
 
-    if not torch.cuda.is_available():
-        return ()
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(
         Gpu(
             name=device.name,
@@ -173,7 +169,7 @@ def gpus() -> tuple[Gpu, ...]:
             compute_capability=(device.major, device.minor),
             bfloat16=(device.major, device.minor) >= _FIRST_WITH_BFLOAT16,
         )
-        for device in found
+        for device in map(torch.cuda.get_device_properties, range(num_gpus))
     )
 
 
@@ -188,28 +184,18 @@ def processor() -> Processor:
     """Look at the CPU."""
     import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
-    logical: int = os.cpu_count() or 1
-    features = _cpu_features()
+    logical = os.cpu_count() or 1
+    # Nothing is listed outside Linux.
+    flags = set(_listed("cpuinfo", r"^(?:flags|Features)\s*:(.*)$").split())
+    features = tuple(name for flag, name in _FEATURES.items() if flag in flags)
     return Processor(
-        name=_cpu_name(),
+        name=_listed("cpuinfo", r"^model name\s*:(.*)$") or platform.processor() or platform.machine(),
         num_physical_cores=psutil.cpu_count(logical=False),
         num_logical_cores=logical,
         num_usable_cores=_num_usable_cores(logical),
         features=features,
         fast_bfloat16=bool(_FAST_BFLOAT16 & set(features)) if features else None,
     )
-
-
-def _cpu_features() -> tuple[str, ...]:
-    """Return what the kernel lists of the instructions that matter; nothing is listed outside Linux."""
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _text(PROC / "cpuinfo"), re.MULTILINE)
-    flags = set(match[1].split()) if match else set()
-    return tuple(name for flag, name in _FEATURES.items() if flag in flags)
-
-
-def _cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.*)$", _text(PROC / "cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _num_usable_cores(logical: int) -> int:
@@ -233,14 +219,14 @@ def _memory_bytes() -> tuple[int, int]:
 
 def _control_group_limit(name: str) -> str:
     """Return a limit of the control group (version 2) that a container runs in; ``max`` or nothing for none."""
-    match = re.search(r"^0::/(.*)$", _text(PROC / "self" / "cgroup"), re.MULTILINE)
-    own = _text(CONTROL_GROUPS / match[1] / name) if match else ""
-    return (own or _text(CONTROL_GROUPS / name)).strip()
+    own = CONTROL_GROUPS / _listed("self/cgroup", r"^0::/(.*)$")
+    return (_text(own / name) or _text(CONTROL_GROUPS / name)).strip()
 
 
-def _gpu_driver() -> str | None:
-    match = re.search(r"^NVRM version:.*?\s(\d+\.\d+[.\d]*)\s", _text(PROC / "driver/nvidia/version"), re.MULTILINE)
-    return match[1] if match else None
+def _listed(file: str, pattern: str) -> str:
+    """Return what a pattern captures in a file of the kernel; nothing where there is none."""
+    match = re.search(pattern, _text(PROC / file), re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def _text(path: Path) -> str:

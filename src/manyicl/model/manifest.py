@@ -78,15 +78,13 @@ class Manifest(BaseModel):
             return cls.model_validate(_of_this_version(json.loads(path.read_text(encoding="utf-8"))))
         except (ValidationError, ValueError, RecursionError) as error:
             problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": reason(error)}
-            where = ".".join(str(part) for part in problem["loc"])
-            raise UserError(
-                "not_a_manifest",
-                f"This is not a manifest of this version of manyicl: {where or 'the file'}: {problem['msg']}",
-                found=shown(problem["input"]) if where else None,
-                remedy="Use the version that wrote the model, or fine-tune again.",
-                file=path,
-                field=where or None,
-            ) from error
+            field = ".".join(map(str, problem["loc"])) or None
+            what = f"This is not a manifest of this version of manyicl: {field or 'the file'}: {problem['msg']}"
+            found, remedy = (
+                shown(problem["input"]) if field else None,
+                "Use the version that wrote it, or fine-tune again.",
+            )
+            raise UserError("not_a_manifest", what, found=found, remedy=remedy, file=path, field=field) from error
 
 
 def _of_this_version(content: Any) -> Any:
@@ -128,13 +126,8 @@ def format_to_ask_in(
     if manifest is not None:
         taught = manifest.text_format
         if kind not in (None, taught.kind):
-            raise UserError(
-                "another_format",
-                "The model was fine-tuned in another format",
-                expected=taught.kind,
-                found=f"format {kind}",
-                remedy="Leave it out.",
-            )
+            what, found = "The model was fine-tuned in another format", f"format {kind}"
+            raise UserError("another_format", what, expected=taught.kind, found=found, remedy="Leave it out.")
         _require_same_end(taught, end_of_answer, "The model was fine-tuned with another end of an answer")
         return taught
     if (kind or "plain") == "plain":
@@ -151,12 +144,9 @@ def format_to_ask_in(
 
 def _require_same_end(text_format: AnyFormat, end_of_answer: str | None, what: str) -> None:
     if end_of_answer not in (None, text_format.end_of_answer):
+        expected, found = repr(text_format.end_of_answer), repr(end_of_answer)
         raise UserError(
-            "another_end_of_answer",
-            what,
-            expected=repr(text_format.end_of_answer),
-            found=repr(end_of_answer),
-            remedy="Leave --end-of-answer out.",
+            "another_end_of_answer", what, expected=expected, found=found, remedy="Leave --end-of-answer out."
         )
 
 
