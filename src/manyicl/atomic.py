@@ -1,4 +1,4 @@
-"""Files and folders that are written as a whole: a reader, a kill or a power cut meets the old one or the new one."""
+"""Write files and folders atomically: after a kill or a power cut, either the old version or the new one is there."""
 
 from __future__ import annotations
 

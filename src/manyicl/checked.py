@@ -1,4 +1,4 @@
-"""Files that a user writes -> checked objects, or an error that names file, line or key, and the mistake."""
+"""Parse files that users write into checked objects, or raise an error that names the file, line or key, and why."""
 
 from __future__ import annotations
 

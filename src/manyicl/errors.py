@@ -1,4 +1,4 @@
-"""The two ways in which a command fails, and the words that its sentences share."""
+"""The two kinds of errors that end a command, and helpers to word their messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How what a library or the system says of a failure becomes a clause of our own sentences."""
+"""Turn an error of a library or of the operating system into a clause of our own messages."""
 
 from __future__ import annotations
 

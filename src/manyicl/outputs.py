@@ -1,4 +1,4 @@
-"""How an output path is checked before anything is computed: it can be written, and nothing of the user's is lost."""
+"""Check an output path before anything is computed: it can be written, and no file of the user's is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths that a user writes: the home folder, whether something is there, and what is there with nearly that name."""
+"""Paths given by a user: expand the home folder, test for existence, and suggest the nearest existing name."""
 
 from __future__ import annotations
 

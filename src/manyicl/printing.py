@@ -1,4 +1,4 @@
-"""Texts of other people on a terminal: as they are, without what would steer it or turn the line around."""
+"""Print foreign text on a terminal safely: unchanged, except for control characters and changes of direction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where `manyicl predict` writes its answers: beside their queries, in a file that is complete or not there."""
+"""Where `manyicl predict` writes its answers: next to their queries, in a file that is complete or absent."""
 
 from __future__ import annotations
 

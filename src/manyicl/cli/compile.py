@@ -1,4 +1,4 @@
-"""`manyicl compile`: demonstrations read once, kept in a file, and how the model did on them."""
+"""`manyicl compile`: prefill demonstrations once, save the result, and report how well the model predicts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manyicl export`: a model, or an adapter and its base, -> one folder for other engines."""
+"""`manyicl export`: a model, or an adapter with its base -> one folder for other engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: arguments, then one call. Every mistake ends with one sentence and its exit code."""
+"""The command line: parse arguments, then make one call. Every mistake ends with one sentence and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manyicl models`: the models that go by a name, and how the pretrained one comes to this machine."""
+"""`manyicl models`: list the models that have a name, and fetch the pretrained one."""
 
 from __future__ import annotations
 

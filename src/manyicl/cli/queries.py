@@ -1,4 +1,4 @@
-"""Where `manyicl predict` reads its queries: row by row, each with its place, so that a mistake can be named."""
+"""Where `manyicl predict` reads its queries: row by row, each with its location, so that an error can name it."""
 
 from __future__ import annotations
 

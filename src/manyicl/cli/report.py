@@ -1,4 +1,4 @@
-"""`manyicl report`: records -> table on the terminal and one HTML page."""
+"""`manyicl report`: records -> a table on the terminal and one HTML page."""
 
 from __future__ import annotations
 

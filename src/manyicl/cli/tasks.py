@@ -1,4 +1,4 @@
-"""``manyicl tasks``: list tasks, check them with or without a tokenizer, show an episode as a model sees it."""
+"""`manyicl tasks`: list tasks, check them with or without a tokenizer, and show an episode as a model sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a free answer ends, and the text that its tokens make."""
+"""Where a free answer ends, and how its tokens become text."""
 
 from __future__ import annotations
 

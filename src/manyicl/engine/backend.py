@@ -1,4 +1,4 @@
-"""What an engine needs of whatever runs a network: token ids in, numbers out. Knows no task and imports no torch.
+"""What an engine needs from whatever runs the network: token ids in, numbers out. Knows no task, imports no torch.
 
 A backend has an identity and three methods: `Backend.prefill` processes the tokens that queries share, `Backend.score`
 scores closed answer sets after it, and `Backend.generate` writes free answers after it, token by token.

@@ -1,4 +1,4 @@
-"""Compiled tasks: a prefix on disk, with how the model did on its own demonstrations.
+"""Compiled tasks: a prefix on disk, with how well the model predicted its own demonstrations.
 
 One safetensors file holds keys, values and tokens, and in its header the task, the demonstrations, the text format and
 the identity of the model. It holds the demonstrations in recoverable form, as text and as keys and values.

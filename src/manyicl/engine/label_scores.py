@@ -1,4 +1,4 @@
-"""What follows from the log-probability of every label: probabilities, margin, and fairer comparisons."""
+"""What follows from the log-probabilities of all labels: probabilities, margin, and corrected comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed label set -> shared token paths.
+"""A closed label set as a trie of tokens, in which labels share their beginnings.
 
 ::
 

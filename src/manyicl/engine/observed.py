@@ -1,4 +1,4 @@
-"""How a model does on its own demonstrations, each given those before it, from the pass that prefills them."""
+"""How well a model predicts its own demonstrations, each given those before it, from the pass that prefills them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries on their way to a backend: rendered, encoded, and what cannot be answered."""
+"""Prepare queries for a backend: render them, encode them, and refuse those that cannot be answered."""
 
 from __future__ import annotations
 

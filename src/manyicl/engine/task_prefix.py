@@ -1,4 +1,4 @@
-"""A prefix with its meaning: instruction and demonstrations of one task, and what a model made of them."""
+"""A prefix together with its task: instruction and demonstrations, and how well the model predicted them."""
 
 from __future__ import annotations
 

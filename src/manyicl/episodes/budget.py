@@ -1,4 +1,4 @@
-"""How many whole shots fit in a context, in training and in front of a query."""
+"""How many whole shots fit in a context, in training and before a query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every task must satisfy, in rows and in tokens: all that ``manyicl tasks check`` reports."""
+"""What every task must satisfy, in rows and in tokens: everything that `manyicl tasks check` reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Episode -> token ids and answer spans. Training and engine both ask the model through this file."""
+"""Episode -> token ids and answer spans. Training and engine both build the model's input with this module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ordered examples of one task: what one training sequence, or one prefix and its query, is made of."""
+"""Ordered examples of one task: the content of one training sequence, or of one prefix and its query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task, seed, index -> which examples an episode shows, in what order, under which label names."""
+"""Task, seed, index -> which examples an episode contains, in what order, and with which label names."""
 
 from __future__ import annotations
 

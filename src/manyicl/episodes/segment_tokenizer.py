@@ -1,4 +1,4 @@
-"""One segment -> token ids, and back: markers before words, control tokens, bytes of broken characters."""
+"""One segment -> token ids, and back: word-start markers, control tokens, bytes of incomplete characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the segments of an example meet: the plain format, and turns of a chat."""
+"""The text between the segments of an example: the plain format, and turns of a chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids of texts that come again, within a bound on memory."""
+"""A cache of the token ids of recurring texts, with a bound on its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grid of cells, such as recipes times evaluation settings: taken one by one, resumed, each with its state on disk.
+"""A grid of cells, such as recipes times evaluation settings: run one by one, resumable, with the state on disk.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on this engine: its prompts, tokens and metrics; what requests share is read once.
+"""Run tasks of lm-evaluation-harness on this engine, with its prompts and metrics; shared text is prefilled once.
 
 ::
 

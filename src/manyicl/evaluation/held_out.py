@@ -1,4 +1,4 @@
-"""What is measured while a model trains: its score on held-out tasks, by which the best checkpoint is chosen."""
+"""The score on held-out tasks that is measured during training, and by which the best checkpoint is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record on disk: one typed JSON file per result, its predictions and its context beside it."""
+"""The record on disk: one typed JSON file per result, with its predictions and its context next to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests of other harnesses share, so that it is read once."""
+"""Find the beginnings that requests of other harnesses share, so that each is prefilled once."""
 
 from __future__ import annotations
 

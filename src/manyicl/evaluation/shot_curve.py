@@ -1,4 +1,4 @@
-"""Task x num_shots x seed -> Result.
+"""Measure a model on tasks at several shot counts and seeds: one record for each.
 
 Demonstration sets of one seed are nested, and a prefix reuses the shorter one before it, so a whole curve costs one
 prefill of its longest point. Every shot count, seed and model answers the same queries.

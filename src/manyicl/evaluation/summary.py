@@ -1,4 +1,4 @@
-"""Records -> means with errors per task, family and over families, as tables, plots and pages show them."""
+"""Records -> means with standard errors per task, per family and over families, for tables, plots and pages."""
 
 from __future__ import annotations
 

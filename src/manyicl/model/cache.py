@@ -1,4 +1,4 @@
-"""Models that were converted on this machine: one folder each, written as a whole, used offline from then on."""
+"""The cache of converted models on this machine: one folder each, written atomically, usable offline."""
 
 from __future__ import annotations
 

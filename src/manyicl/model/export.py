@@ -1,4 +1,4 @@
-"""Model or adapter -> one plain folder that other engines load, with a file that says how to ask it."""
+"""Model or adapter -> one standard folder that other engines load, with a file that says how to prompt it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""First weights that already look back, gather and match: what makes a tiny model learn from context soon.
+r"""Initial weights that already attend back, gather and match, so that a tiny model soon learns from context.
 
 A transformer that starts from random weights spends most of a small budget before it finds out that an answer
 can be looked up in its own context. Here the looking-up is laid into the first weights, with nothing but the

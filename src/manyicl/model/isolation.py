@@ -1,4 +1,4 @@
-"""The comparisons at load time that refuse models whose packed episodes, or whose scores, would be wrong."""
+"""Comparisons at load time that refuse models whose packed episodes, or whose scores, would be wrong."""
 
 from __future__ import annotations
 

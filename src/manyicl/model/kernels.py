@@ -1,4 +1,4 @@
-"""Kernels of other libraries for a GPU, taken only where they give what the model gave before.
+"""GPU kernels of other libraries, used only if they give the same results as the model without them.
 
 They were never run on a GPU: tests replace them by stand-ins, and Liger 0.8.5 was compared once in Triton's
 interpreter. So each is compared when a run starts, with torch's own kernels and packed with alone, and refused where

@@ -1,4 +1,4 @@
-"""manyicl.json: what a model folder remembers of its fine-tuning, so that the engine asks as training taught."""
+"""manyicl.json: how a model was fine-tuned, so that the engine prompts it as in training."""
 
 from __future__ import annotations
 

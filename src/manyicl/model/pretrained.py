@@ -1,4 +1,4 @@
-"""Models that go by a name: those in the package, and pretrained bases in packages of the Python registry."""
+"""Models that have a name: those in this package, and pretrained bases in packages of the Python registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PROMPT.md and prompt.json: how to send the prompts that a model was taught to another engine."""
+"""PROMPT.md and prompt.json: how to send prompts in the model's trained format to another engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and the keys of a task file -> Task: rendering, and the rules that a row must keep."""
+"""Rows and the keys of a task file -> Task: rendering, and the rules for rows."""
 
 from __future__ import annotations
 

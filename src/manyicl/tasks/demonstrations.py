@@ -1,4 +1,4 @@
-"""Which training examples become demonstrations, nested so that more shots only add to fewer."""
+"""Which training examples become demonstrations; sets are nested, so that more shots extend fewer."""
 
 from __future__ import annotations
 

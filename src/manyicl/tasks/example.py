@@ -1,4 +1,4 @@
-"""Query and Example, the two things that a task is made of."""
+"""Query and Example, of which a task consists."""
 
 from __future__ import annotations
 

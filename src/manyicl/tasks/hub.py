@@ -1,4 +1,4 @@
-"""Rows of the Hugging Face Hub, or of a copy of them on disk."""
+"""Rows from the Hugging Face Hub, or from a local copy of its files."""
 
 from __future__ import annotations
 

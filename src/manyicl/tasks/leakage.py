@@ -1,4 +1,4 @@
-"""Queries that are on both sides of a task: a test example never becomes a demonstration."""
+"""Find queries that occur on both sides of a task: a test example never becomes a demonstration."""
 
 from __future__ import annotations
 

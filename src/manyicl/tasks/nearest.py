@@ -1,4 +1,4 @@
-"""Examples like a query, found by BM25: shown after the shared demonstrations, each query its own."""
+"""Examples similar to a query, found by BM25, for use after the shared demonstrations."""
 
 from __future__ import annotations
 

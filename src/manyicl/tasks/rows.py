@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV, TSV and Parquet files, as they were written, each with its place."""
+"""Rows of JSONL, CSV, TSV and Parquet files, with their values as written and the location of each row."""
 
 from __future__ import annotations
 

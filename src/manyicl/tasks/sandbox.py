@@ -1,4 +1,4 @@
-"""The sandbox in which templates of strangers render: Jinja2's immutable one, with all work counted.
+"""The sandbox in which untrusted templates render: Jinja2's immutable sandbox, with a limit on all work.
 
 Jinja2 cannot be interrupted, so every way to repeat or to grow is counted instead: loops by turn; operators, filters,
 calls and lists by the size of what they make. As no value grows past the limit, no single operation takes long, and as

@@ -1,4 +1,4 @@
-"""TaskSpec: everything about a task except its examples, as plain data that is JSON and pickles."""
+"""TaskSpec: everything about a task except its examples, as plain data that converts to JSON and pickles."""
 
 from __future__ import annotations
 

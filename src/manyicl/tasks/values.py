@@ -1,4 +1,4 @@
-"""Values of a row: how they are written as text, and where a row keeps a list."""
+"""Values of a row: how they become text, and where a row holds a list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words of a text in any script: what ROUGE counts, what TF-IDF weighs and what makes examples near."""
+"""Split text of any script into words, for ROUGE, TF-IDF and the search for nearest examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or do not count: saved aside, listed in a manifest, renamed into place.
+"""Checkpoints that are either complete or ignored: saved aside, listed in a manifest, renamed into place.
 
 ::
 

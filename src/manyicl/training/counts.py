@@ -1,4 +1,4 @@
-"""Running totals of a run, kept in its checkpoints: its packed sequences, what was dropped, and its losses."""
+"""Running totals of a run, saved in its checkpoints: packed sequences, dropped examples, losses."""
 
 from __future__ import annotations
 

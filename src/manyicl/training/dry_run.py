@@ -1,4 +1,4 @@
-"""Everything that can be said about a run without running it."""
+"""Report everything that can be known about a run without running it."""
 
 from __future__ import annotations
 

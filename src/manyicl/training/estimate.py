@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is spent: sequences, answers, hours, memory."""
+"""Estimate what a run will cost before it starts: sequences, answers, hours, memory."""
 
 from __future__ import annotations
 

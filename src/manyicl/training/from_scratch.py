@@ -1,4 +1,4 @@
-"""A new tokenizer, trained on the tasks' training rows, and a new model of a size that the recipe states."""
+"""A new tokenizer, trained on the tasks' training rows, and a new model of the size given in the recipe."""
 
 from __future__ import annotations
 

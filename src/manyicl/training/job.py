@@ -1,4 +1,4 @@
-"""A run as one call: a finished run is returned, an interrupted one resumes, and one that is not there starts."""
+"""A run in one call: return it if finished, resume it if interrupted, otherwise start it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that torchrun or accelerate started for a run: how many there are, and which of them this is."""
+"""The processes that torchrun or accelerate started for a run: how many there are, and which one this is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user sees while a model trains: one bar on a terminal, one line per log entry elsewhere."""
+"""Progress display during training: a bar on a terminal, otherwise one line per log entry."""
 
 from __future__ import annotations
 

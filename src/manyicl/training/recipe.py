@@ -1,4 +1,4 @@
-"""The run as one checked object: a YAML file that can be read from top to bottom."""
+"""The recipe of a run as one checked object: a YAML file that can be read from top to bottom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks that a recipe names, and what keeps held-out tasks unseen."""
+"""Load the tasks that a recipe names, and make sure that held-out tasks are unseen."""
 
 from __future__ import annotations
 

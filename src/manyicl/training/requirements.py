@@ -1,4 +1,4 @@
-"""What a recipe needs of a machine: everything that is missing, said before data is read or anything is spent."""
+"""What a recipe needs from a machine: everything that is missing, reported before any data is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and when it may be used.
+"""The folder of a run: what it contains, and when it may be used.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The model before its first step: a base, an adapter over one, or a new one."""
+"""The model before its first step: a base, a base with an adapter, or a new model."""
 
 from __future__ import annotations
 

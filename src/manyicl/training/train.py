@@ -1,4 +1,4 @@
-"""The run itself: a prepared model and its packed sequences -> checkpoints and a finished model."""
+"""The training itself: a prepared model and its packed sequences -> checkpoints and a finished model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records -> the lines of every table: models, differences and trivial baselines over shot counts."""
+"""Records -> the lines of every table: models, differences and trivial baselines by shot count."""
 
 from __future__ import annotations
 

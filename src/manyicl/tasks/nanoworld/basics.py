@@ -1,4 +1,4 @@
-"""What the tiny base learns before it ever sees a task of the five families.
+"""What the tiny base is trained on before it ever sees a task of the five families.
 
 Lists and pairs teach looking things up in the context; the skills teach the steps that the families need (kinds of
 words, picking by kind, arithmetic), under fixed English words or a few coined cues, in other surface forms; plain text

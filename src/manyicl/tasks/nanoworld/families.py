@@ -1,4 +1,4 @@
-"""The five families of hidden rules: what coined words stand for differs from task to task."""
+"""The five families of hidden rules: the meaning of coined words differs from task to task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a nano task is made of: a hidden rule that draws rows and answers them."""
+"""What defines a nano task: a hidden rule that draws rows and answers them."""
 
 from __future__ import annotations
 

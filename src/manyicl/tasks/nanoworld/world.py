@@ -1,4 +1,4 @@
-"""The nano world written out as ordinary task folders."""
+"""Write the nano world as ordinary task folders."""
 
 from __future__ import annotations
 
