@@ -96,7 +96,7 @@ def test_the_newest_complete_checkpoint_is_taken(checkpoints: Checkpoints) -> No
     for step in (1, 2, 10):
         save(checkpoints, step)
     point = checkpoints.resume_point(1)
-    assert (point.checkpoint, point.skipped) == (checkpoints.path(10), ())
+    assert (point.checkpoint, point.skipped) == (checkpoints.path(10), [])
     assert point.sentence() == f"Resuming from {checkpoints.path(10)}."
 
 
@@ -257,7 +257,7 @@ def test_whenever_a_beginning_is_cut_off_the_run_begins_again_or_goes_on(tmp_pat
         is_cut = was_cut(moment, lambda: folder.begin(recipe, manifest, overwrite=False))  # noqa: B023
         if folder.state() is RunState.STARTED:
             folder.require_resumable(recipe)
-            folder.write_recipe_if_missing()
+            folder.clean_up()
         else:
             with pytest.raises(UserError, match="holds no run"):
                 folder.require_resumable(recipe)

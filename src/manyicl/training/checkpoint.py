@@ -14,13 +14,12 @@ processes would wait for one that reads gigabytes: names and sizes show what is 
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -64,8 +63,7 @@ class CheckpointManifest(BaseModel):
     files: dict[str, int] = Field(description="Path of each file in the checkpoint -> its size in bytes.")
 
 
-@dataclass(frozen=True)
-class ResumePoint:
+class ResumePoint(NamedTuple):
     """Where a run resumes.
 
     Attributes:
@@ -74,14 +72,13 @@ class ResumePoint:
     """
 
     checkpoint: Path | None
-    skipped: tuple[str, ...]
+    skipped: list[str]
 
     def sentence(self) -> str:
         """Say where the run resumes and what was skipped."""
         start = self.checkpoint or "the beginning, because there is no complete checkpoint yet"
-        if not self.skipped:
-            return f"Resuming from {start}."
-        return f"Resuming from {start}; {counted(len(self.skipped), 'checkpoint')} skipped: {', '.join(self.skipped)}."
+        skipped = f"; {counted(len(self.skipped), 'checkpoint')} skipped: {', '.join(self.skipped)}"
+        return f"Resuming from {start}{skipped if self.skipped else ''}."
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,8 @@ class Checkpoints:
             raise SavingFailedError(
                 f"{written.name} lacks {', '.join(missing)} after saving. All processes must write to one file system."
             )
-        sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files_in(written)}
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in files}
         manifest = CheckpointManifest(step=step, num_processes=num_processes, best_step=best_step, files=sizes)
         sync_tree(written)
         write_atomically(written / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
@@ -127,14 +125,14 @@ class Checkpoints:
     def rotate(self, num_kept: int) -> None:
         """Remove all but the newest checkpoints and the best one of each, so that a run can resume from any of them."""
         manifests = self._manifests()
-        newest = sorted(manifests, reverse=True)[:num_kept]
+        newest = list(manifests)[:num_kept]
         kept = {*newest, *(manifests[step].best_step for step in newest)}
         for step in set(manifests) - kept:
             self._remove(step)
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint with a manifest, without looking at its files."""
-        return self.path(max(manifests)) if (manifests := self._manifests()) else None
+        return next(map(self.path, self._manifests()), None)
 
     def last_good(self) -> str:
         """Say what a run that fails now can go back to."""
@@ -143,17 +141,14 @@ class Checkpoints:
 
     def integrity_error(self, step: int) -> str | None:
         """Compare the files of a checkpoint with its manifest; None where all are there in their sizes."""
-        path = self.path(step)
-        if not (path / MANIFEST_FILE).is_file():
-            cause = f"has no {MANIFEST_FILE}: an older version made it, or it was cut off"
-            return cause if path.is_dir() else "is missing"
-        manifest = _read_manifest(path)
+        manifest = _read_manifest(self.path(step))
         if manifest is None or manifest.step != step:
-            return f"has a {MANIFEST_FILE} that cannot be used"
+            return f"has no {MANIFEST_FILE}: an older version made it, or it was cut off or replaced"
         for name, size in manifest.files.items():
-            if not (path / name).is_file():
+            file = self.path(step) / name
+            if not file.is_file():
                 return f"lacks {name}"
-            if (path / name).stat().st_size != size:
+            if file.stat().st_size != size:
                 return f"differs from its manifest in the size of {name}"
         return None
 
@@ -166,51 +161,43 @@ class Checkpoints:
         manifests = self._manifests()
         unusable: dict[int, str] = {}
         chosen = None
-        for step in sorted(self._steps(), reverse=True):
-            error = self.integrity_error(step) or self._error_of_best(manifests[step], unusable)
+        for step in self._steps():
+            error = self.integrity_error(step)
+            best = manifests[step].best_step if error is None else None
+            if best is not None and (error := unusable.get(best) or self.integrity_error(best)):
+                error = f"needs checkpoint-{best}, the best model, which {error}"
             if error is None:
-                chosen = step
+                chosen = self.path(step)
                 break
             unusable[step] = error
         skipped = [f"checkpoint-{step} {error}" for step, error in unusable.items()]
         if chosen is None and skipped:
-            raise UserError(
-                "no_usable_checkpoint",
-                f"no checkpoint can be used: {', '.join(skipped)}",
-                remedy="Start anew with --overwrite, or remove them and resume from the beginning.",
-                file=self.folder,
-            )
-        if chosen is not None and manifests[chosen].num_processes != num_processes:
+            what = f"no checkpoint can be used: {', '.join(skipped)}"
+            remedy = "Start anew with --overwrite, or remove them and resume from the beginning."
+            raise UserError("no_usable_checkpoint", what, remedy=remedy, file=self.folder)
+        if chosen is not None and (saved_by := manifests[step].num_processes) != num_processes:
             raise UserError(
                 "other_num_processes",
                 "the checkpoint was saved by another number of processes",
-                expected=str(manifests[chosen].num_processes),
+                expected=str(saved_by),
                 found=str(num_processes),
                 remedy="Resume with as many, or start anew with --overwrite.",
-                file=self.path(chosen),
+                file=chosen,
             )
-        cut_off = sorted(self.partial.glob("checkpoint-*"))
-        skipped = [*(f"{path.name} was cut off while it was saved" for path in cut_off), *skipped]
+        cut_off = [f"{path.name} was cut off while it was saved" for path in sorted(self.partial.glob("checkpoint-*"))]
         self.clear_partial()
-        for step in unusable:
-            # One without a manifest is another version's; it stays.
-            if step in manifests:
-                self._remove(step)
-        return ResumePoint(self.path(chosen) if chosen is not None else None, tuple(skipped))
-
-    def _error_of_best(self, manifest: CheckpointManifest, unusable: dict[int, str]) -> str | None:
-        """Say what the best model lacks that a run which resumes here would save at its end."""
-        best = manifest.best_step
-        if best is None or best == manifest.step:
-            return None
-        error = unusable.get(best) or self.integrity_error(best)
-        return error and f"needs checkpoint-{best}, the best model, which {error}"
+        # One without a manifest is another version's; it stays.
+        for step in manifests.keys() & unusable:
+            self._remove(step)
+        return ResumePoint(chosen, cut_off + skipped)
 
     def _steps(self) -> list[int]:
-        numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.glob("checkpoint-*")}
-        return [int(number[1]) for path, number in numbers.items() if number and path.is_dir()]
+        """List the steps of which there is a folder, the newest first."""
+        names = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*/")]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def _manifests(self) -> dict[int, CheckpointManifest]:
+        """Read the manifests of the steps that have one, the newest first."""
         read = {step: _read_manifest(self.path(step)) for step in self._steps()}
         return {step: manifest for step, manifest in read.items() if manifest is not None}
 
@@ -233,17 +220,16 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            is_full = is_full_disk(error) or shutil.disk_usage(self.folder).free < FULL_BELOW_BYTES
-            with suppress(OSError):
-                self.clear_partial()
-            raise self.failure(what, error, is_full=is_full) from error
+            raise self.failure(what, error) from error
 
-    def failure(self, what: str, error: Exception, *, is_full: bool) -> SavingFailedError:
-        """Say what was not written and why, which checkpoint is left, and what to do."""
+    def failure(self, what: str, error: Exception) -> SavingFailedError:
+        """Remove what is half-written; say what was not saved and why, which checkpoint is left, and what to do."""
+        is_full = is_full_disk(error) or shutil.disk_usage(self.folder).free < FULL_BELOW_BYTES
+        with suppress(OSError):
+            self.clear_partial()
         if is_full:
-            newest = self.newest()
-            manifest = _read_manifest(newest) if newest else None
-            needed = f"; a checkpoint takes {_amount(sum(manifest.files.values()))}" if manifest else ""
+            newest = next(iter(self._manifests().values()), None)
+            needed = f"; a checkpoint takes {_amount(sum(newest.files.values()))}" if newest else ""
             free = _amount(shutil.disk_usage(self.folder).free)
             cause = f"the disk of {str(self.folder.parent)!r} is full ({free} are free without it{needed})"
         else:
@@ -260,20 +246,13 @@ def is_full_disk(error: Exception) -> bool:
     return number in FULL_DISK_NUMBERS or any(words in str(error) for words in FULL_DISK_WORDS)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _missing_parts(checkpoint: Path, num_processes: int) -> list[str]:
     """Name what a checkpoint lacks; transformers would resume from less without a word."""
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
-    missing = [name for name in ("trainer_state.json", "scheduler.pt", *states) if not (checkpoint / name).is_file()]
+    patterns = {name: [name] for name in ("trainer_state.json", "scheduler.pt", *states)}
     # Sharded runs (FSDP) keep optimizer and weights in folders of their own.
-    if not any(checkpoint.glob("optimizer*")):
-        missing.append("optimizer.pt")
-    if not any(checkpoint.glob("*.safetensors*")) and not any(checkpoint.glob("pytorch_model*")):
-        missing.append("model.safetensors")
-    return missing
+    patterns |= {"optimizer.pt": ["optimizer*"], "model.safetensors": ["*.safetensors*", "pytorch_model*"]}
+    return [name for name, known in patterns.items() if not any(any(checkpoint.glob(pattern)) for pattern in known)]
 
 
 def _read_manifest(checkpoint: Path) -> CheckpointManifest | None:

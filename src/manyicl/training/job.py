@@ -171,8 +171,7 @@ def _enter_folder(folder: RunFolder, run: PreparedRun, console: Console, plan: _
 
 
 def _resume_point(folder: RunFolder) -> ResumePoint:
-    folder.remove_leftovers()
-    folder.write_recipe_if_missing()
+    folder.clean_up()
     return Checkpoints(folder.checkpoints).resume_point(world_size())
 
 

@@ -15,6 +15,7 @@ run is being replaced, ``.replacing`` exists too and nothing else counts.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ IDENTITY_FILE = "run.json"
 BASE_FILE = "base.json"
 REPLACING_FILE = ".replacing"
 LOCK_FILE = ".lock"
+RESTORE = "Restore that, start anew with --overwrite, or use another output."
 
 # What a run writes into its folder and the folders in it, so that --overwrite removes nothing else. In the folder of a
 # run these names are taken.
@@ -96,23 +98,24 @@ class RunFolder:
         return self.path / "logs"
 
     def state(self) -> RunState:
-        """Look at what the folder holds."""
-        try:
-            is_replacing = (self.path / REPLACING_FILE).is_file()
-        except OSError:
-            require_output_folder(self.path)  # says that the name is too long
-            raise
-        if is_replacing:
+        """Look at what the folder holds.
+
+        Raises:
+            UserError: If it is no folder and cannot become one.
+        """
+        if not os.path.isdir(self.path):  # noqa: PTH112  # the other one raises where the name is too long
+            require_output_folder(self.path)
+            return RunState.EMPTY
+        if (self.path / REPLACING_FILE).is_file():
             return RunState.REPLACING
         has_model = (self.path / FILE_NAME).is_file()
-        if (self.path / RECIPE_FILE).is_file():
-            is_run = has_model or self._identity_file.is_file()
-        else:
-            # A kill just after the start leaves only this. A recipe alone may be in anybody's project.
-            is_run = self._identity() is not None
-        if is_run:
+        # A kill just after the start leaves no recipe yet, and a recipe alone may be in anybody's project.
+        has_recipe = (self.path / RECIPE_FILE).is_file()
+        if self._identity() is not None or (has_recipe and (has_model or self._identity_file.is_file())):
             return RunState.FINISHED if has_model else RunState.STARTED
-        return RunState.EMPTY if self._is_empty() else RunState.FOREIGN
+        inside = [*self.path.glob("*"), *self.checkpoints.glob("*")]
+        is_empty = all(path in (self.path / LOCK_FILE, self.checkpoints) or is_leftover(path) for path in inside)
+        return RunState.EMPTY if is_empty else RunState.FOREIGN
 
     def require_free(self, recipe: Recipe, *, overwrite: bool) -> None:
         """Refuse a folder in which this run cannot start.
@@ -121,34 +124,21 @@ class RunFolder:
             UserError: If it holds a run already and ``overwrite`` is false, holds something else, or
                 holds the base of the run that would replace it.
         """
-        state = self.state()
-        if self.path.exists() and not self.path.is_dir():
-            require_output_folder(self.path)
+        state, base = self.state(), recipe.model.base
         if state is RunState.EMPTY:
             return
         if state is RunState.FOREIGN:
-            raise UserError(
-                "output_exists",
-                "the output is not empty and holds no run of manyicl",
-                remedy="Use another output.",
-                file=self.path,
-            )
+            what = "the output is not empty and holds no run of manyicl"
+            raise self._error("output_exists", what, "Use another output.")
         if not overwrite:
-            raise UserError(
-                "run_exists",
-                "the output holds a run already",
-                remedy="Use --resume to continue it, --overwrite to start anew, or another output.",
-                file=self.path,
-            )
-        base = recipe.model.base
+            remedy = "Use --resume to continue it, --overwrite to start anew, or another output."
+            raise self._error("run_exists", "the output holds a run already", remedy)
         if base is not None and Path(base).resolve().is_relative_to(self.path.resolve()):
-            raise UserError(
-                "output_is_input",
-                f"--overwrite would delete the base of the run, {base!r}",
-                remedy="Use another output.",
-                file=self.path,
-                field="model.base",
-            )
+            what = f"--overwrite would delete the base of the run, {base!r}"
+            raise self._error("output_is_input", what, "Use another output.", field="model.base")
+
+    def _error(self, code: str, what: str, remedy: str, **fields: Any) -> UserError:
+        return UserError(code, what, remedy=remedy, file=self.path, **fields)
 
     def begin(self, recipe: Recipe, manifest: Manifest, *, overwrite: bool) -> None:
         """Make the folder and write what the run is made of.
@@ -159,7 +149,7 @@ class RunFolder:
         self.require_free(recipe, overwrite=overwrite)
         if self.state() is not RunState.EMPTY:
             self._remove_run()
-        self.remove_leftovers()
+        self.clean_up()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(self._identity_file, manifest.model_dump_json(indent=2) + "\n")
         write_atomically(self.path / RECIPE_FILE, recipe.to_yaml())
@@ -173,21 +163,13 @@ class RunFolder:
             UserError: If another process trains here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK_FILE, timeout=0)
         try:
-            lock.acquire()
+            with FileLock(self.path / LOCK_FILE, timeout=0):
+                yield
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
         except Timeout as error:
-            raise UserError(
-                "run_in_progress",
-                "another process is training in this output",
-                remedy="Wait for it, or use another output.",
-                file=self.path,
-            ) from error
-        try:
-            yield
-            (self.path / LOCK_FILE).unlink(missing_ok=True)
-        finally:
-            lock.release()
+            what = "another process is training in this output"
+            raise self._error("run_in_progress", what, "Wait for it, or use another output.") from error
 
     def put_in_place(self, model: Path) -> None:
         """Move the files of a finished model here, manyicl.json last: where that is, the others are complete."""
@@ -201,11 +183,13 @@ class RunFolder:
             path.replace(target)
         sync_folder(self.path)
 
-    def remove_leftovers(self) -> None:
-        """Remove what a kill left of files that were being written."""
+    def clean_up(self) -> None:
+        """Remove files that a kill left half-written, and write recipe.yaml where a kill came before it."""
         for path in (*self.path.glob("*.yaml"), *self.checkpoints.glob("*")):
             if is_leftover(path):
                 path.unlink()
+        if self._identity_file.is_file() and not (self.path / RECIPE_FILE).is_file():
+            write_atomically(self.path / RECIPE_FILE, self._recipe().to_yaml())
 
     def _remove_run(self) -> None:
         """Remove what a run wrote, so that a kill at any moment leaves what --overwrite can remove, and no half model.
@@ -239,7 +223,7 @@ class RunFolder:
             RunState.REPLACING: ("the run was being replaced and the new one has not started", "Use --overwrite."),
             RunState.FINISHED: ("the run is finished", "Use --overwrite to start anew."),
         }.get(state, ("the output holds no run", "Start it without --resume."))
-        raise UserError("not_resumable", f"--resume: {what}", remedy=remedy, file=self.path)
+        raise self._error("not_resumable", f"--resume: {what}", remedy)
 
     def require_same_recipe(self, recipe: Recipe) -> None:
         """Refuse a run that was started by another recipe.
@@ -250,20 +234,13 @@ class RunFolder:
         try:
             known = self._recipe()
         except UserError as error:
-            what, remedy = "the run was started by a recipe that this version does not read", "Use --overwrite."
-            raise UserError("another_run", f"{what}: {error}", remedy=remedy, file=self.path) from error
+            what = f"the run was started by a recipe that this version does not read: {error}"
+            raise self._error("another_run", what, "Use --overwrite.") from error
         difference = first_difference(known.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if difference is not None:
             key, old, new = difference
-            raise UserError(
-                "another_run",
-                f"the run started with another {key}",
-                expected=repr(old),
-                found=f"{new!r} in the recipe",
-                remedy="Restore it, start anew with --overwrite, or use another output.",
-                file=self.path,
-                field=key,
-            )
+            values = {"expected": repr(old), "found": f"{new!r} in the recipe", "field": key}
+            raise self._error("another_run", f"the run started with another {key}", RESTORE, **values)
 
     def require_same_start(self, manifest: Manifest) -> None:
         """Refuse a run that was started with other tasks, another base or another chat template.
@@ -271,7 +248,11 @@ class RunFolder:
         Raises:
             UserError: If so.
         """
-        known = Manifest.read(self.path) or self._require_identity()
+        known = Manifest.read(self.path) or self._identity()
+        if known is None:
+            remedy = "Resume with the version that started the run, or start anew with --overwrite."
+            what = "the file is not what this version of manyicl writes"
+            raise UserError("wrong_version", what, remedy=remedy, file=self._identity_file)
         changed = None
         if known.base_fingerprint != manifest.base_fingerprint:
             changed = f"the weights of the base {manifest.base!r} changed since the run started"
@@ -281,8 +262,7 @@ class RunFolder:
             if changed is None and before != now:
                 changed = _changed_tasks(before, now)
         if changed is not None:
-            remedy = "Restore that, start anew with --overwrite, or use another output."
-            raise UserError("another_run", changed, remedy=remedy, file=self.path)
+            raise self._error("another_run", changed, RESTORE)
 
     def remember_base(self, files: str | None) -> None:
         """Write down which files the base has, as `base_files` lists them."""
@@ -294,15 +274,13 @@ class RunFolder:
         path = self.checkpoints / BASE_FILE
         return files is not None and path.is_file() and path.read_text(encoding="utf-8") == files
 
-    def write_recipe_if_missing(self) -> None:
-        """Write recipe.yaml where a kill came before it."""
-        if not (self.path / RECIPE_FILE).is_file():
-            write_atomically(self.path / RECIPE_FILE, self._recipe().to_yaml())
-
     def _recipe(self) -> Recipe:
         """Return the recipe that the run started with; a kill may have come before its own file was written."""
         path = self.path / RECIPE_FILE
-        return Recipe.read(path) if path.is_file() else validated(Recipe, self._require_identity().recipe, str(path))
+        identity = self._identity()
+        if path.is_file() or identity is None:
+            return Recipe.read(path)
+        return validated(Recipe, identity.recipe, str(path))
 
     @property
     def _identity_file(self) -> Path:
@@ -313,22 +291,6 @@ class RunFolder:
             return Manifest.model_validate_json(self._identity_file.read_bytes())
         except (OSError, ValidationError):
             return None
-
-    def _require_identity(self) -> Manifest:
-        known = self._identity()
-        if known is None:
-            raise UserError(
-                "wrong_version",
-                "the file is not what this version of manyicl writes",
-                remedy="Resume with the version that started the run, or start anew with --overwrite.",
-                file=self._identity_file,
-            )
-        return known
-
-    def _is_empty(self) -> bool:
-        """Tell whether nothing is here, or only what a kill at the very start of a run leaves."""
-        inside = [*self.path.glob("*"), *self.checkpoints.glob("*")]
-        return all(path in (self.path / LOCK_FILE, self.checkpoints) or is_leftover(path) for path in inside)
 
 
 def _changed_tasks(before: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> str:

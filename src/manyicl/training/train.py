@@ -19,7 +19,7 @@ from manyicl.episodes.text_format import AnyFormat
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
-from manyicl.training.checkpoint import Checkpoints, RunInterrupted, is_full_disk
+from manyicl.training.checkpoint import Checkpoints, RunInterrupted
 from manyicl.training.estimate import SequenceStatistics, sample_sequences
 from manyicl.training.processes import is_main_process
 from manyicl.training.progress import TrainingProgress
@@ -177,7 +177,7 @@ def explained_ends(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         if folder.state() not in (RunState.STARTED, RunState.FINISHED):
             raise
-        raise checkpoints.failure("The log of the run", error, is_full=is_full_disk(error)) from error
+        raise checkpoints.failure("The log of the run", error) from error
     finally:
         threading.excepthook = thread_hook
 
