@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
 from manyicl.training.processes import end_processes, is_main_process, processes_per_machine
-from manyicl.training.stopping import stopping_signals
+from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
     from manyicl.training.job import Existing, TrainedRun
@@ -52,7 +49,7 @@ def train_command(
         what = "--resume continues a run and --overwrite replaces it"
         raise UserError("conflicting_options", what, remedy="Give one of them.")
     changes = [*(overrides or ()), *([f"training.seed={seed}"] if seed is not None else ())]
-    with _terminated_as_by_ctrl_c():
+    with taking_signals(signal.default_int_handler):
         try:
             if dry_run:
                 _describe(recipe, changes, overwrite=overwrite)
@@ -127,27 +124,6 @@ def _after_interruption(
     checkpoint = interruption.checkpoint
     left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return f"Stopped at once. {left}. Resume with\n\n  {resume_command(recipe, changes)}"
-
-
-@contextmanager
-def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Let other signals that stop a run do what Ctrl-C does from the first moment on; outside the main thread, none."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = {
-            number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT
-        }
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def resume_command(recipe: Path, overrides: list[str]) -> str:

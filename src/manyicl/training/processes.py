@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from manyicl.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 
 def world_size() -> int:
@@ -38,6 +42,17 @@ def processes_per_machine() -> int:
 def is_sharded() -> bool:
     """Tell whether accelerate was told to shard the weights over processes (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def any_process(is_so: bool, device: torch.device) -> bool:
+    """Tell in all processes whether something is so in one of them; they meet here."""
+    import torch
+
+    if world_size() == 1:
+        return is_so
+    anywhere = torch.tensor(float(is_so), device=device)
+    torch.distributed.all_reduce(anywhere)
+    return bool(anywhere)
 
 
 def end_processes() -> None:

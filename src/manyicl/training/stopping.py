@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 def stopping_signals() -> list[int]:
@@ -12,3 +15,17 @@ def stopping_signals() -> list[int]:
     if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
         stopping.append(hang_up)
     return stopping
+
+
+@contextmanager
+def taking_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let a function take the signals that stop a run while the block runs; outside the main thread, it takes none."""
+    try:
+        previous = {number: signal.signal(number, handler) for number in stopping_signals()}
+    except ValueError:
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)

@@ -185,7 +185,7 @@ def explained_ends(folder: RunFolder) -> Iterator[None]:
 def _callbacks(
     recipe: Recipe, folder: RunFolder, progress: TrainingProgress, checkpoint: Path | None, *, evaluates: bool
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [Milestones(recipe.training.save_every, evaluates)]
+    callbacks: list[TrainerCallback] = [Milestones(recipe.training.save_every)]
     if is_main_process():
         # What was logged after the checkpoint will be logged again.
         first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0

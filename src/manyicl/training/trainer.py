@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError
@@ -30,9 +31,9 @@ from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
 from manyicl.training.loss import sequence_loss
-from manyicl.training.processes import is_main_process
+from manyicl.training.processes import any_process, is_main_process
 from manyicl.training.recipe import ObjectiveSettings
-from manyicl.training.stopping import stopping_signals
+from manyicl.training.stopping import taking_signals
 
 # Name of the figure that picks the best model, in what an evaluation returns.
 BEST_METRIC = "score"
@@ -41,6 +42,8 @@ STOPPING = b"\nStopping once this step, and its evaluation if one is due, is sav
 
 # Under torchrun one Ctrl-C arrives twice: from the terminal, and handed on by torchrun.
 SECONDS_OF_ONE_REQUEST = 2.0
+
+LOWER_THE_RATE = "lower training.learning_rate or lengthen the warm-up and start anew with --overwrite"
 
 MetricFunction = Callable[[PreTrainedModel], Mapping[str, float]]
 
@@ -105,13 +108,9 @@ class ManyShotTrainer(Trainer):
         self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
         counts = sum((batch["counts"] for batch in batches), SequenceCounts())
-        if self.accelerator.num_processes > 1:
-            own = torch.tensor([[weight, *astuple(counts)]], dtype=torch.float64, device=device)
-            gathered = self.accelerator.gather(own).cpu()
-            weight = float(gathered[:, 0].sum())
-            counts = sum(
-                (SequenceCounts(*map(int, sequence)) for sequence in gathered[:, 1:].tolist()), SequenceCounts()
-            )
+        of_processes = gather_object([(weight, counts)])
+        weight = sum(weight for weight, _ in of_processes)
+        counts = sum((counts for _, counts in of_processes), SequenceCounts())
         self._since_log += counts
         self._run.total += counts
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
@@ -130,46 +129,37 @@ class ManyShotTrainer(Trainer):
     ) -> Tensor:
         """Return one sequence's part of the step's loss, times the number of processes.
 
-        Raises:
-            MachineError: If the loss is not a finite number; with several processes they raise together, later.
+        Where it is not a finite number, all processes end together before the optimizer's step: those whose loss is
+        finite would wait for ever for the gradients of one that ended by itself.
         """
         assert num_items_in_batch is not None
         assert not return_outputs
         batch = cast(Batch, inputs)
         loss = sequence_loss(model, batch, num_items_in_batch)
         if not torch.isfinite(loss):
-            failure = self._not_a_number(f"The loss became {loss.item()}", "a sequence", set(batch["task_names"]))
-            if self.accelerator.num_processes == 1:
-                raise failure
-            # The others would wait for this process in the all-reduce of the gradients.
-            self._failure = failure
+            self._failure = self._not_a_number(f"The loss became {loss.item()}", "a sequence", batch["task_names"])
         return cast(Tensor, loss * self.accelerator.num_processes)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them."""
-        self._raise_together()
+        """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them.
+
+        Raises:
+            MachineError: In all processes, if the loss of one of them or the gradient is not a finite number.
+        """
+        if any_process(self._failure is not None, self.args.device):
+            raise next(failure for failure in gather_object([self._failure]) if failure is not None)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "sequences", self._step_tasks)
         return norm
 
-    def _raise_together(self) -> None:
-        """End all processes before the step of the optimizer, if the loss of one of them is not a number."""
-        if self.accelerator.num_processes == 1:
-            return
-        has_failed = torch.tensor(float(self._failure is not None), device=self.args.device)
-        torch.distributed.all_reduce(has_failed)
-        if has_failed:
-            failures: list[MachineError | None] = [None] * self.accelerator.num_processes
-            torch.distributed.all_gather_object(failures, self._failure)
-            raise next(failure for failure in failures if failure is not None)
-
-    def _not_a_number(self, what: str, where: str, tasks: set[str]) -> MachineError:
+    def _not_a_number(self, what: str, where: str, tasks: Iterable[str]) -> MachineError:
+        """Say in which step and tasks, to which checkpoint the run can go back, and what to change."""
+        names = ", ".join(sorted(set(tasks)))
         return MachineError(
-            f"{what} in step {self.state.global_step + 1}, in {where} with tasks {', '.join(sorted(tasks))}. "
-            f"{self.checkpoints.last_good()} Resuming would meet the same sequences again: lower "
-            "training.learning_rate or lengthen the warm-up and start anew with --overwrite, or look at these "
-            "tasks with `manyicl tasks check`."
+            f"{what} in step {self.state.global_step + 1}, in {where} with tasks {names}. "
+            f"{self.checkpoints.last_good()} Resuming would meet the same sequences again: {LOWER_THE_RATE}, or look "
+            "at these tasks with `manyicl tasks check`."
         )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -241,8 +231,7 @@ class ManyShotTrainer(Trainer):
             if local.numel() and not torch.isfinite(torch.stack(local.detach().aminmax())).all():
                 raise MachineError(
                     f"A weight of {name} is not a finite number after step {self.state.global_step}, so no checkpoint "
-                    f"is saved. {self.checkpoints.last_good()} Lower training.learning_rate or lengthen the warm-up, "
-                    "and start anew with --overwrite."
+                    f"is saved. {self.checkpoints.last_good()} To avoid it, {LOWER_THE_RATE}."
                 )
 
     def restore(self) -> None:
@@ -301,9 +290,9 @@ class ManyShotTrainer(Trainer):
         The first Ctrl-C (or SIGTERM) lets the step and a due evaluation finish and saves a checkpoint; a second one
         ends it at once.
         """
-        stop = StopAfterStep(self.accelerator.num_processes)
+        stop = StopAfterStep()
         self.add_callback(stop)
-        with stop.listening():
+        with taking_signals(stop.on_signal):
             self._logged_at = time.perf_counter()
             self.train(resume_from_checkpoint=checkpoint)
         return not stop.stopped
@@ -315,9 +304,7 @@ class RestoreState(TrainerCallback):
     def __init__(self, trainer: ManyShotTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restore the rest."""
         self._trainer.restore()
 
@@ -325,25 +312,12 @@ class RestoreState(TrainerCallback):
 class StopAfterStep(TrainerCallback):
     """Turns a signal into: finish this step, save a checkpoint, stop."""
 
-    def __init__(self, num_processes: int) -> None:
-        self._num_processes = num_processes
+    def __init__(self) -> None:
         self._signalled_at: float | None = None
         self.stopped = False
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals that stop a run while the block runs; outside the main thread, take none."""
-        try:
-            previous = {number: signal.signal(number, self._on_signal) for number in stopping_signals()}
-        except ValueError:
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first signal; end the run at a later one."""
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -354,52 +328,30 @@ class StopAfterStep(TrainerCallback):
         elif now - self._signalled_at > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop all processes at the same step, if any of them received a signal.
 
         An evaluation that is due still runs: without it, the best model could be another one.
         """
-        if self._stops(args, state, control):
-            control.should_save = True
-        return control
+        if state.global_step < state.max_steps and any_process(self._signalled_at is not None, args.device):
+            self.stopped = control.should_training_stop = control.should_save = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop at a checkpoint that was due anyway, if the signal came during its evaluation."""
-        self._stops(args, state, control)
-        return control
-
-    def _stops(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-        if state.global_step >= state.max_steps or not self._any_process_signalled(args.device):
-            return False
-        self.stopped = control.should_training_stop = True
-        return True
-
-    def _any_process_signalled(self, device: torch.device) -> bool:
-        if self._num_processes == 1:
-            return self._signalled_at is not None
-        signalled = torch.tensor(float(self._signalled_at is not None), device=device)
-        torch.distributed.all_reduce(signalled)
-        return bool(signalled)
+        self.on_step_end(args, state, control)
+        control.should_save = False
 
 
 class Milestones(TrainerCallback):
     """Saves between evaluations if configured, and saves and evaluates after the last step."""
 
-    def __init__(self, save_every: int | None, evaluates: bool) -> None:
+    def __init__(self, save_every: int | None) -> None:
         self._save_every = save_every
-        self._evaluates = evaluates
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request what is due after this step."""
-        if self._save_every and state.global_step % self._save_every == 0:
+        is_last = state.global_step >= state.max_steps
+        if is_last or (self._save_every and state.global_step % self._save_every == 0):
             control.should_save = True
-        if state.global_step >= state.max_steps:
-            control.should_save = True
-            control.should_evaluate = self._evaluates
-        return control
+        if is_last:
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
