@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from manyicl.errors import UserError
-    from manyicl.model.machine import Gpu, Machine, Processor
+    from manyicl.model.machine import Machine
     from manyicl.training.recipe import Recipe
 
 NAME_WIDTH = 14
-
-
-@dataclass(frozen=True)
-class RecipeHere:
-    """What a recipe would use on this machine.
-
-    Attributes:
-        base: Weights that it starts from, and whether they are on this machine.
-        device: Device on which each process trains.
-        num_processes: Number of processes that share the sequences of a step.
-        num_threads: CPU threads of each process.
-        precision: Types of weights and products.
-        attention: Kernels of attention.
-        adapter: What is trained, and over what.
-        kernels: Kernels of other libraries, beside attention.
-        refusals: Reasons why `manyicl train` would not start; empty if none is known.
-        remarks: What is worth knowing before a start.
-    """
-
-    base: str
-    device: str
-    num_processes: int
-    num_threads: int
-    precision: str
-    attention: str
-    adapter: str
-    kernels: str
-    refusals: tuple[str, ...]
-    remarks: tuple[str, ...]
 
 
 def doctor_command(
@@ -81,70 +51,84 @@ def doctor_command(
     machine = this_machine()
     here = None if read is None else recipe_here(read, machine)
     if as_json:
-        typer.echo(json.dumps({"machine": asdict(machine), "recipe": asdict(here) if here else None}, indent=2))
+        typer.echo(json.dumps({"machine": asdict(machine), "recipe": here}, indent=2))
         return
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     _print_section(console, "This machine", machine_lines(machine))
     if here is not None:
+        remarks, refusals = here.pop("remarks"), here.pop("refusals")
         console.print()
-        _print_section(console, str(recipe), recipe_lines(here))
-        _print_verdict(console, here)
+        _print_section(console, str(recipe), ((name.removeprefix("num_"), str(here[name])) for name in here))
+        _print_lines(console, (("remark", remark) for remark in remarks), "yellow")
+        _print_lines(console, (("refused", refusal) for refusal in refusals), "bold red")
+        if not refusals:
+            console.print(
+                "  Nothing is known to be in its way; --dry-run of `manyicl train` reads tasks and model too."
+            )
 
 
 def machine_lines(machine: Machine) -> Iterator[tuple[str, str]]:
     """Yield names and values that describe a machine, one line each."""
+    cpu = machine.processor
+    physical = "an unknown number of" if cpu.num_physical_cores is None else cpu.num_physical_cores
+    usable = f"{cpu.num_usable_cores} usable by this process"
     yield "system", f"{machine.system}, Python {machine.python}"
-    yield "processor", machine.processor.name
-    yield "cores", _cores(machine.processor)
-    yield "instructions", ", ".join(machine.processor.features) or "not listed by this system"
+    yield "processor", cpu.name
+    yield "cores", f"{physical} physical, {cpu.num_logical_cores} logical, {usable}"
+    yield "instructions", ", ".join(cpu.features) or "not listed by this system"
     yield "memory", f"{machine.memory_gib:.1f} GiB, {machine.available_memory_gib:.1f} available"
     yield "threads", f"{machine.num_torch_threads}, unless a recipe says otherwise"
     for gpu in machine.gpus:
-        yield "GPU", _gpu(gpu)
+        capability = ".".join(map(str, gpu.compute_capability))
+        yield "GPU", f"{gpu.name}, {gpu.memory_gib:.1f} GiB, compute capability {capability}"
     if not machine.gpus:
         yield "GPU", "none that torch can use"
     yield "CUDA", f"{machine.cuda or 'torch is built without it'}; driver {machine.gpu_driver or 'not found'}"
     yield "float32", "yes"
-    yield "bfloat16", _bfloat16(machine)
-    yield "libraries", _versions(machine.libraries)
-    yield "optional", _versions(machine.optional_libraries)
-    yield "Hub", f"{'offline by HF_HUB_OFFLINE' if machine.hub_offline else 'allowed'}; token {_yes(machine.hub_token)}"
+    if machine.gpus:
+        yield "bfloat16", "yes" if all(gpu.bfloat16 for gpu in machine.gpus) else "emulated by a GPU here, slow"
+    else:
+        speeds = {None: "how fast is not listed by this system", False: "slow without instructions of its own"}
+        yield "bfloat16", f"yes, {speeds.get(cpu.fast_bfloat16, 'fast by its instructions (not measured)')}"
+    for name, libraries in (("libraries", machine.libraries), ("optional", machine.optional_libraries)):
+        yield name, ", ".join(f"{library} {found or 'not installed'}" for library, found in libraries.items())
+    hub, token = (
+        ("offline by HF_HUB_OFFLINE" if machine.hub_offline else "allowed"),
+        "" if machine.hub_token else "not ",
+    )
+    yield "Hub", f"{hub}; token {token}set"
 
 
-def recipe_here(recipe: Recipe, here: Machine) -> RecipeHere:
-    """Say what a recipe would use on this machine, and all reasons for which it would be refused.
+def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
+    """Say what a recipe would use on this machine, and all reasons for which it would be refused, as JSON.
 
     Weights and rows are not read and no network is used: what only they can tell, ``--dry-run`` tells.
     """
-    from manyicl.training.processes import world_size
-
-    model, training = recipe.model, recipe.training
-    products = "bfloat16" if training.bf16 or model.dtype == "bfloat16" else "float32"
-    in_4_bits = " in 4 bits" if model.quantize else ""
-    return RecipeHere(
-        base=_base_sentence(recipe),
-        device=f"GPU, {here.gpus[0].name}" if here.gpus else "CPU",
-        num_processes=world_size(),
-        num_threads=training.num_threads or here.num_torch_threads,
-        precision=f"weights in {model.dtype}, products in {products}",
-        attention="flash-attn, a sequence at once" if model.attention == "flash" else "torch, one episode at a time",
-        adapter=f"an adapter of rank {model.lora.rank} over the base{in_4_bits}" if model.lora else "all weights",
-        kernels="Liger: norms, rotary positions, gates" if training.liger else "torch",
-        refusals=tuple(map(str, _refusals(recipe))),
-        remarks=tuple(_remarks(recipe, here, world_size())),
-    )
-
-
-def _refusals(recipe: Recipe) -> Iterator[UserError]:
     from manyicl.errors import UserError
+    from manyicl.training.processes import world_size
     from manyicl.training.requirements import problems
     from manyicl.training.run_folder import RunFolder
 
-    yield from problems(recipe)
+    model, training = recipe.model, recipe.training
+    refusals = [str(problem) for problem in problems(recipe)]
     try:
         RunFolder(recipe.output).require_free(recipe, overwrite=False)
     except UserError as error:
-        yield error
+        refusals.append(str(error))
+    products = "bfloat16" if training.bf16 or model.dtype == "bfloat16" else "float32"
+    in_4_bits = " in 4 bits" if model.quantize else ""
+    return {
+        "base": _base_sentence(recipe),
+        "device": f"GPU, {here.gpus[0].name}" if here.gpus else "CPU",
+        "num_processes": world_size(),
+        "num_threads": training.num_threads or here.num_torch_threads,
+        "precision": f"weights in {model.dtype}, products in {products}",
+        "attention": "flash-attn, a sequence at once" if model.attention == "flash" else "torch, one episode at a time",
+        "adapter": f"an adapter of rank {model.lora.rank} over the base{in_4_bits}" if model.lora else "all weights",
+        "kernels": "Liger: norms, rotary positions, gates" if training.liger else "torch",
+        "refusals": refusals,
+        "remarks": list(_remarks(recipe, here, world_size())),
+    }
 
 
 def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]:
@@ -159,17 +143,13 @@ def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]
     if remark := remark_on_precision(recipe):
         yield remark
     if len(here.gpus) > 1 and num_processes == 1:
-        yield (
-            f"One process uses one of {len(here.gpus)} GPUs; "
-            f"`torchrun --nproc-per-node {len(here.gpus)} --no-python manyicl train …` uses all."
-        )
+        command = f"torchrun --nproc-per-node {len(here.gpus)} --no-python manyicl train …"
+        yield f"One process uses one of {len(here.gpus)} GPUs; `{command}` uses all."
     if here.gpu_driver is not None and here.cuda is None:
         yield f"An NVIDIA driver ({here.gpu_driver}) is here, but this torch is built without CUDA."
     if training.num_threads is not None and training.num_threads > here.processor.num_usable_cores:
-        yield (
-            f"training.num_threads is {training.num_threads}; this process may use "
-            f"{here.processor.num_usable_cores} cores."
-        )
+        cores = here.processor.num_usable_cores
+        yield f"training.num_threads is {training.num_threads}; this process may use {cores} cores."
     if model.quantize is not None:
         yield (
             "The whole base is first read into CPU memory, for its fingerprint; the finished adapter is loaded over "
@@ -191,61 +171,15 @@ def _base_sentence(recipe: Recipe) -> str:
     return f"{recipe.model.base}, {'on this machine' if config_folder(recipe) else 'not found'}"
 
 
-def recipe_lines(here: RecipeHere) -> Iterator[tuple[str, str]]:
-    """Yield names and values that describe what a recipe would use, one line each."""
-    yield "base", here.base
-    yield "device", here.device
-    yield "processes", f"{here.num_processes}, {here.num_threads} CPU threads each"
-    yield "precision", here.precision
-    yield "attention", here.attention
-    yield "trained", here.adapter
-    yield "kernels", here.kernels
-
-
-def _print_section(console: Console, title: str, lines: Iterator[tuple[str, str]]) -> None:
+def _print_section(console: Console, title: str, lines: Iterable[tuple[str, str]]) -> None:
     from rich.text import Text
 
     console.print(Text(title, "bold"))
-    for name, value in lines:
-        console.print(Text.assemble((f"  {name:<{NAME_WIDTH}}", "cyan"), value))
+    _print_lines(console, lines, "cyan")
 
 
-def _print_verdict(console: Console, here: RecipeHere) -> None:
+def _print_lines(console: Console, lines: Iterable[tuple[str, str]], style: str) -> None:
     from rich.text import Text
 
-    for remark in here.remarks:
-        console.print(Text.assemble((f"  {'remark':<{NAME_WIDTH}}", "yellow"), remark))
-    for refusal in here.refusals:
-        console.print(Text.assemble((f"  {'refused':<{NAME_WIDTH}}", "bold red"), refusal))
-    if not here.refusals:
-        console.print("  Nothing is known to be in its way; --dry-run of `manyicl train` reads tasks and model too.")
-
-
-def _cores(processor: Processor) -> str:
-    physical = processor.num_physical_cores
-    return (
-        f"{'an unknown number of' if physical is None else physical} physical, {processor.num_logical_cores} logical, "
-        f"{processor.num_usable_cores} usable by this process"
-    )
-
-
-def _gpu(gpu: Gpu) -> str:
-    major, minor = gpu.compute_capability
-    return f"{gpu.name}, {gpu.memory_gib:.1f} GiB, compute capability {major}.{minor}"
-
-
-def _bfloat16(machine: Machine) -> str:
-    if machine.gpus:
-        return "yes" if all(gpu.bfloat16 for gpu in machine.gpus) else "emulated by a GPU here, slow"
-    fast = machine.processor.fast_bfloat16
-    if fast is None:
-        return "yes; this system does not list whether the processor is fast at it"
-    return "yes, fast by its instructions (not measured)" if fast else "yes, without instructions of its own, so slow"
-
-
-def _versions(libraries: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {found or 'not installed'}" for name, found in libraries.items())
-
-
-def _yes(is_so: bool) -> str:
-    return "set" if is_so else "not set"
+    for name, value in lines:
+        console.print(Text.assemble((f"  {name:<{NAME_WIDTH}}", style), value))
