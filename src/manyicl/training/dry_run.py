@@ -20,7 +20,6 @@ from manyicl.training.estimate import (
     SequenceStatistics,
     estimated_cost,
     measured_cost,
-    parameter_counts,
     sample_sequences,
 )
 from manyicl.training.recipe import Recipe
@@ -55,10 +54,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
         elif problem.code != "model_not_cached":
             raise problem
     tasks = tasks or load_recipe_tasks(recipe)
-    yield (
-        f"Tasks: {len(tasks.train)} to train on with {sum(len(task.train) for task in tasks.train):,} rows, "
-        f"{len(tasks.held_out)} held out."
-    )
+    num_rows = sum(len(task.train) for task in tasks.train)
+    yield f"Tasks: {len(tasks.train)} to train on with {num_rows:,} rows, {len(tasks.held_out)} held out."
     yield (
         f"Run: {recipe.num_steps:,} steps of {recipe.training.sequences_per_step} sequences of at most "
         f"{recipe.sequences.max_context_tokens:,} tokens."
@@ -68,10 +65,9 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
         yield remark
     if missing:
         recipe = _without_kernels(recipe)
-    if recipe.model.base is not None and (
-        missing or recipe.model.quantize is not None or _is_only_described(recipe.model.base)
-    ):
-        yield from _from_description(recipe, tasks, is_for_this_machine=not missing)
+    base = recipe.model.base
+    if base is not None and (missing or recipe.model.quantize is not None or _is_only_described(base)):
+        yield from _from_description(recipe, base, tasks, is_for_this_machine=not missing)
         return
     run = prepare_run(recipe, tasks)
     yield from _run_lines(recipe, run.statistics, run.sequences)
@@ -101,40 +97,33 @@ def _without_kernels(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "training": training})
 
 
-def _from_description(recipe: Recipe, tasks: RecipeTasks, *, is_for_this_machine: bool) -> Iterator[str]:
+def _from_description(recipe: Recipe, base: str, tasks: RecipeTasks, *, is_for_this_machine: bool) -> Iterator[str]:
     """Describe a run over a base whose weights are not looked at."""
-    base = recipe.model.base
-    assert base is not None
-    most_tokens = recipe.num_sequences * recipe.sequences.max_context_tokens
-    unknown = (
-        f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
-        f"tokenizer of {base!r} is not on this machine and "
-    )
-    if base.startswith(HUB_PREFIX) and not _is_available(base.removeprefix(HUB_PREFIX)):
-        yield unknown + "the Hub cannot be reached. Repeat this with a connection; only small files are fetched."
-        return
     try:
+        if base.startswith(HUB_PREFIX) and not _is_available(base.removeprefix(HUB_PREFIX)):
+            raise UserError("hub_unreachable", "the Hub cannot be reached", remedy="Repeat this with a connection.")
         tokenizer = load_tokenizer(base)
     except UserError as error:
-        yield f"{unknown}could not be fetched: {error}"
+        most_tokens = recipe.num_sequences * recipe.sequences.max_context_tokens
+        yield (
+            f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
+            f"tokenizer of {base!r} is not on this machine and could not be fetched: {error}"
+        )
         return
     sequences = packed_sequences(recipe, tasks.train, tokenizer)
     statistics = sample_sequences(sequences, recipe.objective)
     yield from _run_lines(recipe, statistics, sequences)
     try:
-        counts = parameter_counts(recipe)
+        cost = estimated_cost(recipe, statistics)
     except UserError as error:
         yield f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
         return
-    cost = estimated_cost(recipe, statistics)
     if is_for_this_machine:
         yield from _cost_lines(cost)
     else:
-        yield _size_line(counts.total, counts.trainable)
-        yield (
-            f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration. Hours cannot be known on "
-            "this machine."
-        )
+        yield _size_line(cost.num_parameters, cost.num_trainable)
+        memory = f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration."
+        yield f"{memory} Hours cannot be known on this machine."
 
 
 def _is_available(repository: str) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple, cast
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.model.load import DTYPES, model_config
-from manyicl.training.batch import sequence_tensors
+from manyicl.training.batch import Batch, sequence_tensors
 from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import LoraSettings, ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint
@@ -29,8 +29,7 @@ ASSUMED_EFFICIENCY = 0.4
 BYTES_PER_4_BIT_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
-@dataclass(frozen=True)
-class SequenceStatistics:
+class SequenceStatistics(NamedTuple):
     """Means over a sample of the packed sequences of a run.
 
     Attributes:
@@ -43,7 +42,6 @@ class SequenceStatistics:
         most_shots: Most demonstrations before an answer in the sample; the whole run may hold more.
         shots_dropped: Shots per sequence that were drawn and did not fit.
         shots_too_long: Shots per sequence that are longer than a whole context.
-        build_seconds: Time to draw and encode a sequence and make its tensors.
     """
 
     num_sampled: int
@@ -55,7 +53,6 @@ class SequenceStatistics:
     most_shots: int
     shots_dropped: float
     shots_too_long: float
-    build_seconds: float
 
     def sentence(self) -> str:
         """Say what a sequence holds, and what is dropped."""
@@ -78,30 +75,22 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
         sequences: Packed sequences of the run.
         objective: Which answers are supervised.
     """
-    started = time.perf_counter()
     sample = [sequences[index] for index in range(min(len(sequences), NUM_SAMPLED_SEQUENCES))]
     batches = [sequence_tensors(sequence, objective) for sequence in sample]
-    seconds = time.perf_counter() - started
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(sample)
-
     return SequenceStatistics(
         num_sampled=len(sample),
-        tokens=mean([sequence.num_tokens for sequence in sample]),
-        answers=mean([batch["counts"].num_answers for batch in batches]),
-        targets=mean([len(batch["targets"]) for batch in batches]),
-        episodes=mean([len(sequence.episodes) for sequence in sample]),
-        unused_share=mean([sequence.unused_share for sequence in sample]),
+        tokens=fmean(sequence.num_tokens for sequence in sample),
+        answers=fmean(batch["counts"].num_answers for batch in batches),
+        targets=fmean(len(batch["targets"]) for batch in batches),
+        episodes=fmean(len(sequence.episodes) for sequence in sample),
+        unused_share=fmean(sequence.unused_share for sequence in sample),
         most_shots=max(batch["counts"].most_shots for batch in batches),
-        shots_dropped=mean([sequence.num_shots_dropped for sequence in sample]),
-        shots_too_long=mean([sequence.num_shots_too_long for sequence in sample]),
-        build_seconds=seconds / len(sample),
+        shots_dropped=fmean(sequence.num_shots_dropped for sequence in sample),
+        shots_too_long=fmean(sequence.num_shots_too_long for sequence in sample),
     )
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Time and memory of training on this machine, evaluation aside.
 
     Attributes:
@@ -122,7 +111,9 @@ class Cost:
 def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequences) -> Cost:
     """Run forward and backward on the first sequences of the run, without changing a weight."""
     model = start.model
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     nn.Module.to(model, device)
     model.train()
     sample = [sequences[index % len(sequences)] for index in range(NUM_MEASURED_SEQUENCES + 1)]
@@ -139,17 +130,13 @@ def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequenc
         memory_gib=(_peak_bytes(device) + adam_bytes) / 2**30,
         num_parameters=sum(weights.numel() for weights in model.parameters()),
         num_trainable=start.num_trainable_parameters,
-        how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {_device_name(device)}",
+        how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {name}",
     )
 
 
 def _forward_and_backward(recipe: Recipe, model: nn.Module, sequence: PackedSequence, device: torch.device) -> None:
-    batch = sequence_tensors(sequence, recipe.objective)
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            batch[name] = value.to(device)  # type: ignore[literal-required]
-    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
-    with autocast:
+    batch = cast(Batch, send_to_device(sequence_tensors(sequence, recipe.objective), device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.bf16):
         loss = sequence_loss(model, batch, 1.0)
     loss.backward()
     if device.type == "cuda":
@@ -171,41 +158,21 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if psutil.MACOS else 1024)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Weights of a base and of an adapter over it.
-
-    Attributes:
-        total: All weights.
-        trainable: Weights that training changes.
-        linear: Weights of the base's linear layers without its head, which 4 bits can hold.
-    """
-
-    total: int
-    trainable: int
-    linear: int
-
-
-def parameter_counts(recipe: Recipe) -> ParameterCounts:
-    """Count the weights of a base from its configuration alone.
+def parameter_counts(recipe: Recipe) -> tuple[int, int, int]:
+    """Count from its configuration alone all weights of a base, those that training changes, and those in 4 bits.
 
     Raises:
         UserError: If the configuration is not available.
     """
     assert recipe.model.base is not None
-    config = model_config(recipe.model.base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(model_config(recipe.model.base), trust_remote_code=False)
     num_parameters = sum(weights.numel() for weights in model.parameters())
-    linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model))
+    linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model)) if recipe.model.quantize else 0
     if recipe.model.lora is None:
-        return ParameterCounts(num_parameters, num_parameters, linear)
+        return num_parameters, num_parameters, linear
     adapter = adapter_size(model, recipe.model.lora)
-    return ParameterCounts(num_parameters + adapter, adapter, linear)
+    return num_parameters + adapter, adapter, linear
 
 
 def _inner_linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -234,8 +201,7 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
         UserError: If the configuration is not available.
     """
     assert recipe.model.base is not None
-    counts = parameter_counts(recipe)
-    num_parameters, num_trainable = counts.total, counts.trainable
+    num_parameters, num_trainable, num_in_4_bits = parameter_counts(recipe)
     low_precision = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     rate = matrix_rate(torch.bfloat16 if low_precision else torch.float32)
     per_token = 4 * num_parameters + 2 * num_trainable
@@ -253,8 +219,7 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
     # Logits, their softmax and its gradient, in float32.
     activations += 3 * 4 * statistics.targets * config.vocab_size
     weights = float(num_parameters * bytes_per_weight + num_trainable * (4 + 8))
-    if recipe.model.quantize is not None:
-        weights -= counts.linear * (bytes_per_weight - BYTES_PER_4_BIT_WEIGHT)
+    weights -= num_in_4_bits * (bytes_per_weight - BYTES_PER_4_BIT_WEIGHT)
     return Cost(
         hours=seconds / 3600,
         memory_gib=(weights + activations) / 2**30,
