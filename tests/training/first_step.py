@@ -12,12 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from manyicl.training.arguments import training_arguments
 from manyicl.training.processes import end_processes, is_main_process
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import packed_sequences
+from manyicl.training.train import packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.training.recipes import small_recipe, small_tasks
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from manyicl.errors import MachineError, UserError
-from manyicl.training.arguments import training_arguments
 from manyicl.training.recipe import Recipe
 from manyicl.training.requirements import check_recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import packed_sequences
+from manyicl.training.train import packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.reference.one_step import slow_loss
 from tests.training.first_step import first_step, first_step_recipe

@@ -16,11 +16,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manyicl.training.arguments import training_arguments
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
-from manyicl.training.train import packed_sequences
+from manyicl.training.train import packed_sequences, training_arguments
 from manyicl.training.trainer import ManyShotTrainer
 from tests.builders import byte_level_bpe, tiny_model
 from tests.training.recipes import small_recipe, small_tasks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,8 +18,6 @@ from manyicl.errors import UserError
 from manyicl.model.load import load_model, read_manifest, resolve_reference
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.outputs import require_output_folder
-from manyicl.tasks.task import Task
-from manyicl.training.arguments import training_arguments
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import is_main_process, world_size
 from manyicl.training.progress import TrainingProgress
@@ -26,27 +25,21 @@ from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
 from manyicl.training.requirements import base_files, check_recipe, remark_on_precision
 from manyicl.training.run_folder import RunFolder, RunState
-from manyicl.training.train import Measure, PreparedRun, explained_ends, prepare_run, train_prepared, trained_tasks
+from manyicl.training.train import (
+    Measure,
+    PreparedRun,
+    explained_ends,
+    prepare_run,
+    train_prepared,
+    trained_tasks,
+    training_arguments,
+)
 
 Existing = Literal["use", "refuse", "resume", "replace"]
 _Plan = Literal["found", "start", "replace", "resume"]
 Decision = TypeVar("Decision")
-
-
-class MakeMeasure(Protocol):
-    """What `manyicl.evaluation.held_out.held_out_measure` is."""
-
-    def __call__(
-        self,
-        tasks: Sequence[Task],
-        *,
-        shots: tuple[int, ...],
-        num_queries: int,
-        seed: int,
-        on_progress: Callable[[int, int], None],
-    ) -> Measure:
-        """Return the function that measures a model on held-out tasks."""
-        ...
+# Makes, from held-out tasks and settings, what measures a model on them: see `evaluation.held_out.held_out_measure`.
+MakeMeasure = Callable[..., Measure]
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,7 @@ def ensure_trained(
         RunInterrupted: If a second signal, or one while the finished model is saved, ends a run that has started.
     """
     console = console or Console(stderr=True, quiet=not is_main_process())
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_recipe(recipe, with_tasks=tasks is None)
     if recipe.training.num_threads is not None:
         torch.set_num_threads(recipe.training.num_threads)
@@ -108,29 +102,25 @@ def ensure_trained(
     if plan == "found":
         return _found_run(recipe, tasks, folder)
     progress = TrainingProgress(console)
-    measured = None
-    if measure is not None:
-        settings = recipe.training
-        measured = measure(
-            tasks.held_out,
-            shots=settings.evaluate_shots,
-            num_queries=settings.evaluate_queries,
-            seed=settings.seed,
-            on_progress=progress.on_evaluation,
-        )
+    measured = measure and measure(
+        tasks.held_out,
+        shots=recipe.training.evaluate_shots,
+        num_queries=recipe.training.evaluate_queries,
+        seed=recipe.training.seed,
+        on_progress=progress.on_evaluation,
+    )
     files = base_files(recipe)
-    prepared = prepare_run(recipe, tasks)
-    for sentence in (*prepared.sentences(), remark_on_precision(recipe)):
-        if sentence:
-            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    run = prepare_run(recipe, tasks)
+    for sentence in filter(None, (*run.sentences(), remark_on_precision(recipe))):
+        say(sentence)
     with explained_ends(folder), folder.held() if is_main_process() else nullcontext():
-        checkpoint = _enter_folder(folder, prepared, console, plan)
-        if is_main_process():
-            folder.remember_base(files)
+        point = _decided_together(lambda: _enter_folder(folder, run, plan, files))
+        if plan == "resume":
+            say(point.sentence())
         finished, trainer = train_prepared(
-            prepared, arguments, folder, progress, measure=measured, checkpoint=checkpoint
+            run, arguments, folder, progress, measure=measured, checkpoint=point.checkpoint
         )
-        console.print(trainer.counts.sentence(), highlight=False, soft_wrap=True)
+        say(trainer.counts.sentence())
     state = trainer.state
     best_step = state.best_global_step if measured else None
     return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)
@@ -146,33 +136,27 @@ def _plan(folder: RunFolder, recipe: Recipe, existing: Existing) -> _Plan:
     if existing == "use" and state is RunState.FINISHED:
         folder.require_same_recipe(recipe)
         return "found"
-    plan: _Plan
     if existing == "resume" or (existing == "use" and state is RunState.STARTED):
         folder.require_resumable(recipe)
-        plan = "resume"
-    else:
-        is_replaced = existing == "replace" or (existing == "use" and state is RunState.REPLACING)
-        folder.require_free(recipe, overwrite=is_replaced)
-        plan = "replace" if is_replaced else "start"
+        require_output_folder(folder.path)
+        return "resume"
+    is_replaced = existing == "replace" or (existing == "use" and state is RunState.REPLACING)
+    folder.require_free(recipe, overwrite=is_replaced)
     require_output_folder(folder.path)
-    return plan
+    return "replace" if is_replaced else "start"
 
 
-def _enter_folder(folder: RunFolder, run: PreparedRun, console: Console, plan: _Plan) -> Path | None:
+def _enter_folder(folder: RunFolder, run: PreparedRun, plan: _Plan, files: str | None) -> ResumePoint:
     """Start the run in its folder, or find the checkpoint from which it resumes."""
-    if plan != "resume":
-        if is_main_process():
-            folder.begin(run.recipe, run.manifest, overwrite=plan == "replace")
-        return None
-    folder.require_same_start(run.manifest)
-    point = _decided_together(lambda: _resume_point(folder))
-    console.print(point.sentence(), highlight=False, soft_wrap=True, markup=False)
-    return point.checkpoint
-
-
-def _resume_point(folder: RunFolder) -> ResumePoint:
-    folder.clean_up()
-    return Checkpoints(folder.checkpoints).resume_point(world_size())
+    if plan == "resume":
+        folder.require_same_start(run.manifest)
+        folder.clean_up()
+        point = Checkpoints(folder.checkpoints).resume_point(world_size())
+    else:
+        folder.begin(run.recipe, run.manifest, overwrite=plan == "replace")
+        point = ResumePoint(None, [])
+    folder.remember_base(files)
+    return point
 
 
 def _decided_together(decide: Callable[[], Decision]) -> Decision:
@@ -187,9 +171,7 @@ def _decided_together(decide: Callable[[], Decision]) -> Decision:
             decided = [decide()]
         except UserError as error:
             decided = [error]
-    if world_size() > 1:
-        broadcast_object_list(decided)
-    decision = decided[0]
+    (decision,) = broadcast_object_list(decided)
     if isinstance(decision, UserError):
         raise decision
     return cast(Decision, decision)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 from manyicl.errors import UserError
 from manyicl.model.manifest import TrainedTask
@@ -12,8 +13,7 @@ from manyicl.tasks.task import Task
 from manyicl.training.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class RecipeTasks:
+class RecipeTasks(NamedTuple):
     """The tasks of a run.
 
     Attributes:
@@ -37,20 +37,11 @@ def load_recipe_tasks(recipe: Recipe) -> RecipeTasks:
     names = {task.name for task in train}
     for task in held_out:
         if task.source in sources:
-            raise UserError(
-                "task_not_unseen",
-                f"tasks.evaluate: {task.name!r} comes from the same source ({task.source!r}) as the training task "
-                f"{sources[task.source]!r}, so it is not unseen",
-                remedy="Leave one of them out.",
-                field="tasks.evaluate",
-            )
+            sibling = f"comes from the same source ({task.source!r}) as the training task {sources[task.source]!r}"
+            raise _not_unseen(f"{task.name!r} {sibling}, so it is not unseen", "Leave one of them out.")
         if task.name in names:
-            raise UserError(
-                "duplicate_task",
-                f"tasks.evaluate: a training task is named {task.name!r}, too",
-                remedy="Rename one of them.",
-                field="tasks.evaluate",
-            )
+            what = f"tasks.evaluate: a training task is named {task.name!r}, too"
+            raise UserError("duplicate_task", what, remedy="Rename one of them.", field="tasks.evaluate")
     return RecipeTasks(tuple(train), tuple(held_out))
 
 
@@ -60,14 +51,11 @@ def require_unseen_by_base(held_out: Sequence[Task], base: str | None, base_task
     Raises:
         UserError: If it was.
     """
-    seen = list(base_tasks)
-    for task in held_out:
-        for known in seen:
-            if known.source == task.source or known.data_hash == task.data_hash:
-                raise UserError(
-                    "task_not_unseen",
-                    f"tasks.evaluate: {task.name!r} is not unseen: the base {base!r} was trained on {known.name!r} "
-                    f"of the source {known.source!r}",
-                    remedy="Leave it out, or use another base.",
-                    field="tasks.evaluate",
-                )
+    for task, known in product(held_out, base_tasks):
+        if known.source == task.source or known.data_hash == task.data_hash:
+            trained = f"the base {base!r} was trained on {known.name!r} of the source {known.source!r}"
+            raise _not_unseen(f"{task.name!r} is not unseen: {trained}", "Leave it out, or use another base.")
+
+
+def _not_unseen(what: str, remedy: str) -> UserError:
+    return UserError("task_not_unseen", f"tasks.evaluate: {what}", remedy=remedy, field="tasks.evaluate")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from manyicl.errors import UserError
 from manyicl.model.kernels import use_flash_attention, use_liger_kernels
-from manyicl.model.load import DTYPES, LoadedModel, load_model, load_quantized, max_positions
+from manyicl.model.load import DTYPES, load_model, load_quantized, max_positions
 from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
@@ -55,7 +55,8 @@ def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
         UserError: If it cannot be loaded or made, or has fewer positions than a packed sequence has tokens.
     """
     set_seed(recipe.training.seed)
-    start = _new_start(recipe, tasks) if recipe.model.from_scratch is not None else _start_from_base(recipe)
+    base = recipe.model.base
+    start = _new_start(recipe, tasks) if base is None else _start_from_base(recipe, base)
     if error := too_few_positions(recipe, max_positions(start.model)):
         raise error
     if recipe.training.gradient_checkpointing:
@@ -81,52 +82,42 @@ def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     return StartingPoint(model, tokenizer, None, None)
 
 
-def _start_from_base(recipe: Recipe) -> StartingPoint:
-    assert recipe.model.base is not None
-    loaded = _loaded_base(recipe)
-    base = recipe.model.base
-    is_folder = Path(base).is_dir()
-    if Path(base).exists():
-        # An adapter must find its base from wherever it is loaded later.
-        base = str(Path(base).resolve())
+def _start_from_base(recipe: Recipe, base: str) -> StartingPoint:
+    """Load the base, and put an adapter over it if the recipe says so.
+
+    Its fingerprint is that of the base as it is saved, in 4 bits as well: so an adapter that was trained over 4 bits is
+    loaded like any other, over the base in ``model.dtype``.
+    """
+    lora, dtype, device = recipe.model.lora, recipe.model.dtype, training_device()
+    in_4_bits = recipe.model.quantize is not None
+    loaded = load_model(base, dtype=dtype, device="cpu" if in_4_bits else device, check_isolation=not in_4_bits)
     model = loaded.model
     adapter = cast(object, model)
     if isinstance(adapter, PeftModel):
-        if recipe.model.lora is not None:
+        if lora is not None:
             raise UserError(
                 "base_is_adapter",
-                f"model.base {recipe.model.base!r} is an adapter itself; an adapter over it would have a base that "
-                "is saved nowhere",
+                f"model.base {base!r} is an adapter itself; an adapter over it would have a base that is saved nowhere",
                 remedy="Train on its own base, or leave out model.lora to train the merged model.",
                 field="model.lora",
             )
         model = merge_adapter(adapter)
+    elif in_4_bits:
+        model = load_quantized(base, dtype, device)
     _use_kernels(model, recipe)
-    if recipe.model.lora is not None:
-        if is_folder:
-            # The name that PEFT writes into adapter_config.json.
-            model.name_or_path = model.config._name_or_path = base
-        set_seed(recipe.training.seed)
-        model = with_adapter(model, recipe.model.lora)
-    else:
+    # An adapter must find its base from wherever it is loaded later.
+    path = Path(base)
+    reference = str(path.resolve()) if path.exists() else base
+    if lora is None:
         model.requires_grad_(True)
+    else:
+        if path.is_dir():
+            # The name that PEFT writes into adapter_config.json.
+            model.name_or_path = model.config._name_or_path = reference
+        set_seed(recipe.training.seed)
+        model = with_adapter(model, lora)
     base_tasks = loaded.manifest.tasks if loaded.manifest else ()
-    return StartingPoint(model, loaded.tokenizer, base, loaded.fingerprint, base_tasks)
-
-
-def _loaded_base(recipe: Recipe) -> LoadedModel:
-    """Load the base as the recipe says; its fingerprint is that of the base as it is saved, in 4 bits as well.
-
-    So an adapter that was trained over 4 bits is loaded like any other, over the base in ``model.dtype``.
-    """
-    base, dtype = recipe.model.base, recipe.model.dtype
-    assert base is not None
-    if recipe.model.quantize is None:
-        return load_model(base, dtype=dtype, device=training_device())
-    loaded = load_model(base, dtype=dtype, device="cpu", check_isolation=False)
-    if isinstance(cast(object, loaded.model), PeftModel):
-        return loaded
-    return replace(loaded, model=load_quantized(base, dtype, training_device()))
+    return StartingPoint(model, loaded.tokenizer, reference, loaded.fingerprint, base_tasks)
 
 
 def _use_kernels(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -160,17 +151,14 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+        linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             "unknown_layer",
             f"model.lora.target_modules: {list(target)} match no layer",
             expected=f"names of linear layers, {names}",
             field="model.lora.target_modules",
         ) from error
-
-
-def _is_linear(part: torch.nn.Module) -> bool:
-    return isinstance(part, torch.nn.Linear)
 
 
 def training_device() -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -21,7 +22,7 @@ from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
 from manyicl.training.checkpoint import Checkpoints, RunInterrupted
 from manyicl.training.estimate import SequenceStatistics, sample_sequences
-from manyicl.training.processes import is_main_process
+from manyicl.training.processes import is_main_process, world_size
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, require_unseen_by_base
@@ -87,6 +88,54 @@ def packed_sequences(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrai
     )
 
 
+def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) -> TrainingArguments:
+    """Translate a recipe into transformers' arguments, for this process of the run; the processes meet here."""
+    settings = recipe.training
+    num_processes = world_size()
+    on_cpu = not torch.cuda.is_available()
+    due = settings.evaluate_every if evaluates else settings.save_every
+    interval = due if isinstance(due, int) else recipe.num_steps
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=recipe.num_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.sequences_per_step // num_processes,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        lr_scheduler_kwargs={"num_decay_steps": recipe.num_decay_steps} if recipe.num_decay_steps else {},
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_betas[0],
+        adam_beta2=settings.adam_betas[1],
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cache=False,
+        seed=settings.seed,
+        # Without it, torchrun on a CPU would run unrelated trainings side by side.
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=0 if on_cpu else 2,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=settings.log_every,
+        # The default logs a loss that is not a number as zero.
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=settings.keep_checkpoints,
+        load_best_model_at_end=evaluates,
+    )
+    # One process trains on one device; transformers would spread a batch of one sequence over all GPUs it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def run_manifest(
     recipe: Recipe, tasks: RecipeTasks, start: StartingPoint, text_format: AnyFormat, statistics: SequenceStatistics
 ) -> Manifest:
@@ -132,26 +181,25 @@ def train_prepared(
     Returns:
         Whether the run is finished, and its trainer.
     """
-    start, statistics, manifest = run.start, run.statistics, run.manifest
+    start, manifest = run.start, run.manifest
     use_cache = start.model.config.use_cache
+    callbacks: list[TrainerCallback] = [Milestones(run.recipe.training.save_every)]
+    if is_main_process():
+        # What was logged after the checkpoint will be logged again.
+        first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0
+        callbacks += [progress, TensorBoardCallback(SummaryWriter(str(folder.logs), purge_step=first_step))]
 
     def figures(model: PreTrainedModel) -> Mapping[str, float]:
         assert measure is not None
         return measure(LoadedModel(model, start.tokenizer, manifest, "in training", str(folder.path)))
 
-    trainer = ManyShotTrainer(
-        start.model,
-        arguments,
-        run.sequences,
-        run.recipe.objective,
-        figures if measure is not None else None,
-        _callbacks(run.recipe, folder, progress, checkpoint, evaluates=measure is not None),
-    )
+    evaluation = None if measure is None else figures
+    trainer = ManyShotTrainer(start.model, arguments, run.sequences, run.recipe.objective, evaluation, callbacks)
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
     if finished:
         start.model.config.use_cache = use_cache
         # Until now it was the most of a sample.
-        most_shots = max(statistics.most_shots, trainer.counts.most_shots)
+        most_shots = max(run.statistics.most_shots, trainer.counts.most_shots)
         save_finished(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
     return finished, trainer
 
@@ -170,28 +218,14 @@ def explained_ends(folder: RunFolder) -> Iterator[None]:
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else thread_hook(failed)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError) as error:
         if folder.state() not in (RunState.STARTED, RunState.FINISHED):
             raise
+        if isinstance(error, OSError):
+            raise checkpoints.failure("The log of the run", error) from error
         raise RunInterrupted(checkpoints.newest()) from None
-    except OSError as error:
-        if folder.state() not in (RunState.STARTED, RunState.FINISHED):
-            raise
-        raise checkpoints.failure("The log of the run", error) from error
     finally:
         threading.excepthook = thread_hook
-
-
-def _callbacks(
-    recipe: Recipe, folder: RunFolder, progress: TrainingProgress, checkpoint: Path | None, *, evaluates: bool
-) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [Milestones(recipe.training.save_every)]
-    if is_main_process():
-        # What was logged after the checkpoint will be logged again.
-        first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0
-        writer = SummaryWriter(str(folder.logs), purge_step=first_step)
-        callbacks += [progress, TensorBoardCallback(writer)]
-    return callbacks
 
 
 def save_finished(trainer: ManyShotTrainer, start: StartingPoint, manifest: Manifest, folder: RunFolder) -> None:
