@@ -114,7 +114,7 @@ def _values(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return ", or ".join(_values(part) for part in arguments if part is not type(None))
     if origin is Annotated:
-        return ", ".join([_values(arguments[0]), *_bounds(arguments[1].metadata)])
+        return ", ".join([_values(arguments[0]), *_bounds(getattr(arguments[1], "metadata", ()))])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import json
 import re
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -94,23 +95,15 @@ class Grid:
         """
         self.folder = Path(folder)
         self.cells: Sequence[Cell] = tuple(cells)
-        names: set[str] = set()
+        num_of_name = Counter(cell.name for cell in self.cells)
         for cell in self.cells:
-            if cell.name in names or not re.fullmatch(r"[\w-][\w.-]*", cell.name):
-                raise UserError(
-                    "wrong_cell_name",
-                    f"the cell {cell.name!r} cannot have this name",
-                    expected="a name of its own of letters, digits, '.', '_' and '-'",
-                )
-            names.add(cell.name)
-            known = _read(self.folder / cell.name / CELL_FILE)
-            if known is not None and known != _as_json(cell.settings):
-                raise UserError(
-                    "another_cell",
-                    f"the grid holds another cell named {cell.name!r}",
-                    remedy="Give it another name, or use another folder.",
-                    file=self.folder / cell.name / CELL_FILE,
-                )
+            if num_of_name[cell.name] > 1 or not re.fullmatch(r"[\w-][\w.-]*", cell.name):
+                expected = "a name of its own of letters, digits, '.', '_' and '-'"
+                raise UserError("wrong_cell_name", f"the cell {cell.name!r} cannot have this name", expected=expected)
+            file = self.folder / cell.name / CELL_FILE
+            if file.is_file() and _read(file) != json.loads(_as_json(cell.settings)):
+                what = f"the grid holds another cell named {cell.name!r}"
+                raise UserError("another_cell", what, remedy="Give it another name, or use another folder.", file=file)
 
     def reports(self) -> list[CellReport]:
         """Look at every cell; this is the plan of the grid before it runs, and its summary afterwards."""
@@ -151,7 +144,7 @@ class Grid:
             What is known of every cell afterwards.
         """
         for cell in self.cells:
-            with self._taken(cell) as is_taken:
+            with _taken(self.folder / cell.name) as is_taken:
                 state = self._state_on_disk(cell)
                 if not is_taken or state is CellState.DONE or (state is CellState.FAILED and not retry_failed):
                     continue
@@ -163,17 +156,14 @@ class Grid:
     def _work_on(self, cell: Cell, work: Work) -> None:
         folder = self.folder / cell.name
         (folder / FAILED_FILE).unlink(missing_ok=True)
-        write_atomically(folder / CELL_FILE, json.dumps(_as_json(cell.settings), indent=2) + "\n")
+        write_atomically(folder / CELL_FILE, _as_json(cell.settings))
         try:
-            result = work(cell, folder)
+            file, content = DONE_FILE, work(cell, folder)
         except Exception as error:  # whatever it is, it must not end the other cells
-            fields = (
-                error.fields() if isinstance(error, UserError) else {"sentence": f"{type(error).__name__}: {error}"}
-            )
-            fields["traceback"] = "".join(traceback.format_exception(error))
-            write_atomically(folder / FAILED_FILE, json.dumps(fields, indent=2) + "\n")
-        else:
-            write_atomically(folder / DONE_FILE, json.dumps(result, indent=2) + "\n")
+            other = {"sentence": f"{type(error).__name__}: {error}"}
+            content = error.fields() if isinstance(error, UserError) else other
+            file, content["traceback"] = FAILED_FILE, "".join(traceback.format_exception(error))
+        write_atomically(folder / file, _as_json(content))
 
     def _report(self, cell: Cell) -> CellReport:
         folder = self.folder / cell.name
@@ -182,8 +172,9 @@ class Grid:
             return CellReport(cell, state, result=_read(folder / DONE_FILE))
         if state is CellState.FAILED:
             return CellReport(cell, state, failure=_read(folder / FAILED_FILE))
-        if state is CellState.INTERRUPTED and not _is_free(folder / LOCK_FILE):
-            state = CellState.RUNNING
+        if state is CellState.INTERRUPTED:
+            with _taken(folder, timeout=0) as is_free:
+                state = CellState.INTERRUPTED if is_free else CellState.RUNNING
         return CellReport(cell, state)
 
     def _state_on_disk(self, cell: Cell) -> CellState:
@@ -191,36 +182,26 @@ class Grid:
         files = {DONE_FILE: CellState.DONE, FAILED_FILE: CellState.FAILED, CELL_FILE: CellState.INTERRUPTED}
         return next((state for name, state in files.items() if (folder / name).is_file()), CellState.WAITING)
 
-    @contextmanager
-    def _taken(self, cell: Cell) -> Iterator[bool]:
-        """Keep other processes away from a cell; False where another one has it. A kill lets go, too."""
-        folder = self.folder / cell.name
-        folder.mkdir(parents=True, exist_ok=True)
-        # A process that looks at the state holds the lock for a moment.
-        lock = FileLock(folder / LOCK_FILE, timeout=1)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
 
+@contextmanager
+def _taken(folder: Path, timeout: float = 1) -> Iterator[bool]:
+    """Keep other processes away from a cell; False where another one has it. A kill lets go, too.
 
-def _is_free(path: Path) -> bool:
+    A process that looks at the state holds the lock for a moment, so that one who wants to work waits a little.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=timeout)
+    with suppress(Timeout):
+        lock.acquire()
     try:
-        with FileLock(path, timeout=0):
-            return True
-    except Timeout:
-        return False
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
-def _as_json(settings: Mapping[str, Any]) -> Any:
-    """Return settings as they are read back: tuples as lists, keys as texts."""
-    return json.loads(json.dumps(settings))
+def _as_json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))

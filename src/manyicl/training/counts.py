@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 
@@ -57,9 +57,7 @@ class RunCounts(TrainerCallback, ExportableState):
         """Return what a checkpoint keeps."""
         return {"args": {}, "attributes": {"total": asdict(self.total)}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Continue from the counts of the checkpoint; transformers leaves reading them to us."""
         # In a new run these are our own zeros. The entry must exist, or saving a checkpoint fails.
         saved: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]

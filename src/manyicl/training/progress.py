@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 # Where there is no bar, an evaluation says this often how far it is.
 SECONDS_BETWEEN_LINES = 30.0
@@ -31,44 +31,28 @@ class TrainingProgress(TrainerCallback):
         )
         self._task = self._bar.add_task("", total=None, status="")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the bar."""
         self._bar.start()
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss and the speed."""
-        if not state.is_world_process_zero or not logs:
-            return
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss and the speed, and the scores of an evaluation."""
+        logs: Mapping[str, float] = kwargs["logs"]
+        step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "loss" in logs:
-            status = (
-                f"loss {logs['loss']:.3f}  {logs['answers_per_second']:,.0f} answers/s  "
-                f"{logs['tokens_per_second']:,.0f} tokens/s"
-            )
+            speed = f"{logs['answers_per_second']:,.0f} answers/s  {logs['tokens_per_second']:,.0f} tokens/s"
+            status = f"loss {logs['loss']:.3f}  {speed}"
             self._bar.update(self._task, status=status)
             if not self._console.is_terminal:
-                self._console.print(
-                    f"step {state.global_step:,}/{state.max_steps:,}  {status}", highlight=False, soft_wrap=True
-                )
-        figures = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+                self._print(f"{step}  {status}")
+        figures = [f"{name[5:]} {value:.3f}" for name, value in logs.items() if name.startswith("eval_")]
         if figures:
-            text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            self._console.print(
-                f"step {state.global_step:,}/{state.max_steps:,}  held-out: {text}", highlight=False, soft_wrap=True
-            )
+            self._print(f"{step}  held-out: {'  '.join(figures)}")
 
     def on_evaluation(self, num_done: int, num_all: int) -> None:
         """Show how many scores of an evaluation are measured."""
@@ -77,10 +61,11 @@ class TrainingProgress(TrainerCallback):
         now = time.monotonic()
         if not self._console.is_terminal and (num_done == 0 or now - self._written_at >= SECONDS_BETWEEN_LINES):
             self._written_at = now
-            self._console.print(status, highlight=False, soft_wrap=True)
+            self._print(status)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the bar as it is."""
         self._bar.stop()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, validated
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
@@ -19,14 +20,10 @@ from manyicl.paths import exists, nearest_path
 RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
 
 
-PathT = TypeVar("PathT", bound=str | Path | None)
-
-
-def at_home(path: PathT) -> PathT:
-    """Replace a leading ``~`` by the home folder of the user."""
-    if path is None or not str(path).startswith("~"):
-        return path
-    return cast(PathT, type(path)(Path(path).expanduser()))
+# A leading ~ is the home folder of the user.
+HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
+HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
+DECAY_SHARE = 0.2
 
 
 class LoraSettings(Section):
@@ -54,9 +51,7 @@ class TokenizerSettings(Section):
     @model_validator(mode="after")
     def _holds_the_byte_alphabet(self) -> Self:
         if self.kind == "byte_bpe" and self.vocabulary_size < 300:
-            raise ValueError(
-                f"vocabulary_size is {self.vocabulary_size}; byte_bpe needs at least 300, 256 of them bytes"
-            )
+            raise ValueError(f"vocabulary_size is {self.vocabulary_size}; byte_bpe needs at least 300 for all bytes")
         return self
 
 
@@ -78,7 +73,9 @@ class FromScratchSettings(Section):
 class ModelSettings(Section):
     """Which weights are trained, starting from what."""
 
-    base: str | None = Field(None, description="A folder, a .gguf file, hf:owner/name, or builtin:nano, one, smollm2.")
+    base: HomeText | None = Field(
+        None, description="A folder, .gguf file, hf:owner/name, or builtin:nano, one, smollm2."
+    )
     from_scratch: FromScratchSettings | None = Field(None, description="A new model instead of a base.")
     lora: LoraSettings | None = Field(None, description="Train an adapter; unset trains all weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -97,27 +94,19 @@ class ModelSettings(Section):
         "flash-attn, on a CUDA GPU in bfloat16.",
     )
 
-    _at_home = field_validator("base")(at_home)
-
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _keys_go_together(self) -> Self:
         if (self.base is None) == (self.from_scratch is None):
             found = "both" if self.base is not None else "neither"
             raise ValueError(f"give either base or from_scratch; found {found}")
         if self.from_scratch is not None and self.lora is not None:
             raise ValueError("from_scratch trains all weights; an adapter over it would have no base. Remove lora")
-        return self
-
-    @model_validator(mode="after")
-    def _kernels_fit_the_weights(self) -> Self:
         if self.quantize is not None and self.lora is None:
             remedy = "Remove quantize" if self.from_scratch is not None else "Give lora, or remove quantize"
             raise ValueError(f"quantize: {self.quantize} freezes the base, so only an adapter can be trained. {remedy}")
         if self.attention == "flash" and self.dtype != "bfloat16":
-            raise ValueError(
-                f"attention: flash computes in 16 bits; found dtype {self.dtype}. Use dtype: bfloat16, or "
-                "attention: split"
-            )
+            remedy = "Use dtype: bfloat16, or attention: split"
+            raise ValueError(f"attention: flash computes in 16 bits; found dtype {self.dtype}. {remedy}")
         return self
 
 
@@ -131,13 +120,11 @@ class TaskSettings(Section):
     evaluate: tuple[str, ...] = Field(
         (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
     )
-    data_root: Path | None = Field(
+    data_root: HomePath | None = Field(
         None,
         description="Folder of the data that is not found beside its task.yaml, and of copies of Hub datasets.",
     )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
-
-    _at_home = field_validator("data_root")(at_home)
 
 
 class SequenceSettings(EpisodeSettings):
@@ -168,10 +155,8 @@ class ObjectiveSettings(Section):
     @model_validator(mode="after")
     def _every_token_counts_the_same(self) -> Self:
         if self.supervise == "every_token" and (self.weighting == "answer" or self.context_weight):
-            raise ValueError(
-                "supervise: every_token weighs every token 1; leave out weighting and context_weight, or "
-                "choose all_answers with a context_weight"
-            )
+            remedy = "leave out weighting and context_weight, or choose all_answers with a context_weight"
+            raise ValueError(f"supervise: every_token weighs every token 1; {remedy}")
         return self
 
 
@@ -191,7 +176,7 @@ class TrainingSettings(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from zero; part of the run.")
     decay_share: float = Field(
-        0.2, gt=0, le=1, description="Share of the steps, the last ones, in which warmup_stable_decay falls."
+        DECAY_SHARE, gt=0, le=1, description="Share of the steps, the last ones, in which warmup_stable_decay falls."
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of matrices; biases and norms never decay.")
     adam_betas: tuple[float, float] = Field(
@@ -247,18 +232,11 @@ class TrainingSettings(Section):
         return shots
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _length_and_schedule_are_clear(self) -> Self:
         if (self.num_tokens is None) == (self.num_steps is None):
             found = "both; set the other to null" if self.num_steps is not None else "neither"
             raise ValueError(f"give either num_tokens or num_steps; found {found}")
-        return self
-
-    @model_validator(mode="after")
-    def _decay_share_has_an_effect(self) -> Self:
-        if (
-            self.schedule != "warmup_stable_decay"
-            and self.decay_share != type(self).model_fields["decay_share"].default
-        ):
+        if self.schedule != "warmup_stable_decay" and self.decay_share != DECAY_SHARE:
             raise ValueError(f"decay_share has no effect with schedule: {self.schedule}; leave it out")
         return self
 
@@ -280,52 +258,36 @@ class Recipe(Section):
     format: FormatSettings = Field(default_factory=FormatSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: TrainingSettings
-    output: Path = Field(description="Folder of the finished model, its logs and checkpoints.")
-
-    _at_home = field_validator("output")(at_home)
+    output: HomePath = Field(description="Folder of the finished model, its logs and checkpoints.")
 
     @field_validator("format")
     @classmethod
     def _template_at_home(cls, settings: FormatSettings) -> FormatSettings:
-        return settings.model_copy(update={"template": at_home(settings.template)})
+        template = settings.template and settings.template.expanduser()
+        return settings.model_copy(update={"template": template})
 
     @model_validator(mode="after")
-    def _save_every_adds_checkpoints(self) -> Self:
-        every, evaluations = self.training.save_every, self.training.evaluate_every
+    def _sections_go_together(self) -> Self:
+        training, fields = self.training, TrainingSettings.model_fields
+        every, evaluations, warmup = training.save_every, training.evaluate_every, training.warmup_steps
         if self.tasks.evaluate and every and isinstance(evaluations, int) and every % evaluations == 0:
             raise ValueError(
                 f"training.save_every is {every}, training.evaluate_every {evaluations}; each evaluation makes a "
                 "checkpoint already, so that the best model has one. Use a smaller save_every for more, or leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _evaluations_have_tasks(self) -> Self:
-        fields = TrainingSettings.model_fields
-        keys = [key for key in fields if key.startswith("evaluate_")]
-        values = {key: getattr(self.training, key) for key in keys}
-        unused = [f"training.{key}" for key in keys if values[key] not in (None, fields[key].default)]
+        values = {key: getattr(training, key) for key in fields if key.startswith("evaluate_")}
+        unused = [f"training.{key}" for key, value in values.items() if value not in (None, fields[key].default)]
         if unused and not self.tasks.evaluate:
-            names = " and ".join(unused)
             raise ValueError(
-                f"without tasks.evaluate nothing is evaluated, so {names} would have no effect; name held-out tasks, "
-                "or leave that out"
+                f"without tasks.evaluate nothing is evaluated, so {' and '.join(unused)} would have no effect; name "
+                "held-out tasks, or leave that out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rate_reaches_its_peak(self) -> Self:
-        warmup, decay = self.training.warmup_steps, self.num_decay_steps
-        if warmup + decay > self.num_steps:
-            falls = f" and warmup_stable_decay falls over {decay:,}" if decay else ""
+        if warmup + self.num_decay_steps > self.num_steps:
+            falls = f" and warmup_stable_decay falls over {self.num_decay_steps:,}" if self.num_decay_steps else ""
             raise ValueError(
                 f"training.warmup_steps is {warmup:,}{falls}, but the run has {self.num_steps:,} steps, so the rate "
                 "never reaches its peak; use fewer, or a longer run"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _chat_needs_a_base(self) -> Self:
         if self.format.kind == "chat" and self.model.from_scratch is not None:
             raise ValueError(
                 "format.kind: chat takes turns from the chat template of an instruct model; found model.from_scratch. "
@@ -376,13 +338,8 @@ class Recipe(Section):
         """
         content = parse_yaml(text, name, _Loader)
         if not isinstance(content, dict):
-            raise UserError(
-                "no_mapping",
-                "this is no recipe",
-                expected=f"the keys {', '.join(cls.model_fields)}",
-                found=shown(content),
-                file=name,
-            )
+            keys = f"the keys {', '.join(cls.model_fields)}"
+            raise UserError("no_mapping", "this is no recipe", expected=keys, found=shown(content), file=name)
         for override in overrides:
             content = _override(content, override)
         _require_new_names(content, name)
@@ -413,9 +370,8 @@ def _require_new_names(content: Mapping[str, Any], name: str) -> None:
         section, _, key = old.rpartition(".")
         inner = content.get(section) if section else content
         if isinstance(inner, Mapping) and key in inner:
-            raise UserError(
-                "renamed_key", f"the key {old!r} is called {new!r} now", remedy="Rename it.", file=name, field=old
-            )
+            what = f"the key {old!r} is called {new!r} now"
+            raise UserError("renamed_key", what, remedy="Rename it.", file=name, field=old)
 
 
 def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
@@ -431,9 +387,8 @@ def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     for key in keys[:-1]:
         below = inner.get(key)
         if below is not None and not isinstance(below, dict):
-            raise UserError(
-                "wrong_override", f"{key!r} is {shown(below)}, which has no keys of its own", file=place, field=dotted
-            )
+            what = f"{key!r} is {shown(below)}, which has no keys of its own"
+            raise UserError("wrong_override", what, file=place, field=dotted)
         inner[key] = dict(below or {})
         inner = inner[key]
     inner[keys[-1]] = parse_yaml(value, place, _Loader)
