@@ -14,7 +14,7 @@ from manyicl.training.processes import end_processes, is_main_process, processes
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
-    from manyicl.training.job import Existing, TrainedRun
+    from manyicl.training.job import Existing
     from manyicl.training.recipe import Recipe
 
 
@@ -82,7 +82,10 @@ def _train(recipe: Path, changes: list[str], existing: Existing) -> None:
         stopped = f"Stopped after step {run.num_steps:,}; a checkpoint is saved."
         _tell(f"{stopped} Resume with\n\n  {resume_command(recipe, changes)}")
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
-    _tell(_result_sentence(run))
+    _tell(f"The model is in {run.folder} after {run.num_steps:,} steps.")
+    if run.best_step is not None:
+        score = f"the best on held-out tasks with a score of {run.best_score:.3f}"
+        _tell(f"It is the model after step {run.best_step:,}, {score}.")
 
 
 def _read(recipe: Path, changes: list[str]) -> Recipe:
@@ -92,16 +95,6 @@ def _read(recipe: Path, changes: list[str]) -> Recipe:
 
     logging.disable_progress_bar()
     return Recipe.read(recipe, changes)
-
-
-def _result_sentence(run: TrainedRun) -> str:
-    sentence = f"The model is in {run.folder} after {run.num_steps:,} steps."
-    if run.best_step is None or run.best_score is None:
-        return sentence
-    return (
-        f"{sentence} It is the model after step {run.best_step:,}, the best on held-out tasks with a score of "
-        f"{run.best_score:.3f}."
-    )
 
 
 def _tell(text: str) -> None:
@@ -130,7 +123,5 @@ def resume_command(recipe: Path, overrides: list[str]) -> str:
     """Return the command that resumes where a run was stopped, with as many processes."""
     num_processes = processes_per_machine()
     launcher = ["torchrun", "--nproc-per-node", str(num_processes), "--no-python"] if num_processes > 1 else []
-    parts = [*launcher, "manyicl", "train", str(recipe)]
-    for override in overrides:
-        parts += ["--set", override]
-    return shlex.join([*parts, "--resume"])
+    changes = [part for override in overrides for part in ("--set", override)]
+    return shlex.join([*launcher, "manyicl", "train", str(recipe), *changes, "--resume"])

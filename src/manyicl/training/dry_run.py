@@ -150,19 +150,12 @@ def _run_lines(recipe: Recipe, statistics: SequenceStatistics, sequences: Packed
 
 def _cost_lines(cost: Cost) -> Iterator[str]:
     yield _size_line(cost.num_parameters, cost.num_trainable)
-    yield (
-        f"About {_duration(cost.hours)} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory "
-        f"({cost.how})."
-    )
+    time = f"{cost.hours:,.1f} hours" if cost.hours >= 2 else f"{cost.hours * 60:,.0f} minutes"
+    if cost.hours < 0.05:
+        time = f"{cost.hours * 3600:,.0f} seconds"
+    yield f"About {time} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory ({cost.how})."
 
 
 def _size_line(num_parameters: int, num_trainable: int) -> str:
-    return (
-        f"Model: {num_parameters:,} weights, {num_trainable:,} of them trained ({num_trainable / num_parameters:.1%})."
-    )
-
-
-def _duration(hours: float) -> str:
-    if hours < 0.05:
-        return f"{hours * 3600:,.0f} seconds"
-    return f"{hours * 60:,.0f} minutes" if hours < 2 else f"{hours:,.1f} hours"
+    share = num_trainable / num_parameters
+    return f"Model: {num_parameters:,} weights, {num_trainable:,} of them trained ({share:.1%})."

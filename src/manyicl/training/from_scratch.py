@@ -67,12 +67,8 @@ def _word_level(settings: TokenizerSettings) -> tuple[Tokenizer, trainers.Traine
     separated by single spaces or line breaks comes back exactly.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("\n\n|\n"), "isolated"),
-            pre_tokenizers.Split(" ", "removed"),
-        ]
-    )
+    lines, words = pre_tokenizers.Split(Regex("\n\n|\n"), "isolated"), pre_tokenizers.Split(" ", "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     tokenizer.decoder = decoders.Sequence(
         [
             # "##" marks no token here; WordPiece is the decoder that puts a space between words.
@@ -116,13 +112,18 @@ def require_loadable(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         config.save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if loaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
-        raise UserError(
+        raise _refusal(
             "tokenizer_replaced",
-            f"model.from_scratch.architecture: for {config.model_type} this transformers replaces a new tokenizer by "
+            f"architecture: for {config.model_type} this transformers replaces a new tokenizer by "
             f"{type(loaded).__name__}, which encodes differently",
-            remedy="Use another architecture: llama with attention_bias: true has the shape of qwen2.",
-            field="model.from_scratch.architecture",
+            "Use another architecture: llama with attention_bias: true has the shape of qwen2.",
         )
+
+
+def _refusal(code: str, what: str, remedy: str | None = None, key: str = "") -> UserError:
+    """Refuse a key of model.from_scratch, with which ``what`` begins."""
+    field = f"model.from_scratch.{what.partition(':')[0]}{key and f'.{key}'}"
+    return UserError(code, f"model.from_scratch.{what}", remedy=remedy, field=field)
 
 
 def new_config(
@@ -133,22 +134,15 @@ def new_config(
     Raises:
         UserError: If the architecture or one of its keys is unknown, or the keys do not go together.
     """
-    if settings.architecture not in CONFIG_MAPPING:
-        raise UserError(
-            "unknown_architecture",
-            f"model.from_scratch.architecture: transformers knows no {settings.architecture!r}",
-            remedy=did_you_mean(settings.architecture, CONFIG_MAPPING.keys()).strip(),
-            field="model.from_scratch.architecture",
-        )
-    known = {*AutoConfig.for_model(settings.architecture).to_dict(), "rope_theta", "rope_scaling"}
+    architecture = settings.architecture
+    if architecture not in CONFIG_MAPPING:
+        remedy = did_you_mean(architecture, CONFIG_MAPPING.keys()).strip()
+        raise _refusal("unknown_architecture", f"architecture: transformers knows no {architecture!r}", remedy)
+    known = {*AutoConfig.for_model(architecture).to_dict(), "rope_theta", "rope_scaling"}
     for key in settings.config:
         if key not in known:
-            raise UserError(
-                "unknown_key",
-                f"model.from_scratch.config: {settings.architecture} has no key {key!r}",
-                remedy=did_you_mean(key, known).strip(),
-                field=f"model.from_scratch.config.{key}",
-            )
+            remedy = did_you_mean(key, known).strip()
+            raise _refusal("unknown_key", f"config: {architecture} has no key {key!r}", remedy, key)
     derived: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_context_tokens,
@@ -157,10 +151,9 @@ def new_config(
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(settings.architecture, **(derived | settings.config))
+        return AutoConfig.for_model(architecture, **(derived | settings.config))
     except (TypeError, ValueError, ArithmeticError, LookupError, StrictDataclassError) as error:
-        what = f"model.from_scratch.config: {_last_line(error)}"
-        raise UserError("wrong_config", what, field="model.from_scratch.config") from error
+        raise _refusal("wrong_config", f"config: {_last_line(error)}") from error
 
 
 def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -173,8 +166,8 @@ def new_model(settings: FromScratchSettings, config: PreTrainedConfig, seed: int
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
     except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
-        what = f"model.from_scratch: {settings.architecture} cannot be made with this config: {_last_line(error)}"
-        raise UserError("wrong_config", what, field="model.from_scratch.config") from error
+        what = f"config: {settings.architecture} cannot be made with it: {_last_line(error)}"
+        raise _refusal("wrong_config", what) from error
     if settings.initialization == "structured":
         from manyicl.model.initialization import structured_initialization
 

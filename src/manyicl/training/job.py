@@ -185,24 +185,17 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
     """
     known = Manifest.read(folder.path)
     assert known is not None
-    fingerprint, base_manifest = known.base_fingerprint, None
-    files = base_files(recipe)
+    base, fingerprint, files = recipe.model.base, known.base_fingerprint, base_files(recipe)
+    of_base = None if base is None else read_manifest(resolve_reference(base))
     has_same_base = folder.has_same_base(files)
-    if recipe.model.base is not None and has_same_base:
-        base_manifest = read_manifest(resolve_reference(recipe.model.base))
-    elif recipe.model.base is not None:
-        base = load_model(recipe.model.base, dtype=recipe.model.dtype, device="cpu", check_isolation=False)
-        fingerprint, base_manifest = base.fingerprint, base.manifest
-    base_tasks = base_manifest.tasks if base_manifest else ()
-    folder.require_same_start(
-        known.model_copy(
-            update={
-                "tasks": trained_tasks(tasks.train, base_tasks),
-                "held_out": tuple(TrainedTask.of(task) for task in tasks.held_out),
-                "base_fingerprint": fingerprint,
-            }
-        )
-    )
+    if base is not None and not has_same_base:
+        fingerprint = load_model(base, dtype=recipe.model.dtype, device="cpu", check_isolation=False).fingerprint
+    now = {
+        "tasks": trained_tasks(tasks.train, of_base.tasks if of_base else ()),
+        "held_out": tuple(TrainedTask.of(task) for task in tasks.held_out),
+        "base_fingerprint": fingerprint,
+    }
+    folder.require_same_start(known.model_copy(update=now))
     if is_main_process() and not has_same_base:
         folder.remember_base(files)
     newest = Checkpoints(folder.checkpoints).newest()

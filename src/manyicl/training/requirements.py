@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from manyicl.errors import UserError
 from manyicl.model import machine
@@ -19,8 +19,7 @@ GPU_EXTRA = "pip install 'manyicl[gpu]'"
 FLASH_ATTN = "pip install flash-attn --no-build-isolation"
 
 
-@dataclass(frozen=True)
-class _Feature:
+class _Feature(NamedTuple):
     """A setting that works only with a library on a CUDA GPU.
 
     Attributes:
@@ -86,12 +85,12 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
                 task_places(pattern)
             except UserError as error:
                 yield error.at(field=key)
-    num_sequences = recipe.training.sequences_per_step
-    if num_sequences % world_size():
+    num_sequences, num_processes = recipe.training.sequences_per_step, world_size()
+    if num_sequences % num_processes:
         yield UserError(
             "sequences_not_shared_evenly",
-            f"training.sequences_per_step is {num_sequences} and {world_size()} processes share them",
-            remedy=f"Use a multiple of {world_size()}.",
+            f"training.sequences_per_step is {num_sequences} and {num_processes} processes share them",
+            remedy=f"Use a multiple of {num_processes}.",
             field="training.sequences_per_step",
         )
 
@@ -106,34 +105,29 @@ def missing_features(recipe: Recipe) -> Iterator[UserError]:
             continue
         gpu, library = _missing_gpu(feature), _missing_library(feature)
         if gpu or library:
+            needed = f"a CUDA GPU and {feature.library} {feature.least_version} or later"
+            what = f"{feature.setting} needs {needed}; {' and '.join(filter(None, (gpu, library)))}"
             remedies = ["train where torch sees such a GPU"] if gpu else []
             remedies += [f"install {feature.library} with `{feature.install}`"] if library else []
             remedy = " and ".join(remedies)
-            needed = f"a CUDA GPU and {feature.library} {feature.least_version} or later"
-            what = f"{feature.setting} needs {needed}; {' and '.join(filter(None, (gpu, library)))}"
-            remedy = f"{remedy[0].upper()}{remedy[1:]}, or remove {feature.key}."
         elif is_sharded():
-            what = (
-                f"{feature.setting} is compared with the plain model when a run starts, which cannot be done under "
-                "FSDP, where the weights have no device yet"
-            )
-            remedy = f"Start without FSDP, or remove {feature.key}."
+            compared = "is compared with the plain model when a run starts, which cannot be done under FSDP"
+            what = f"{feature.setting} {compared}, where the weights have no device yet"
+            remedy = "Start without FSDP"
         else:
             continue
+        remedy = f"{remedy[0].upper()}{remedy[1:]}, or remove {feature.key}."
         yield UserError("missing_requirement", what, remedy=remedy, field=feature.key)
 
 
 def too_few_positions(recipe: Recipe, positions: int | None) -> UserError | None:
     """Compare the length of packed sequences with the positions of a model; None where they fit or are not known."""
-    if positions is None or recipe.sequences.max_context_tokens <= positions:
+    length = recipe.sequences.max_context_tokens
+    if positions is None or length <= positions:
         return None
-    return UserError(
-        "context_too_long",
-        f"sequences.max_context_tokens is {recipe.sequences.max_context_tokens:,}; the model has {positions:,} "
-        "positions",
-        remedy="Use shorter sequences, or a model with a longer context.",
-        field="sequences.max_context_tokens",
-    )
+    what = f"sequences.max_context_tokens is {length:,}; the model has {positions:,} positions"
+    remedy = "Use shorter sequences, or a model with a longer context."
+    return UserError("context_too_long", what, remedy=remedy, field="sequences.max_context_tokens")
 
 
 def remark_on_precision(recipe: Recipe) -> str | None:
@@ -165,8 +159,7 @@ def _base_problems(recipe: Recipe) -> Iterator[UserError]:
             remedy="Unset it for one run, or copy the model and give its folder.",
             field="model.base",
         )
-    too_few = too_few_positions(recipe, _known_positions(recipe))
-    if too_few is not None:
+    if too_few := too_few_positions(recipe, _known_positions(recipe)):
         yield too_few
 
 
@@ -218,11 +211,9 @@ def _known_positions(recipe: Recipe) -> int | None:
     folder = config_folder(recipe)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    try:
-        positions = getattr(model_config(str(folder)).get_text_config(), "max_position_embeddings", None)
-    except UserError:
-        return None
-    return int(positions) if positions else None
+    with suppress(UserError):
+        return getattr(model_config(str(folder)).get_text_config(), "max_position_embeddings", None) or None
+    return None
 
 
 def _missing_gpu(feature: _Feature) -> str | None:
