@@ -145,7 +145,7 @@ class Grid:
         """
         for cell in self.cells:
             with _taken(self.folder / cell.name) as is_taken:
-                state = self._state_on_disk(cell)
+                state = self._report(cell).state
                 if not is_taken or state is CellState.DONE or (state is CellState.FAILED and not retry_failed):
                     continue
                 self._work_on(cell, work)
@@ -167,20 +167,14 @@ class Grid:
 
     def _report(self, cell: Cell) -> CellReport:
         folder = self.folder / cell.name
-        state = self._state_on_disk(cell)
-        if state is CellState.DONE:
-            return CellReport(cell, state, result=_read(folder / DONE_FILE))
-        if state is CellState.FAILED:
-            return CellReport(cell, state, failure=_read(folder / FAILED_FILE))
-        if state is CellState.INTERRUPTED:
-            with _taken(folder, timeout=0) as is_free:
-                state = CellState.INTERRUPTED if is_free else CellState.RUNNING
-        return CellReport(cell, state)
-
-    def _state_on_disk(self, cell: Cell) -> CellState:
-        folder = self.folder / cell.name
-        files = {DONE_FILE: CellState.DONE, FAILED_FILE: CellState.FAILED, CELL_FILE: CellState.INTERRUPTED}
-        return next((state for name, state in files.items() if (folder / name).is_file()), CellState.WAITING)
+        if (folder / DONE_FILE).is_file():
+            return CellReport(cell, CellState.DONE, result=_read(folder / DONE_FILE))
+        if (folder / FAILED_FILE).is_file():
+            return CellReport(cell, CellState.FAILED, failure=_read(folder / FAILED_FILE))
+        if not (folder / CELL_FILE).is_file():
+            return CellReport(cell, CellState.WAITING)
+        with _taken(folder, timeout=0) as is_free:
+            return CellReport(cell, CellState.INTERRUPTED if is_free else CellState.RUNNING)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -60,11 +61,11 @@ def held_out_measure(
                 settings,
                 on_result=lambda result, was_found: report(next(num_done), num_all),
             ).results
-        figures = {"score": sum(result.score for result in results) / len(results)}
-        for num_shots in settings.shots:
-            scores = [result.score for result in results if result.num_shots == num_shots]
-            figures[f"score_at_{num_shots}_shots"] = sum(scores) / len(scores)
-        return figures
+        figures = {
+            f"score_at_{num_shots}_shots": fmean(result.score for result in results if result.num_shots == num_shots)
+            for num_shots in settings.shots
+        }
+        return {"score": fmean(result.score for result in results), **figures}
 
     return measure
 

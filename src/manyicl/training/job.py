@@ -120,7 +120,7 @@ def ensure_trained(
         finished, trainer = train_prepared(
             run, arguments, folder, progress, measure=measured, checkpoint=point.checkpoint
         )
-        say(trainer.counts.sentence())
+        say(trainer.run_counts.total.sentence())
     state = trainer.state
     best_step = state.best_global_step if measured else None
     return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)

@@ -58,16 +58,8 @@ WRITTEN = {
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
 # training tasks themselves are compared by name, data and order.
 FREE_TO_CHANGE = frozenset(
-    {
-        "output",
-        "tasks.train",
-        "tasks.data_root",
-        "training.log_every",
-        "training.evaluate_every",
-        "training.save_every",
-        "training.keep_checkpoints",
-        "training.num_threads",
-    }
+    {"output", "tasks.train", "tasks.data_root", "training.log_every", "training.num_threads"}
+    | {"training.evaluate_every", "training.save_every", "training.keep_checkpoints"}
 )
 
 
@@ -295,17 +287,11 @@ class RunFolder:
 
 def _changed_tasks(before: Sequence[TrainedTask], now: Sequence[TrainedTask]) -> str:
     """Say how the tasks of a run, with their data and order, differ from those it started with."""
-    names_before, names_now = ({task.name for task in tasks} for tasks in (before, now))
-    for old, new in zip_longest(before, now):
-        if new is None or (old is not None and old.name not in names_now):
-            return f"the run started with task {old.name!r}, which is missing now"
-        if old is None or new.name not in names_before:
-            return f"task {new.name!r} was not part of the run when it started"
-        if old.name == new.name and old != new:
-            return f"the data of task {old.name!r} changed since the run started"
-        if old.name != new.name:
-            break
-    return f"task {new.name!r} is now where {old.name!r} was, and packed sequences depend on the order of tasks"
+    old, new = next((old, new) for old, new in zip_longest(before, now) if old != new)
+    if old is not None and new is not None and old.name == new.name:
+        return f"the data of task {old.name!r} changed since the run started"
+    then, today = (f"task {task.name!r}" if task else "no task" for task in (old, new))
+    return f"the run started with {then} where now is {today}, and packed sequences depend on the order of tasks"
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

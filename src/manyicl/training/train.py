@@ -95,24 +95,20 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
     on_cpu = not torch.cuda.is_available()
     due = settings.evaluate_every if evaluates else settings.save_every
     interval = due if isinstance(due, int) else recipe.num_steps
+    named_alike = {"learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "seed"}
     arguments = TrainingArguments(
+        **settings.model_dump(include=named_alike),
         output_dir=str(folder.checkpoints),
         max_steps=recipe.num_steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.sequences_per_step // num_processes,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        learning_rate=settings.learning_rate,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         lr_scheduler_kwargs={"num_decay_steps": recipe.num_decay_steps} if recipe.num_decay_steps else {},
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_betas[0],
         adam_beta2=settings.adam_betas[1],
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
         use_cache=False,
-        seed=settings.seed,
         # Without it, torchrun on a CPU would run unrelated trainings side by side.
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
@@ -199,7 +195,7 @@ def train_prepared(
     if finished:
         start.model.config.use_cache = use_cache
         # Until now it was the most of a sample.
-        most_shots = max(run.statistics.most_shots, trainer.counts.most_shots)
+        most_shots = max(run.statistics.most_shots, trainer.run_counts.total.most_shots)
         save_finished(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
     return finished, trainer
 

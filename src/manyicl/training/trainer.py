@@ -90,7 +90,7 @@ class ManyShotTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
         self._evaluation = evaluation
-        self._run = run
+        self.run_counts = run
         self._failure: MachineError | None = None
         self._run_loss = loss
         self._step_tasks: set[str] = set()
@@ -112,13 +112,8 @@ class ManyShotTrainer(Trainer):
         weight = sum(weight for weight, _ in of_processes)
         counts = sum((counts for _, counts in of_processes), SequenceCounts())
         self._since_log += counts
-        self._run.total += counts
+        self.run_counts.total += counts
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
-
-    @property
-    def counts(self) -> SequenceCounts:
-        """All sequences of the run so far, over all processes, those before a resume included."""
-        return self._run.total
 
     def compute_loss(
         self,
@@ -279,7 +274,7 @@ class ManyShotTrainer(Trainer):
             logs["tokens_per_second"] = self._since_log.num_tokens / seconds
             self._since_log, self._logged_at = SequenceCounts(), now
         if "train_loss" in logs:
-            logs.update(asdict(self.counts))
+            logs.update(asdict(self.run_counts.total))
             # transformers takes the mean over the part since the run was resumed.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
