@@ -29,6 +29,12 @@ def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_a_large_new_model_is_estimated_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PARAMETERS_MEASURED", 1000)
+    text = "\n".join(dry_run(small_recipe(tmp_path / "run"), small_tasks()))
+    assert "estimated from the configuration: 40% of this machine's matrix rate" in text
+
+
 def test_memory_is_measured_on_systems_without_the_module_resource(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_dry_run_from_scratch_of_what_is_not_here_still_says_its_size(tmp_path
     text = "\n".join(dry_run(small_recipe(tmp_path / "run", "training.liger=true"), small_tasks()))
     assert "Not on this machine: training.liger" in text
     assert "weights, " in text
-    assert "Hours and memory cannot be known on this machine." in text
+    assert "GiB of memory, estimated from the configuration. Hours cannot be known on this machine." in text
 
 
 def test_4_bits_are_counted_in_the_estimated_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

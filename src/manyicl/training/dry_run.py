@@ -72,13 +72,11 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
     run = prepare_run(recipe, tasks)
     yield from _run_lines(recipe, run.statistics, run.sequences)
     num_parameters = sum(weights.numel() for weights in run.start.model.parameters())
-    if missing:
-        yield _size_line(num_parameters, run.start.num_trainable_parameters)
-        yield "Hours and memory cannot be known on this machine."
-    elif num_parameters <= MOST_PARAMETERS_MEASURED:
-        yield from _cost_lines(measured_cost(recipe, run.start, run.sequences))
+    if missing or num_parameters > MOST_PARAMETERS_MEASURED:
+        cost = estimated_cost(recipe, run.statistics, run.start.model.config)
     else:
-        yield from _cost_lines(estimated_cost(recipe, run.statistics))
+        cost = measured_cost(recipe, run.start, run.sequences)
+    yield from _cost_lines(cost, is_for_this_machine=not missing)
 
 
 def _is_only_described(base: str) -> bool:
@@ -118,12 +116,7 @@ def _from_description(recipe: Recipe, base: str, tasks: RecipeTasks, *, is_for_t
     except UserError as error:
         yield f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
         return
-    if is_for_this_machine:
-        yield from _cost_lines(cost)
-    else:
-        yield _size_line(cost.num_parameters, cost.num_trainable)
-        memory = f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration."
-        yield f"{memory} Hours cannot be known on this machine."
+    yield from _cost_lines(cost, is_for_this_machine=is_for_this_machine)
 
 
 def _is_available(repository: str) -> bool:
@@ -148,14 +141,14 @@ def _run_lines(recipe: Recipe, statistics: SequenceStatistics, sequences: Packed
     )
 
 
-def _cost_lines(cost: Cost) -> Iterator[str]:
-    yield _size_line(cost.num_parameters, cost.num_trainable)
+def _cost_lines(cost: Cost, *, is_for_this_machine: bool) -> Iterator[str]:
+    share = cost.num_trainable / cost.num_parameters
+    yield f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained ({share:.1%})."
+    if not is_for_this_machine:
+        memory = f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration."
+        yield f"{memory} Hours cannot be known on this machine."
+        return
     time = f"{cost.hours:,.1f} hours" if cost.hours >= 2 else f"{cost.hours * 60:,.0f} minutes"
     if cost.hours < 0.05:
         time = f"{cost.hours * 3600:,.0f} seconds"
     yield f"About {time} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory ({cost.how})."
-
-
-def _size_line(num_parameters: int, num_trainable: int) -> str:
-    share = num_trainable / num_parameters
-    return f"Model: {num_parameters:,} weights, {num_trainable:,} of them trained ({share:.1%})."

@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.model.load import DTYPES, model_config
@@ -124,12 +124,12 @@ def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequenc
         _forward_and_backward(recipe, model, sequence, device)
     seconds_per_sequence = (time.perf_counter() - started) / NUM_MEASURED_SEQUENCES
     model.zero_grad(set_to_none=True)
-    adam_bytes = 8 * start.num_trainable_parameters
+    num_trainable = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
     return Cost(
         hours=seconds_per_sequence * recipe.num_sequences / 3600,
-        memory_gib=(_peak_bytes(device) + adam_bytes) / 2**30,
+        memory_gib=(_peak_bytes(device) + 8 * num_trainable) / 2**30,
         num_parameters=sum(weights.numel() for weights in model.parameters()),
-        num_trainable=start.num_trainable_parameters,
+        num_trainable=num_trainable,
         how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {name}",
     )
 
@@ -158,15 +158,10 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if psutil.MACOS else 1024)
 
 
-def parameter_counts(recipe: Recipe) -> tuple[int, int, int]:
-    """Count from its configuration alone all weights of a base, those that training changes, and those in 4 bits.
-
-    Raises:
-        UserError: If the configuration is not available.
-    """
-    assert recipe.model.base is not None
+def parameter_counts(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Count from its configuration alone all weights of a model, those that training changes, and those in 4 bits."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(recipe.model.base), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     num_parameters = sum(weights.numel() for weights in model.parameters())
     linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model)) if recipe.model.quantize else 0
     if recipe.model.lora is None:
@@ -191,24 +186,31 @@ def adapter_size(model: nn.Module, lora: LoraSettings) -> int:
     return sum(lora.rank * (part.in_features + part.out_features) for part in covered)
 
 
-def estimated_cost(recipe: Recipe, statistics: SequenceStatistics) -> Cost:
+def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTrainedConfig | None = None) -> Cost:
     """Estimate time from the matrix rate of this machine, memory from counts of weights and activations.
 
     A token costs 2 operations per weight forward, 2 more for the gradients of activations and 2 for those of
     trainable weights; checkpointing repeats the forward pass. Attention is not counted.
 
+    Args:
+        recipe: The run.
+        statistics: Means over some of its sequences.
+        config: Configuration of the model; None for that of the base.
+
     Raises:
         UserError: If the configuration is not available.
     """
-    assert recipe.model.base is not None
-    num_parameters, num_trainable, num_in_4_bits = parameter_counts(recipe)
+    if config is None:
+        assert recipe.model.base is not None
+        config = model_config(recipe.model.base)
+    num_parameters, num_trainable, num_in_4_bits = parameter_counts(recipe, config)
     low_precision = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     rate = matrix_rate(torch.bfloat16 if low_precision else torch.float32)
     per_token = 4 * num_parameters + 2 * num_trainable
     if recipe.training.gradient_checkpointing:
         per_token += 2 * num_parameters
     seconds = per_token * statistics.tokens * recipe.num_sequences / (rate * ASSUMED_EFFICIENCY)
-    config = model_config(recipe.model.base).get_text_config()
+    config = config.get_text_config()
     bytes_per_weight = torch.finfo(DTYPES[recipe.model.dtype]).bits // 8
     bytes_per_activation = 2 if low_precision else 4
     # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:

@@ -42,11 +42,6 @@ class StartingPoint:
     base_fingerprint: str | None
     base_tasks: tuple[TrainedTask, ...] = ()
 
-    @property
-    def num_trainable_parameters(self) -> int:
-        """Weights that training changes."""
-        return sum(weights.numel() for weights in self.model.parameters() if weights.requires_grad)
-
 
 def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     """Load or make the model of a recipe, the same for the same seed.
