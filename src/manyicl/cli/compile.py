@@ -31,7 +31,7 @@ def compile_command(
     task: Annotated[str, options.TASK_OPTION],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
     shots: options.Shots = None,
-    seed: Annotated[int, typer.Option(help="Chooses the demonstrations and their order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice and order of demonstrations.")] = 0,
     data_root: options.DataRoot = None,
     max_context_tokens: options.MaxContextTokens = None,
     text_format: options.TextFormat = None,
@@ -39,13 +39,13 @@ def compile_command(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Read a task's demonstrations once and keep them, so that `manyicl predict --prefix` starts in no time.
+    """Prefill a task's demonstrations once and save the result, so that `manyicl predict --prefix` starts at once.
 
-    From the same pass it tells how the model did on each demonstration, given those before it: whether it would have
-    given the answer, chosen token by token among the labels (of all tokens, for free answers). So before a single
-    query it shows whether this will work on the task, and whether more examples would help.
+    From the same pass it reports how well the model predicts each demonstration given those before it: whether the
+    answer, chosen token by token among the labels (among all tokens, for free answers), is right. So it shows before
+    the first query whether the task will work, and whether more examples would help.
 
-    The file contains the demonstrations in recoverable form: anyone who has it can read them. It works with the very
+    The file contains the demonstrations in recoverable form: anyone who has it can read them. It works only with the
     model it was made with.
 
     Examples:
@@ -92,7 +92,7 @@ def compile_command(
 
 
 def print_observed(compiled: CompiledTask, console: Console) -> None:
-    """Print how often the model was right on demonstrations, over the number of those before them."""
+    """Print how often the model was right on demonstrations, by the number of demonstrations before them."""
     from rich.table import Table
 
     from manyicl.engine.observed import groups_of_shots
@@ -121,7 +121,7 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
 
 
 def _tendency(estimates: Sequence[Estimate]) -> str:
-    """Say whether the last doubling of shots helped, as far as the numbers carry."""
+    """Say whether the last doubling of shots helped, as far as the numbers show."""
     from manyicl.evaluation.uncertainty import independent_difference
 
     if len(estimates) < 2 or min(estimates[-1].num_scores, estimates[-2].num_scores) < FEWEST_COMPARED:

@@ -20,16 +20,16 @@ NAME_WIDTH = 14
 
 
 def doctor_command(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe; say what it would use here.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, to see what it would use on this machine.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Say what this machine offers, and with a recipe, what it would use here and everything that is in its way.
+    """Show what this machine offers and, for a recipe, what it would use here and everything that is missing.
 
-    No network is used, and neither weights nor rows are read; `manyicl train RECIPE --dry-run` does that.
+    It uses no network and reads neither weights nor rows; `manyicl train RECIPE --dry-run` does.
 
     Examples:
 
@@ -100,9 +100,9 @@ def machine_lines(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
-    """Say what a recipe would use on this machine, and all reasons for which it would be refused, as JSON.
+    """Describe, as JSON, what a recipe would use on this machine, and all reasons why it would be refused.
 
-    Weights and rows are not read and no network is used: what only they can tell, ``--dry-run`` tells.
+    Weights and rows are not read and no network is used; ``--dry-run`` reports what depends on them.
     """
     from manyicl.errors import UserError
     from manyicl.training.processes import world_size

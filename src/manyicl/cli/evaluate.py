@@ -24,14 +24,14 @@ def evaluate_command(
     tasks: Annotated[
         list[str], typer.Option("--tasks", "-t", help="Task folder, catalog:NAME, task.yaml or pattern; repeatable.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
-    seeds: Annotated[int, typer.Option(min=1, help="Draws of demonstrations for each task.")] = 3,
-    queries: Annotated[int, typer.Option(min=1, help="Test queries of each task.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of draws of demonstrations per task.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Number of test queries per task.")] = 200,
     data_root: options.DataRoot = None,
     activation_budget_mib: options.ActivationBudgetMib = None,
     seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
-    name: Annotated[str | None, typer.Option(help="What reports call the model. [default: MODEL]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in reports. [default: MODEL]")] = None,
     max_context_tokens: options.MaxContextTokens = None,
     text_format: options.TextFormat = None,
     end_of_answer: options.EndOfAnswer = None,
@@ -40,8 +40,8 @@ def evaluate_command(
 ) -> None:
     """Measure how a model's score grows with the number of examples in its context.
 
-    Every task, shot count and seed becomes one record in the output folder; a second run skips what is there. The
-    same test queries are answered at every shot count, seed and model, so that models can be compared pair by pair.
+    Every task, shot count and seed becomes one record in the output folder; a second run skips existing ones.
+    Every shot count, seed and model answers the same test queries, so that models can be compared query by query.
 
     Examples:
 

@@ -18,16 +18,16 @@ def export_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Save as float32, bfloat16 or float16. [default: as the weights, or those of the base, are saved]"
+            help="Save as float32, bfloat16 or float16. [default: that of the saved weights, or of the base's]"
         ),
     ] = None,
     end_of_answer: EndOfAnswer = None,
 ) -> None:
-    """Write a model as one standard folder that transformers and vLLM load, with how to send it prompts.
+    """Write a model as one standard folder that transformers and vLLM load, with instructions for prompting it.
 
-    PROMPT.md says it to a reader, prompt.json to a client.
+    PROMPT.md has the instructions for readers, prompt.json for programs.
 
-    An adapter is merged in float32 and rounded once. The folder is read back, and what happened to the logits is said.
+    An adapter is merged in float32 and rounded once. The folder is loaded again and the change in logits reported.
 
     Examples:
 

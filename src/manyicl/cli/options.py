@@ -13,7 +13,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, h
 TASK_OPTION = typer.Option(
     "--task", "-t", help="Task folder, catalog:NAME, or a file with two columns: `tickets.csv:text:label`."
 )
-Shots = Annotated[int | None, typer.Option(min=0, help="Demonstrations; all training rows that fit if not given.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Number of demonstrations. [default: all that fit]")]
 TextFormat = Annotated[
     FormatKind | None,
     typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
@@ -29,15 +29,15 @@ EndOfAnswer = Annotated[
 DataRoot = Annotated[
     Path | None,
     typer.Option(
-        help="Folder in which data paths begin that are not found beside their task.yaml, and in which copies of Hub "
-        "datasets are, as NAME/train.jsonl."
+        help="Folder for data files that are not next to their task.yaml, and for copies of Hub datasets, as "
+        "NAME/train.jsonl."
     ),
 ]
 MaxContextTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest prefix, query and answer. [default: the model's]")
+    int | None, typer.Option(min=1, help="Limit for prefix, query and answer together. [default: the model's]")
 ]
 ActivationBudgetMib = Annotated[
-    int | None, typer.Option(min=1, help="Bound on queries in flight; changes speed and memory, not results.")
+    int | None, typer.Option(min=1, help="Memory for queries in flight; affects speed, not results.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: by device]")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best there is]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: depends on the device]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]

@@ -36,31 +36,31 @@ def predict_command(
     ],
     task: Annotated[str | None, options.TASK_OPTION] = None,
     prefix: Annotated[
-        Path | None, typer.Option(help="What `manyicl compile` wrote, in place of --task, --shots and --seed.")
+        Path | None, typer.Option(help="File from `manyicl compile`, instead of --task, --shots and --seed.")
     ] = None,
     delimiter: Annotated[
         str | None,
         typer.Option(
-            help="Between the fields of a .csv or .tsv of queries. [default: that of the task's own rows in such a "
+            help="Field separator of a .csv or .tsv file of queries. [default: that of the task's own rows in such a "
             "file, or a comma, in .tsv a tab]"
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where answers go: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
+    output: Annotated[Path, typer.Option(help="File of answers: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
     shots: options.Shots = None,
     nearest: Annotated[
-        int, typer.Option(min=0, help="Training rows that each query gets of its own, those most like it (BM25).")
+        int, typer.Option(min=0, help="Number of training rows most similar to a query (BM25) to add for it.")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(help="Chooses demonstrations and draws. [default: 0]")] = None,
-    scores: Annotated[bool, typer.Option(help="Write score and probability of every label too.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of demonstrations and of sampling. [default: 0]")] = None,
+    scores: Annotated[bool, typer.Option(help="Also write the score and probability of every label.")] = False,
     abstain_below: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Leave the answer empty where its probability among the labels is below this."),
+        typer.Option(min=0, max=1, help="Leave the answer empty if its probability among the labels is lower."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Draw free answers at this temperature. [default: the most probable tokens]")
+        float | None, typer.Option(help="Sample free answers at this temperature. [default: greedy decoding]")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw free answers among tokens that together reach this probability.")
+        float | None, typer.Option(help="Sample among the most probable tokens that together reach this probability.")
     ] = None,
     data_root: options.DataRoot = None,
     max_context_tokens: options.MaxContextTokens = None,
@@ -70,14 +70,14 @@ def predict_command(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Answer the queries of a file after demonstrations of a task.
+    """Answer the queries in a file, given demonstrations of a task.
 
-    Every output row holds the input row with `answer`, `log_probability` and `stopped` added. A free answer that
-    reached the length limit before it ended has `stopped: false`. Until all are there they are in `OUTPUT.part`;
-    where a run was interrupted, the next one leaves that file alone and says so.
+    Every output row is the input row with `answer`, `log_probability` and `stopped` added. A free answer that
+    reached the length limit before it ended has `stopped: false`. Until all answers are complete they are in
+    `OUTPUT.part`; after an interrupted run, the next one does not overwrite that file, and says so.
 
-    Demonstrations are fitted to the longest of the first 1,024 queries. Where a later one needs more tokens, fewer
-    demonstrations are shown from there on, and a line says so.
+    As many demonstrations are used as fit with the longest of the first 1,024 queries. If a later query needs more
+    tokens, fewer demonstrations are used from there on, and a message says so.
 
     Examples:
 
@@ -165,7 +165,7 @@ class _Source:
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
-    """Refuse a call that says twice, or not at all, where demonstrations come from."""
+    """Refuse a call that names the source of demonstrations twice, or not at all."""
     if (task is None) == (prefix is None):
         raise UserError(
             "conflicting_options", "demonstrations come from one place", expected="either --task or --prefix"
@@ -180,7 +180,7 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """Say how free answers are drawn; None where neither option is given."""
+    """Return how free answers are sampled; None if neither option is given."""
     from manyicl.engine.backend import Sampling
 
     if temperature is None and top_p is None:
@@ -189,7 +189,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 
 def _columns(with_scores: bool, may_abstain: bool) -> Callable[[Prediction], dict[str, Any]]:
-    """Return what turns a prediction into the columns of an output row."""
+    """Return a function that turns a prediction into the columns of an output row."""
     kept = {"answer", "log_probability", "stopped"}
     kept |= {"abstained"} if may_abstain else set()
     kept |= {"scores", "probabilities"} if with_scores else set()

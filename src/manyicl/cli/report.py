@@ -13,16 +13,16 @@ PAGE_ENDINGS = (".html", ".htm")
 
 
 def report_command(
-    results: Annotated[Path, typer.Argument(help="Folder of results; folders inside it are read too.")],
+    results: Annotated[Path, typer.Argument(help="Folder of results, including its subfolders.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Page to write, .html. [default: RESULTS/report.html]")
+        Path | None, typer.Option("--output", "-o", help="HTML page to write. [default: RESULTS/report.html]")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the curves as .svg, .png or .pdf.")] = None,
-    title: Annotated[str, typer.Option(help="Head of the page.")] = "Shot curves",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Shot curves",
     examples: Annotated[
-        bool, typer.Option(help="Show worked predictions; without, no text of a query, answer or demonstration.")
+        bool, typer.Option(help="Include worked predictions; without them, the page has no text of any row.")
     ] = True,
-    per_task: Annotated[bool, typer.Option("--per-task", help="Print a table for every task too.")] = False,
+    per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
 ) -> None:
     """Draw tables and shot curves from the records that `manyicl evaluate` wrote.
 

@@ -53,7 +53,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "--tokenizer",
-        help="Model whose tokenizer and format are used: folder, or hf:owner/name. Without one, nothing is counted in "
+        help="Model whose tokenizer and format are used: folder, or hf:owner/name. Without it, nothing is counted in "
         "tokens.",
         show_default=False,
     ),
@@ -77,11 +77,11 @@ def list_tasks(
     ] = None,
     search: Annotated[
         str | None,
-        typer.Option(help="Of the catalogue, those whose name, family, description or Hub id hold this word."),
+        typer.Option(help="Only catalogue entries whose name, family, description or Hub id contains this word."),
     ] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """List the catalogue, or a family of it, without downloading; or load tasks and list labels, rows, source."""
+    """List the catalogue or one of its families, without downloading; or load tasks and list labels, rows, source."""
     from manyicl.tasks.files import load_tasks
 
     if not tasks or all(map(_is_of_catalog, tasks)):
@@ -107,7 +107,7 @@ def _row_of_task(task: Task) -> dict[str, str]:
 
 
 def _table(rows: Iterable[dict[str, str]], **options: Any) -> Table:
-    """Make a table of rows that all have the same headings; what is counted is aligned to the right."""
+    """Make a table of rows that all have the same headings; numbers are aligned to the right."""
     from rich.table import Table
 
     table = Table(**options)
@@ -170,12 +170,12 @@ def check_tasks(
         int | None,
         typer.Option(
             min=8,
-            help="Context in tokens to fit shots in; by default that of fine-tuning, or all positions of the model.",
+            help="Context in tokens into which shots must fit; by default that of fine-tuning, or the model's maximum.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check tasks: balance, lengths, repeats; with --model, labels that begin one another, shots that fit."""
+    """Check tasks: balance, lengths, repeats; with --model, labels that begin other labels, and shots that fit."""
     from manyicl.episodes.checks import check_task
     from manyicl.tasks.files import load_tasks
 
@@ -254,11 +254,11 @@ def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
     "manyicl tasks nano my-world --split unseen --seed 7",
 )
 def write_nano_tasks(
-    folder: Annotated[Path, typer.Argument(help="Where the task folders go.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder for the task folders.", show_default=False)],
     split: Annotated[Split, typer.Option(help="Which tasks.")] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="Decides every rule and row.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all rules and rows.")] = 0,
 ) -> None:
-    """Write tasks of the nano world, whose hidden rules only demonstrations reveal."""
+    """Write tasks of the nano world, whose hidden rules can be learned only from demonstrations."""
     from manyicl.tasks.nanoworld.world import write_nano_world
 
     places = write_nano_world(folder, seed=seed, split=split)
@@ -277,14 +277,14 @@ def show_task(
     ],
     data_root: DataRoot = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples in the episode.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Which examples, in which order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice and order of examples.")] = 0,
     model: Model = None,
     text_format: TextFormat = None,
     end_of_answer: EndOfAnswer = None,
 ) -> None:
-    """Show an episode as the model sees it; what is supervised is coloured, or in «» without colour.
+    """Show an episode as the model sees it; supervised text is coloured, or in «» without colour.
 
-    With --model it is drawn token by token.
+    With --model it is shown token by token.
     """
     from manyicl.episodes.episode import Episode
     from manyicl.tasks.files import load_task
@@ -416,7 +416,7 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
 
 
 def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
-    """Print what the table has no room for: balance of labels, beginnings, dropped rows."""
+    """Print what does not fit in the table: balance of labels, shared beginnings, dropped rows."""
     from manyicl.printing import printable
 
     if check.labels:

@@ -25,13 +25,17 @@ def train_command(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Replace training.seed.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing run in the output folder.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run holds and will cost, and train nothing.")
+        bool, typer.Option("--dry-run", help="Report what the run will do and cost, without training.")
     ] = False,
 ) -> None:
-    """Fine-tune one model on many tasks, or make one from scratch, as a recipe describes.
+    """Fine-tune one model on many tasks, or train one from scratch, as a recipe describes.
 
     Ctrl-C finishes the step, saves a checkpoint and prints the command that resumes.
 
@@ -106,7 +110,7 @@ def _tell(text: str) -> None:
 def _after_interruption(
     interruption: KeyboardInterrupt, recipe: Path, changes: list[str], *, resume: bool, dry_run: bool
 ) -> str:
-    """Say what a command that was ended at once leaves, and how to continue."""
+    """Say what remains of a run that was stopped at once, and how to continue."""
     if dry_run:
         return "Stopped; nothing was written."
     from manyicl.training.checkpoint import RunInterrupted
