@@ -416,6 +416,13 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_rotary_frequencies_of_an_adapter_keep_their_precision(adapter: Path) -> None:
+    """In bfloat16 they would misplace tokens by whole turns in long texts."""
+    loaded = load_model(adapter, dtype="bfloat16", device="cpu").model
+    assert {weights.dtype for weights in loaded.parameters()} == {torch.bfloat16}
+    assert {values.dtype for name, values in loaded.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
 # PROMPT.md and prompt.json
 
 

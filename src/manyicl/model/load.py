@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +169,14 @@ def load_model(
     device = _checked_device(device)
     torch_dtype = require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto")
     if (Path(path) / "adapter_config.json").is_file():
-        model = _load_adapter(reference, Path(path), torch_dtype)
+        model = _load_adapter(reference, Path(path))
+        cast_weights(model, torch_dtype)
     elif (base := _named_base(reference)) is not None:
-        model = _load_named(reference, base, torch_dtype)
+        model = _load_weights(reference, path, torch.float32)
+        if (found := fingerprint(model)) != base.fingerprint:
+            what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
+            raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
+        cast_weights(model, torch_dtype)
     else:
         model = _load_weights(reference, path, torch_dtype)
     torch.nn.Module.to(model, device=device)
@@ -183,23 +188,17 @@ def load_model(
     return LoadedModel(model, tokenizer, read_manifest(path), fingerprint(model), reference)
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """Cast the weights of a model in place; ``auto`` leaves them as they are.
+
+    Buffers keep their precision: rotary frequencies in bfloat16 would misplace tokens by whole turns in long texts.
+    """
+    for weights in model.parameters() if isinstance(dtype, torch.dtype) else ():
+        weights.data = weights.data.to(dtype)
+
+
 def _named_base(reference: str | Path) -> PretrainedBase | None:
     return BASES.get(str(reference).removeprefix(BUILTIN_PREFIX)) if str(reference).startswith(BUILTIN_PREFIX) else None
-
-
-def _load_named(reference: str, base: PretrainedBase, torch_dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a pretrained base from the cache, and verify its weights against the fingerprint that is fixed here.
-
-    Raises:
-        UserError: If they are others.
-    """
-    model = _load_weights(reference, str(base.folder), torch.float32)
-    if (found := fingerprint(model)) != base.fingerprint:
-        what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
-        raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
-    if isinstance(torch_dtype, torch.dtype):
-        torch.nn.Module.to(model, dtype=torch_dtype)
-    return model
 
 
 def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -320,7 +319,7 @@ def read_manifest(path: str) -> Manifest | None:
     return Manifest.read(file.parent) if file else None
 
 
-def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
     """Load an adapter over the base that its manifest or configuration names, and compare that base's weights."""
     from peft import PeftModel
 
@@ -355,10 +354,7 @@ def _load_adapter(reference: str, folder: Path, torch_dtype: torch.dtype | str) 
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         adapter = PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False)
         _require_adapter_tensors(reference, folder, adapter)
-    model = cast(PreTrainedModel, adapter)
-    if isinstance(torch_dtype, torch.dtype):
-        torch.nn.Module.to(model, dtype=torch_dtype)
-    return model
+    return cast(PreTrainedModel, adapter)
 
 
 def _require_adapter_tensors(reference: str, folder: Path, adapter: PeftModel) -> None:
@@ -415,12 +411,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     step changes far more values than that.
     """
     digest = hashlib.sha256()
-    state: Mapping[str, Tensor] = model.state_dict()
-    for name in sorted(state):
-        values = state[name].detach().flatten()
-        step = max(1, values.numel() // 4096)
-        sample = values[::step].to(device="cpu", dtype=torch.float32).contiguous()
-        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        step = max(1, tensor.numel() // 4096)
+        sample = tensor.detach().flatten()[::step].to(device="cpu", dtype=torch.float32)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 

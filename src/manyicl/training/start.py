@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from manyicl.errors import UserError
 from manyicl.model.kernels import use_flash_attention, use_liger_kernels
-from manyicl.model.load import DTYPES, load_model, load_quantized, max_positions
+from manyicl.model.load import DTYPES, cast_weights, load_model, load_quantized, max_positions
 from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
@@ -72,7 +72,7 @@ def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     config = new_config(settings, tokenizer, recipe.sequences.max_context_tokens)
     require_loadable(tokenizer, config)
     model = new_model(settings, config, recipe.training.seed)
-    torch.nn.Module.to(model, DTYPES[recipe.model.dtype])
+    cast_weights(model, DTYPES[recipe.model.dtype])
     _use_kernels(model, recipe)
     return StartingPoint(model, tokenizer, None, None)
 
