@@ -59,25 +59,17 @@ def read_hub_rows(
         remedy = "Set HF_TOKEN in the environment if it is private or gated." if _wants_token(error) else None
         what = f"cannot be loaded, {reason(error)}"
         raise UserError("dataset_not_loaded", what, remedy=remedy, file=place) from error
-    hub_names = {
-        column: list(feature.names)
-        for column, feature in (getattr(dataset, "features", None) or {}).items()
-        if getattr(feature, "names", None)
-    }
+    features = getattr(dataset, "features", None) or {}
+    hub_names = {column: list(feature.names) for column, feature in features.items() if getattr(feature, "names", None)}
     for column, names in (class_names or {}).items():
         if column in hub_names:
             _require_same_classes(names, hub_names.pop(column), column, place)
-    return [
-        LocatedRow(
-            {
-                column: text_of(partial(_named, value, hub_names.get(column)), column, place, number)
-                for column, value in row.items()
-            },
-            place,
-            number,
-        )
-        for number, row in enumerate(dataset, start=1)
-    ]
+
+    def columns_of(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        read = {column: partial(_named, value, hub_names.get(column)) for column, value in row.items()}
+        return {column: text_of(value, column, place, number) for column, value in read.items()}
+
+    return [LocatedRow(columns_of(row, number), place, number) for number, row in enumerate(dataset, start=1)]
 
 
 def _is_unreachable(error: BaseException) -> bool:
@@ -134,11 +126,7 @@ def find_split(folder: Path, split: str) -> list[Path]:
         raise UserError("split_twice", f"the folder holds {names}", remedy="Keep one of them.", file=folder)
     if not found:
         others = ", ".join(suffix for suffix in SUFFIXES if suffix != ".jsonl")
-        raise UserError(
-            "missing_split",
-            f"the split {split!r} is missing",
-            expected=f"{folder / split}.jsonl, or {others}",
-            remedy=did_you_mean(f"{split}.jsonl", sorted(entry.name for entry in folder.iterdir())).strip() or None,
-            file=folder,
-        )
+        what, expected = f"the split {split!r} is missing", f"{folder / split}.jsonl, or {others}"
+        remedy = did_you_mean(f"{split}.jsonl", sorted(entry.name for entry in folder.iterdir()))
+        raise UserError("missing_split", what, expected=expected, remedy=remedy, file=folder)
     return found

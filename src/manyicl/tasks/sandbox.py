@@ -313,7 +313,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str | list | tuple | dict):
             budget.counted(owner)
-            if function.__name__ == "join":
+            if function.__name__ == "join" and args:
                 args = (list(args[0]), *args[1:])
                 _limit_join(args[0], owner)
             elif function.__name__ == "replace":
@@ -337,10 +337,6 @@ class _Generation(Extension):
 
 def _new_dict(*pairs: Any, **values: Any) -> dict[Any, Any]:
     return dict(*pairs, **values)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _raise_exception(message: object) -> None:
@@ -413,5 +409,5 @@ CHAT_SANDBOX.globals |= {
     "namespace": Namespace,
     "dict": _new_dict,
     "raise_exception": _raise_exception,
-    "strftime_now": _strftime_now,
+    "strftime_now": lambda form: datetime.now().strftime(form),
 }

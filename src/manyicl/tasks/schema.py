@@ -135,14 +135,11 @@ class TaskFile(Section):
     @classmethod
     def _numbered(cls, names: object) -> object:
         """Read ``{label: [World, Sports]}`` as ``{label: {0: World, 1: Sports}}``."""
-        if not isinstance(names, dict):
-            return names
-        return {
-            column: dict(zip(map(str, range(len(classes))), classes, strict=True))
-            if isinstance(classes, list)
-            else classes
-            for column, classes in names.items()
-        }
+
+        def numbered(classes: object) -> object:
+            return {str(n): name for n, name in enumerate(classes)} if isinstance(classes, list) else classes
+
+        return {column: numbered(classes) for column, classes in names.items()} if isinstance(names, dict) else names
 
     @field_validator("labels")
     @classmethod

@@ -118,35 +118,24 @@ class TaskSpec(BaseModel):
         template = compiled(self.query_template)
         if isinstance(row, str):
             if len(template.columns) != 1 or self.choices_column is not None:
-                raise UserError(
-                    "query_needs_columns",
-                    f"A query of task {self.name!r} has the columns {list(template.columns)}; a plain string fills one",
-                    remedy="Give a mapping with these keys.",
-                )
+                columns = f"the columns {list(template.columns)}; a plain string fills one"
+                what = f"A query of task {self.name!r} has {columns}"
+                raise UserError("query_needs_columns", what, remedy="Give a mapping with these keys.")
             row = {template.columns[0]: row}
         if not isinstance(row, Mapping):
-            raise UserError(
-                "query_not_a_mapping",
-                f"A query of task {self.name!r} is a mapping of its columns",
-                expected=f"the keys {list(template.columns)}",
-                found=shown(row),
-            )
+            raise UserError("query_not_a_mapping", f"A query of task {self.name!r} is a mapping", found=shown(row))
         return Query(template.render(row, self.class_names), self._choices(row))
 
     def _choices(self, row: Columns) -> tuple[str, ...] | None:
         """Read the row's own options, if the task has any."""
         if self.choices_column is None:
             return None
-        options = listed(row, self.choices_column)
+        column, options = self.choices_column, listed(row, self.choices_column)
         if not isinstance(options, list | tuple) or not options:
-            raise UserError(
-                "empty_option" if options == [] else "not_a_list",
-                f"The options of task {self.name!r} are read from the column {self.choices_column!r}",
-                expected="a non-empty list",
-                found=shown(options),
-                field=self.choices_column,
-            )
+            what = f"The options of task {self.name!r} are read from the column {column!r}"
+            code, expected = "empty_option" if options == [] else "not_a_list", "a non-empty list"
+            raise UserError(code, what, expected=expected, found=shown(options), field=column)
         if any(option is None or not str(option).strip() for option in options):
-            what = f"An option in the column {self.choices_column!r} is empty"
-            raise UserError("empty_option", what, found=shown(list(options)), field=self.choices_column)
+            what = f"An option in the column {column!r} is empty"
+            raise UserError("empty_option", what, found=shown(list(options)), field=column)
         return tuple(map(as_option, options))

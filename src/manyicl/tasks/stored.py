@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, overload
@@ -44,34 +44,39 @@ class _StoredTask(BaseModel):
     dropped: dict[str, int] = Field(description="Reason -> number of rows dropped when the task was read.")
 
 
+@dataclass(frozen=True)
 class StoredExamples(Sequence[Example]):
     """Examples in an Arrow file, read where they are used; pickles as the path of the file.
 
     A slice is a view of the same file.
+
+    Attributes:
+        path: Arrow file that `store_task` wrote.
+        positions: Examples of the file that are seen here.
+        table: The file, mapped into memory.
     """
 
-    def __init__(self, path: Path, positions: range | None = None, table: pyarrow.Table | None = None) -> None:
-        """Map the file into memory.
+    path: Path
+    positions: range
+    table: pyarrow.Table = field(compare=False, repr=False)
 
-        Args:
-            path: Arrow file that `store_task` wrote.
-            positions: Examples of the file that are seen here; all by default.
-            table: The file where it is mapped already.
+    @classmethod
+    def open(cls, path: Path, positions: range | None = None) -> StoredExamples:
+        """Map a file into memory.
 
         Raises:
             UserError: If it is missing or no such file.
         """
-        self.path = path.absolute()
-        self._table = _mapped(self.path) if table is None else table
-        self._positions = range(self._table.num_rows) if positions is None else positions
-
-    @property
-    def metadata(self) -> dict[bytes, bytes]:
-        """What the file says of the task that it belongs to."""
-        return dict(self._table.schema.metadata or {})
+        try:
+            table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError("not_a_stored_task", "not readable as stored examples", file=path) from error
+        if table.schema != _SCHEMA:
+            raise UserError("not_a_stored_task", "the columns are not those of stored examples", file=path)
+        return cls(path.absolute(), range(table.num_rows) if positions is None else positions, table)
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     @overload
     def __getitem__(self, position: int) -> Example: ...
@@ -79,38 +84,17 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, position: slice) -> StoredExamples: ...
     def __getitem__(self, position: int | slice) -> Example | StoredExamples:
         if isinstance(position, slice):
-            return StoredExamples(self.path, self._positions[position], self._table)
-        row = self._positions[position]
-        return _example(*(column[row].as_py() for column in self._table.columns))
+            return replace(self, positions=self.positions[position])
+        row = self.positions[position]
+        return _example(*(column[row].as_py() for column in self.table.columns))
 
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), _EXAMPLES_A_BATCH):
-            rows = self._table.take(list(self._positions[start : start + _EXAMPLES_A_BATCH]))
+            rows = self.table.take(list(self.positions[start : start + _EXAMPLES_A_BATCH]))
             yield from map(_example, *(column.to_pylist() for column in rows.columns))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, StoredExamples):
-            return NotImplemented
-        return (self.path, self._positions) == (other.path, other._positions)
-
-    def __hash__(self) -> int:
-        return hash((self.path, self._positions))
-
-    def __repr__(self) -> str:
-        return f"StoredExamples({str(self.path)!r}, {len(self):,} examples)"
-
-    def __reduce__(self) -> tuple[type[StoredExamples], tuple[Path, range]]:
-        return StoredExamples, (self.path, self._positions)
-
-
-def _mapped(path: Path) -> pyarrow.Table:
-    try:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError("not_a_stored_task", "not readable as stored examples", file=path) from error
-    if table.schema != _SCHEMA:
-        raise UserError("not_a_stored_task", "the columns are not those of stored examples", file=path)
-    return table
+    def __reduce__(self) -> tuple[Callable[..., StoredExamples], tuple[Path, range]]:
+        return StoredExamples.open, (self.path, self.positions)
 
 
 def _example(query: str, choices: list[str] | None, answer: str, references: list[str], origin: str) -> Example:
@@ -152,16 +136,13 @@ def _write(task: Task, folder: Path) -> None:
 def open_task(folder: Path) -> Task:
     """Open a stored task; see ``Task.open``."""
     if not (folder / SPEC_FILE).is_file():
-        raise UserError(
-            "not_a_stored_task",
-            f"The folder {folder} holds no stored task",
-            expected=f"{SPEC_FILE}, train.arrow and test.arrow",
-            remedy="Task.store writes one; `load_task` loads a folder with a task.yaml.",
-        )
+        what, expected = f"The folder {folder} holds no stored task", f"{SPEC_FILE}, train.arrow and test.arrow"
+        remedy = "Task.store writes one; `load_task` loads a folder with a task.yaml."
+        raise UserError("not_a_stored_task", what, expected=expected, remedy=remedy)
     stored = validated(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
-    train, test = (StoredExamples(folder / f"{name}.arrow") for name in ("train", "test"))
+    train, test = (StoredExamples.open(folder / f"{name}.arrow") for name in ("train", "test"))
     for name, side in (("train", train), ("test", test)):
-        if side.metadata != _identity(name, stored.data_hash, len(train), len(test)):
+        if side.table.schema.metadata != _identity(name, stored.data_hash, len(train), len(test)):
             what = "the examples were not stored together with this task"
             remedy = "Restore the folder, or store the task again with this version."
             raise UserError("not_a_stored_task", what, remedy=remedy, file=folder)

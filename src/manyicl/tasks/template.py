@@ -13,6 +13,7 @@ from manyicl.library_errors import reason
 from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, joined, rendered, written
 from manyicl.tasks.values import as_written, missing_column
 
+_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 ClassNames = Mapping[str, Mapping[str, str]]
 
 
@@ -42,17 +43,19 @@ class Template:
             syntax = TASK_SANDBOX.parse(source)
         except TemplateSyntaxError as error:
             said = (error.message or "").rstrip(".")
-            hint = (
-                "A column whose name is no word is written row['a b']." if said.startswith("expected token") else None
-            )
+            is_odd_name = said.startswith("expected token")
+            hint = "A column whose name is no word is written row['a b']." if is_odd_name else None
             what = f"Template {shortened(source)!r} does not parse: {said}"
             raise UserError("broken_template", what, remedy=hint) from error
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             what = f"Template {shortened(source, 80)!r} does not parse: nested too deeply, or a huge number"
             raise UserError("broken_template", what) from error
         self.source = source
-        self._reads_row = any(_reads_row(item) for item in syntax.find_all((nodes.Getitem, nodes.Getattr)))
-        self.columns: tuple[str, ...] = _columns_named_in(syntax, self._reads_row)
+        found = map(_columns_of_row, syntax.find_all((nodes.Getitem, nodes.Getattr)))
+        reads = [columns for columns in found if columns is not None]
+        names = meta.find_undeclared_variables(syntax) - GLOBALS
+        self._reads_row = bool(reads)
+        self.columns: tuple[str, ...] = tuple(sorted((names - {"row"} if reads else names).union(*reads)))
         self._parts = _plain_parts(syntax, self._reads_row)
         others = [text for text, column in self._parts or () if column is None]
         is_bare = self._parts is not None and len(self._parts) == len(others) + 1 and not "".join(others).strip()
@@ -80,22 +83,11 @@ class Template:
         try:
             if self._parts is not None:
                 return joined(text if column is None else written(named[column]) for text, column in self._parts)
-            return rendered(self._compiled, self._variables(named))
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+            variables = {name: value for name, value in named.items() if name not in GLOBALS}
+            return rendered(self._compiled, {**variables, "row": named} if self._reads_row else variables)
+        except _FAILURES as error:
             what = f"Template {self.source!r} fails: {reason(error)}"
-            raise UserError("template_fails", what, remedy=self._spelling_hint(row).strip() or None) from error
-
-    def _variables(self, row: Mapping[str, object]) -> dict[str, object]:
-        variables = {name: value for name, value in row.items() if name not in GLOBALS}
-        return {**variables, "row": row} if self._reads_row else variables
+            raise UserError("template_fails", what, remedy=self._spelling_hint(row)) from error
 
     def _spelling_hint(self, row: Mapping[str, object]) -> str:
         """Say how a column is written whose name is written as if it were a word, as in ``{{ a-b }}``."""
@@ -104,15 +96,6 @@ class Template:
             if as_a_word and re.search(r"[^\W\d]", column) and not column.isidentifier() and column not in self.columns:
                 return f" Such a column is written row[{column!r}]."
         return ""
-
-    def __repr__(self) -> str:
-        return f"Template({self.source!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and other.source == self.source
-
-    def __hash__(self) -> int:
-        return hash(self.source)
 
 
 @lru_cache(maxsize=4096)
@@ -125,35 +108,21 @@ def compiled(source: str) -> Template:
     return Template(source)
 
 
-def _columns_named_in(syntax: nodes.Template, reads_row: bool) -> tuple[str, ...]:
-    """List the columns a template reads, by bare name or as ``row['name']``; see ``_reads_row``."""
-    names = meta.find_undeclared_variables(syntax) - GLOBALS
-    if reads_row:
-        names.discard("row")
-        names |= {name for item in syntax.find_all((nodes.Getitem, nodes.Getattr)) for name in _column_of_row(item)}
-    return tuple(sorted(names))
+def _columns_of_row(item: nodes.Node) -> tuple[str, ...] | None:
+    """Return the column that ``row['name']`` or ``row.name`` reads, and none for ``row.items()`` and ``row[column]``.
 
-
-def _reads_row(item: nodes.Node) -> bool:
-    """Tell whether ``row`` means the whole row here, and no column of that name as in ``row[0]``."""
+    Returns:
+        None where the item does not read the row, as ``row[0]``, which reads a column of that name.
+    """
     if not isinstance(item, nodes.Getitem | nodes.Getattr):
-        return False
+        return None
     if not isinstance(item.node, nodes.Name) or item.node.name != "row":
-        return False
-    return not (isinstance(item, nodes.Getitem) and isinstance(item.arg, nodes.Const | nodes.Slice)) or bool(
-        _column_of_row(item)
-    )
-
-
-def _column_of_row(item: nodes.Node) -> tuple[str, ...]:
-    """Return the column in ``row['name']`` or ``row.name``, unless it is a method such as ``row.items``."""
-    if not isinstance(item, nodes.Getitem | nodes.Getattr):
-        return ()
-    if not isinstance(item.node, nodes.Name) or item.node.name != "row":
-        return ()
+        return None
     if isinstance(item, nodes.Getattr):
         return () if hasattr(dict, item.attr) else (item.attr,)
-    return (item.arg.value,) if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str) else ()
+    if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str):
+        return (item.arg.value,)
+    return None if isinstance(item.arg, nodes.Const | nodes.Slice) else ()
 
 
 def _plain_parts(syntax: nodes.Template, reads_row: bool) -> list[tuple[str, str | None]] | None:
@@ -165,7 +134,7 @@ def _plain_parts(syntax: nodes.Template, reads_row: bool) -> list[tuple[str, str
                 parts.append((part.data, None))
             elif isinstance(part, nodes.Name) and part.name not in GLOBALS and not (reads_row and part.name == "row"):
                 parts.append(("", part.name))
-            elif column := _column_of_row(part):
+            elif column := _columns_of_row(part):
                 parts.append(("", column[0]))
             else:
                 return None

@@ -57,7 +57,7 @@ def catalog_files(reference: str) -> tuple[Path, ...]:
     found = tuple(file for file in files if fnmatchcase(file.parent.name, wanted))
     if not found:
         hint = did_you_mean(wanted, [*names, *families])
-        remedy = f"{hint} `manyicl tasks list` shows it.".strip()
+        remedy = f"{hint} `manyicl tasks list` shows it."
         raise UserError("unknown_task", f"The catalogue has no task {wanted!r}", remedy=remedy)
     return found
 
@@ -81,7 +81,7 @@ def search_catalog(entries: Sequence[CatalogEntry], word: str) -> tuple[CatalogE
     if not found:
         names = [entry.name for entry in entries]
         what = f"None of the {len(entries)} tasks of the catalogue that were searched mentions {word!r}"
-        raise UserError("no_match", what, remedy=did_you_mean(word, names).strip() or None)
+        raise UserError("no_match", what, remedy=did_you_mean(word, names))
     return found
 
 
