@@ -61,7 +61,7 @@ def _kinds_in(annotation: Any) -> Iterable[Any]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text whole, with a line feed at the end of each line, the last one too; see `text_lines`.
+    """Read a text whole; see `text_lines`.
 
     Raises:
         UserError: As `text_lines`.
@@ -80,7 +80,10 @@ def text_lines(path: Path) -> Iterator[str]:
             for number, content in enumerate(file, start=1):
                 text = _decoded(content, path, number)
                 text = text.lstrip("\ufeff") if number == 1 else text
-                yield from (f"{line}\n" for line in text.removesuffix("\n").split("\n"))
+                *lines, rest = text.split("\n")
+                yield from (f"{line}\n" for line in lines)
+                if rest:
+                    yield rest
     except OSError as error:
         raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
 

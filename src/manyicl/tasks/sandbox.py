@@ -339,6 +339,10 @@ def _new_dict(*pairs: Any, **values: Any) -> dict[Any, Any]:
     return dict(*pairs, **values)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
@@ -409,5 +413,5 @@ CHAT_SANDBOX.globals |= {
     "namespace": Namespace,
     "dict": _new_dict,
     "raise_exception": _raise_exception,
-    "strftime_now": lambda form: datetime.now().strftime(form),
+    "strftime_now": _strftime_now,
 }
