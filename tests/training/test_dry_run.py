@@ -10,7 +10,7 @@ from manyicl.errors import UserError
 from manyicl.training import dry_run as module
 from manyicl.training import estimate
 from manyicl.training.dry_run import dry_run
-from manyicl.training.estimate import adapter_size, sample_sequences
+from manyicl.training.estimate import sample_sequences
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.start import starting_point, with_adapter
 from manyicl.training.train import packed_sequences
@@ -72,6 +72,9 @@ def test_a_model_of_the_hub_is_estimated_from_its_configuration(
     # Rank 4, in each of 4 layers: four square projections of 64 and three between 64 and 128.
     assert f"weights, {4 * 4 * (4 * 128 + 3 * 192):,} of them trained" in text
     assert "GiB of memory" in text
+    names = "model.lora={rank: 3, target_modules: [q_proj, down_proj]}"
+    text = "\n".join(dry_run(small_recipe(tmp_path, *changes, names), small_tasks()))
+    assert f"weights, {3 * 4 * (128 + 192):,} of them trained" in text
 
 
 def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +88,6 @@ def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, m
         *_, last = dry_run(small_recipe(tmp_path, *changes), small_tasks())
         assert last.startswith("Tokens: at most 960. Answers, unused share, hours and memory cannot be known")
         assert reason in last
-
-
-@pytest.mark.parametrize("lora", [LoraSettings(rank=3), LoraSettings(rank=5, target_modules=("q_proj", "down_proj"))])
-def test_the_size_of_an_adapter_is_known_without_making_it(lora: LoraSettings) -> None:
-    size = adapter_size(tiny_model(), lora)
-    adapted = with_adapter(tiny_model(), lora)
-    assert size == sum(weights.numel() for weights in adapted.parameters() if weights.requires_grad)
 
 
 def test_an_adapter_over_layers_that_are_not_there_names_those_that_are() -> None:

@@ -20,6 +20,7 @@ from manyicl.training.estimate import (
     SequenceStatistics,
     estimated_cost,
     measured_cost,
+    num_weights,
     sample_sequences,
 )
 from manyicl.training.recipe import Recipe
@@ -71,8 +72,7 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
         return
     run = prepare_run(recipe, tasks)
     yield from _run_lines(recipe, run.statistics, run.sequences)
-    num_parameters = sum(weights.numel() for weights in run.start.model.parameters())
-    if missing or num_parameters > MOST_PARAMETERS_MEASURED:
+    if missing or num_weights(run.start.model)[0] > MOST_PARAMETERS_MEASURED:
         cost = estimated_cost(recipe, run.statistics, run.start.model.config)
     else:
         cost = measured_cost(recipe, run.start, run.sequences)

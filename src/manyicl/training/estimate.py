@@ -10,14 +10,14 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, sequence_tensors
 from manyicl.training.loss import sequence_loss
-from manyicl.training.recipe import LoraSettings, ObjectiveSettings, Recipe
-from manyicl.training.start import StartingPoint
+from manyicl.training.recipe import ObjectiveSettings, Recipe
+from manyicl.training.start import StartingPoint, with_adapter
 
 NUM_SAMPLED_SEQUENCES = 32
 NUM_MEASURED_SEQUENCES = 2
@@ -124,11 +124,11 @@ def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequenc
         _forward_and_backward(recipe, model, sequence, device)
     seconds_per_sequence = (time.perf_counter() - started) / NUM_MEASURED_SEQUENCES
     model.zero_grad(set_to_none=True)
-    num_trainable = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+    num_parameters, num_trainable = num_weights(model)
     return Cost(
         hours=seconds_per_sequence * recipe.num_sequences / 3600,
         memory_gib=(_peak_bytes(device) + 8 * num_trainable) / 2**30,
-        num_parameters=sum(weights.numel() for weights in model.parameters()),
+        num_parameters=num_parameters,
         num_trainable=num_trainable,
         how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {name}",
     )
@@ -159,31 +159,25 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def parameter_counts(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Count from its configuration alone all weights of a model, those that training changes, and those in 4 bits."""
+    """Count from its configuration alone all weights of a model, those that training changes, and those in 4 bits.
+
+    Raises:
+        UserError: If the recipe puts an adapter over layers that the model does not have.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    num_parameters = sum(weights.numel() for weights in model.parameters())
-    linear = sum(part.weight.numel() for _, part in _inner_linear_layers(model)) if recipe.model.quantize else 0
-    if recipe.model.lora is None:
-        return num_parameters, num_parameters, linear
-    adapter = adapter_size(model, recipe.model.lora)
-    return num_parameters + adapter, adapter, linear
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        head = model.get_output_embeddings()
+        linear = [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
+        num_in_4_bits = sum(part.weight.numel() for part in linear) if recipe.model.quantize else 0
+        if recipe.model.lora is not None:
+            model = with_adapter(model, recipe.model.lora)
+    return *num_weights(model), num_in_4_bits
 
 
-def _inner_linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """List the linear layers of a model with their names, without its head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
-
-
-def adapter_size(model: nn.Module, lora: LoraSettings) -> int:
-    """Count the weights of an adapter: rank x (inputs + outputs) of every linear layer it covers."""
-    covered = [
-        part
-        for name, part in _inner_linear_layers(model)
-        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
-    ]
-    return sum(lora.rank * (part.in_features + part.out_features) for part in covered)
+def num_weights(model: nn.Module) -> tuple[int, int]:
+    """Count the weights of a model, and those of them that training changes."""
+    sizes = [(weights.numel(), weights.requires_grad) for weights in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
 def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTrainedConfig | None = None) -> Cost:

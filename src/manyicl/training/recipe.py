@@ -41,8 +41,7 @@ class TokenizerSettings(Section):
     """A tokenizer trained on the training rows of the tasks."""
 
     kind: Literal["word", "byte_bpe"] = Field(
-        "byte_bpe",
-        description="word: one token per word, for closed vocabularies; byte_bpe: any text, losslessly.",
+        "byte_bpe", description="word: one token per word, for closed vocabularies; byte_bpe: any text, losslessly."
     )
     vocabulary_size: int = Field(
         4096, ge=8, description="Most entries it may have, special tokens included; byte_bpe needs 300."
@@ -121,8 +120,7 @@ class TaskSettings(Section):
         (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
     )
     data_root: HomePath | None = Field(
-        None,
-        description="Folder of the data that is not found beside its task.yaml, and of copies of Hub datasets.",
+        None, description="Folder of the data that is not found beside its task.yaml, and of copies of Hub datasets."
     )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
 
@@ -146,10 +144,7 @@ class ObjectiveSettings(Section):
         "token", description="token: each target counts 1; answer: each answer does, spread over its tokens."
     )
     context_weight: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Weight of each token that is not a supervised answer; 0 leaves them out.",
+        0.0, ge=0, le=1, description="Weight of each token that is not a supervised answer; 0 leaves them out."
     )
 
     @model_validator(mode="after")
@@ -194,8 +189,7 @@ class TrainingSettings(Section):
     )
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     evaluate_every: Annotated[int, Field(ge=1)] | Literal["end"] | None = Field(
-        "end",
-        description="Steps between evaluations on tasks.evaluate; end: only after the last step; null: never.",
+        "end", description="Steps between evaluations on tasks.evaluate; end: only after the last step; null: never."
     )
     evaluate_shots: tuple[int, ...] = Field(
         (0, 8),

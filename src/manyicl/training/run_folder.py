@@ -228,11 +228,11 @@ class RunFolder:
         except UserError as error:
             what = f"the run was started by a recipe that this version does not read: {error}"
             raise self._error("another_run", what, "Use --overwrite.") from error
-        difference = first_difference(known.model_dump(mode="json"), recipe.model_dump(mode="json"))
-        if difference is not None:
-            key, old, new = difference
-            values = {"expected": repr(old), "found": f"{new!r} in the recipe", "field": key}
-            raise self._error("another_run", f"the run started with another {key}", RESTORE, **values)
+        then, now = _leaves(known.model_dump(mode="json")), _leaves(recipe.model_dump(mode="json"))
+        for key in {**then, **now}:
+            if key not in FREE_TO_CHANGE and then.get(key) != now.get(key):
+                values = {"expected": repr(then.get(key)), "found": f"{now.get(key)!r} in the recipe", "field": key}
+                raise self._error("another_run", f"the run started with another {key}", RESTORE, **values)
 
     def require_same_start(self, manifest: Manifest) -> None:
         """Refuse a run that was started with other tasks, another base or another chat template.
@@ -294,17 +294,9 @@ def _changed_tasks(before: Sequence[TrainedTask], now: Sequence[TrainedTask]) ->
     return f"the run started with {then} where now is {today}, and packed sequences depend on the order of tasks"
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Find the first dotted key in which two resolved recipes differ in a way that changes the weights."""
-    for key in {**old, **new}:
-        name = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
-        if name in FREE_TO_CHANGE or before == after:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            inner = first_difference(before, after, f"{name}.")
-            if inner is not None:
-                return inner
-        else:
-            return name, before, after
-    return None
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """List the values of a resolved recipe by their dotted keys."""
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    inner = [_leaves(part, f"{name}.{key}" if name else key) for key, part in value.items()]
+    return {key: leaf for leaves in inner for key, leaf in leaves.items()}
