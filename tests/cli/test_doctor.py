@@ -154,10 +154,13 @@ def test_slow_bfloat16_and_too_many_threads_are_remarked(
 
 
 def test_a_driver_beside_a_torch_without_cuda_is_remarked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     pretend(monkeypatch, gpus=(), cuda=None)
-    monkeypatch.setattr("manyicl.model.machine._gpu_driver", lambda: "560.35")
+    monkeypatch.setattr("manyicl.model.machine.PROC", tmp_path)
+    (tmp_path / "driver" / "nvidia").mkdir(parents=True)
+    version = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  560.35  Fri Aug 16\n"
+    (tmp_path / "driver" / "nvidia" / "version").write_text(version, encoding="utf-8")
     remarks = doctored(monkeypatch, capsys, NANO)["recipe"]["remarks"]
     assert any("driver (560.35) is here, but this torch is built without CUDA" in remark for remark in remarks)
 

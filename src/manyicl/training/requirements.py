@@ -8,8 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import constants, try_to_load_from_cache
+from packaging.version import InvalidVersion, Version
+
 from manyicl.errors import UserError
 from manyicl.model import machine
+from manyicl.model.load import HUB_PREFIX, model_config, resolve_reference
 from manyicl.tasks.files import task_places
 from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.recipe import Recipe
@@ -141,10 +145,6 @@ def remark_on_precision(recipe: Recipe) -> str | None:
 
 
 def _base_problems(recipe: Recipe) -> Iterator[UserError]:
-    from huggingface_hub import constants
-
-    from manyicl.model.load import resolve_reference
-
     base = recipe.model.base
     if base is None:
         return
@@ -165,31 +165,21 @@ def _base_problems(recipe: Recipe) -> Iterator[UserError]:
 
 def must_be_fetched(recipe: Recipe) -> bool:
     """Tell whether the base is one of the Hub of which this machine has no copy."""
-    from manyicl.model.load import HUB_PREFIX
-
     base = recipe.model.base
     return base is not None and base.startswith(HUB_PREFIX) and config_folder(recipe) is None
 
 
 def config_folder(recipe: Recipe) -> Path | None:
     """Find the folder of the base on this machine, in the Hub cache too; None where there is none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from manyicl.model.load import HUB_PREFIX, resolve_reference
-
     base = recipe.model.base
     if base is None:
         return None
-    if base.startswith(HUB_PREFIX):
-        try:
-            cached = try_to_load_from_cache(base.removeprefix(HUB_PREFIX), "config.json")
-        except ValueError:  # no repository can have such a name
-            return None
+    with suppress(UserError, ValueError):  # no repository of the Hub can have such a name
+        if not base.startswith(HUB_PREFIX):
+            return Path(resolve_reference(base))
+        cached = try_to_load_from_cache(base.removeprefix(HUB_PREFIX), "config.json")
         return Path(cached).parent if isinstance(cached, str) else None
-    try:
-        return Path(resolve_reference(base))
-    except UserError:
-        return None
+    return None
 
 
 def base_files(recipe: Recipe) -> str | None:
@@ -206,8 +196,6 @@ def base_files(recipe: Recipe) -> str | None:
 
 def _known_positions(recipe: Recipe) -> int | None:
     """Read from the configuration how many positions the base has; None where it is not here or does not say."""
-    from manyicl.model.load import model_config
-
     folder = config_folder(recipe)
     if folder is None or not (folder / "config.json").is_file():
         return None
@@ -230,8 +218,6 @@ def _missing_gpu(feature: _Feature) -> str | None:
 
 
 def _missing_library(feature: _Feature) -> str | None:
-    from packaging.version import InvalidVersion, Version
-
     found = machine.library_version(feature.library)
     if found is None:
         return f"{feature.library} is not installed"
