@@ -109,7 +109,7 @@ class Prediction:
 
 
 class Engine:
-    """Answers queries of any task after examples of it, without training.
+    """Answers queries of any task, given examples of the task in the context, without training.
 
     >>> from manyicl import Engine, Task
     >>> engine = Engine.from_pretrained("builtin:nano")
@@ -135,12 +135,12 @@ class Engine:
         Args:
             backend: Runs the network.
             tokenizer: Tokenizer of that network.
-            manifest: What the model remembers of its fine-tuning; None if it was not fine-tuned here.
-            text_format: How examples become text; None for the format saved with the model, else plain. ``"chat"``
-                takes the turns of an instruct model's chat template.
+            manifest: Record of the model's fine-tuning; None if it was not fine-tuned with this package.
+            text_format: How examples become text; None for the format saved with the model, or plain without one.
+                ``"chat"`` uses the turns of an instruct model's chat template.
             end_of_answer: Text that ends an answer, or a control token of the tokenizer, for a model that was not
                 fine-tuned here; None for the one it was fine-tuned with, else a blank line.
-            max_context_tokens: Longest prefix and query together; None for what the architecture allows.
+            max_context_tokens: Limit for prefix, query and answer together; None for the architecture's maximum.
 
         Raises:
             UserError: If the model was fine-tuned in another kind of format, or its chat template cannot be used; if
@@ -236,13 +236,13 @@ class Engine:
 
         Args:
             task: Task of the demonstrations.
-            demonstrations: Examples in the order in which they are shown.
+            demonstrations: Examples, in the order in which they will be in the context.
             queries: Queries that will follow, so that the longest fits; None for the task's test rows, or its
                 training rows if it has none.
-            nearest: Gives each query examples of its own, for which tokens are reserved too.
+            nearest: Finds additional examples for each query, for which tokens are reserved too.
             reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
-            between_chunks: Called with the tokens done and those in all between chunks of a long prefill, which then
-                take a fraction of a second each, so that other work can go first. If it raises, the prefill ends.
+            between_chunks: Called between chunks of a long prefill with the number of tokens done and in total. Chunks
+                then take a fraction of a second, so that other work can go first. If it raises, the prefill ends.
 
         Raises:
             UserError: If the tokenizer cannot tell the task's labels apart, a demonstration is of another task, or
@@ -260,17 +260,17 @@ class Engine:
     ) -> tuple[TaskPrefix, Nearest | None]:
         """Prefill demonstrations, and find each query's nearest examples among the rows that did not become any.
 
-        Which rows these are is known only once the demonstrations that fit are, and how many fit depends on the tokens
-        reserved for the nearest: so it is tried with the nearest of all rows first.
+        These rows are known only when it is known which demonstrations fit, and that depends on the tokens reserved for
+        the nearest examples. So the nearest of all rows are tried first.
 
         Args:
             task: Task of the demonstrations.
-            demonstrations: Examples in the order in which they are shown.
+            demonstrations: Examples, in the order in which they will be in the context.
             queries: Queries that will follow, as for `prefill`.
-            num_nearest: Number of examples that each query gets of its own; 0 for none.
+            num_nearest: Number of nearest examples to add for each query; 0 for none.
 
         Returns:
-            The prefix, and what gives a query its own examples; None without any.
+            The prefix, and the finder of each query's nearest examples, or None.
         """
         if not num_nearest:
             return self.prefill(task, demonstrations, queries), None
@@ -294,14 +294,14 @@ class Engine:
         nearest: Nearest | None = None,
         between_chunks: BetweenChunks | None = None,
     ) -> TaskPrefix:
-        """Return a longer prefix; what is there is not encoded again, and ``prefix`` stays as it is.
+        """Return a longer prefix; ``prefix`` is not changed, and nothing of it is encoded again.
 
         Args:
             prefix: Prefix of this engine.
-            demonstrations: Examples that are shown after those that are there.
-            queries: Queries that will follow, as for `prefill`; a loaded prefix knows no rows but its demonstrations.
-            labels: The whole label set from now on, where it grows; None for the task's. Where the instruction lists
-                the labels it changes with them: then the prefix is rebuilt from there and says so in ``rebuilt``.
+            demonstrations: Examples to add after the existing ones.
+            queries: Queries that will follow, as for `prefill`; a loaded prefix has no rows but its demonstrations.
+            labels: The complete new label set, if it grows; None for the task's. If the instruction lists the labels,
+                it changes with them; the prefix is then encoded anew from there, and its ``rebuilt`` is true.
             nearest: As for `prefill`.
             between_chunks: As for `prefill`.
 
@@ -343,7 +343,7 @@ class Engine:
         *,
         nearest: Nearest | None = None,
     ) -> CompiledTask:
-        """Encode demonstrations once, and tell from the same pass how the model did on each given those before it.
+        """Encode demonstrations once, and record from the same pass how well each is predicted given those before it.
 
         Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
         """
@@ -359,7 +359,7 @@ class Engine:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
 
         Raises:
-            UserError: If the file cannot be there, or another engine compiled the task.
+            UserError: If the file cannot be written, or another engine compiled the task.
         """
         from manyicl.engine.compiled import save_compiled
 
@@ -367,7 +367,7 @@ class Engine:
         save_compiled(compiled, Path(path), self.encoder.format)
 
     def load(self, path: str | Path) -> CompiledTask:
-        """Read a task that this model compiled, in a fraction of the time it took.
+        """Load a task that this model compiled, in a fraction of the time that compiling takes.
 
         Raises:
             UserError: If the file is incomplete, or belongs to another model, adapter, precision, format or version.
@@ -438,7 +438,7 @@ class Engine:
     def num_reserved_tokens(
         self, task: Task, queries: Iterable[Row] | None = None, nearest: Nearest | None = None
     ) -> int:
-        """Count the tokens reserved for the longest query, its own examples and its answer; see `prefill`."""
+        """Count the tokens reserved for the longest query, its nearest examples and its answer; see `prefill`."""
         if queries is None:
             queries = [example.query for example in task.test or task.train]
         asked = [row if isinstance(row, Query | EncodedQuery) else task.query(row) for row in queries]
@@ -467,7 +467,7 @@ class Engine:
     # --- Queries
 
     def encode_queries(self, task: Task, rows: Iterable[Row], *, after_shots: bool = True) -> Iterator[EncodedQuery]:
-        """Render and encode queries, each once; `prefill` and `predict` take the result in place of rows.
+        """Render and encode queries, each once; `prefill` and `predict` accept the result instead of rows.
 
         Args:
             task: Task of the queries.
@@ -505,11 +505,11 @@ class Engine:
 
         Args:
             prefix: From `prefill` or `extend`.
-            rows: Mappings with the task's columns, plain strings where it has one column, or queries.
+            rows: Mappings with the task's columns, plain strings if the task has one column, or queries.
             scores: ``best`` finds the best label alone; ``all`` scores every label, at the cost of processing them all.
             abstain_below: Mark answers whose probability among the labels is below this; needs ``scores="all"``.
-            sampling: Draw free answers; None for the most probable tokens.
-            nearest: Gives each query examples of its own, shown between the prefix and the query.
+            sampling: How to sample free answers; None for greedy decoding.
+            nearest: Finds additional examples for each query, which come between the prefix and the query.
 
         Raises:
             UserError: If a row lacks a column, or a query does not fit after the prefix, with the number of the row;
@@ -531,16 +531,16 @@ class Engine:
         sampling: Sampling | None = None,
         on_prefix: Callable[[TaskPrefix], None] | None = None,
     ) -> Iterator[Prediction]:
-        """Fit demonstrations to queries and answer these, in one pass over them; streams need no end.
+        """Choose demonstrations that fit with the queries and answer these, in one pass; streams may be endless.
 
-        Demonstrations are fitted to the longest of the first ``FITTED_QUERIES`` queries. Where a later one needs more
-        tokens they are fitted again, so from there on fewer are shown; ``num_shots`` of a prediction says how many.
+        As many demonstrations are used as fit with the longest of the first ``FITTED_QUERIES`` queries. If a later one
+        needs more tokens, fewer are used from there on; ``num_shots`` of a prediction says how many.
 
         Args:
             task: Task of demonstrations and queries.
-            demonstrations: Examples in the order in which they are shown.
+            demonstrations: Examples, in the order in which they will be in the context.
             rows: As for `predict`.
-            num_nearest: Number of examples that each query gets of its own, as for `prepare`.
+            num_nearest: Number of nearest examples to add for each query, as for `prepare`.
             scores: As for `predict`.
             abstain_below: As for `predict`.
             sampling: As for `predict`.
@@ -553,9 +553,9 @@ class Engine:
         return self._answer(task, tuple(demonstrations), rows, num_nearest, options, on_prefix)
 
     def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
-        """Score the labels after queries that say nothing, for `LabelScores.corrected`.
+        """Score the labels after content-free queries, for `LabelScores.corrected`.
 
-        Every column of the query template holds the neutral text.
+        Every column of the query template holds a neutral text.
 
         Raises:
             UserError: If the task has no labels of its own.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Text that a model answers: all before the answer and, in multiple choice, the row's own options.
+    """Text that a model answers: everything before the answer and, in multiple choice, the row's options.
 
     Attributes:
         text: Rendered text of the query.
@@ -20,13 +20,13 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A query and its answer, as the task holds it.
+    """A query and its answer.
 
     Attributes:
         query: Text to be answered.
-        answer: The answer that a demonstration shows and training supervises.
+        answer: The answer that is used in demonstrations and supervised in training.
         references: Every accepted answer; the first is ``answer``.
-        origin: Place of the row in its file, such as ``train.jsonl:12``.
+        origin: Location of the row, such as ``train.jsonl:12``.
     """
 
     query: Query

@@ -36,22 +36,22 @@ class _Table(OneFile):
 
 
 def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: LoadDataset | None = None) -> Task:
-    """Load one task: a folder with a ``task.yaml``, that file itself, a table or an entry of the catalogue.
+    """Load one task: a folder with a ``task.yaml``, the file itself, a table, or an entry of the catalogue.
 
     A table is written ``tickets.csv:text:label``, an entry ``catalog:banking77``. A relative data path in
-    ``task.yaml`` is looked for beside that file first, then under ``data_root``; a Hub dataset in the folder of the
-    task's name under ``data_root``, as ``banking77/train.jsonl``, before the Hub is contacted. A data path may
-    be absolute or lead out of the folder with ``..``, because people keep data elsewhere: a task file can name
-    any table that its user can read, so look at ``data`` in one that a stranger wrote.
+    ``task.yaml`` is looked for next to that file first, then under ``data_root``. A Hub dataset is looked for in the
+    folder with the task's name under ``data_root``, as ``banking77/train.jsonl``, before the Hub is contacted. A data
+    path may be absolute or lead out of the folder with ``..``: a task file can name any table that its user can
+    read, so check the ``data`` key of files you do not trust.
 
     Args:
         path: Folder, file, table or entry.
-        data_root: Second place where data paths may begin, and where copies of Hub datasets are.
+        data_root: Second folder in which to look for data files, and folder for copies of Hub datasets.
         load_dataset: Replacement of ``datasets.load_dataset``.
 
     Raises:
-        UserError: If anything is missing or wrong; it names the file and, where there is one, the line.
-        MachineError: If the rows are on the Hub and it cannot be reached.
+        UserError: If anything is missing or wrong; it names the file and, if possible, the line.
+        MachineError: If the rows are on the Hub and the Hub cannot be reached.
     """
     path = _required_pattern(path)
     data_root = data_root and Path(expanded(data_root))
@@ -74,15 +74,15 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
 
 
 def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
-    """Load tasks by folders, ``task.yaml`` files, folders of task folders, globs, tables and the catalogue, each once.
+    """Load tasks from task folders, ``task.yaml`` files, globs, tables and the catalogue; each once.
 
     Args:
         patterns: Patterns such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``,
             ``catalog:banking77``, ``catalog:tweet_*``, ``catalog:nli``; or a single one.
-        data_root: Second place where data paths may begin; see ``load_task``.
+        data_root: Second folder in which to look for data files; see ``load_task``.
 
     Raises:
-        UserError: If a pattern matches nothing, two tasks have one name, or a task is wrong.
+        UserError: If a pattern matches nothing, two tasks have the same name, or a task is wrong.
     """
     places: dict[str, str | Path] = {}
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:

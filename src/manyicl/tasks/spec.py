@@ -48,7 +48,7 @@ def required_distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class TaskSpec(BaseModel):
-    """A task without its examples: name, labels, templates as text. Frozen, JSON in and out, pickles.
+    """A task without its examples: name, labels, templates as text. Frozen; converts to JSON and back; pickles.
 
     Templates are compiled when they are first used and cached by their text, so a spec stays plain data.
 
@@ -104,13 +104,13 @@ class TaskSpec(BaseModel):
         return self.labels is not None or self.choices_column is not None
 
     def instruction(self, labels: tuple[str, ...] | None = None) -> str:
-        """Render the instruction, with ``labels`` in place of the task's own where they were renamed."""
+        """Render the instruction, with ``labels`` instead of the task's own if they were renamed."""
         if self.instruction_template is None:
             return ""
         return compiled(self.instruction_template).render({"labels": list(labels or self.labels or ())})
 
     def query(self, row: Columns | str) -> Query:
-        """Render a row, or a plain string where the template has one column, to a query.
+        """Render a row as a query; a plain string is enough if the template has one column.
 
         Raises:
             UserError: If a column is missing, or a string is given to a template with several columns.

@@ -20,11 +20,11 @@ __all__ = ["FAMILIES", "Columns", "Example", "Family", "Query", "Task", "TaskSpe
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one task with the spec that says how they become queries.
+    """Training and test examples of one task, with the spec that says how they become queries.
 
     Attributes:
         spec: Everything about the task except its examples.
-        train: Examples that may become demonstrations or training targets; any sequence, see ``store``.
+        train: Examples that may become demonstrations or training targets; any sequence, even a lazy one.
         test: Examples that are used only as test queries. Disjoint from ``train`` in content.
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows dropped when the task was read.
@@ -56,13 +56,13 @@ class Task:
         source: str | None = None,
         max_answer_tokens: int | None = None,
     ) -> Task:
-        """Make a task of queries and answers, held to the same rules as rows of a file.
+        """Make a task from queries and answers; the same rules apply as to rows of a file.
 
         Args:
             name: Name of the task.
             examples: Training examples, as (query, answer) pairs.
-            labels: Closed answer set, or ``from_train`` for the answers that occur; None where answers are free.
-            test: Test examples, as pairs; training examples with the query of one of them are dropped and counted.
+            labels: Closed answer set, or ``from_train`` for the answers that occur; None for free answers.
+            test: Test examples, as pairs; training examples with one of their queries are dropped and counted.
             instruction: Template of the instruction, with ``labels`` in scope.
             family: Kind of task; by default classification with labels, generation without.
             metric: Name of the metric; by default the usual one of the family.
@@ -70,7 +70,7 @@ class Task:
             max_answer_tokens: Limit for free answers, in tokens.
 
         Raises:
-            UserError: If there is no example, an answer is empty or no label, or a name or template is wrong.
+            UserError: If there are no examples, an answer is empty or not a label, or a name or template is wrong.
         """
         from manyicl.tasks.building import task_of_examples
 
@@ -85,7 +85,7 @@ class Task:
 
     @classmethod
     def open(cls, folder: str | Path) -> Task:
-        """Open a task that `store` wrote; its examples stay on disk and are read as they are used.
+        """Open a task that `store` wrote; its examples stay on disk and are read when they are used.
 
         Raises:
             UserError: If the folder holds no stored task, or one of another version.
@@ -95,9 +95,9 @@ class Task:
         return open_task(Path(folder))
 
     def store(self, folder: str | Path) -> Task:
-        """Write the task to a new folder and return it with examples that stay there, memory-mapped.
+        """Write the task to a new folder, and return it with its examples memory-mapped from there.
 
-        What is returned pickles as its spec and its location, whatever its size.
+        The returned task pickles as its spec and its location, whatever its size.
 
         Raises:
             UserError: If the folder exists already, or cannot be made.
@@ -108,7 +108,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Name of the task, unique in a run."""
+        """Name of the task, unique within a run."""
         return self.spec.name
 
     @property
@@ -138,12 +138,12 @@ class Task:
 
     @property
     def choices_column(self) -> str | None:
-        """Place of a row's own options, if the task is multiple choice."""
+        """Column that holds a row's options, if the task is multiple choice."""
         return self.spec.choices_column
 
     @property
     def source(self) -> str:
-        """Origin of the data; tasks of one source are siblings, never unseen to each other."""
+        """Origin of the data; tasks of the same source never count as unseen to each other."""
         return self.spec.source
 
     @property
@@ -152,11 +152,11 @@ class Task:
         return self.spec.max_answer_tokens
 
     def instruction(self, labels: tuple[str, ...] | None = None) -> str:
-        """Render the instruction, with ``labels`` in place of the task's own where they were renamed."""
+        """Render the instruction, with ``labels`` instead of the task's own if they were renamed."""
         return self.spec.instruction(labels)
 
     def query(self, row: Columns | str) -> Query:
-        """Render a row, or a plain string where the template has one column, to a query.
+        """Render a row as a query; a plain string is enough if the template has one column.
 
         Raises:
             UserError: If a column is missing, or a string is given to a template with several columns.
@@ -173,10 +173,10 @@ class Task:
         return Task(spec, self.train, self.test, self.data_hash, self.dropped)
 
     def demonstrations(self, num_shots: int, seed: int = 0, sampling: ShotSampling = "balanced") -> tuple[Example, ...]:
-        """Choose demonstrations from the training side; the first 32 of 64 are the 32 of the same seed.
+        """Choose demonstrations from the training examples; with one seed, the first 32 of 64 are the same 32.
 
         Raises:
-            UserError: If the task has fewer training examples than ``num_shots``, or that is negative.
+            UserError: If ``num_shots`` is negative or more than the number of training examples.
         """
         if not 0 <= num_shots <= len(self.train):
             raise UserError(
