@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import MachineError, UserError, did_you_mean, located, shown
@@ -53,24 +53,23 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
         UserError: If anything is missing or wrong; it names the file and, if possible, the line.
         MachineError: If the rows are on the Hub and the Hub cannot be reached.
     """
-    path = _required_pattern(path)
+    places = task_places(path)
+    if len(places) > 1:
+        names = ", ".join(Path(place).parent.name for place in places[:5]) + (", …" if len(places) > 5 else "")
+        what, remedy = f"{str(path)!r} is the name of {len(places)} tasks", f"Name one of them: {names}."
+        raise UserError("several_tasks", what, remedy=remedy)
+    return _load(places[0], data_root, load_dataset)
+
+
+def _load(place: str | Path, data_root: Path | None, load_dataset: LoadDataset | None = None) -> Task:
     data_root = data_root and Path(expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
         raise UserError("not_a_folder", "the data root is no folder", remedy=nearest_path(data_root), file=data_root)
-    table = _TABLE.fullmatch(path)
-    if table is not None and not exists(Path(path)):
-        with located(file=table["path"]):
-            return _task_from_table(table["path"], table["columns"])
-    file = Path(path)
-    if path.startswith(CATALOG_PREFIX):
-        files = catalog_files(path)
-        if len(files) > 1:
-            names = ", ".join(file.parent.name for file in files[:5]) + (", …" if len(files) > 5 else "")
-            what = f"{path!r} is the name of {len(files)} tasks"
-            raise UserError("several_tasks", what, remedy=f"Name one of them: {names}.")
-        file = files[0]
-    file = _task_file(file)
-    return _build_task(read_task_file(file), file, data_root, load_dataset)
+    if isinstance(place, Path):
+        return _build_task(read_task_file(place), place, data_root, load_dataset)
+    path, columns = _TABLE.findall(place)[0]
+    with located(file=path):
+        return _task_from_table(path, columns)
 
 
 def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
@@ -91,7 +90,7 @@ def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | No
     tasks: list[Task] = []
     place_of: dict[str, str | Path] = {}
     for place in places.values():
-        task = load_task(place, data_root)
+        task = _load(place, data_root)
         if place_of.setdefault(task.name, place) != place:
             what = f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}"
             raise UserError("duplicate_task", what, remedy="Rename one with `name:` in its task.yaml.")
@@ -105,7 +104,11 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     Raises:
         UserError: If it names nothing.
     """
-    pattern = _required_pattern(pattern)
+    if not isinstance(pattern, str | Path) or not str(pattern).strip():  # to Python, "" is the current folder
+        found = "an empty name" if isinstance(pattern, str | Path) else shown(pattern)
+        expected = "a folder, a table or an entry of the catalogue"
+        raise UserError("no_task_named", "No task is named", expected=expected, found=found)
+    pattern = expanded(pattern)
     path = Path(pattern)
     if pattern.startswith(CATALOG_PREFIX):
         return list(catalog_files(pattern))
@@ -114,26 +117,30 @@ def task_places(pattern: str | Path) -> list[str | Path]:
             return [pattern]
         if glob.has_magic(pattern):
             return _matching_places(pattern)
-    if path.is_dir() and not (path / TASK_FILE).is_file():
-        found = _task_files_below(path)
-        if not found:
+        _refuse_missing(path)
+    if path.is_dir():
+        found_below = [path / TASK_FILE] if (path / TASK_FILE).is_file() else _task_files_below(path)
+        if not found_below:
             what = f"the folder holds no {TASK_FILE}, nor does any folder in it"
-            raise UserError("no_tasks", what, file=path)
-        return list(found)
-    return [_task_file(path)]
+            remedy = did_you_mean(TASK_FILE, sorted(entry.name for entry in path.iterdir() if entry.is_file()))
+            raise UserError("no_tasks", what, remedy=remedy, file=path)
+        return list(found_below)
+    if not path.is_file():
+        _refuse_missing(path)
+    if path.suffix.lower() in SUFFIXES:
+        named = f"{path.name}:text:label for a query column `text` and an answer column `label`"
+        remedy = f"Name its columns too, as in {named}."
+        raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
+    return [path]
 
 
-def _required_pattern(pattern: object) -> str:
-    """Return a pattern with the home folder in place of ``~``.
-
-    Raises:
-        UserError: If it is no path, or empty, which to Python is the current folder.
-    """
-    if not isinstance(pattern, str | Path) or not str(pattern).strip():
-        found = "an empty name" if isinstance(pattern, str | Path) else shown(pattern)
-        expected = "a folder, a table or an entry of the catalogue"
-        raise UserError("no_task_named", "No task is named", expected=expected, found=found)
-    return expanded(pattern)
+def _refuse_missing(path: Path) -> NoReturn:
+    table = Path(str(path).partition(":")[0])
+    if table != path and table.is_file() and table.suffix.lower() not in SUFFIXES:
+        raise unknown_suffix(table)
+    hints = f"{nearest_path(path)}{catalog_hint(str(path))}"
+    remedy = f"{hints} `manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
+    raise UserError("unknown_task", f"The task {str(path)!r} does not exist", remedy=remedy)
 
 
 def _task_files_below(folder: Path) -> list[Path]:
@@ -164,29 +171,6 @@ def _matching_places(pattern: str) -> list[str | Path]:
         what = f"No {TASK_FILE} matches {pattern!r}; the pattern is relative to {Path.cwd()}"
         raise UserError("no_tasks", what)
     return places
-
-
-def _task_file(path: Path) -> Path:
-    """Find the task.yaml that a path names."""
-    if exists(path) and path.is_dir():
-        if not (path / TASK_FILE).is_file():
-            names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-            hint = did_you_mean(TASK_FILE, names)
-            raise UserError("no_tasks", f"the folder holds no {TASK_FILE}", remedy=hint, file=path)
-        return path / TASK_FILE
-    table, colon, _ = str(path).partition(":")
-    if colon and not exists(path) and Path(table).is_file() and Path(table).suffix.lower() not in SUFFIXES:
-        raise unknown_suffix(Path(table))
-    if not path.is_file():
-        hints = f"{nearest_path(path)}{catalog_hint(str(path))}"
-        lists = "`manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
-        what = f"The task {str(path)!r} does not exist"
-        raise UserError("unknown_task", what, remedy=f"{hints} {lists}")
-    if path.suffix.lower() in SUFFIXES:
-        named = f"{path.name}:text:label for a query column `text` and an answer column `label`"
-        remedy = f"Name its columns too, as in {named}."
-        raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
-    return path
 
 
 def _task_from_table(path: str, columns: str) -> Task:
