@@ -14,10 +14,12 @@ from rich.console import Console
 
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
-from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+from manyicl.evaluation.report import Part, plot_parts, plot_shot_curves, print_parts, print_table, write_report
 from manyicl.evaluation.report.plots import is_picture, shot_position
+from manyicl.evaluation.report.tables import with_interval
 from manyicl.evaluation.result import Result, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
+from manyicl.evaluation.uncertainty import Estimate, mean_over_queries, paired_difference
 from manyicl.model.manifest import Manifest
 from tests.builders import make_example, make_task
 from tests.evaluation.oracle import OracleEngine, small_world
@@ -123,7 +125,7 @@ def test_records_alone_make_a_page_without_worked_predictions(records: list[Resu
 
 def test_only_the_records_asked_for_are_shown(folder: Path, records: list[Result], tmp_path: Path) -> None:
     only = [record for record in records if record.model_name == "base"]
-    page = write_report(folder, tmp_path / "report.html", only=only).read_text(encoding="utf-8")
+    page = write_report(folder, tmp_path / "report.html", parts=[Part("Base", only)]).read_text(encoding="utf-8")
     assert "tuned" not in page.replace("fine-tuned", "")
     assert 'id="worked"' in page
 
@@ -218,3 +220,61 @@ def test_a_page_without_examples_holds_no_text_of_any_row(folder: Path, tmp_path
     page = write_report(folder, tmp_path / "without.html", examples=False).read_text(encoding="utf-8")
     assert not any(text in page for text in texts)
     assert "Worked predictions" not in page
+
+
+@pytest.fixture(name="parts")
+def _parts(records: list[Result]) -> list[Part]:
+    """Two comparisons with other models, tasks and shot counts."""
+    tables = [
+        scored(model, task, shots, (1.0, 0.0, 1.0), family=family)
+        for model in ("first", "second")
+        for task, family in (("letters", "classification"), ("names", "generation"))
+        for shots in (0, 4)
+    ]
+    return [Part("Tables", tables, by_task=True), Part("World", records)]
+
+
+def test_parts_with_other_models_and_shots_are_one_table_at_the_shots_they_share(parts: list[Part]) -> None:
+    screen = io.StringIO()
+    print_parts(parts, Console(file=screen, width=100))
+    head = next(line for line in screen.getvalue().splitlines() if line.strip().startswith("shots"))
+    assert head.split() == ["shots", "0", "4"]
+    for word in ("letters, accuracy", "names", "World, mean over families", "first", "second", "tuned − base"):
+        assert word in screen.getvalue()
+
+
+def test_parts_are_one_page_with_links_that_lead_somewhere(parts: list[Part], folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder, tmp_path / "report.html", parts=parts).read_text(encoding="utf-8")
+    parser = WellFormed()
+    parser.feed(page)
+    assert not parser.open
+    assert {"#curves1", "#curves2", "#provenance2"} <= set(parser.links)
+    assert {link.removeprefix("#") for link in parser.links if link.startswith("#")} <= set(parser.ids)
+    assert all(parser.ids.count(f"{name}{number}") == 1 for name in ("curves", "tasks") for number in (1, 2))
+    assert 'id="curves1">Tables</h2>' in page
+    assert "<h3>Letters</h3>" in page
+
+
+def test_parts_are_one_picture_with_a_panel_for_each_task_or_mean(parts: list[Part], tmp_path: Path) -> None:
+    plot_parts(parts, tmp_path / "curves.svg")
+    picture = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    for heading in ("Letters", "Names", "World", "second", "tuned"):
+        assert f">{heading}</text>" in picture
+
+
+@pytest.mark.parametrize(
+    ("estimate", "signed", "written"),
+    [
+        (None, False, "–"),
+        (Estimate(0.5, None, 1), False, ".50"),
+        (mean_over_queries([1.0, 0.0] * 10), False, ".50\n.29–.71"),
+        (mean_over_queries([1.0] * 10), False, "1.00\n.72–1.00"),
+        (paired_difference([(1.0,) * 9], [(1.0,) * 9]), True, None),
+    ],
+)
+def test_a_cell_holds_the_mean_and_its_interval(estimate: Estimate | None, signed: bool, written: str | None) -> None:
+    cell = with_interval(estimate, signed=signed)
+    if written is not None:
+        assert cell == written
+    else:
+        assert re.fullmatch(r"\+\.00\n-\.\d\d to \+\.\d\d", cell)

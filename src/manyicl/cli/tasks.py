@@ -265,6 +265,17 @@ def write_nano_tasks(
     typer.echo(f"{len(places):,} tasks written to {folder}")
 
 
+@app.command("starter", epilog="Examples:\n\nmanyicl tasks starter tables")
+def copy_starter_tables(
+    folder: Annotated[Path, typer.Argument(help="Where the task folders go.", show_default=False)],
+) -> None:
+    """Copy three small tables to try things on: tickets and their team, messages and their urgency, product titles."""
+    from manyicl.tasks.starter_tables import write_starter_tables
+
+    for place in write_starter_tables(folder):
+        typer.echo(str(place))
+
+
 @app.command(
     "show",
     epilog="Examples:\n\nmanyicl tasks show tasks/banking77\n\n"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from manyicl.evaluation.metrics import METRICS
-from manyicl.evaluation.summary import OVERALL, Group, Summary
+from manyicl.evaluation.result import Result
+from manyicl.evaluation.summary import OVERALL, Group, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
 
 BASELINES = {"majority": "majority answer", "chance": "chance", "tfidf": "TF-IDF + log. reg."}
@@ -31,6 +34,33 @@ class Section:
     tasks: dict[str, list[Line]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One comparison in a report that may have several: models on tasks, with shot counts of its own.
+
+    Attributes:
+        title: Head of the part.
+        records: The results that it shows.
+        by_task: Whether each task has a curve of its own, as suits a few tasks; else their families and the mean do.
+    """
+
+    title: str
+    records: Sequence[Result]
+    by_task: bool = False
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Return the scores of its records."""
+        return summarise(self.records)
+
+    def curves(self) -> list[Section]:
+        """Return what a short table or a picture shows of it: every task, or the mean over families alone."""
+        if not self.by_task:
+            return sections(self.summary)[:1]
+        tasks = self.summary.compared
+        return [Section(task, 1, _lines(self.summary, (task,), differences=True), {}) for task in tasks]
+
+
 def sections(summary: Summary) -> list[Section]:
     """Collect the tables of the mean over families, if there are several, and of each family."""
     groups = (OVERALL, *summary.groups) if len(summary.groups) > 1 else summary.groups
@@ -45,13 +75,14 @@ def sections(summary: Summary) -> list[Section]:
     return found
 
 
-def _lines(summary: Summary, group: Group) -> list[Line]:
-    """Return the lines of a group; differences of models for families alone."""
-    base, *others = summary.models if isinstance(group, str) else summary.models[:1]
+def _lines(summary: Summary, group: Group, *, differences: bool | None = None) -> list[Line]:
+    """Return the lines of a group; differences of models by default for families alone."""
+    differences = isinstance(group, str) if differences is None else differences
+    base, *others = summary.models if differences else summary.models[:1]
     lines = [Line(model, [summary.score(model, group, n) for n in summary.shots], "model") for model in summary.models]
     for other in others:
-        differences = [summary.difference(base, other, group, n) for n in summary.shots]
-        lines.append(Line(f"{other} − {base}", differences, "difference"))
+        cells = [summary.difference(base, other, group, n) for n in summary.shots]
+        lines.append(Line(f"{other} − {base}", cells, "difference"))
     for name, label in BASELINES.items():
         if any(scores := [summary.baseline(name, group, n) for n in summary.shots]):
             lines.append(Line(label, scores, "baseline"))

@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import counted
-from manyicl.evaluation.report.lines import notes, sections
+from manyicl.evaluation.report.lines import Part, notes, sections
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
-from manyicl.evaluation.summary import OVERALL, Summary, summarise
+from manyicl.evaluation.summary import OVERALL, Summary
 from manyicl.evaluation.uncertainty import Estimate, estimate_over_tasks
 from manyicl.outputs import require_output_file
 
@@ -32,7 +32,7 @@ def write_report(
     results: str | Path | Sequence[Result],
     output: str | Path,
     *,
-    only: Sequence[Result] | None = None,
+    parts: Sequence[Part] | None = None,
     title: str = "Shot curves",
     examples: bool = True,
 ) -> Path:
@@ -41,7 +41,7 @@ def write_report(
     Args:
         results: A folder of results, or records; worked predictions need the folder.
         output: Path of the page.
-        only: Records to show, where a folder holds those of other runs too; None for all.
+        parts: What to show, one comparison after the other, where a folder holds several; None for all in one.
         title: Head of the page.
         examples: Whether worked predictions, and with them texts of the tasks, may appear in it.
 
@@ -57,33 +57,41 @@ def write_report(
     if isinstance(results, str | Path):
         store = ResultStore(results)
         results = store.load()
-    summary = summarise(results if only is None else only)
-    versions = {name for record in summary.records for name in record.versions}
+    store = store if examples else None
+    shown = [_shown(part, store) for part in parts or (Part("", results),)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"score": _score, "signed": _signed, "family": family_title, "shortened": _shortened}
     source = files("manyicl.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
-        title=title,
-        lead=_lead(summary),
-        summary=summary,
-        OVERALL=OVERALL,
-        findings=_findings(summary),
-        colours=model_colours(summary),
-        tfidf_colour=TFIDF_COLOUR,
-        sections=sections(summary),
-        panel=lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
-        worked=worked_tasks(summary, store) if store is not None and examples else [],
-        notes=notes(summary),
-        # One record describes its model; one knows the metric, source, hash, labels and counts of its task.
-        models={model: records[0] for (model, _, _), records in summary.by_point.items()},
-        task_facts={task: next(r for r in summary.records if r.task == task) for task in summary.families},
-        seen={t: {r.seen_in_training for r in summary.records if r.task == t} for t in summary.families},
-        # Several versions are joined, so that a mixture shows.
-        versions={name: ", ".join(sorted({r.versions.get(name, "–") for r in summary.records})) for name in versions},
-    )
+    page = environment.from_string(source).render(title=title, parts=shown, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output
+
+
+def _shown(part: Part, store: ResultStore | None) -> dict[str, object]:
+    """Collect what the page says of one comparison; worked predictions only from a folder of results."""
+    summary = part.summary
+    names = {name for record in summary.records for name in record.versions}
+    return {
+        "title": part.title,
+        "lead": _lead(summary),
+        "summary": summary,
+        "findings": _findings(summary),
+        "colours": model_colours(summary),
+        "sections": sections(summary),
+        "curves": part.curves() if part.by_task else None,
+        "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
+        "worked": worked_tasks(summary, store) if store is not None else [],
+        "notes": notes(summary),
+        # One record describes its model; one knows the metric, source, hash, labels and counts of its task.
+        "models": {model: records[0] for (model, _, _), records in summary.by_point.items()},
+        "task_facts": {task: next(r for r in summary.records if r.task == task) for task in summary.families},
+        "seen": {t: {r.seen_in_training for r in summary.records if r.task == t} for t in summary.families},
+        # Several versions are joined, so that a mixture shows.
+        "versions": {
+            name: ", ".join(sorted({r.versions.get(name, "–") for r in summary.records})) for name in names
+        },
+    }
 
 
 def is_report(path: Path) -> bool:

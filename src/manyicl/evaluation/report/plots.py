@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
-from manyicl.evaluation.report.lines import BASELINES, Section, sections
+from manyicl.evaluation.report.lines import BASELINES, Part, Section, sections
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary, summarise
 from manyicl.outputs import require_ending
@@ -70,15 +70,33 @@ def plot_shot_curves(records: Iterable[Result], path: str | Path, *, title: str 
     Raises:
         UserError: If no task was measured at all shot counts of all models, or the ending is unknown.
     """
-    path = Path(path)
+    summary = summarise(records)
+    panels = [(summary, section, family_title(section.group)) for section in sections(summary) if section.lines]
+    _plot(panels, Path(path), title)
+
+
+def plot_parts(parts: Iterable[Part], path: str | Path) -> None:
+    """Write one picture of several comparisons: a panel for each task, or for the mean over families.
+
+    Raises:
+        UserError: If there is no curve to show, or the ending is unknown.
+    """
+    panels = [
+        (part.summary, section, family_title(section.group) if part.by_task else part.title)
+        for part in parts
+        for section in part.curves()
+    ]
+    _plot(panels, Path(path))
+
+
+def _plot(panels: Sequence[tuple[Summary, Section, str]], path: Path, title: str | None = None) -> None:
+    """Write panels with a legend above them."""
     require_ending(path, PICTURE_ENDINGS)
     ending = path.suffix.lower()
-    summary = summarise(records)
-    panels = [section for section in sections(summary) if section.lines]
     if not panels:
         what = "no task was measured at every shot count of every model, so there is no curve to compare"
         raise UserError("no_common_task", what, remedy="Evaluate the models with the same tasks and shots.")
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     num_rows = math.ceil(len(panels) / columns)
     with rc_context(_style("manyicl")), warnings.catch_warnings():
         # Letters that no font here has: an SVG keeps them as text, for the fonts of its reader.
@@ -86,9 +104,9 @@ def plot_shot_curves(records: Iterable[Result], path: str | Path, *, title: str 
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
         figure = Figure(figsize=(3.7 * columns, 2.9 * num_rows + 0.7), layout="constrained")
         axes = list(figure.subplots(num_rows, columns, squeeze=False).flat)
-        for ax, section in zip(axes, panels, strict=False):
+        for ax, (summary, section, heading) in zip(axes, panels, strict=False):
             draw_panel(ax, summary, section, ink="#20242b", faint="#d9dde3")
-            ax.set_title(family_title(section.group), color="#20242b", loc="left", fontweight="bold", fontsize=11)
+            ax.set_title(heading, color="#20242b", loc="left", fontweight="bold", fontsize=11)
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
         # Not `get_legend_handles_labels`, which leaves out a model whose name begins with an underscore.

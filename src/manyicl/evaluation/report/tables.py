@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manyicl.errors import counted
-from manyicl.evaluation.report.lines import Line, notes, sections
+from manyicl.evaluation.report.lines import Line, Part, notes, sections
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
@@ -42,11 +42,47 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
     return summary
 
 
-def _table(title: str, shots: Iterable[int], lines: Sequence[Line]) -> Table:
-    table = Table(title=_safe(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def print_parts(parts: Sequence[Part], console: Console) -> None:
+    """Print several comparisons as one table, at the shot counts that all of them have, with intervals of 95 %."""
+    common = sorted(set.intersection(*(set(part.summary.shots) for part in parts)))
+    table = _empty_table(None, common)
+    for part in parts:
+        places = [part.summary.shots.index(count) for count in common]
+        for section in part.curves():
+            heading = section.group if part.by_task else f"{part.title}, {section.group}"
+            metrics = {record.metric for record in part.records if record.task == section.group}
+            table.add_row(_safe(", ".join([heading, *metrics])), style="bold")
+            for line in section.lines:
+                cells = [with_interval(line.cells[place], signed=line.kind == "difference") for place in places]
+                table.add_row(_safe(line.label), *cells, style=_STYLES[line.kind])
+            table.add_section()
+    console.print(table)
+    console.print(Text("Each cell is a mean and, where it has an error, its interval of 95 %.", style="dim"))
+    # The first note is about the cells of tables with standard errors.
+    for note in dict.fromkeys(note for part in parts for note in notes(part.summary)[1:]):
+        console.print(Text(printable(note), style="dim"))
+
+
+def with_interval(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """Write a mean and, on a second line, its interval: ``.55`` over ``.34–.74``."""
+    if estimate is None:
+        return "–"
+    low, high = estimate.interval or (None, None)
+    numbers = [f"{value:{'+' if signed else ''}.2f}" for value in (estimate.mean, low, high) if value is not None]
+    mean, *interval = (number.replace("0.", ".", 1) for number in numbers)
+    return "\n".join([mean, (" to " if signed else "–").join(interval)][: 2 if interval else 1])
+
+
+def _empty_table(title: str | None, shots: Iterable[int]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("shots", min_width=14, overflow="fold")
     for count in shots:
         table.add_column(str(count), justify="right", no_wrap=True)
+    return table
+
+
+def _table(title: str, shots: Iterable[int], lines: Sequence[Line]) -> Table:
+    table = _empty_table(_safe(title), shots)
     for line in lines:
         cells = (shown(cell, signed=line.kind == "difference") for cell in line.cells)
         table.add_row(_safe(line.label), *cells, style=_STYLES[line.kind])
