@@ -49,7 +49,7 @@ def quickstart_command(
 
     First a real language model on three small tables: `builtin:smollm2` and `builtin:one`, which is the same model
     fine-tuned once on many tasks, with 0, 4, 16 and 64 examples. `manyicl models get smollm2` fetches the base
-    beforehand; without it this part is left out.
+    beforehand; without it this part is skipped.
 
     Then fine-tuning itself, at the size of a toy: it writes a world of procedural tasks in five families, fine-tunes
     the tiny base model of the package on its training tasks with every answer supervised, and evaluates both on

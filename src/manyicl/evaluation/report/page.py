@@ -88,9 +88,7 @@ def _shown(part: Part, store: ResultStore | None) -> dict[str, object]:
         "task_facts": {task: next(r for r in summary.records if r.task == task) for task in summary.families},
         "seen": {t: {r.seen_in_training for r in summary.records if r.task == t} for t in summary.families},
         # Several versions are joined, so that a mixture shows.
-        "versions": {
-            name: ", ".join(sorted({r.versions.get(name, "–") for r in summary.records})) for name in names
-        },
+        "versions": {name: ", ".join(sorted({r.versions.get(name, "–") for r in summary.records})) for name in names},
     }
 
 
