@@ -209,7 +209,7 @@ def test_a_full_model_is_written_as_it_is(tmp_path: Path, dtype: torch.dtype) ->
     for name, weights in before.items():
         assert after[name].dtype == dtype
         assert torch.equal(after[name], weights)
-    assert not done.merged
+    assert done.adapter_effect is None
     assert not done.rounded
     assert done.logit_change < 1e-5
     assert "No weight was changed" in done.precision

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
@@ -15,50 +15,42 @@ from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
 
 
-@dataclass(frozen=True, slots=True)
-class FittingShots:
+class FittingShots(NamedTuple):
     """The beginning of a drawn episode that fits.
 
     Attributes:
         episode: Whole shots only.
         num_left_out: Shots that were drawn and did not fit; 0 where the episode was to fill the context.
         num_too_long: Shots skipped because they are longer than a whole context.
-        ran_out_of_room: True if the next shot was longer than the rest of the token budget.
     """
 
     episode: Episode
     num_left_out: int
     num_too_long: int
-    ran_out_of_room: bool
 
 
-def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, room: int, max_context_tokens: int) -> FittingShots:
-    """Take shots of a drawn episode while they fit in ``room`` tokens.
+def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, budget: int, max_context_tokens: int) -> FittingShots:
+    """Take shots of a drawn episode while they fit in ``budget`` tokens.
 
     Nothing is truncated: a shot that is longer than the whole context is passed over and counted; the first
     other shot that does not fit ends the episode, so that short examples are not preferred within it.
     """
-    opening = encoder.num_preamble_tokens(drawn.instruction)
-    num_tokens = opening
+    num_preamble_tokens = num_tokens = encoder.num_preamble_tokens(drawn.instruction)
     examples: list[Example] = []
-    num_too_long = 0
-    ran_out_of_room = False
+    num_left_out = num_too_long = 0
     for example in drawn.examples:
-        if drawn.num_examples is not None and len(examples) == drawn.num_examples:
+        if len(examples) == drawn.num_examples:
             break
         num_shot_tokens = encoder.num_shot_tokens(example, encoder.preceding(drawn.instruction, len(examples)))
-        if opening + num_shot_tokens > max_context_tokens:
+        if num_preamble_tokens + num_shot_tokens > max_context_tokens:
             num_too_long += 1
-        elif num_tokens + num_shot_tokens > room:
-            ran_out_of_room = True
+        elif num_tokens + num_shot_tokens > budget:
+            num_left_out = 0 if drawn.num_examples is None else drawn.num_examples - len(examples)
             break
         else:
             examples.append(example)
             num_tokens += num_shot_tokens
-    wanted = drawn.num_examples if drawn.num_examples is not None else len(examples)
-    num_left_out = wanted - len(examples) if ran_out_of_room else 0
-    episode = Episode(drawn.task_name, drawn.instruction, tuple(examples))
-    return FittingShots(episode, num_left_out, num_too_long, ran_out_of_room)
+    return FittingShots(Episode(drawn.task_name, drawn.instruction, tuple(examples)), num_left_out, num_too_long)
 
 
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:

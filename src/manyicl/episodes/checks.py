@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import median_low
+from typing import NamedTuple
 
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
@@ -28,8 +29,7 @@ MOST_NAMED = 5
 _UNSEEN = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
+class Lengths(NamedTuple):
     """The spread of a length, in tokens."""
 
     shortest: int
@@ -37,8 +37,7 @@ class Lengths:
     longest: int
 
 
-@dataclass(frozen=True, slots=True)
-class LabelCount:
+class LabelCount(NamedTuple):
     """How often a label occurs on each side."""
 
     label: str
@@ -46,8 +45,7 @@ class LabelCount:
     num_test: int
 
 
-@dataclass(frozen=True, slots=True)
-class ShotsThatFit:
+class ShotsThatFit(NamedTuple):
     """How many whole shots a context holds before the longest query and its answer.
 
     Attributes:

@@ -237,8 +237,7 @@ class Encoder:
 
     def num_shot_tokens(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> int:
         """Count the tokens of one demonstration."""
-        query_ids, answer_ids = self.query_ids(example.query.text, preceding), self.answer_ids(example.answer)
-        return len(query_ids) + len(answer_ids) + len(self._inter_turn_ids)
+        return len(self.shot_ids(example, preceding))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included."""

@@ -152,31 +152,15 @@ def _byte_of_token(backend: Tokenizer, description: dict[str, Any]) -> dict[int,
 
 def _without_leading_marker(description: dict[str, Any]) -> dict[str, Any]:
     """Describe a backend tokenizer that adds no space marker before a text."""
-    return {
-        **description,
-        "normalizer": _drop_prepend(description.get("normalizer")),
-        "pre_tokenizer": _never_prepend(description.get("pre_tokenizer")),
-    }
+    steps = {name: _never_prepending(description.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    return {**description, **steps}
 
 
-def _drop_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Remove `Prepend` (Llama-2's way to add the marker) from a normalizer's description."""
-    if normalizer is None or normalizer["type"] == "Prepend":
+def _never_prepending(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Describe a normalizer or pre-tokenizer without `Prepend`, `Metaspace` and `ByteLevel` adding no leading space."""
+    if step is None or step["type"] == "Prepend":
         return None
-    if normalizer["type"] == "Sequence":
-        kept = [part for part in map(_drop_prepend, normalizer["normalizers"]) if part is not None]
-        return {**normalizer, "normalizers": kept}
-    return normalizer
-
-
-def _never_prepend(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Set `Metaspace` and `ByteLevel` in a pre-tokenizer's description to add no leading space."""
-    if pre_tokenizer is None:
-        return None
-    if pre_tokenizer["type"] == "Metaspace":
-        return {**pre_tokenizer, "prepend_scheme": "never"}
-    if pre_tokenizer["type"] == "ByteLevel":
-        return {**pre_tokenizer, "add_prefix_space": False}
-    if "pretokenizers" in pre_tokenizer:
-        return {**pre_tokenizer, "pretokenizers": [_never_prepend(part) for part in pre_tokenizer["pretokenizers"]]}
-    return pre_tokenizer
+    changes: dict[str, Any] = {"prepend_scheme": "never", "add_prefix_space": False}
+    for name in ("normalizers", "pretokenizers"):
+        changes[name] = [part for part in map(_never_prepending, step.get(name, ())) if part is not None]
+    return {name: changes.get(name, value) for name, value in step.items()}

@@ -298,9 +298,8 @@ class FormatSettings(Section):
 
     def plain(self, control_tokens: Container[str]) -> PlainFormat:
         """Return the plain format with these settings, for a tokenizer with these control tokens."""
-        given = {"separator": self.separator, "end_of_answer": self.end_of_answer}
-        chosen = PlainFormat.model_validate({name: value for name, value in given.items() if value is not None})
-        return chosen.decided(control_tokens)
+        given = self.model_dump(include={"separator", "end_of_answer"}, exclude_none=True)
+        return PlainFormat.model_validate(given).decided(control_tokens)
 
 
 def text_of(segments: Iterable[Segment]) -> str:

@@ -45,7 +45,6 @@ class Exported:
         folder: Folder that was written.
         num_parameters: Weights of the model, a tied head counted once.
         dtype: Precision in which they are saved.
-        merged: True if an adapter went into its base.
         rounded: True if the dtype does not hold all weights exactly.
         logit_change: Largest difference of a logit on a probe, between the exported folder as plain transformers
             reads it and the model that was given, both computed in float32.
@@ -55,7 +54,6 @@ class Exported:
     folder: Path
     num_parameters: int
     dtype: str
-    merged: bool
     rounded: bool
     logit_change: float
     adapter_effect: float | None
@@ -63,18 +61,17 @@ class Exported:
     @property
     def precision(self) -> str:
         """Say what happened to the weights, in one or two sentences."""
-        if self.merged:
+        done = f"The weights were rounded to {self.dtype}" if self.rounded else "No weight was changed"
+        given, effect = "model exported", ""
+        if self.adapter_effect is not None:
             after = f"the weights were then rounded to {self.dtype}" if self.rounded else "no weight was rounded after"
             done = f"The adapter was merged into its base in float32; {after}"
-        else:
-            done = f"The weights were rounded to {self.dtype}" if self.rounded else "No weight was changed"
-        compared = (
+            given = "unmerged adapter"
+            effect = f", which moves those of its base by up to {self.adapter_effect:.2g}"
+        return (
             f"{done}. On a probe of {NUM_PROBE_TOKENS} tokens, computed in float32, logits differ by at most "
-            f"{self.logit_change:.2g} from those of the {'unmerged adapter' if self.merged else 'model exported'}"
+            f"{self.logit_change:.2g} from those of the {given}{effect}."
         )
-        if self.adapter_effect is None:
-            return f"{compared}."
-        return f"{compared}, which moves those of its base by up to {self.adapter_effect:.2g}."
 
 
 def export_model(
@@ -116,7 +113,6 @@ def export_model(
             folder=output,
             num_parameters=sum(weights.numel() for weights in back.model.parameters()),
             dtype=written.dtype,
-            merged=written.adapter_effect is not None,
             rounded=written.rounded,
             logit_change=float((_logits(back.model, written.probe) - written.logits).abs().max()),
             adapter_effect=written.adapter_effect,

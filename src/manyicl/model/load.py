@@ -232,16 +232,10 @@ def load_quantized(reference: str, dtype: str, device: str) -> PreTrainedModel:
 
     path = _path_without_code(reference)
     with _as_user_error(reference, "4-bit configuration"):
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-        )
-    model = _load_weights(
-        reference, path, DTYPES[dtype], quantization_config=quantization, device_map={"": torch.device(device)}
-    )
-    model.eval()
+        in_4_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantization = BitsAndBytesConfig(**in_4_bits, bnb_4bit_compute_dtype=DTYPES[dtype])
+    placing = {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
+    model = _load_weights(reference, path, DTYPES[dtype], **placing)
     require_isolation(model)
     return model
 
@@ -399,8 +393,7 @@ def _config_of(reference: str | Path, path: str) -> PreTrainedConfig:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions the architecture allows; None if it does not say."""
-    config = model.config.get_text_config()
-    value = getattr(config, "max_position_embeddings", None)
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
 
 
