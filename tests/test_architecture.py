@@ -63,7 +63,7 @@ def test_the_command_line_parses_and_prints(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_codes_of_errors_are_words_joined_by_underscores(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "QueryError"):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
             code = node.args[0]
             if isinstance(code, ast.Constant):
                 assert re.fullmatch(r"[a-z]+(_[a-z0-9]+)*", str(code.value)), f"{path}:{node.lineno}: {code.value!r}"

@@ -85,10 +85,6 @@ def located(*, file: str | Path | None = None, row: int | None = None, field: st
         raise error.at(file=file, row=row, field=field)  # noqa: B904
 
 
-class QueryError(UserError):
-    """A query cannot be answered; ``row`` says which, so that the caller who read it from a file can name the line."""
-
-
 class MachineError(Exception):
     """A failure of the machine (disk, memory, a loss that is not a number). Ends a command with 1."""
 

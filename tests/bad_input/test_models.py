@@ -649,7 +649,7 @@ COMPILED = [
     Case(
         "a compiled task of another model",
         "predict --model m --prefix t.prefix --input new.jsonl",
-        ("t.prefix: it was compiled with another model", "or compile the task again"),
+        ("t.prefix: the prefix was made with another model", "or make it again"),
         QUERIES,
         other_weights,
     ),
@@ -658,8 +658,7 @@ COMPILED = [
         "predict --model m --prefix t.prefix --input new.jsonl --dtype bfloat16",
         "foreign_prefix",
         file="t.prefix",
-        expected="bfloat16",
-        found="float32",
+        what="the prefix was made with another precision (float32 against bfloat16)",
         files=QUERIES,
     ),
     refused(
@@ -667,7 +666,7 @@ COMPILED = [
         "predict --model a --prefix t.prefix --input new.jsonl",
         "foreign_prefix",
         file="t.prefix",
-        expected="'a' with fingerprint a700242bcf75",
+        expected="one of 'a', weights a700242bcf75",
         files=QUERIES,
     ),
     refused(
@@ -730,7 +729,6 @@ COMPILED = [
         "compile --model m --task t --output u.prefix --shots 0",
         "nothing_to_compile",
         what="Task 't' has neither instruction nor demonstrations",
-        expected="something that queries share",
     ),
     Case(
         "more demonstrations than there are",

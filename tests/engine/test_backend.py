@@ -353,19 +353,17 @@ def test_what_is_no_prefix_and_no_list_is_refused() -> None:
     nothing: Any = None
     with refused("not_a_prefix", found="NoneType"):
         engine.predict(nothing, ["film"])
-    compiled: Any = engine.compile(task, task.train[:1])
-    with refused("not_a_prefix", found="CompiledTask"):
-        engine.predict(compiled, ["film"])
+    compiled = engine.compile(task, task.train[:1])
     for rows in (nothing, "film", {"text": "film"}):
         with refused("not_a_list"):
-            engine.predict(compiled.prefix, rows)
+            engine.predict(compiled, rows)
 
 
 def test_a_model_folder_may_be_a_path(tmp_path: Path) -> None:
     loaded = tiny_loaded()
     loaded.model.save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
-    assert Engine.from_pretrained(tmp_path).reference == str(tmp_path)
+    assert Engine.from_pretrained(tmp_path).identity.reference == str(tmp_path)
 
 
 def test_draws_depend_on_the_number_of_the_query_in_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:

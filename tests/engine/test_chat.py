@@ -105,7 +105,7 @@ def test_a_compiled_task_keeps_its_turns(tmp_path: Path) -> None:
     engine = Engine.local(chat_model("Gemma 2"))
     task = make_task(labels=LABELS, instruction="say good or bad")
     engine.save(engine.compile(task, task.train[:5]), tmp_path / "toy.prefix")
-    loaded = engine.load(tmp_path / "toy.prefix").prefix
+    loaded = engine.load(tmp_path / "toy.prefix")
     fresh = engine.prefill(task, task.train[:5])
     assert loaded.token_ids == fresh.token_ids
     assert [p.answer for p in engine.predict(loaded, QUERIES)] == [p.answer for p in engine.predict(fresh, QUERIES)]

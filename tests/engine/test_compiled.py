@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from manyicl.engine.compiled import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
 from manyicl.engine.local import target_scores
-from manyicl.engine.observed import AnswerTargets, ObservedAnswer, groups_of_shots
+from manyicl.engine.observed import ObservedAnswer, answer_targets, groups_of_shots, observed_answers
 from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
@@ -54,18 +54,18 @@ def test_a_loaded_prefix_answers_exactly_as_the_one_in_memory(
     engine.save(compiled, tmp_path / "task.prefix")
     loaded = engine.load(tmp_path / "task.prefix")
     assert loaded.answers == compiled.answers
-    assert loaded.prefix.token_ids == compiled.prefix.token_ids
-    assert loaded.prefix.demonstrations == compiled.prefix.demonstrations
+    assert loaded.token_ids == compiled.token_ids
+    assert loaded.demonstrations == compiled.demonstrations
     rows: list[Any] = [{"text": "film", "options": ["door", "box"]}, {"text": "play 3", "options": ["red", "one"]}]
-    assert list(engine.predict(loaded.prefix, rows)) == list(engine.predict(compiled.prefix, rows))
-    again = engine.extend(loaded.prefix, task.train[9:10] if len(task.train) > 9 else task.train[:1])
+    assert list(engine.predict(loaded, rows)) == list(engine.predict(compiled, rows))
+    again = engine.extend(loaded, task.train[9:10] if len(task.train) > 9 else task.train[:1])
     assert again.num_shots == 10
 
 
 def test_the_prefix_of_a_compilation_is_that_of_a_prefill() -> None:
     engine = Engine.local(tiny_loaded())
     task = closed()
-    compiled, prefilled = engine.compile(task, task.train[:20]).prefix, engine.prefill(task, task.train[:20])
+    compiled, prefilled = engine.compile(task, task.train[:20]), engine.prefill(task, task.train[:20])
     assert compiled.token_ids == prefilled.token_ids
     for one, other in zip(engine.predict(compiled, ["film"]), engine.predict(prefilled, ["film"]), strict=True):
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
@@ -112,17 +112,17 @@ def test_right_is_the_answer_chosen_token_by_token_among_the_labels() -> None:
 def test_a_free_answer_is_right_where_its_every_token_is_the_likeliest(others: tuple[int, ...], is_right: bool) -> None:
     encoder = Engine.local(tiny_loaded()).encoder
     task = make_task(labels=None, train=[make_example("film", "good film")], family="qa", metric="exact_match")
-    found = AnswerTargets.of(task, task.train, encoder)
+    (targets,) = answer_targets(task, task.train, encoder)
     answer = encoder.answer_ids("good film")
     assert len(answer) >= 3
     logits = torch.zeros(len(answer), len(encoder.tokenizer))
     logits[range(len(answer)), list(answer)] = 3.0
     for row in others:
         logits[row, 7] = 3.5
-    allowed = [target.allowed for target in found.targets]
+    allowed = [target.allowed for target in targets]
     # Two chunks of a prefill may tear an answer apart.
     scores = [*target_scores(logits[:1], answer[:1], allowed[:1]), *target_scores(logits[1:], answer[1:], allowed[1:])]
-    (observed,) = found.answers(scores)
+    (observed,) = observed_answers([targets], scores)
     assert observed.is_right == is_right
     expected = logits.log_softmax(-1)[range(len(answer)), list(answer)].sum()
     assert observed.log_probability == pytest.approx(float(expected), abs=1e-5)
@@ -229,7 +229,7 @@ def test_another_adapter_of_the_same_base_is_called_that(tmp_path: Path) -> None
             )
         )
     path = saved(tmp_path, engines[0])
-    assert engines[0].load(path).prefix.num_shots == 5
+    assert engines[0].load(path).num_shots == 5
     with refused("foreign_prefix", what="another adapter of the same base", found="'a0'"):
         engines[1].load(path)
 
@@ -240,7 +240,7 @@ def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
         Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
     loaded = tiny_loaded()
     loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    with refused("foreign_prefix", what="precision", expected="bfloat16", found="float32", remedy="dtype='float32'"):
+    with refused("foreign_prefix", what="another precision (float32 against bfloat16)"):
         Engine.local(loaded).load(path)
     with refused("prefix_too_long", expected="at most max_context_tokens, 50", file=str(path)):
         Engine.local(tiny_loaded(), max_context_tokens=50).load(path)

@@ -357,7 +357,7 @@ def test_queries_that_the_task_cannot_ask_are_refused_by_number() -> None:
     others: list[tuple[TaskPrefix, Any, str]] = [
         (quiz, [{"text": "a", "options": ["red", ""]}], "Query 1: An option .* is empty"),
         (quiz, [{"text": "a", "options": ["red", None]}], "Query 1: An option .* is empty"),
-        (quiz, [{"text": "a", "options": ["red", "x\n\ny"]}], "Query 1: The answer .* contains the end-of-answer text"),
+        (quiz, [Query("a", ("red", "x\n\ny"))], "Query 1: The answer .* contains the end-of-answer text"),
         (closed, [5], "Query 1: .*mapping"),
     ]
     for prefix, rows, sentence in others:

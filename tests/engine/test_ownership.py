@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from manyicl.engine.engine import Engine
-from manyicl.engine.task_prefix import CompiledTask, TaskPrefix
+from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Task
@@ -62,7 +62,7 @@ def test_a_prefix_of_another_engine_is_refused_wherever_it_could_be_used(differe
         lambda prefix: other.prefill(task, task.train[:4], reuse=prefix),
         lambda prefix: other.extend(prefix, task.train[4:5]),
         lambda prefix: other.prior(prefix),
-        lambda prefix: other.save(CompiledTask(prefix, ()), tmp_path / "task.prefix"),
+        lambda prefix: other.save(prefix, tmp_path / "task.prefix"),
     ]
     for use in uses:
         with pytest.raises(UserError) as caught:
@@ -80,8 +80,8 @@ def test_a_prefix_of_the_same_model_loaded_again_is_accepted(tmp_path: Path) -> 
     )
     prefix = engine.prefill(task, task.train[:4])
     assert list(again.predict(prefix, ["film"])) == list(engine.predict(prefix, ["film"]))
-    again.save(CompiledTask(prefix, ()), tmp_path / "task.prefix")
-    assert list(engine.predict(engine.load(tmp_path / "task.prefix").prefix, ["film"])) == list(
+    again.save(prefix, tmp_path / "task.prefix")
+    assert list(engine.predict(engine.load(tmp_path / "task.prefix"), ["film"])) == list(
         engine.predict(prefix, ["film"])
     )
 
@@ -91,7 +91,7 @@ def test_demonstrations_may_come_from_an_iterator() -> None:
     expected = engine.prefill(task, task.train[:6])
     assert engine.prefill(task, iter(task.train[:6])).token_ids == expected.token_ids
     compiled = engine.compile(task, (example for example in task.train[:6]))
-    assert compiled.prefix.token_ids == expected.token_ids
+    assert compiled.token_ids == expected.token_ids
     assert len(compiled.answers) == 6
     extended = engine.extend(engine.prefill(task, task.train[:2]), iter(task.train[2:6]))
     assert extended.demonstrations == task.train[:6]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 
-from manyicl.engine.backend import Wanted
+from manyicl.engine.backend import Identity, Wanted
 from manyicl.engine.engine import Prediction
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
@@ -49,8 +49,9 @@ class OracleEngine:
     calls: list[str] = field(default_factory=list)
 
     @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.reference} {self.skill}".encode()).hexdigest()
+    def identity(self) -> Identity:
+        fingerprint = hashlib.sha256(f"{self.reference} {self.skill}".encode()).hexdigest()
+        return Identity(fingerprint, "", "float32", reference=self.reference)
 
     @property
     def trained_context_tokens(self) -> int | None:
@@ -58,10 +59,6 @@ class OracleEngine:
 
     def max_answer_tokens(self, task: Task) -> int:
         return 8
-
-    @property
-    def dtype(self) -> str:
-        return "float32"
 
     def num_reserved_tokens(self, task: Task) -> int:
         return num_tokens_for_asking(task, self.encoder, 8, [example.query for example in task.test or task.train])

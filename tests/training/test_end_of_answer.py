@@ -65,12 +65,12 @@ def test_answers_of_several_paragraphs_are_learnt_and_end_in_the_token(trained: 
     engine = Engine.from_pretrained(str(trained))
     task = letters()
     compiled = engine.compile(task, task.train[:3])
-    predictions = list(engine.predict(compiled.prefix, [example.query for example in task.test]))
+    predictions = list(engine.predict(compiled, [example.query for example in task.test]))
     assert all(prediction.stopped for prediction in predictions)
     assert {prediction.answer for prediction in predictions} <= set(LETTERS)
     engine.save(compiled, tmp_path / "letters.prefix")
     loaded = engine.load(tmp_path / "letters.prefix")
-    assert list(engine.predict(loaded.prefix, [example.query for example in task.test])) == predictions
+    assert list(engine.predict(loaded, [example.query for example in task.test])) == predictions
 
 
 def test_the_export_says_the_token_and_keeps_it(trained: Path, tmp_path: Path) -> None:

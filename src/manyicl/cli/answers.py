@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,36 +46,26 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
     if output == STANDARD_STREAM:
         if sys.stdout is None:
             raise UserError("closed_stream", "standard output is closed", remedy="Name a file with --output.")
-        yield lambda rows: _write_json(sys.stdout, rows)
+        yield partial(_write_json, sys.stdout)
         return
     require_output_file(output, endings=(".jsonl", ".csv"), is_ours=_is_ours, inputs=inputs)
     part = output.with_name(f"{output.name}.part")
     write = _write_csv if output.suffix == ".csv" else _write_json
-    with _claimed(part) as stream:
+    try:
+        # It must not exist, so that two runs never write the same file. CSV has no escape for half a character.
+        stream = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
+    except FileExistsError as error:
+        what = "it holds the answers of a run that was interrupted, or of one that still writes them"
+        remedy = "Give it another name, or remove it; then start again."
+        raise UserError("output_in_progress", what, remedy=remedy, file=part) from error
+    with stream:
         try:
-            # CSV has no escape for half a character, which UTF-8 cannot hold.
-            yield lambda rows: write(stream, rows)
+            yield partial(write, stream)
         except BaseException as error:
             stream.close()
             _say_what_is_left(part, error)
             raise
     part.replace(output)
-
-
-@contextmanager
-def _claimed(part: Path) -> Iterator[IO[str]]:
-    """Open a file that must not exist, so that two runs never write the same one."""
-    try:
-        stream = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
-    except FileExistsError as error:
-        raise UserError(
-            "output_in_progress",
-            "it holds the answers of a run that was interrupted, or of one that still writes them",
-            remedy="Give it another name, or remove it; then start again.",
-            file=part,
-        ) from error
-    with stream:
-        yield stream
 
 
 def _say_what_is_left(part: Path, error: BaseException) -> None:
@@ -96,12 +87,8 @@ def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path
         UserError: If it has.
     """
     if output.exists() and output.name in {example.origin.rpartition(":")[0] for example in examples}:
-        raise UserError(
-            "output_is_input",
-            f"the output has the name of a file with rows of task {task_name!r}",
-            remedy="Write to another file.",
-            file=output,
-        )
+        what = f"the output has the name of a file with rows of task {task_name!r}"
+        raise UserError("output_is_input", what, remedy="Write to another file.", file=output)
 
 
 def beside(row: Row, answer: Row) -> Row:
@@ -147,14 +134,9 @@ def _write_csv(stream: IO[str], rows: Iterable[Row]) -> int:
             table = csv.DictWriter(stream, fieldnames=list(row))
             table.writeheader()
         if set(row) != set(table.fieldnames):
-            raise UserError(
-                "other_columns",
-                "it has other columns than the rows before it",
-                expected=str(sorted(table.fieldnames)),
-                found=str(sorted(row)),
-                remedy="Write to .jsonl, where rows may differ.",
-                row=num_rows,
-            )
+            what, remedy = "it has other columns than the rows before it", "Write to .jsonl, where rows may differ."
+            expected, found = str(sorted(table.fieldnames)), str(sorted(row))
+            raise UserError("other_columns", what, expected=expected, found=found, remedy=remedy, row=num_rows)
         table.writerow({column: _as_field(value) for column, value in row.items()})
     return num_rows
 

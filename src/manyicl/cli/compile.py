@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from manyicl.engine.task_prefix import CompiledTask
+    from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.evaluation.uncertainty import Estimate
 
 BAR_CHARACTERS = 20
@@ -56,42 +56,27 @@ def compile_command(
     """
     from rich.console import Console
 
+    from manyicl.cli.predict import describe
     from manyicl.engine.compiled import require_output
-    from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
     require_output(output)
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
-    engine = Engine.from_pretrained(
-        model,
-        dtype=dtype,
-        device=device,
-        text_format=text_format,
-        end_of_answer=end_of_answer,
-        max_context_tokens=max_context_tokens,
-    )
+    engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
     with console.status(f"Reading {counted(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations)
         engine.save(compiled, output)
-    prefix = compiled.prefix
-    left_out = f"; {prefix.num_dropped} more did not fit the context" if prefix.num_dropped else ""
     out = Console(highlight=False)
-    out.print(
-        f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens{left_out}",
-        markup=False,
-    )
+    describe(out, engine, compiled)
     if compiled.answers:
         print_observed(compiled, out)
-    out.print(
-        f"{output}, {output.stat().st_size / 2**20:,.1f} MiB. It contains the demonstrations in recoverable form.",
-        markup=False,
-        soft_wrap=True,
-    )
+    size = f"{output.stat().st_size / 2**20:,.1f} MiB"
+    typer.echo(f"{output}, {size}. It contains the demonstrations in recoverable form.")
 
 
-def print_observed(compiled: CompiledTask, console: Console) -> None:
+def print_observed(prefix: TaskPrefix, console: Console) -> None:
     """Print how often the model was right on demonstrations, by the number of demonstrations before them."""
     from rich.table import Table
 
@@ -102,7 +87,7 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
     for name in ("shots before", "demonstrations", "right", "", "nats per answer"):
         table.add_column(name, justify="left" if not name else "right")
     estimates = []
-    for first, last, group in groups_of_shots(compiled.answers):
+    for first, last, group in groups_of_shots(prefix.answers):
         right = mean_over_queries([float(one.is_right) for one in group])
         nats = -sum(one.log_probability for one in group) / len(group)
         error = f" ± {right.standard_error:.2f}" if right.standard_error is not None else ""
@@ -111,13 +96,9 @@ def print_observed(compiled: CompiledTask, console: Console) -> None:
         table.add_row(shots, f"{len(group)}", f"{right.mean:.2f}{error}", bar, f"{nats:.2f}")
         estimates.append(right)
     console.print(table)
-    most_common = Counter(example.answer for example in compiled.prefix.demonstrations).most_common(1)[0]
-    share = most_common[1] / compiled.prefix.num_shots
-    console.print(
-        f"Always answering {most_common[0]!r} would be right on {share:.2f} of them. {_tendency(estimates)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    ((answer, number),) = Counter(example.answer for example in prefix.demonstrations).most_common(1)
+    share = f"{number / prefix.num_shots:.2f}"
+    typer.echo(f"Always answering {answer!r} would be right on {share} of them. {_tendency(estimates)}")
 
 
 def _tendency(estimates: Sequence[Estimate]) -> str:

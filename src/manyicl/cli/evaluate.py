@@ -55,7 +55,6 @@ def evaluate_command(
 
     from rich.console import Console
 
-    from manyicl.engine.engine import Engine
     from manyicl.evaluation.report import print_table
     from manyicl.evaluation.shot_curve import EvaluationSettings
     from manyicl.tasks.files import load_tasks
@@ -64,40 +63,20 @@ def evaluate_command(
     console = Console()
     settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
     loaded = load_tasks(tasks, data_root)
-    engine = Engine.from_pretrained(
-        model,
-        dtype=dtype,
-        device=device,
-        text_format=text_format,
-        end_of_answer=end_of_answer,
-        max_context_tokens=max_context_tokens,
-        activation_budget_mib=activation_budget_mib,
+    engine = options.load_engine(
+        model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
     )
     for then, now in engine.manifest.changed_tasks(loaded) if engine.manifest else ():
-        console.print(
-            f"The data of {now.name!r} changed since the model was trained on it: hash {then.data_hash[:12]} then, "
-            f"{now.data_hash[:12]} now.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        hashes = f"hash {then.data_hash[:12]} then, {now.data_hash[:12]} now"
+        typer.secho(f"The data of {now.name!r} changed since the model was trained on it: {hashes}.", fg="yellow")
     curves = measure_with_progress(engine, loaded, output, settings, name, console)
     print_table(curves.results, console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
-    console.print(
-        f"{counted(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}",
-        markup=False,
-        soft_wrap=True,
-    )
+    typer.echo(f"{counted(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
 
 
 def measure_with_progress(
-    engine: Engine,
-    tasks: list[Task],
-    output: Path,
-    settings: EvaluationSettings,
-    name: str | None,
-    console: Console,
+    engine: Engine, tasks: list[Task], output: Path, settings: EvaluationSettings, name: str | None, console: Console
 ) -> ShotCurves:
     """Measure shot curves and show the progress."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -128,11 +107,6 @@ def parse_shots(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     wrong = next((part for part in parts if not part.isdecimal() or len(part) > _MOST_DIGITS), None)
     if wrong is not None or not parts:
-        raise UserError(
-            "not_whole_numbers",
-            "wrong --shots",
-            expected="whole numbers from 0 separated by commas, such as 0,1,4,16",
-            found=shortened(repr(wrong or text)),
-            field="--shots",
-        )
+        expected, found = "whole numbers from 0, such as 0,1,4,16", shortened(repr(wrong or text))
+        raise UserError("not_whole_numbers", "wrong --shots", expected=expected, found=found, field="--shots")
     return tuple(sorted({int(part) for part in parts}))

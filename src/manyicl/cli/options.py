@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyicl.episodes.text_format import FormatKind
+
+if TYPE_CHECKING:
+    from manyicl.engine.engine import Engine
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hf:owner/name or builtin:NAME.")]
 TASK_OPTION = typer.Option(
@@ -41,3 +44,26 @@ ActivationBudgetMib = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: depends on the device]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]
+
+
+def load_engine(
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    text_format: FormatKind | None,
+    end_of_answer: str | None,
+    max_context_tokens: int | None,
+    activation_budget_mib: int | None = None,
+) -> Engine:
+    """Load a model as the options of a command say."""
+    from manyicl.engine.engine import Engine
+
+    return Engine.from_pretrained(
+        model,
+        dtype=dtype,
+        device=device,
+        text_format=text_format,
+        end_of_answer=end_of_answer,
+        max_context_tokens=max_context_tokens,
+        activation_budget_mib=activation_budget_mib,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,15 +14,15 @@ from manyicl.cli.answers import STANDARD_STREAM, answers_written, require_no_row
 from manyicl.errors import UserError, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from rich.console import Console
 
-    from manyicl.cli.queries import Queries
     from manyicl.engine.backend import Sampling
     from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.queries import AnswerOptions
     from manyicl.engine.task_prefix import TaskPrefix
-    from manyicl.tasks.task import Example, Query, Task
+    from manyicl.tasks.task import Example, Task
 
 
 def predict_command(
@@ -91,29 +90,32 @@ def predict_command(
     from rich.progress import Progress
 
     from manyicl.cli.queries import Queries, rows_of
-    from manyicl.engine.engine import Engine
     from manyicl.tasks.files import load_task
 
     console = Console(stderr=True)
-    only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     sampling = _sampling(temperature, top_p, seed)
+    only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     _require_one_source(task, prefix, only_with_task if sampling else {**only_with_task, "--seed": seed})
-    every = "all" if scores or abstain_below is not None else "best"
+    wanted: AnswerOptions = {"abstain_below": abstain_below, "sampling": sampling}
+    wanted["scores"] = "all" if scores or abstain_below is not None else "best"
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as write:
-        source = _Source(None if task is None else load_task(task, data_root), prefix, shots, seed or 0, nearest)
+        loaded = None if task is None else load_task(task, data_root)
         queries = Queries(input_path, rows_of(input_path, task, delimiter))
-        source.read_ahead(queries, output)
-        engine = Engine.from_pretrained(
-            model,
-            dtype=dtype,
-            device=device,
-            text_format=text_format,
-            end_of_answer=end_of_answer,
-            max_context_tokens=max_context_tokens,
-            activation_budget_mib=activation_budget_mib,
+        # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
+        demonstrations = () if loaded is None else _demonstrations(loaded, shots, seed or 0, output)
+        first = [] if loaded is None or input_path == STANDARD_STREAM else queries.read_ahead(loaded)
+        engine = options.load_engine(
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
         )
-        wanted = {"scores": every, "abstain_below": abstain_below, "sampling": sampling}
-        predictions = source.predictions(engine, queries, output, partial(_describe, console, engine), wanted)
+        tell = partial(describe, console, engine)
+        if loaded is None:
+            compiled = engine.load(prefix or "")
+            require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
+            tell(compiled)
+            predictions = engine.predict(compiled, queries.rendered(compiled.task), **wanted)
+        else:
+            rows = chain(first, queries.rendered(loaded))
+            predictions = engine.answer(loaded, demonstrations, rows, num_nearest=nearest, on_prefix=tell, **wanted)
         answered = queries.answered(predictions, _columns(scores, abstain_below is not None))
         with Progress(console=console) as progress:
             num_answers = write(progress.track(answered, description="Answering"))
@@ -121,62 +123,21 @@ def predict_command(
         console.print(f"{counted(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
 
 
-@dataclass
-class _Source:
-    """Where demonstrations come from: a task, or a prefix that was compiled from one."""
-
-    task: Task | None
-    prefix: Path | None
-    num_shots: int | None
-    seed: int
-    num_nearest: int
-    demonstrations: Sequence[Example] = ()
-    first: Sequence[Query] = ()
-
-    def read_ahead(self, queries: Queries, output: Path) -> None:
-        """Find mistakes in task, shots and the first queries of a file before a model is loaded."""
-        from manyicl.engine.engine import FITTED_QUERIES
-
-        if self.task is None:
-            return
-        require_no_rows_of(self.task.name, chain(self.task.train, self.task.test), output)
-        num_shots = len(self.task.train) if self.num_shots is None else self.num_shots
-        self.demonstrations = self.task.demonstrations(num_shots, self.seed)
-        if queries.source != STANDARD_STREAM:
-            self.first = queries.read_ahead(self.task, FITTED_QUERIES)
-
-    def predictions(
-        self,
-        engine: Engine,
-        queries: Queries,
-        output: Path,
-        describe: Callable[[TaskPrefix], None],
-        wanted: dict[str, Any],
-    ) -> Iterator[Prediction]:
-        """Answer the queries after demonstrations of the task, or after the compiled prefix."""
-        if self.task is not None:
-            rows = chain(self.first, queries.rendered(self.task))
-            nearest: dict[str, Any] = {"num_nearest": self.num_nearest, "on_prefix": describe}
-            return engine.answer(self.task, self.demonstrations, rows, **wanted, **nearest)
-        compiled = engine.load(self.prefix or "").prefix
-        require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
-        describe(compiled)
-        return engine.predict(compiled, queries.rendered(compiled.task), **wanted)
+def _demonstrations(task: Task, num_shots: int | None, seed: int, output: Path) -> tuple[Example, ...]:
+    """Choose the demonstrations, all training rows where no number is given."""
+    require_no_rows_of(task.name, chain(task.train, task.test), output)
+    return task.demonstrations(len(task.train) if num_shots is None else num_shots, seed)
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
     """Refuse a call that names the source of demonstrations twice, or not at all."""
     if (task is None) == (prefix is None):
-        raise UserError(
-            "conflicting_options", "demonstrations come from one place", expected="either --task or --prefix"
-        )
+        what = "demonstrations come from one place"
+        raise UserError("conflicting_options", what, expected="either --task or --prefix")
     given = [name for name, value in only_with_task.items() if value is not None]
     if prefix is not None and given:
-        raise UserError(
-            "conflicting_options",
-            f"{given[0]} goes with --task; a compiled task holds its demonstrations already",
-            field=given[0],
-        )
+        what = f"{given[0]} goes with --task; a compiled task holds its demonstrations already"
+        raise UserError("conflicting_options", what, field=given[0])
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
@@ -201,7 +162,7 @@ def _columns(with_scores: bool, may_abstain: bool) -> Callable[[Prediction], dic
     return columns
 
 
-def _describe(console: Console, engine: Engine, prefix: TaskPrefix) -> None:
+def describe(console: Console, engine: Engine, prefix: TaskPrefix) -> None:
     """Print what comes before every query, and what a reader should know of it."""
     text = f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
     if prefix.num_dropped:

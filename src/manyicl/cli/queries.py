@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyicl.cli.answers import STANDARD_STREAM, beside
-from manyicl.errors import QueryError, UserError, located, shortened
+from manyicl.errors import UserError, located, shortened
 from manyicl.tasks.files import task_places
 from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, parse_json_row
 from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
@@ -34,23 +34,17 @@ def rows_of(path: Path, task: str | None, delimiter: str | None) -> Iterator[Loc
     Raises:
         UserError: If the delimiter cannot be used, or standard input is closed.
     """
+    if path == STANDARD_STREAM and sys.stdin is None:
+        remedy = "Send JSON lines to it, or name a file."
+        raise UserError("closed_stream", "standard input is closed", remedy=remedy, field="--input")
     if path.suffix.lower() not in DELIMITERS:
         if delimiter is not None:
-            raise UserError(
-                "useless_option",
-                "--delimiter goes with queries in a .csv or .tsv file",
-                found=repr(str(path)),
-                field="--delimiter",
-            )
+            what = "--delimiter goes with queries in a .csv or .tsv file"
+            raise UserError("useless_option", what, found=repr(str(path)), field="--delimiter")
         return _standard_input() if path == STANDARD_STREAM else iter_rows(path)
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-        raise UserError(
-            "bad_delimiter",
-            "--delimiter is no delimiter",
-            expected="one character, no double quote or line break",
-            found=shortened(repr(delimiter)),
-            field="--delimiter",
-        )
+        what, found = "--delimiter is not one character, or is a double quote or line break", shortened(repr(delimiter))
+        raise UserError("bad_delimiter", what, found=found, field="--delimiter")
     of_task, quotes = _fields_of_task(task, path.suffix) if task is not None else (None, "csv")
     return iter_rows(path, delimiter=delimiter or of_task, quotes=quotes)
 
@@ -69,25 +63,14 @@ def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
 
 def _standard_input() -> Iterator[LocatedRow]:
     """Yield the queries of standard input as they come, UTF-8 whatever the locale says."""
-    if sys.stdin is None:
-        raise UserError(
-            "closed_stream",
-            "standard input is closed",
-            remedy="Send JSON lines to it, or name a file.",
-            field="--input",
-        )
-    return _json_lines(getattr(sys.stdin, "buffer", sys.stdin))
-
-
-def _json_lines(stream: Iterable[bytes | str]) -> Iterator[LocatedRow]:
+    stream: Iterable[bytes | str] = getattr(sys.stdin, "buffer", sys.stdin)
     # Lines of bytes: text would be decoded many lines at a time, and which of them is not UTF-8 be lost.
     for number, line in enumerate(stream, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
         except UnicodeDecodeError as error:
-            raise UserError(
-                "not_utf8", f"not UTF-8, {error.reason}", remedy="Send UTF-8.", file=STANDARD_INPUT, row=number
-            ) from error
+            what = f"not UTF-8, {error.reason}"
+            raise UserError("not_utf8", what, remedy="Send UTF-8.", file=STANDARD_INPUT, row=number) from error
         if text.strip():
             yield LocatedRow(parse_json_row(text, STANDARD_INPUT, number), STANDARD_INPUT, number)
 
@@ -118,9 +101,11 @@ class Queries:
             self.waiting.append(row)
             yield query
 
-    def read_ahead(self, task: Task, most: int) -> list[Query]:
-        """Render the first rows, so that mistakes in a file are found before a model is loaded."""
-        queries = list(islice(self.rendered(task), most))
+    def read_ahead(self, task: Task) -> list[Query]:
+        """Render the rows that demonstrations are fitted to, so that mistakes are found before a model is loaded."""
+        from manyicl.engine.engine import FITTED_QUERIES
+
+        queries = list(islice(self.rendered(task), FITTED_QUERIES))
         if not queries:
             raise _no_rows(self.source)
         return queries
@@ -130,7 +115,7 @@ class Queries:
         while True:
             try:
                 prediction = next(predictions, None)
-            except QueryError as error:
+            except UserError as error:
                 if error.file is None and error.row is not None:
                     row = self.waiting[error.row - 1 - self.num_answered]
                     error.file, error.row = row.file, row.line

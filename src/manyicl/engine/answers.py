@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 from manyicl.engine.backend import GeneratedToken
 from manyicl.episodes.encoding import Encoder
 
 
-@dataclass(frozen=True)
 class AnswerEnd:
     """Ends an answer at the model's end-of-answer text, or at a token that ends a text.
 
     Attributes:
         encoder: Decodes, and knows the end-of-answer text.
-        model_end_ids: Tokens that end a text according to the model's own settings.
+        texts: The end-of-answer text.
+        token_ids: Tokens that end a text: the tokenizer's, the model's, and that of a chat turn.
     """
 
-    encoder: Encoder
-    model_end_ids: frozenset[int] = frozenset()
-
-    @cached_property
-    def texts(self) -> tuple[str, ...]:
-        """The end-of-answer text."""
-        return (self.encoder.format.end_of_answer,)
-
-    @cached_property
-    def token_ids(self) -> frozenset[int]:
-        """Tokens that end a text: the tokenizer's, the model's, and that of a chat turn."""
-        ends = {self.encoder.tokenizer.eos_token_id, self.encoder.answer_end_id, *self.model_end_ids}
-        return frozenset(token for token in ends if token is not None)
+    def __init__(self, encoder: Encoder, model_end_ids: frozenset[int] = frozenset()) -> None:
+        """Take the encoder, and the tokens that end a text according to the model's own settings."""
+        self.encoder = encoder
+        self.texts = (encoder.format.end_of_answer,)
+        own_ends = {encoder.tokenizer.eos_token_id, encoder.answer_end_id} - {None}
+        self.token_ids = model_end_ids | own_ends
 
     def ended(self, token_ids: Sequence[int]) -> bool:
         """Tell whether an answer with these tokens has ended."""

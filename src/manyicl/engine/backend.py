@@ -125,22 +125,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
-            raise UserError(
-                "out_of_range",
-                "the temperature is out of range",
-                expected=f"at least {LEAST_TEMPERATURE}",
-                found=str(self.temperature),
-                remedy="Leave it out for the most probable tokens.",
-                field="temperature",
-            )
+            expected = f"at least {LEAST_TEMPERATURE}, or none for the most probable tokens"
+            raise out_of_range("temperature", self.temperature, expected)
         if not 0 < self.top_p <= 1:
-            raise UserError(
-                "out_of_range",
-                "top_p is out of range",
-                expected="above 0 and at most 1",
-                found=str(self.top_p),
-                field="top_p",
-            )
+            raise out_of_range("top_p", self.top_p, "above 0 and at most 1")
 
 
 class Stop(Protocol):
@@ -296,23 +284,24 @@ def require_own(prefix: Prefix, identity: Identity) -> None:
 
 
 def foreign_prefix(difference: str, found: Identity, expected: Identity) -> UserError:
-    """Make the error for a prefix that belongs elsewhere."""
-    return UserError(
-        "foreign_prefix",
-        f"the prefix was made with {difference}",
-        expected=f"one of {expected.reference!r}",
-        found=f"one of {found.reference!r}",
-        remedy="Prefill the task with this engine.",
-    )
+    """Make the error for a prefix that belongs elsewhere; models are named where their weights differ."""
+    error = UserError("foreign_prefix", f"the prefix was made with {difference}")
+    error.remedy = "Use the model, precision and text format that it was made with, or make it again."
+    if expected.fingerprint != found.fingerprint:
+        error.expected = f"one of {expected.reference!r}, weights {expected.fingerprint[:12]}"
+        error.found = f"one of {found.reference!r}, weights {found.fingerprint[:12]}"
+    return error
+
+
+def out_of_range(field: str, found: float, expected: str) -> UserError:
+    """Make the error for an argument or option that is too small or too large."""
+    return UserError("out_of_range", f"{field} is out of range", expected=expected, found=f"{found:,}", field=field)
 
 
 def backend_cannot_compile(identity: Identity) -> UserError:
     """Make the error for a backend that keeps no keys and values which could go to a file."""
-    return UserError(
-        "backend_cannot_compile",
-        f"the backend of {identity.reference!r} keeps no keys and values of its own",
-        remedy="Load the model in this process to compile tasks.",
-    )
+    what = f"the backend of {identity.reference!r} keeps no keys and values of its own"
+    return UserError("backend_cannot_compile", what, remedy="Load the model in this process to compile tasks.")
 
 
 def require_context(max_context_tokens: int | None, identity: Identity) -> None:
@@ -323,10 +312,5 @@ def require_context(max_context_tokens: int | None, identity: Identity) -> None:
     """
     allowed = identity.max_context_tokens
     if max_context_tokens is not None and (max_context_tokens < 1 or (allowed and max_context_tokens > allowed)):
-        raise UserError(
-            "out_of_range",
-            "max_context_tokens is out of range",
-            expected=f"1 to {allowed:,}, the positions of {identity.reference!r}" if allowed else "at least 1",
-            found=f"{max_context_tokens:,}",
-            field="max_context_tokens",
-        )
+        expected = f"1 to {allowed:,}, the positions of {identity.reference!r}" if allowed else "at least 1"
+        raise out_of_range("max_context_tokens", max_context_tokens, expected)

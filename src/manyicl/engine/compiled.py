@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.atomic import write_atomically
-from manyicl.engine.backend import Backend, Identity, backend_cannot_compile
+from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, foreign_prefix
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
-from manyicl.engine.task_prefix import CompiledTask, TaskPrefix, require_demonstrations
+from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import MachineError, UserError
@@ -54,20 +54,17 @@ class Header(BaseModel):
     versions: dict[str, str] = Field(default_factory=library_versions)
 
 
-def save_compiled(compiled: CompiledTask, path: Path, text_format: AnyFormat) -> None:
+def save_compiled(prefix: TaskPrefix, path: Path, text_format: AnyFormat) -> None:
     """Write a compiled task; an earlier file is replaced only once the new one is complete.
 
     Raises:
         UserError: If the file cannot be there, or the prefix is empty.
         MachineError: If the disk refuses.
     """
-    prefix, cache = compiled.prefix, compiled.prefix.cache
+    cache = prefix.cache
     if not isinstance(cache, PrefixCache) or not cache.blocks:
-        raise UserError(
-            "nothing_to_compile",
-            f"Task {prefix.task.name!r} has neither instruction nor demonstrations",
-            expected="something that queries share",
-        )
+        what = f"Task {prefix.task.name!r} has neither instruction nor demonstrations, which queries could share"
+        raise UserError("nothing_to_compile", what)
     require_output(path)
     tensors = {"token_ids": torch.tensor(prefix.token_ids)}
     for layer in range(len(cache.blocks[0].keys)):
@@ -81,7 +78,7 @@ def save_compiled(compiled: CompiledTask, path: Path, text_format: AnyFormat) ->
         data_hash=prefix.task.data_hash,
         demonstrations=prefix.demonstrations,
         num_dropped=prefix.num_dropped,
-        answers=compiled.answers,
+        answers=prefix.answers,
     ).model_dump_json()
     metadata = {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)}
     try:
@@ -107,7 +104,7 @@ def _is_compiled(path: Path) -> bool:
         return False
 
 
-def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTask:
+def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
     """Read a compiled task for the model that it was compiled with.
 
     Anyone who can write the file can make up keys and values, as they could a model; what is checked here is that the
@@ -122,11 +119,15 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTas
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise _not_compiled(f"the compiled task {what}", path)
+            raise _not_compiled(f"the compiled task {what}")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             header = _checked_header(metadata)
-            _require_same_model(header, backend.identity, encoder.format)
+            difference = backend.identity.difference(header.identity)
+            if difference is None and header.text_format != encoder.format:
+                difference = "another text format"
+            if difference is not None:
+                raise foreign_prefix(difference, header.identity, backend.identity)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)
@@ -135,6 +136,8 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTas
         encoder.require_encodable(task)
         token_ids = encoder.encode_prefix(task.instruction(), header.demonstrations)
         _require_complete(tensors, token_ids, backend.model)
+        if tuple(tensors["token_ids"].tolist()) != token_ids:
+            raise foreign_prefix("another tokenizer", header.identity, backend.identity)
     except (SafetensorError, OSError) as error:
         raise _incomplete(reason(error), path) from error
     except UserError as error:
@@ -142,8 +145,8 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> CompiledTas
     layers, device = range(backend.model.config.get_text_config().num_hidden_layers), backend.model.device
     keys, values = (tuple(tensors[f"{kind}.{layer}"].to(device) for layer in layers) for kind in ("keys", "values"))
     cache = PrefixCache(backend.identity, token_ids, (Block(0, keys, values),))
-    prefix = TaskPrefix(task, header.demonstrations, header.num_dropped, encoder.text_hash, cache)
-    return CompiledTask(prefix, header.answers)
+    num_dropped, answers = header.num_dropped, header.answers
+    return TaskPrefix(task, header.demonstrations, num_dropped, encoder.text_hash, cache, answers=answers)
 
 
 def _require_complete(tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], model: PreTrainedModel) -> None:
@@ -151,20 +154,12 @@ def _require_complete(tensors: Mapping[str, Tensor], token_ids: tuple[int, ...],
     key_heads, head_size = key_shape(model)
     states = (1, key_heads, len(token_ids), head_size)
     layers = range(model.config.get_text_config().num_hidden_layers)
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    expected = {f"{kind}.{layer}": (states, model.dtype) for kind in ("keys", "values") for layer in layers}
-    expected["token_ids"] = ((len(token_ids),), torch.int64)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"token_ids": ((len(token_ids),), torch.int64)}
+    expected |= {f"{kind}.{layer}": (states, model.dtype) for kind in ("keys", "values") for layer in layers}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong or not token_ids:
-        name = wrong[0] if wrong else "token_ids"
-        raise _incomplete(f"its tensor {name!r} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}")
-    if tuple(tensors["token_ids"].tolist()) != token_ids:
-        raise UserError(
-            "foreign_prefix",
-            "it was compiled with another tokenizer, its demonstrations have other tokens here",
-            remedy=COMPILE_AGAIN,
-        )
+        raise _incomplete(f"its tensors {', '.join(wrong) or 'token_ids'} are not those of its text in this model")
 
 
 def _checked_header(metadata: Mapping[str, str]) -> Header:
@@ -174,40 +169,15 @@ def _checked_header(metadata: Mapping[str, str]) -> Header:
     try:
         version = TypeAdapter(dict[str, Any]).validate_json(metadata[HEADER_KEY]).get("format_version")
         if version != FORMAT_VERSION:
-            raise UserError(
-                "other_version",
-                "it was compiled by another version of manyicl",
-                expected=f"format version {FORMAT_VERSION}",
-                found=repr(version),
-                remedy=COMPILE_AGAIN,
-            )
+            what, expected = "it was compiled by another version of manyicl", f"format version {FORMAT_VERSION}"
+            raise UserError("other_version", what, expected=expected, found=repr(version), remedy=COMPILE_AGAIN)
         return Header.model_validate_json(metadata[HEADER_KEY])
     except ValidationError as error:
         raise _incomplete(reason(error)) from error
 
 
-def _require_same_model(header: Header, identity: Identity, text_format: AnyFormat) -> None:
-    """Refuse keys and values that another network made, or that are of text in another format."""
-    difference = identity.difference(header.identity)
-    expected, found = repr(identity.reference), repr(header.identity.reference)
-    remedy = "Use the model it was compiled with, or compile the task again."
-    if header.identity.fingerprint != identity.fingerprint:
-        expected += f" with fingerprint {identity.fingerprint[:12]}"
-        found += f" with {header.identity.fingerprint[:12]}"
-    if difference is None and header.text_format != text_format:
-        difference, remedy = "another text format", COMPILE_AGAIN
-        expected, found = repr(text_format.model_dump()), repr(header.text_format.model_dump())
-    elif header.identity.dtype != identity.dtype:
-        expected, found = identity.dtype, header.identity.dtype
-        remedy = f"Load the model with dtype={header.identity.dtype!r}, or compile the task again."
-    if difference is not None:
-        raise UserError(
-            "foreign_prefix", f"it was compiled with {difference}", expected=expected, found=found, remedy=remedy
-        )
-
-
-def _not_compiled(what: str, path: Path | None = None) -> UserError:
-    return UserError("not_a_compiled_task", what, expected="a file written by `manyicl compile`", file=path)
+def _not_compiled(what: str) -> UserError:
+    return UserError("not_a_compiled_task", what, expected="a file written by `manyicl compile`")
 
 
 def _incomplete(why: str, path: Path | None = None) -> UserError:

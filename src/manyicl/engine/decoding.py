@@ -24,7 +24,6 @@ def generate(
     budget: ActivationBudget,
     sampling: Sampling | None,
     numbers: Sequence[int],
-    positions: Sequence[int],
 ) -> Iterator[GeneratedToken]:
     """Generate one answer per query and yield its tokens as they come.
 
@@ -37,7 +36,6 @@ def generate(
         budget: Bounds how many queries advance together.
         sampling: How tokens are drawn; None for the most probable ones.
         numbers: Number of each query, which fixes its draws together with the seed.
-        positions: Position of each query among those of the caller, by which tokens name it.
     """
     written: list[list[int]] = [[] for _ in queries]
     draws = [random.Random(f"answer {sampling.seed if sampling else 0} {number}") for number in numbers]
@@ -55,7 +53,7 @@ def generate(
                 if not stopped:
                     going.append((i, token))
                 is_last = stopped or num_written == max_tokens
-                yield GeneratedToken(positions[query], token, log_probability, stopped, is_last)
+                yield GeneratedToken(query, token, log_probability, stopped, is_last)
             live = [i for i, _ in going]
             if not live or num_written == max_tokens:
                 break

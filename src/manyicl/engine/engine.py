@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
 
@@ -17,8 +18,6 @@ from manyicl.engine.backend import (
     GeneratedToken,
     ObservingBackend,
     Prefix,
-    Sampling,
-    Wanted,
     backend_cannot_compile,
     foreign_prefix,
     require_context,
@@ -26,23 +25,14 @@ from manyicl.engine.backend import (
 )
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
-from manyicl.engine.observed import AnswerTargets
-from manyicl.engine.queries import (
-    AnswerOptions,
-    EncodedQuery,
-    FittingQuery,
-    Row,
-    checked_options,
-    checked_query,
-    in_batches,
-    query_error,
-)
-from manyicl.engine.task_prefix import CompiledTask, TaskPrefix, require_demonstrations
+from manyicl.engine.observed import answer_targets, observed_answers
+from manyicl.engine.queries import AnswerOptions, EncodedQuery, Row, checked_query, in_batches, require_options
+from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind, Preceding
-from manyicl.errors import QueryError, UserError
+from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Example, Query, Task
@@ -67,6 +57,12 @@ class EngineOptions(TypedDict, total=False):
     text_format: AnyFormat | FormatKind | None
     end_of_answer: str | None
     max_context_tokens: int | None
+
+
+class LocalOptions(EngineOptions, total=False):
+    """Arguments of `Engine.local`."""
+
+    activation_budget_mib: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +91,12 @@ class Prediction:
         >>> Prediction("good", -0.25, num_shots=4).as_json()
         {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
         """
-        known: dict[str, Any] = {
-            "answer": None if self.abstained else self.answer,
-            "log_probability": self.log_probability,
-            "stopped": self.stopped,
-            "abstained": self.abstained,
-            "num_shots": self.num_shots,
-        }
+        names = ("answer", "log_probability", "stopped", "abstained", "num_shots")
+        known: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.abstained:
+            known["answer"] = None
         if self.scores is not None:
-            known["scores"] = dict(self.scores.log_probabilities)
-            known["probabilities"] = self.scores.probabilities
+            known |= {"scores": dict(self.scores.log_probabilities), "probabilities": self.scores.probabilities}
         return known
 
 
@@ -147,6 +139,7 @@ class Engine:
                 ``max_context_tokens`` is below 1 or more than the model allows, or needed and not given.
         """
         self.backend = backend
+        self.identity = backend.identity
         self.manifest = manifest
         # Turns that were extracted just now are compared with the rows of every task; a manifest has those of training.
         self._template: ChatTemplate | None = None
@@ -157,24 +150,17 @@ class Engine:
             text_format = format_to_ask_in(tokenizer, manifest, text_format, end_of_answer)
         self.encoder = Encoder(tokenizer, text_format)
         self.trained_context_tokens = manifest.max_context_tokens if manifest else None
-        require_context(max_context_tokens, backend.identity)
-        limit = max_context_tokens or backend.identity.max_context_tokens or self.trained_context_tokens
+        require_context(max_context_tokens, self.identity)
+        limit = max_context_tokens or self.identity.max_context_tokens or self.trained_context_tokens
         if limit is None:
-            raise UserError(
-                "unknown_context",
-                f"{self.reference!r} does not say how long its context is",
-                remedy="Give max_context_tokens.",
-            )
+            what = f"{self.identity.reference!r} does not say how long its context is"
+            raise UserError("unknown_context", what, remedy="Give max_context_tokens.")
         self.max_context_tokens: int = limit
-        self._end = AnswerEnd(self.encoder, backend.identity.end_token_ids)
+        self._end = AnswerEnd(self.encoder, self.identity.end_token_ids)
 
     @classmethod
     def local(
-        cls,
-        loaded: LoadedModel,
-        *,
-        activation_budget_mib: int | None = None,
-        **options: Unpack[EngineOptions],
+        cls, loaded: LoadedModel, *, activation_budget_mib: int | None = None, **options: Unpack[EngineOptions]
     ) -> Self:
         """Run a loaded model in this process; arguments are those of `__init__` and of `LocalBackend`."""
         from manyicl.engine.local import LocalBackend
@@ -189,8 +175,7 @@ class Engine:
         *,
         dtype: str | None = None,
         device: str | None = None,
-        activation_budget_mib: int | None = None,
-        **options: Unpack[EngineOptions],
+        **options: Unpack[LocalOptions],
     ) -> Self:
         """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``, with the format it was fine-tuned in.
 
@@ -199,23 +184,7 @@ class Engine:
         """
         from manyicl.model.load import load_model
 
-        loaded = load_model(str(reference), dtype=dtype, device=device)
-        return cls.local(loaded, activation_budget_mib=activation_budget_mib, **options)
-
-    @property
-    def reference(self) -> str:
-        """Name that the user gave the model."""
-        return self.backend.identity.reference
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the weights."""
-        return self.backend.identity.fingerprint
-
-    @property
-    def dtype(self) -> str:
-        """Precision of the computation, such as ``bfloat16``."""
-        return self.backend.identity.dtype
+        return cls.local(load_model(str(reference), dtype=dtype, device=device), **options)
 
     # --- Prefixes
 
@@ -250,39 +219,9 @@ class Engine:
         """
         if reuse is not None:
             self._require_own(reuse)
-        fitting, num_dropped = self._fitting(task, demonstrations, queries, nearest)
-        token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
+        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, nearest)
         cache = self.backend.prefill(token_ids, reuse.cache if reuse else None, between_chunks=between_chunks)
         return self._prefix(task, fitting, num_dropped, cache, reuse)
-
-    def prepare(
-        self, task: Task, demonstrations: Sequence[Example], queries: Iterable[Row] | None = None, *, num_nearest: int
-    ) -> tuple[TaskPrefix, Nearest | None]:
-        """Prefill demonstrations, and find each query's nearest examples among the rows that did not become any.
-
-        These rows are known only when it is known which demonstrations fit, and that depends on the tokens reserved for
-        the nearest examples. So the nearest of all rows are tried first.
-
-        Args:
-            task: Task of the demonstrations.
-            demonstrations: Examples, in the order in which they will be in the context.
-            queries: Queries that will follow, as for `prefill`.
-            num_nearest: Number of nearest examples to add for each query; 0 for none.
-
-        Returns:
-            The prefix, and the finder of each query's nearest examples, or None.
-        """
-        if not num_nearest:
-            return self.prefill(task, demonstrations, queries), None
-        queries = None if queries is None else list(queries)
-        nearest = NearestExamples(task.train, num_nearest)
-        prefix: TaskPrefix | None = None
-        while True:
-            earlier, prefix = prefix, self.prefill(task, demonstrations, queries, nearest=nearest, reuse=prefix)
-            nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
-            needed = prefix.num_tokens + self.num_reserved_tokens(task, queries, nearest)
-            if needed <= self.max_context_tokens or (earlier and earlier.num_shots <= prefix.num_shots):
-                return prefix, nearest
 
     def extend(
         self,
@@ -291,7 +230,6 @@ class Engine:
         queries: Iterable[Row] | None = None,
         *,
         labels: Iterable[str] | None = None,
-        nearest: Nearest | None = None,
         between_chunks: BetweenChunks | None = None,
     ) -> TaskPrefix:
         """Return a longer prefix; ``prefix`` is not changed, and nothing of it is encoded again.
@@ -302,7 +240,6 @@ class Engine:
             queries: Queries that will follow, as for `prefill`; a loaded prefix has no rows but its demonstrations.
             labels: The complete new label set, if it grows; None for the task's. If the instruction lists the labels,
                 it changes with them; the prefix is then encoded anew from there, and its ``rebuilt`` is true.
-            nearest: As for `prefill`.
             between_chunks: As for `prefill`.
 
         Raises:
@@ -322,40 +259,30 @@ class Engine:
         require_demonstrations(added, task)
         together = (*prefix.demonstrations, *added)
         token_ids = self.encoder.encode_prefix(task.instruction(), together)
-        most = self.max_context_tokens - self.num_reserved_tokens(task, queries, nearest)
+        most = self.max_context_tokens - self.num_reserved_tokens(task, queries)
         if len(token_ids) > most:
-            raise UserError(
-                "too_many_demonstrations",
-                f"{len(together)} demonstrations of task {task.name!r} do not fit before the longest query",
-                expected=f"at most {most:,} of {self.max_context_tokens:,} tokens",
-                found=f"{len(token_ids):,}",
-                remedy="Extend by fewer.",
-            )
+            what = f"{len(together)} demonstrations of task {task.name!r} do not fit before the longest query"
+            expected = f"at most {most:,} of {self.max_context_tokens:,} tokens"
+            raise UserError("too_many_demonstrations", what, expected=expected, found=f"{len(token_ids):,}")
         cache = self.backend.prefill(token_ids, prefix.cache, between_chunks=between_chunks)
         longer = self._prefix(task, together, prefix.num_dropped, cache, prefix)
         return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens)
 
     def compile(
-        self,
-        task: Task,
-        demonstrations: Iterable[Example],
-        queries: Iterable[Row] | None = None,
-        *,
-        nearest: Nearest | None = None,
-    ) -> CompiledTask:
+        self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None = None
+    ) -> TaskPrefix:
         """Encode demonstrations once, and record from the same pass how well each is predicted given those before it.
 
         Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
         """
-        fitting, num_dropped = self._fitting(task, demonstrations, queries, nearest)
-        token_ids = self.encoder.encode_prefix(task.instruction(), fitting)
-        answers = AnswerTargets.of(task, fitting, self.encoder)
+        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, None)
+        targets = answer_targets(task, fitting, self.encoder)
         if not hasattr(self.backend, "observe"):
-            raise backend_cannot_compile(self.backend.identity)
-        cache, scores = cast(ObservingBackend, self.backend).observe(token_ids, answers.targets)
-        return CompiledTask(self._prefix(task, fitting, num_dropped, cache), answers.answers(scores))
+            raise backend_cannot_compile(self.identity)
+        cache, scores = cast(ObservingBackend, self.backend).observe(token_ids, list(chain(*targets)))
+        return replace(self._prefix(task, fitting, num_dropped, cache), answers=observed_answers(targets, scores))
 
-    def save(self, compiled: CompiledTask, path: str | Path) -> None:
+    def save(self, prefix: TaskPrefix, path: str | Path) -> None:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
 
         Raises:
@@ -363,10 +290,10 @@ class Engine:
         """
         from manyicl.engine.compiled import save_compiled
 
-        self._require_own(compiled.prefix)
-        save_compiled(compiled, Path(path), self.encoder.format)
+        self._require_own(prefix)
+        save_compiled(prefix, Path(path), self.encoder.format)
 
-    def load(self, path: str | Path) -> CompiledTask:
+    def load(self, path: str | Path) -> TaskPrefix:
         """Load a task that this model compiled, in a fraction of the time that compiling takes.
 
         Raises:
@@ -374,28 +301,20 @@ class Engine:
         """
         from manyicl.engine.compiled import load_compiled
 
-        compiled = load_compiled(Path(path), self.backend, self.encoder)
-        if compiled.prefix.num_tokens > self.max_context_tokens:
-            raise UserError(
-                "prefix_too_long",
-                f"the prefix has {compiled.prefix.num_tokens:,} tokens",
-                expected=f"at most max_context_tokens, {self.max_context_tokens:,}",
-                remedy="Raise it, or compile the task with fewer demonstrations.",
-                file=path,
-            )
-        return compiled
+        prefix = load_compiled(Path(path), self.backend, self.encoder)
+        if prefix.num_tokens > self.max_context_tokens:
+            what = f"the prefix has {prefix.num_tokens:,} tokens"
+            expected = f"at most max_context_tokens, {self.max_context_tokens:,}"
+            remedy = "Raise it, or compile the task with fewer demonstrations."
+            raise UserError("prefix_too_long", what, expected=expected, remedy=remedy, file=path)
+        return prefix
 
     def _prefix(
-        self,
-        task: Task,
-        demonstrations: tuple[Example, ...],
-        num_dropped: int,
-        cache: Prefix,
-        source: TaskPrefix | None = None,
+        self, task: Task, shown: tuple[Example, ...], num_dropped: int, cache: Prefix, source: TaskPrefix | None = None
     ) -> TaskPrefix:
         """Put a prefix together, with what it took over from ``source``."""
         num_reused = num_shared_tokens(cache.token_ids, source.token_ids) if source else 0
-        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.text_hash, cache, num_reused)
+        return TaskPrefix(task, shown, num_dropped, self.encoder.text_hash, cache, num_reused)
 
     def _require_own(self, prefix: TaskPrefix) -> None:
         """Refuse a prefix of another network, tokenizer or text format.
@@ -404,25 +323,16 @@ class Engine:
             UserError: If it is one.
         """
         if not isinstance(prefix, TaskPrefix):
-            raise UserError(
-                "not_a_prefix",
-                "queries are answered after a prefix",
-                expected="what prefill or extend returns, or the prefix of a compiled task",
-                found=type(prefix).__name__,
-            )
-        identity = self.backend.identity
-        require_own(prefix.cache, identity)
+            raise UserError("not_a_prefix", "no prefix from prefill, extend or load", found=type(prefix).__name__)
+        require_own(prefix.cache, self.identity)
         if prefix.text_hash != self.encoder.text_hash:
-            raise foreign_prefix("another tokenizer or text format", prefix.cache.identity, identity)
+            difference = "another tokenizer or text format"
+            raise foreign_prefix(difference, prefix.cache.identity, self.identity)
 
     def _fitting(
-        self,
-        task: Task,
-        demonstrations: Iterable[Example],
-        queries: Iterable[Row] | None,
-        nearest: Nearest | None,
-    ) -> tuple[tuple[Example, ...], int]:
-        """Choose the demonstrations that fit the context with the longest query; see `prefill`."""
+        self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None, nearest: Nearest | None
+    ) -> tuple[tuple[Example, ...], int, tuple[int, ...]]:
+        """Choose the demonstrations that fit the context with the longest query, and encode them; see `prefill`."""
         demonstrations = tuple(demonstrations)
         require_demonstrations(demonstrations, task)
         self.encoder.require_encodable(task)
@@ -433,7 +343,8 @@ class Engine:
             # A shot curve prefills the same task for every draw.
             self._compared.add(identity)
         reserve = self.num_reserved_tokens(task, queries, nearest)
-        return fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
+        fitting, num_dropped = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
+        return fitting, num_dropped, self.encoder.encode_prefix(task.instruction(), fitting)
 
     def num_reserved_tokens(
         self, task: Task, queries: Iterable[Row] | None = None, nearest: Nearest | None = None
@@ -488,7 +399,7 @@ class Engine:
                 option_ids = label_ids or tuple(self.encoder.answer_ids(choice) for choice in query.choices or ())
                 token_ids = self.encoder.query_ids_uncached(query.text, preceding)
             except UserError as error:
-                raise query_error(error, number) from error
+                raise (error if error.file else error.at(row=number)) from None
             yield EncodedQuery(query, preceding, token_ids, option_ids)
 
     def predict(
@@ -496,28 +407,26 @@ class Engine:
         prefix: TaskPrefix,
         rows: Iterable[Row],
         *,
-        scores: Wanted = "best",
-        abstain_below: float | None = None,
-        sampling: Sampling | None = None,
         nearest: Nearest | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[Prediction]:
         """Answer queries in order, in bounded memory; closing the iterator ends the work.
 
         Args:
             prefix: From `prefill` or `extend`.
             rows: Mappings with the task's columns, plain strings if the task has one column, or queries.
-            scores: ``best`` finds the best label alone; ``all`` scores every label, at the cost of processing them all.
-            abstain_below: Mark answers whose probability among the labels is below this; needs ``scores="all"``.
-            sampling: How to sample free answers; None for greedy decoding.
             nearest: Finds additional examples for each query, which come between the prefix and the query.
+            **options: ``scores="best"`` finds the best label alone, ``"all"`` scores every label, at the cost of
+                processing them all; ``abstain_below`` marks answers whose probability among the labels is below it,
+                and needs all scores; ``sampling`` says how to sample free answers in place of greedy decoding.
 
         Raises:
             UserError: If a row lacks a column, or a query does not fit after the prefix, with the number of the row;
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        options = checked_options(prefix.task, rows, scores, abstain_below, sampling)
-        return self._predict(prefix, rows, options, nearest)
+        require_options(prefix.task, rows, options)
+        return self._predict(prefix, rows, nearest, options)
 
     def answer(
         self,
@@ -526,10 +435,8 @@ class Engine:
         rows: Iterable[Row],
         *,
         num_nearest: int = 0,
-        scores: Wanted = "best",
-        abstain_below: float | None = None,
-        sampling: Sampling | None = None,
         on_prefix: Callable[[TaskPrefix], None] | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[Prediction]:
         """Choose demonstrations that fit with the queries and answer these, in one pass; streams may be endless.
 
@@ -540,17 +447,16 @@ class Engine:
             task: Task of demonstrations and queries.
             demonstrations: Examples, in the order in which they will be in the context.
             rows: As for `predict`.
-            num_nearest: Number of nearest examples to add for each query, as for `prepare`.
-            scores: As for `predict`.
-            abstain_below: As for `predict`.
-            sampling: As for `predict`.
+            num_nearest: Number of nearest examples to add for each query, found among the training rows that are no
+                demonstrations; 0 for none.
             on_prefix: Called with every prefix before its answers.
+            **options: As for `predict`.
 
         Raises:
             UserError: As for `prefill` and `predict`.
         """
-        options = checked_options(task, rows, scores, abstain_below, sampling)
-        return self._answer(task, tuple(demonstrations), rows, num_nearest, options, on_prefix)
+        require_options(task, rows, options)
+        return self._answer(task, tuple(demonstrations), rows, num_nearest, on_prefix, options)
 
     def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
         """Score the labels after content-free queries, for `LabelScores.corrected`.
@@ -563,9 +469,7 @@ class Engine:
         Source: Zhao et al. 2021, arXiv:2102.09690.
         """
         if not prefix.task.labels:
-            raise UserError(
-                "no_labels", f"Task {prefix.task.name!r} has no closed label set; there is no prior to take"
-            )
+            raise UserError("no_labels", f"Task {prefix.task.name!r} has no closed label set, and so no prior")
         neutral = [prefix.task.query(dict.fromkeys(prefix.task.columns, text)) for text in neutral_queries]
         return mean_scores([one.scores for one in self.predict(prefix, neutral, scores="all") if one.scores])
 
@@ -575,112 +479,105 @@ class Engine:
         demonstrations: tuple[Example, ...],
         rows: Iterable[Row],
         num_nearest: int,
-        options: AnswerOptions,
         on_prefix: Callable[[TaskPrefix], None] | None,
+        options: AnswerOptions,
     ) -> Iterator[Prediction]:
-        prefix: TaskPrefix | None = None
-        nearest: Nearest | None = None
-        encoded = self.encode_queries(task, rows, after_shots=bool(demonstrations))
-        num_answered = 0
+        prefix, nearest = None, NearestExamples(task.train, num_nearest) if num_nearest else None
+        first = 1
         most = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
-        for batch in in_batches(encoded, FITTED_QUERIES):
+        for batch in in_batches(self.encode_queries(task, rows, after_shots=bool(demonstrations)), FITTED_QUERIES):
             # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
             possible = [query for query in batch if self.num_reserved_tokens(task, [query]) <= most]
-            needed = self.num_reserved_tokens(task, possible, nearest)
-            if prefix is None or (prefix.num_shots and prefix.num_tokens + needed > self.max_context_tokens):
-                shown = prefix.demonstrations if prefix else demonstrations
-                prefix, nearest = self.prepare(task, shown, possible, num_nearest=num_nearest)
+            earlier = prefix
+            while prefix is None or (prefix.num_shots and self._exceeds_context(prefix, possible, nearest)):
+                # Which rows are left to be the nearest is known once demonstrations are chosen, and how many of these
+                # fit depends on the nearest: so it is tried until both fit.
+                shown = demonstrations if prefix is None else prefix.demonstrations
+                prefix = self.prefill(task, shown, possible, nearest=nearest, reuse=prefix)
+                if num_nearest:
+                    nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
+            if prefix is not earlier:
                 prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
                 if on_prefix is not None:
                     on_prefix(prefix)
-            yield from self._predict(prefix, batch, options, nearest, num_answered)
-            num_answered += len(batch)
+            yield from self._predict(prefix, batch, nearest, options, first)
+            first += len(batch)
+
+    def _exceeds_context(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], nearest: Nearest | None) -> bool:
+        return prefix.num_tokens + self.num_reserved_tokens(prefix.task, queries, nearest) > self.max_context_tokens
 
     def _predict(
-        self,
-        prefix: TaskPrefix,
-        rows: Iterable[Row],
-        options: AnswerOptions,
-        nearest: Nearest | None,
-        num_before: int = 0,
+        self, prefix: TaskPrefix, rows: Iterable[Row], nearest: Nearest | None, options: AnswerOptions, first: int = 1
     ) -> Iterator[Prediction]:
-        """Answer queries; ``num_before`` others of their stream were answered before."""
-        after_shots = bool(prefix.num_shots or nearest)
-        encoded = self.encode_queries(prefix.task, rows, after_shots=after_shots)
-        numbered = enumerate(encoded, start=num_before + 1)
+        """Answer queries, of which the first has this number in its stream."""
+        encoded = self.encode_queries(prefix.task, rows, after_shots=bool(prefix.num_shots or nearest))
+        numbered = enumerate(encoded, start=first)
         fitting = (self._fitting_query(prefix, query, number, nearest) for number, query in numbered)
         for batch in in_batches(fitting, READ_AHEAD_QUERIES):
-            answers = self._choose if prefix.task.is_closed else self._generate
-            yield from answers(prefix, batch, options)
+            if prefix.task.is_closed:
+                yield from self._choose(prefix, batch, options)
+            else:
+                yield from self._generate(prefix, batch, range(first, first + len(batch)), options)
+            first += len(batch)
 
     def _fitting_query(
-        self, prefix: TaskPrefix, encoded: EncodedQuery, number: int, nearest: Nearest | None
-    ) -> FittingQuery:
+        self, prefix: TaskPrefix, query: EncodedQuery, number: int, nearest: Nearest | None
+    ) -> EncodedQuery:
         """Put a query's own examples before it, and make sure that it fits after the prefix."""
-        own_examples = tuple(nearest(encoded.query)) if nearest else ()
-        token_ids = self._ids_with_own_examples(prefix, own_examples, encoded) if nearest else encoded.token_ids
-        options = encoded.query.choices or prefix.task.labels or ()
-        answer_tokens = max(map(len, encoded.option_ids), default=self.max_answer_tokens(prefix.task))
-        needed = prefix.num_tokens + len(token_ids) + answer_tokens
+        own_examples = tuple(nearest(query.query)) if nearest else ()
+        if nearest is not None:
+            # After a shot the instruction does not matter, and it would be rendered for every query.
+            instruction = "" if prefix.num_shots else prefix.task.instruction()
+            own_ids: list[int] = []
+            for shot, example in enumerate(own_examples, start=prefix.num_shots):
+                own_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
+            preceding = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
+            # What opens a sequence, such as bos, is part of a prefix, and of no query.
+            same = preceding is query.preceding
+            ids = query.token_ids if same else self.encoder.query_ids_uncached(query.query.text, preceding)
+            query = replace(query, token_ids=(*own_ids, *ids))
+        answer_tokens = max(map(len, query.option_ids), default=self.max_answer_tokens(prefix.task))
+        needed = prefix.num_tokens + len(query.token_ids) + answer_tokens
         if needed > self.max_context_tokens:
             own = f" and {len(own_examples)} nearest" if own_examples else ""
-            raise QueryError(
-                "query_too_long",
+            what = (
                 f"{needed:,} tokens are needed with {prefix.num_shots}{own} demonstrations and its answer; "
-                f"max_context_tokens is {self.max_context_tokens:,}",
-                remedy="Use fewer demonstrations or a shorter query.",
-                row=number,
+                f"max_context_tokens is {self.max_context_tokens:,}"
             )
-        return FittingQuery(number, token_ids, options, encoded.option_ids)
-
-    def _ids_with_own_examples(
-        self, prefix: TaskPrefix, own_examples: Sequence[Example], encoded: EncodedQuery
-    ) -> tuple[int, ...]:
-        """Encode what follows the prefix: a query's own examples, then the query up to its answer."""
-        # After a shot the instruction does not matter, and it would be rendered for every query.
-        instruction = "" if prefix.num_shots else prefix.task.instruction()
-        token_ids: list[int] = []
-        for shot, example in enumerate(own_examples, start=prefix.num_shots):
-            token_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
-        preceding = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
-        if preceding is encoded.preceding:
-            return (*token_ids, *encoded.token_ids)
-        # What opens a sequence, such as bos, is part of a prefix, and of no query.
-        return (*token_ids, *self.encoder.query_ids_uncached(encoded.query.text, preceding))
+            remedy = "Use fewer demonstrations or a shorter query."
+            raise UserError("query_too_long", what, remedy=remedy, row=number)
+        return query
 
     def _choose(
-        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], options: AnswerOptions
+        self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Find the best option of each query; the first among equals."""
+        wanted, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
         token_ids, option_ids = [query.token_ids for query in queries], [query.option_ids for query in queries]
-        found = self.backend.score(prefix.cache, token_ids, option_ids, options.scores)
+        found = self.backend.score(prefix.cache, token_ids, option_ids, wanted)
         for query, scores in zip(queries, found, strict=True):
-            answer, log_probability = query.options[scores.best], scores.log_probabilities[scores.best]
+            names = query.query.choices or prefix.task.labels or ()
+            answer, log_probability = names[scores.best], scores.log_probabilities[scores.best]
             label_scores, abstained = None, False
-            if options.scores == "all":
-                log_probabilities = {option: scores.log_probabilities[n] for n, option in enumerate(query.options)}
-                num_tokens = {option: len(ids) for option, ids in zip(query.options, query.option_ids, strict=True)}
+            if wanted == "all":
+                log_probabilities = {name: scores.log_probabilities[n] for n, name in enumerate(names)}
+                num_tokens = {name: len(ids) for name, ids in zip(names, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
-                abstained = label_scores.probabilities[answer] < (options.abstain_below or 0)
+                abstained = label_scores.probabilities[answer] < abstain_below
             yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
 
     def _generate(
-        self, prefix: TaskPrefix, queries: Sequence[FittingQuery], options: AnswerOptions
+        self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], numbers: Sequence[int], options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
-        limit = self.max_answer_tokens(prefix.task)
-        numbers = [query.number for query in queries]
+        limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
         ids = [query.token_ids for query in queries]
         written: list[list[GeneratedToken]] = [[] for _ in queries]
-        finished: set[int] = set()
         next_query = 0
-        for token in self.backend.generate(prefix.cache, ids, self._end, limit, options.sampling, numbers):
+        for token in self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers):
             written[token.query].append(token)
-            if token.is_last:
-                finished.add(token.query)
-            while next_query in finished:
-                text, log_probability = self._end.text_of(written[next_query])
-                stopped = written[next_query][-1].stopped
-                yield Prediction(text, log_probability, None, stopped, num_shots=prefix.num_shots)
-                written[next_query] = []
+            while next_query < len(written) and written[next_query] and written[next_query][-1].is_last:
+                tokens, written[next_query] = written[next_query], []
+                text, log_probability = self._end.text_of(tokens)
+                yield Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
                 next_query += 1

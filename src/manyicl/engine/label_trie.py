@@ -80,21 +80,22 @@ class LabelTrie:
             yield node
 
 
-def tries_of(label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int) -> list[LabelTrie]:
+def tries_of(
+    label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int, numbers: Sequence[int] | None = None
+) -> list[LabelTrie]:
     """Cut a label set into tries of so many inner nodes at most, so that each fits in memory beside its query.
 
     Labels that begin alike stay together, except across a cut, where their shared beginning is read twice. A single
-    label longer than the limit is a trie of its own.
+    label longer than the limit is a trie of its own. ``numbers`` are as for `LabelTrie.of`.
     """
-    whole = LabelTrie.of(label_ids)
+    whole = LabelTrie.of(label_ids, numbers)
     if len(whole.inner_nodes) <= most_inner_nodes:
         return [whole]
-    order = sorted(range(len(label_ids)), key=lambda number: label_ids[number])
+    ids_of = dict(zip(numbers or range(len(label_ids)), label_ids, strict=True))
     groups: list[list[int]] = []
     num_inner = most_inner_nodes + 1
     previous: tuple[int, ...] = ()
-    for number in order:
-        ids = label_ids[number]
+    for number, ids in sorted(ids_of.items(), key=lambda entry: entry[1]):
         added = len(ids) - 1 - num_shared_tokens(ids[:-1], previous[:-1])
         if num_inner + added > most_inner_nodes:
             groups.append([])
@@ -102,7 +103,7 @@ def tries_of(label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int) -> lis
         groups[-1].append(number)
         num_inner += added
         previous = ids
-    return [LabelTrie.of([label_ids[number] for number in group], group) for group in groups]
+    return [LabelTrie.of([ids_of[number] for number in group], group) for group in groups]
 
 
 def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:

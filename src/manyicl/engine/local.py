@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 
@@ -24,14 +25,14 @@ from manyicl.engine.backend import (
     TokenIds,
     Wanted,
     foreign_prefix,
+    out_of_range,
     require_own,
 )
 from manyicl.engine.decoding import generate
-from manyicl.engine.label_trie import NODES_READ_TOGETHER, num_shared_tokens, tries_of
-from manyicl.engine.packing import ActivationBudget, log_denominators, log_probabilities
+from manyicl.engine.label_trie import NODES_READ_TOGETHER, LabelTrie, num_shared_tokens, tries_of
+from manyicl.engine.packing import ActivationBudget, log_denominators, numbers_of
 from manyicl.engine.prefix_cache import PREFILL_CHUNK_TOKENS, PrefixCache, extend_blocks, shared_beginning
 from manyicl.engine.scoring import score_labels
-from manyicl.errors import UserError
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
 
@@ -63,13 +64,7 @@ class LocalBackend:
             UserError: If the bound is below 1.
         """
         if activation_budget_mib is not None and activation_budget_mib < 1:
-            raise UserError(
-                "out_of_range",
-                "activation_budget_mib is out of range",
-                expected="at least 1",
-                found=str(activation_budget_mib),
-                field="activation_budget_mib",
-            )
+            raise out_of_range("activation_budget_mib", activation_budget_mib, "at least 1")
         self.model = loaded.model
         self.identity = identity_of(loaded)
         self.activation_budget_mib = activation_budget_mib
@@ -89,6 +84,13 @@ class LocalBackend:
 
     def observe(self, token_ids: Sequence[int], targets: Sequence[Target]) -> tuple[PrefixCache, list[TargetScore]]:
         """Prefill, and score some of the tokens in the same pass."""
+        blocks, scores = self._observe((), token_ids, targets, OBSERVED_CHUNK_TOKENS)
+        return PrefixCache(self.identity, tuple(token_ids), blocks), scores
+
+    def _observe(
+        self, blocks: Sequence[Block], token_ids: Sequence[int], targets: Sequence[Target], chunk_tokens: int
+    ) -> tuple[tuple[Block, ...], list[TargetScore]]:
+        """Run tokens through the model after what is there, and score some of them by those before."""
         allowed = {target.position - 1: target.allowed for target in targets}
         scores: list[TargetScore] = []
 
@@ -96,61 +98,40 @@ class LocalBackend:
             found = [token_ids[position + 1] for position in positions]
             scores.extend(target_scores(logits, found, [allowed[position] for position in positions]))
 
-        blocks = extend_blocks(
-            self.model, (), token_ids, chunk_tokens=OBSERVED_CHUNK_TOKENS, keep=list(allowed), on_logits=score
+        longer = extend_blocks(
+            self.model, blocks, token_ids, chunk_tokens=chunk_tokens, keep=list(allowed), on_logits=score
         )
-        return PrefixCache(self.identity, tuple(token_ids), blocks), scores
+        return longer, scores
 
     def score(
-        self,
-        prefix: Prefix,
-        queries: Sequence[TokenIds],
-        options: Sequence[Sequence[TokenIds]],
-        wanted: Wanted = "all",
+        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], wanted: Wanted = "all"
     ) -> list[OptionScores]:
         """Score the options of each query exactly; options that begin alike share their beginning."""
         budget = self.activation_budget(prefix)
-        most = budget.slots_per_query()
-        if wanted == "all":
-            most = min(most, NODES_READ_TOGETHER)
-        short_of = {id(own): [n for n, ids in enumerate(own) if len(ids) <= MOST_TRIE_TOKENS] for own in options}
-        tries_by_options = {
-            id(own): self._tries(tuple(own[n] for n in short_of[id(own)]), most) if short_of[id(own)] else []
-            for own in options
-        }
+        most = min(budget.slots_per_query(), NODES_READ_TOGETHER if wanted == "all" else sys.maxsize)
+        # Most queries share their options: these are looked at once.
+        tries: dict[int, list[LabelTrie]] = {}
+        long: dict[int, list[int]] = {}
+        for own in {id(own): own for own in options}.values():
+            short = tuple(n for n, ids in enumerate(own) if len(ids) <= MOST_TRIE_TOKENS)
+            tries[id(own)] = self._tries(tuple(own[n] for n in short), most, short)
+            long[id(own)] = [n for n, ids in enumerate(own) if len(ids) > MOST_TRIE_TOKENS]
         found: dict[int, OptionScores] = {}
         for numbers, blocks, batch in self._batches(prefix, queries, budget):
-            in_tries = [i for i in numbers if short_of[id(options[i])]]
-            batch_of = dict(zip(numbers, batch, strict=True))
-            in_batch, tries = [batch_of[i] for i in in_tries], [tries_by_options[id(options[i])] for i in in_tries]
-            searches = score_labels(self.model, blocks, in_batch, tries, budget, wanted)
-            for i, search in zip(in_tries, searches, strict=True):
-                short = short_of[id(options[i])]
-                greedy = frozenset(short[n] for n in search.greedy)
-                scores = {short[n]: score for n, score in search.scores.items()}
-                found[i] = OptionScores(scores, short[search.best], greedy)
-            for i in numbers:
-                if len(short_of[id(options[i])]) < len(options[i]):
-                    found[i] = self._with_long_options(found.get(i), blocks, batch_of[i], options[i], budget)
+            label_tries = [tries[id(options[i])] for i in numbers]
+            searches = score_labels(self.model, blocks, batch, label_tries, budget, wanted)
+            for i, query, search in zip(numbers, batch, searches, strict=True):
+                scores, greedy, best = search.scores, search.greedy, search.best
+                if alone := long[id(options[i])]:
+                    for n in alone:
+                        tokens = (*query, *options[i][n])
+                        targets = [Target(position) for position in range(len(query), len(tokens))]
+                        _, each = self._observe(blocks, tokens, targets, budget.tokens_per_pass(num_logits_per_token=1))
+                        scores[n] = sum(one.log_probability for one in each)
+                        greedy |= {n} if all(one.is_best for one in each) else set()
+                    best = max(scores, key=lambda n: (scores[n], -n))
+                found[i] = OptionScores(scores, best, frozenset(greedy))
         return [found[i] for i in range(len(queries))]
-
-    def _with_long_options(
-        self,
-        short: OptionScores | None,
-        blocks: Sequence[Block],
-        query: TokenIds,
-        options: Sequence[TokenIds],
-        budget: ActivationBudget,
-    ) -> OptionScores:
-        """Add the options that are too long for a trie, each processed straight through."""
-        scores = dict(short.log_probabilities) if short else {}
-        greedy = set(short.greedy) if short else set()
-        for number, option in enumerate(options):
-            if len(option) > MOST_TRIE_TOKENS:
-                scores[number], is_greedy = score_alone(self.model, blocks, query, option, budget)
-                greedy |= {number} if is_greedy else set()
-        best = max(scores, key=lambda number: (scores[number], -number))
-        return OptionScores(scores, best, frozenset(greedy))
 
     def generate(
         self,
@@ -163,12 +144,11 @@ class LocalBackend:
     ) -> Generator[GeneratedToken]:
         """Write the answers of many queries together, and yield tokens as they come."""
         budget = self.activation_budget(prefix)
-        numbers = range(len(queries)) if numbers is None else numbers
-        for batch, blocks, batch_queries in self._batches(prefix, queries, budget):
-            batch_numbers = [numbers[i] for i in batch]
-            yield from generate(
-                self.model, blocks, batch_queries, stop, max_tokens, budget, sampling, batch_numbers, batch
-            )
+        numbers = numbers or range(len(queries))
+        for batch, blocks, own in self._batches(prefix, queries, budget):
+            own_numbers = [numbers[i] for i in batch]
+            for token in generate(self.model, blocks, own, stop, max_tokens, budget, sampling, own_numbers):
+                yield token._replace(query=batch[token.query])
 
     def activation_budget(self, prefix: Prefix) -> ActivationBudget:
         """Return the bound on what queries in flight use, and what their tokens cost."""
@@ -204,36 +184,11 @@ def target_scores(
     """Score the tokens that follow some positions, logits (S, V), against those allowed there."""
     tokens = torch.tensor(token_ids, device=logits.device)
     scores = logits.gather(1, tokens[:, None])[:, 0].float()
-    log_scores = (scores - log_denominators(logits)).tolist()
-    highest = logits.max(dim=-1).values.float()
+    log_scores = numbers_of(scores - log_denominators(logits))
+    greedy = (logits.argmax(dim=-1) == tokens).tolist()
     for row, own in enumerate(allowed):
-        best = highest[row] if own is None else logits[row, list(own)].float().max()
-        yield TargetScore(log_scores[row], bool(scores[row] >= best))
-
-
-def score_alone(
-    model: PreTrainedModel, blocks: Sequence[Block], query: TokenIds, option: TokenIds, budget: ActivationBudget
-) -> tuple[float, bool]:
-    """Score one long option after a prefix and a query, and tell whether greedy decoding would have written it."""
-    begin = len(query) - 1
-    scores: list[float] = []
-    is_greedy = True
-
-    def take(positions: Sequence[int], logits: Tensor) -> None:
-        nonlocal is_greedy
-        tokens = [option[position - begin] for position in positions]
-        scores.extend(log_probabilities(logits, range(len(tokens)), tokens))
-        is_greedy = is_greedy and logits.argmax(dim=-1).tolist() == tokens
-
-    extend_blocks(
-        model,
-        blocks,
-        (*query, *option[:-1]),
-        chunk_tokens=budget.tokens_per_pass(num_logits_per_token=1),
-        keep=range(begin, begin + len(option)),
-        on_logits=take,
-    )
-    return sum(scores), is_greedy
+        is_best = greedy[row] if own is None else bool(scores[row] >= logits[row, list(own)].float().max())
+        yield TargetScore(log_scores[row], is_best)
 
 
 def identity_of(loaded: LoadedModel) -> Identity:

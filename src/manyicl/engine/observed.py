@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from manyicl.engine.backend import Target, TargetScore
 from manyicl.engine.label_trie import ROOT, LabelTrie
@@ -28,50 +29,35 @@ class ObservedAnswer:
     is_right: bool
 
 
-@dataclass(frozen=True)
-class AnswerTargets:
-    """The tokens of a prefix that are answers of demonstrations, to be compared with the model's predictions.
+def answer_targets(task: Task, demonstrations: Sequence[Example], encoder: Encoder) -> list[list[Target]]:
+    """Find the answer of each demonstration in the tokens of the prefix, with the tokens that each could have been."""
+    episode = encoder.encode_episode(Episode(task.name, task.instruction(), tuple(demonstrations)))
+    targets: list[list[Target]] = []
+    tries: dict[tuple[str, ...], LabelTrie] = {}
+    for example, (start, end) in zip(demonstrations, episode.answer_spans, strict=True):
+        options = example.query.choices or task.labels
+        if options and options not in tries:
+            tries[options] = LabelTrie.of([encoder.answer_ids(option) for option in options])
+        trie, node = tries[options] if options else None, ROOT
+        targets.append([])
+        for position in range(start, end):
+            allowed = None
+            if trie is not None:
+                by_token = {trie.tokens[child]: child for child in trie.children[node]}
+                allowed, node = tuple(by_token), by_token[episode.token_ids[position]]
+            targets[-1].append(Target(position, allowed))
+    return targets
 
-    Attributes:
-        targets: Every token of every answer, with the tokens that could have been there instead.
-        shots: Demonstration that each target belongs to.
-        num_demonstrations: Number of demonstrations in the prefix.
-    """
 
-    targets: tuple[Target, ...]
-    shots: tuple[int, ...]
-    num_demonstrations: int
-
-    @classmethod
-    def of(cls, task: Task, demonstrations: Sequence[Example], encoder: Encoder) -> AnswerTargets:
-        """Find the answers in the tokens of the prefix."""
-        episode = encoder.encode_episode(Episode(task.name, task.instruction(), tuple(demonstrations)))
-        targets: list[Target] = []
-        shots: list[int] = []
-        tries: dict[tuple[str, ...], LabelTrie] = {}
-        for shot, (example, (start, end)) in enumerate(zip(demonstrations, episode.answer_spans, strict=True)):
-            options = example.query.choices or task.labels
-            if options and options not in tries:
-                tries[options] = LabelTrie.of([encoder.answer_ids(option) for option in options])
-            trie, node = tries[options] if options else None, ROOT
-            for position in range(start, end):
-                allowed = None
-                if trie is not None:
-                    by_token = {trie.tokens[child]: child for child in trie.children[node]}
-                    allowed, node = tuple(by_token), by_token[episode.token_ids[position]]
-                targets.append(Target(position, allowed))
-                shots.append(shot)
-        return cls(tuple(targets), tuple(shots), len(demonstrations))
-
-    def answers(self, scores: Sequence[TargetScore]) -> tuple[ObservedAnswer, ...]:
-        """Put the scores of the tokens together to those of the answers."""
-        answers = [ObservedAnswer(shot, 0.0, True) for shot in range(self.num_demonstrations)]
-        for shot, score in zip(self.shots, scores, strict=True):
-            before = answers[shot]
-            answers[shot] = ObservedAnswer(
-                shot, before.log_probability + score.log_probability, before.is_right and score.is_best
-            )
-        return tuple(answers)
+def observed_answers(targets: Sequence[Sequence[Target]], scores: Iterable[TargetScore]) -> tuple[ObservedAnswer, ...]:
+    """Put the scores of the tokens together to those of the answers."""
+    remaining = iter(scores)
+    answers = []
+    for shot, own in enumerate(targets):
+        of_answer = list(islice(remaining, len(own)))
+        log_probability = sum(score.log_probability for score in of_answer)
+        answers.append(ObservedAnswer(shot, log_probability, all(score.is_best for score in of_answer)))
+    return tuple(answers)
 
 
 def groups_of_shots(answers: Sequence[ObservedAnswer]) -> Iterator[tuple[int, int, list[ObservedAnswer]]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
-from manyicl.engine.backend import Sampling, Wanted
+from manyicl.engine.backend import Sampling, Wanted, out_of_range
 from manyicl.episodes.text_format import Preceding
-from manyicl.errors import QueryError, UserError
+from manyicl.errors import UserError
 from manyicl.tasks.task import Columns, Query, Task
 
 ItemT = TypeVar("ItemT")
@@ -35,16 +35,6 @@ class EncodedQuery:
 Row = Columns | str | Query | EncodedQuery
 
 
-@dataclass(frozen=True, slots=True)
-class FittingQuery:
-    """A query that fits after a prefix: its number, the tokens after the prefix, and its options."""
-
-    number: int
-    token_ids: tuple[int, ...]
-    options: tuple[str, ...]
-    option_ids: tuple[tuple[int, ...], ...]
-
-
 def checked_query(row: Columns | str | Query, task: Task) -> Query:
     """Render a row, and refuse a query without text, with half a character, or with options where there are none.
 
@@ -57,73 +47,46 @@ def checked_query(row: Columns | str | Query, task: Task) -> Query:
     try:
         "".join((query.text, *(query.choices or ()))).encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            "half_a_character",
-            f"it holds {error.object[error.start]!r}, half of a character",
-            remedy="Save the text as UTF-8.",
-        ) from error
+        what = f"it holds {error.object[error.start]!r}, half of a character"
+        raise UserError("half_a_character", what, remedy="Save the text as UTF-8.") from error
     if bool(query.choices) != bool(task.choices_column):
-        raise UserError(
-            "choices_mismatch",
-            f"it does not suit task {task.name!r}",
-            expected="options of its own" if task.choices_column else "no options of its own",
-            found=repr(query.choices),
-        )
+        what = f"it does not suit task {task.name!r}"
+        expected = "options of its own" if task.choices_column else "no options of its own"
+        raise UserError("choices_mismatch", what, expected=expected, found=repr(query.choices))
     return query
 
 
-def query_error(error: UserError, number: int) -> QueryError:
-    """Say which query a mistake is in."""
-    same = QueryError(
-        error.code, error.what, expected=error.expected, found=error.found, remedy=error.remedy, field=error.field
-    )
-    return same.at(file=error.file, row=error.row if error.file else number)
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerOptions:
-    """Options of `Engine.predict` that suit the task and each other."""
+class AnswerOptions(TypedDict, total=False):
+    """Arguments of `Engine.predict` that say how queries are answered; they are explained there."""
 
     scores: Wanted
     abstain_below: float | None
     sampling: Sampling | None
 
 
-def checked_options(
-    task: Task, rows: object, scores: Wanted, abstain_below: float | None, sampling: Sampling | None
-) -> AnswerOptions:
-    """Take the options of `Engine.predict`, and refuse those that contradict each other or the task.
+def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
+    """Refuse options of `Engine.predict` that contradict each other or the task, and one row in place of a list.
 
     Raises:
-        UserError: If they do.
+        UserError: If there are any.
     """
     if isinstance(rows, str | Mapping | Query | EncodedQuery) or not isinstance(rows, Iterable):
-        raise UserError(
-            "not_a_list",
-            "predict answers a list of rows",
-            expected="an iterable of rows",
-            found=f"one {type(rows).__name__}",
-            remedy="Put the row in a list.",
-        )
+        found, remedy = f"one {type(rows).__name__}", "Put the row in a list."
+        raise UserError("not_a_list", "predict answers a list of rows", found=found, remedy=remedy)
+    scores, abstain_below = options.get("scores", "best"), options.get("abstain_below")
     if scores not in ("best", "all"):
-        raise UserError(
-            "unknown_value", "scores has no such value", expected="'best' or 'all'", found=repr(scores), field="scores"
-        )
+        what = "scores has no such value"
+        raise UserError("unknown_value", what, expected="'best' or 'all'", found=repr(scores), field="scores")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
-        what, found = "abstain_below is a probability among all labels", str(abstain_below)
-        raise UserError("out_of_range", what, expected="from 0 to 1", found=found, field="abstain_below")
-    if abstain_below is not None and scores != "all":
-        raise _conflict("abstain_below needs scores='all'", "abstain_below", found=f"scores={scores!r}")
-    if scores == "all" and not task.is_closed:
-        raise _conflict(f"Task {task.name!r} has free answers; scores='all' needs labels to score", "scores")
-    if sampling is not None and task.is_closed:
-        what = f"Task {task.name!r} has a closed answer set, which is scored; sampling draws none"
-        raise _conflict(what, "sampling")
-    return AnswerOptions(scores, abstain_below, sampling)
-
-
-def _conflict(what: str, field: str, found: str | None = None) -> UserError:
-    return UserError("conflicting_options", what, found=found, field=field)
+        raise out_of_range("abstain_below", abstain_below, "a probability among all labels, from 0 to 1")
+    conflicts = {
+        "abstain_below": (abstain_below is not None and scores == "best", "abstain_below needs scores='all'"),
+        "scores": (scores == "all" and not task.is_closed, "scores='all' needs labels to score, not free answers"),
+        "sampling": (options.get("sampling") and task.is_closed, "sampling draws free answers, and labels are scored"),
+    }
+    for field, (is_conflict, what) in conflicts.items():
+        if is_conflict:
+            raise UserError("conflicting_options", f"Task {task.name!r}: {what}", field=field)
 
 
 def in_batches(items: Iterator[ItemT], most: int) -> Iterator[list[ItemT]]:

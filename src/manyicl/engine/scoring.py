@@ -45,6 +45,7 @@ class LabelSearch:
         scores: Label number -> log-probability in nats, of the labels that were finished.
         greedy: Numbers of the finished labels whose every token is the most probable of the whole vocabulary.
         num_read: Tokens of labels that went through the model.
+        number_of: Node of this trie -> its number among the tokens that follow the query; -1 for the root.
     """
 
     tries: Sequence[LabelTrie]
@@ -54,6 +55,7 @@ class LabelSearch:
     scores: dict[int, float] = field(default_factory=dict)
     greedy: set[int] = field(default_factory=set)
     num_read: int = 0
+    number_of: dict[int, int] = field(default_factory=dict)
     _best: tuple[float, int] = (float("-inf"), -sys.maxsize)
     _reached: dict[int, NodeScore] = field(default_factory=dict)
     _open: list[tuple[float, int, int]] = field(default_factory=list)
@@ -65,7 +67,8 @@ class LabelSearch:
         for number, trie in enumerate(self.tries):
             tokens = {node: trie.tokens[node] for node in trie.children[ROOT]}
             scores = {node: (first_tokens[token], token == argmax_token) for node, token in tokens.items()}
-            self._waiting.append((max(score for score, _ in scores.values()), number, scores))
+            best = max((score for score, _ in scores.values()), default=float("-inf"))
+            self._waiting.append((best, number, scores))
         # The most probable trie comes last, where it is taken from.
         self._waiting.sort(key=lambda entry: (entry[0], -entry[1]))
 
@@ -80,9 +83,7 @@ class LabelSearch:
             return False
         _, number, scores = self._waiting.pop()
         self.trie = self.tries[number]
-        self._reached = {}
-        self._open = []
-        self._num_rounds = 0
+        self.number_of, self._reached, self._open, self._num_rounds = {ROOT: -1}, {}, [], 0
         for node, (score, is_greedy) in scores.items():
             self._reach(node, score, is_greedy)
         return True
@@ -136,11 +137,6 @@ class LabelSearch:
         return not self.prune or not self.scores or (-negative_score, -first_label) > self._best
 
 
-def strategy_for(num_inner_nodes: int, wanted: Wanted) -> Strategy:
-    """Choose how queries in flight are searched, by the inner nodes of all their tries together."""
-    return "full_pass" if wanted == "all" or num_inner_nodes <= TOKENS_WORTH_A_PASS else "best_first"
-
-
 @torch.no_grad()
 def score_labels(
     model: PreTrainedModel,
@@ -169,7 +165,8 @@ def score_labels(
     sizes = [sizes_of[id(tries)] for tries in label_tries]
     found: dict[int, LabelSearch] = {}
     for chunk in budget.chunks([len(query) for query in queries], [max(own) for own in sizes]):
-        chosen = strategy or strategy_for(sum(sum(sizes[i]) for i in chunk), wanted)
+        reads_all = wanted == "all" or sum(sum(sizes[i]) for i in chunk) <= TOKENS_WORTH_A_PASS
+        chosen = strategy or ("full_pass" if reads_all else "best_first")
         searches = [LabelSearch(label_tries[i], wanted == "best", chosen) for i in chunk]
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
         _search_together(flight, searches, budget)
@@ -188,7 +185,6 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], b
     for search, tokens, (scores, argmax_token) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
         search.start(dict(zip(tokens, scores, strict=True)), argmax_token)
     waiting = set(range(len(searches)))
-    numbers: list[dict[int, int]] = [{ROOT: -1} for _ in searches]  # node -> its number among a query's later tokens
     taken: dict[int, list[int]] = {}
     while waiting or taken:
         # With few queries in flight each reads more of its trie at a time, where it costs little beside the pass.
@@ -197,22 +193,17 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], b
             # A trie that cannot hold the best label asks for nothing, and the next one is looked at.
             while searches[query].next_trie():
                 flight.forget(query)
-                numbers[query] = {ROOT: -1}
                 if nodes := searches[query].take(width):
                     taken[query] = nodes
                     break
-        _read_nodes(flight, searches, taken, numbers, budget)
+        _read_nodes(flight, searches, taken, budget)
         taken = {query: searches[query].take(width) for query in taken}
         waiting = {query for query, nodes in taken.items() if not nodes}
         taken = {query: nodes for query, nodes in taken.items() if nodes}
 
 
 def _read_nodes(
-    flight: QueriesInFlight,
-    searches: Sequence[LabelSearch],
-    taken: dict[int, list[int]],
-    numbers: list[dict[int, int]],
-    budget: ActivationBudget,
+    flight: QueriesInFlight, searches: Sequence[LabelSearch], taken: Mapping[int, list[int]], budget: ActivationBudget
 ) -> None:
     """Decode one round of nodes, in as many passes as the budget requires, and pass on to the searches what follows."""
     step = budget.tokens_per_pass(num_logits_per_token=1)
@@ -220,16 +211,14 @@ def _read_nodes(
     learned: dict[int, list[NodeRead]] = {query: [] for query in taken}
     for start in range(0, len(pairs), step):
         part = pairs[start : start + step]
-        tries = [searches[query].trie for query, _ in part]
-        parents = []
-        for trie, (query, node) in zip(tries, part, strict=True):
-            parents.append(numbers[query][trie.parents[node]])
-            numbers[query][node] = len(numbers[query]) - 1
-        tokens = [trie.tokens[node] for trie, (_, node) in zip(tries, part, strict=True)]
+        tokens, parents, children = [], [], []
+        for query, node in part:
+            trie, number_of = searches[query].trie, searches[query].number_of
+            tokens.append(trie.tokens[node])
+            parents.append(number_of[trie.parents[node]])
+            children.append([trie.tokens[child] for child in trie.children[node]])
+            number_of[node] = len(number_of) - 1
         logits = flight.follow([query for query, _ in part], tokens, parents)
-        children = [
-            [trie.tokens[child] for child in trie.children[node]] for trie, (_, node) in zip(tries, part, strict=True)
-        ]
         for (query, _), read in zip(part, _read_off(logits, children), strict=True):
             learned[query].append(read)
     for query, reads in learned.items():

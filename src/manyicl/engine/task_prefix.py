@@ -24,6 +24,7 @@ class TaskPrefix:
         num_reused_tokens: Tokens taken over from the prefix it was made from; 0 if it was made anew.
         rebuilt: True if an extension changed the instruction, because it lists the labels and these changed; all
             that follows the first changed token was then encoded anew.
+        answers: How the model did on each demonstration; empty where the prefix was not compiled.
     """
 
     task: Task
@@ -33,6 +34,7 @@ class TaskPrefix:
     cache: Prefix
     num_reused_tokens: int = 0
     rebuilt: bool = False
+    answers: tuple[ObservedAnswer, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -50,19 +52,6 @@ class TaskPrefix:
         return len(self.demonstrations)
 
 
-@dataclass(frozen=True)
-class CompiledTask:
-    """A prefix that can be kept on disk, and how the model did on its demonstrations while it was made.
-
-    Attributes:
-        prefix: The prefix.
-        answers: One per demonstration, in order.
-    """
-
-    prefix: TaskPrefix
-    answers: tuple[ObservedAnswer, ...]
-
-
 def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:
     """Refuse demonstrations that are not of the task, by their number.
 
@@ -72,12 +61,7 @@ def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> Non
     """
     for number, example in enumerate(demonstrations, start=1):
         if not isinstance(example, Example):
-            raise UserError(
-                "not_an_example",
-                f"demonstration {number} of task {task.name!r} is no example",
-                expected="an Example, such as those of task.train",
-                found=type(example).__name__,
-            )
+            raise UserError("not_an_example", f"demonstration {number} is no Example", found=type(example).__name__)
         choices = example.query.choices
         options = choices if task.choices_column else task.labels
         if bool(choices) != bool(task.choices_column):
@@ -87,10 +71,5 @@ def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> Non
             expected, found = f"an answer among {shown(list(options))}", shown(example.answer)
         else:
             continue
-        raise UserError(
-            "foreign_demonstration",
-            f"demonstration {number} is not of task {task.name!r}",
-            expected=expected,
-            found=found,
-            remedy="Show examples of the task itself.",
-        )
+        what = f"demonstration {number} is not of task {task.name!r}"
+        raise UserError("foreign_demonstration", what, expected=expected, found=found)

@@ -24,15 +24,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from manyicl.engine.backend import Prefix, TokenIds, require_context
+from manyicl.engine.backend import Prefix, TokenIds, out_of_range, require_context
 from manyicl.engine.local import LocalBackend
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
@@ -90,13 +89,6 @@ class Truncation:
     num_requests: int = 0
     num_tokens: int = 0
 
-    def cut(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
-        """Return the last ``most`` tokens, and count the others."""
-        num_lost = max(0, len(token_ids) - most)
-        self.num_requests += num_lost > 0
-        self.num_tokens += num_lost
-        return tuple(token_ids[num_lost:])
-
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     """A model for `lm_eval.simple_evaluate` that answers from shared prefixes.
@@ -125,12 +117,12 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self.local = LocalBackend(loaded, activation_budget_mib=activation_budget_mib)
         require_context(max_context_tokens, self.local.identity)
         if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
-            raise UserError(
-                "no_bos_or_eos",
-                f"the tokenizer of {loaded.reference!r} has neither a bos nor an eos token",
-                expected="one of them, which lm-eval puts before a text without context",
-            )
-        with _quiet("lm_eval.models.huggingface"):
+            what = f"the tokenizer of {loaded.reference!r} has neither a bos nor an eos token"
+            raise UserError("no_bos_or_eos", what, expected="one, which lm-eval puts before a text without context")
+        # lm-eval advises to load a model by its name, which does not concern the user.
+        library = logging.getLogger("lm_eval.models.huggingface")
+        was_disabled, library.disabled = library.disabled, True
+        try:
             super().__init__(
                 pretrained=loaded.model,
                 # It is given a padding token, which is not to be seen elsewhere.
@@ -139,6 +131,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 batch_size=ROLLING_WINDOWS,
                 trust_remote_code=False,
             )
+        finally:
+            library.disabled = was_disabled
         self.loaded = loaded
         self.truncated = Truncation()
         # An end-of-answer text plays no part: lm-eval's tasks have formats and stop strings of their own.
@@ -148,24 +142,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
     @classmethod
     def from_pretrained(
-        cls,
-        reference: str,
-        *,
-        dtype: str | None = None,
-        device: str | None = None,
-        max_context_tokens: int | None = None,
-        activation_budget_mib: int | None = None,
+        cls, reference: str, *, dtype: str | None = None, device: str | None = None, **bounds: int | None
     ) -> Self:
-        """Load a folder, a .gguf file, ``hf:owner/name`` or ``builtin:`` and a name.
+        """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``; ``bounds`` are those of `__init__`.
 
         Raises:
-            UserError: If it cannot be loaded, or mixes the episodes of a packed row.
+            UserError: If it cannot be loaded, or mixes the episodes of a packed sequence.
         """
-        return cls(
-            load_model(reference, dtype=dtype, device=device),
-            max_context_tokens=max_context_tokens,
-            activation_budget_mib=activation_budget_mib,
-        )
+        return cls(load_model(reference, dtype=dtype, device=device), **bounds)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
@@ -209,32 +193,25 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         Raises:
             UserError: If a continuation has no tokens, or more than fit the model.
         """
-        truncation = Truncation()
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for place, (_, context, continuation) in enumerate(requests):
+        for number, (_, _, continuation) in enumerate(requests, start=1):
             if not 0 < len(continuation) <= self.max_length:
-                raise UserError(
-                    "continuation_too_long",
-                    f"the continuation of request {place + 1} has {len(continuation):,} tokens",
-                    expected=f"1 to {self.max_length:,}, the longest context",
-                )
-            # The last token of a continuation is predicted, never read, so one more fits.
-            kept = truncation.cut(context, self.max_length + 1 - len(continuation))
-            groups.setdefault(kept, []).append(place)
-        self._report(truncation, len(requests))
-        contexts = sorted(groups)
+                what = f"the continuation of request {number} has {len(continuation):,} tokens"
+                expected = f"1 to {self.max_length:,}, the longest context"
+                raise UserError("continuation_too_long", what, expected=expected)
+        # The last token of a continuation is predicted, never read, so one more fits.
+        contexts = self._cut([(ids, self.max_length + 1 - len(continuation)) for _, ids, continuation in requests])
         answers: dict[int, Answer] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
-        for prefix, numbers, queries in self._after_shared_beginnings(contexts):
-            options = [[tuple(requests[i][2]) for i in groups[contexts[number]]] for number in numbers]
-            for number, scores in zip(numbers, self.local.score(prefix, queries, options, "all"), strict=True):
-                for option, i in enumerate(groups[contexts[number]]):
+        for prefix, groups, queries in self._after_shared_beginnings(dict(enumerate(contexts))):
+            options = [[tuple(requests[i][2]) for i in group] for group in groups]
+            for group, scores in zip(groups, self.local.score(prefix, queries, options, "all"), strict=True):
+                for option, i in enumerate(group):
                     answers[i] = scores.log_probabilities[option], option in scores.greedy
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                     progress.update(1)
         progress.close()
-        return [answers[place] for place in range(len(requests))]
+        return [answers[i] for i in range(len(requests))]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Write greedy answers up to a stop string, the end of the text, or a limit.
@@ -244,71 +221,51 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         which a fine-tuned model ends its answers ends them here, too.
 
         Raises:
-            UserError: If a request asks for anything but plain greedy decoding, or leaves no room for a context.
+            UserError: If a request asks for anything but plain greedy decoding, or leaves no tokens for a context.
         """
-        asked: dict[tuple[tuple[str, ...], int], dict[tuple[int, ...], list[int]]] = {}
-        truncation = Truncation()
-        for place, request in enumerate(requests):
-            context, arguments = request.args
-            stop, most = self._greedy_arguments(arguments)
-            kept = truncation.cut(self._context_ids(context), self.max_length - most)
-            asked.setdefault((stop, most), {}).setdefault(kept, []).append(place)
-        self._report(truncation, len(requests))
+        ends = [self._greedy_arguments(request.args[1]) for request in requests]
+        encoded = [self._context_ids(request.args[0]) for request in requests]
+        contexts = self._cut([(ids, self.max_length - most) for ids, (_, most) in zip(encoded, ends, strict=True)])
         self._warn_of_generation_config()
+        contexts_by_end: dict[tuple[tuple[str, ...], int], dict[int, TokenIds]] = {}
+        for i, end in enumerate(ends):
+            contexts_by_end.setdefault(end, {})[i] = contexts[i]
+        own_end = frozenset() if self._answer_end_id is None else frozenset({self._answer_end_id})
         answers: dict[int, str] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
-        for (stop, most), groups in asked.items():
-            contexts = sorted(groups)
-            own_end = frozenset() if self._answer_end_id is None else frozenset({self._answer_end_id})
+        for (stop, most), some_contexts in contexts_by_end.items():
             ending = _Ending(self.tokenizer, stop, self.local.identity.end_token_ids | own_end)
-            for prefix, numbers, queries in self._after_shared_beginnings(contexts):
+            for prefix, groups, queries in self._after_shared_beginnings(some_contexts):
                 written: list[list[int]] = [[] for _ in queries]
                 for token in self.local.generate(prefix, queries, ending, most):
                     written[token.query].append(token.token_id)
-                for number, token_ids in zip(numbers, written, strict=True):
+                for group, token_ids in zip(groups, written, strict=True):
                     if token_ids[-1] in own_end:
                         token_ids.pop()
                     text = postprocess_generated_text(self.tok_decode(token_ids), list(stop), None)
-                    for place in groups[contexts[number]]:
-                        answers[place] = text
-                        self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                    for i in group:
+                        answers[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
                         progress.update(1)
         progress.close()
-        return [answers[place] for place in range(len(requests))]
+        return [answers[i] for i in range(len(requests))]
 
     def _greedy_arguments(self, arguments: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Return the stop strings and the most tokens that a request asks for, and refuse what is not greedy."""
         normal = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
-        stop = handle_stop_sequences(normal.pop("until"), self._end_of_text())
+        # The end of a text stops an answer, too, where the tokenizer has one.
+        end = None if self.eot_token_id is None else self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(normal.pop("until"), end)
         most: int = normal.pop("max_gen_toks")
-        if normal.pop("do_sample") or normal.pop("num_beams", 1) != 1:
-            raise UserError(
-                "not_greedy",
-                f"answers are greedy here; the task requests {arguments}",
-                remedy="Set do_sample: false, temperature: 0 and one beam, or use lm-eval's own model.",
-            )
-        if unknown := sorted(set(normal) - set(ONLY_FOR_SAMPLING)):
-            raise UserError(
-                "not_greedy",
-                f"answers are greedy here, up to a stop string; {', '.join(unknown)} among the task's "
-                "generation_kwargs would change them",
-                remedy="Leave that out, or use lm-eval's own model.",
-            )
+        samples = normal.pop("do_sample") or normal.pop("num_beams", 1) != 1
+        if samples or not normal.keys() <= set(ONLY_FOR_SAMPLING):
+            what = f"answers are greedy here, up to a stop string; the task's generation_kwargs are {arguments}"
+            remedy = "Set do_sample: false, temperature: 0 and one beam, leave others out, or use lm-eval's own model."
+            raise UserError("not_greedy", what, remedy=remedy)
         if not 0 < most < self.max_length:
-            raise UserError(
-                "out_of_range",
-                "max_gen_toks is out of range",
-                expected=f"1 to {self.max_length - 1:,}, so that a context fits before it",
-                found=f"{most:,}",
-            )
+            expected = f"1 to {self.max_length - 1:,}, so that a context fits before it"
+            raise out_of_range("max_gen_toks", most, expected)
         return tuple(stop), most
-
-    def _end_of_text(self) -> str | None:
-        """Return the text of the tokenizer's end-of-sequence token, if it has one."""
-        if self.eot_token_id is None:
-            return None
-        text: str = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        return text
 
     def _context_ids(self, context: str) -> list[int]:
         """Encode a context to be continued; a bos token that the text brings along is not added again."""
@@ -327,29 +284,40 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 asked,
             )
 
-    def _report(self, truncation: Truncation, num_requests: int) -> None:
-        """Add to the counts of what was cut, and warn once a call."""
-        self.truncated.num_requests += truncation.num_requests
-        self.truncated.num_tokens += truncation.num_tokens
-        if truncation.num_requests:
+    def _cut(self, requests: Sequence[tuple[Sequence[int], int]]) -> list[TokenIds]:
+        """Cut each context from the left to the most tokens it may have; count what was cut, and warn once a call."""
+        lost = [max(0, len(token_ids) - most) for token_ids, most in requests]
+        num_requests = sum(num > 0 for num in lost)
+        self.truncated.num_requests += num_requests
+        self.truncated.num_tokens += sum(lost)
+        if num_requests:
             logger.warning(
-                "%s of %s requests were longer than %s tokens and lost %s tokens at their beginning, as they do with "
-                "lm-eval's own model. Show fewer examples, or raise max_context_tokens.",
-                f"{truncation.num_requests:,}",
-                f"{num_requests:,}",
-                f"{self.max_length:,}",
-                f"{truncation.num_tokens:,}",
+                f"{num_requests:,} of {len(requests):,} requests were longer than {self.max_length:,} tokens and lost "
+                f"{sum(lost):,} tokens at their beginning, as they do with lm-eval's own model. Show fewer examples, "
+                "or raise max_context_tokens."
             )
+        kept = (tuple(token_ids[num:]) for (token_ids, _), num in zip(requests, lost, strict=True))
+        # Requests with the same context share one tuple: there may be thousands of them, each of thousands of tokens.
+        known: dict[TokenIds, TokenIds] = {}
+        return [known.setdefault(token_ids, token_ids) for token_ids in kept]
 
     def _after_shared_beginnings(
-        self, contexts: Sequence[TokenIds]
-    ) -> Iterator[tuple[Prefix, list[int], list[TokenIds]]]:
-        """Prefill what contexts share, beginning after beginning; yield it, the contexts' numbers and their rests."""
+        self, context_of: Mapping[int, TokenIds]
+    ) -> Iterator[tuple[Prefix, list[list[int]], list[TokenIds]]]:
+        """Prefill what contexts share, beginning after beginning; yield it, the requests of each context and its rest.
+
+        Args:
+            context_of: Number of a request -> its context.
+        """
+        requests: dict[TokenIds, list[int]] = {}
+        for i, context in context_of.items():
+            requests.setdefault(context, []).append(i)
+        contexts = sorted(requests)
         prefix: Prefix | None = None
         for beginning in shared_beginnings(contexts):
-            token_ids = contexts[beginning.contexts[0]][: beginning.num_tokens]
-            prefix = self.local.prefill(token_ids, prefix)
-            yield prefix, beginning.contexts, [contexts[number][len(token_ids) :] for number in beginning.contexts]
+            some, most = [contexts[number] for number in beginning.contexts], beginning.num_tokens
+            prefix = self.local.prefill(some[0][:most], prefix)
+            yield prefix, [requests[context] for context in some], [context[most:] for context in some]
 
 
 class _Ending:
@@ -368,15 +336,3 @@ class _Ending:
         return token_ids[-1] in self.token_ids or any(
             text in decode(token_ids[-most:]) for text, most in zip(self.texts, self._num_decoded, strict=True)
         )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a library from advice that does not concern the user."""
-    library = logging.getLogger(name)
-    was_disabled = library.disabled
-    library.disabled = True
-    try:
-        yield
-    finally:
-        library.disabled = was_disabled

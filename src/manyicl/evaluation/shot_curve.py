@@ -99,7 +99,7 @@ def measure_shot_curves(
         if not task.test:
             remedy = "Give it some, or split its file."
             raise UserError("no_test_rows", f"task {task.name!r} has no test rows", remedy=remedy)
-    name = model_name or engine.reference
+    name = model_name or engine.identity.reference
     measured = []
     for task in tasks:
         for result, was_found in _curve(engine, *choose_queries(engine, task, settings), settings, store, name):
@@ -151,7 +151,7 @@ def _curve(
     conditions = _conditions(engine, task, settings)
     description = _description(engine, task, num_skipped, name)
     unrecorded = {
-        "dtype": engine.dtype,
+        "dtype": engine.identity.dtype,
         "instruction": task.instruction(),
         "max_answer_tokens": engine.max_answer_tokens(task),
     }
@@ -200,7 +200,7 @@ def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dic
         "sampling": settings.sampling,
         "query_seed": settings.seed,
         "queries_hash": hash_of(*(text for one in task.test for text in (one.query.text, *one.references))),
-        "model_fingerprint": engine.fingerprint,
+        "model_fingerprint": engine.identity.fingerprint,
         "text_format": engine.encoder.format.model_dump(),
         "max_context_tokens": engine.max_context_tokens,
     }
@@ -218,7 +218,7 @@ def _description(engine: Engine, task: Task, num_skipped: int, name: str) -> dic
         "num_labels": len(task.labels) if task.labels else None,
         "num_queries": len(task.test),
         "num_queries_skipped": num_skipped,
-        "model": engine.reference,
+        "model": engine.identity.reference,
         "model_name": name,
         "trained_context_tokens": engine.trained_context_tokens,
         "trained_shots": manifest.max_trained_shots if manifest else None,
