@@ -27,6 +27,12 @@ INSTEAD = {
     r"rectangles?": "padded batch",
     r"swept|flaws?": "cleaned up, integrity error",
     r"unseen characters": "zero-width characters",
+    r"in no time|in one go": "at once",
+    r"for ever": "forever",
+    r"strangers?": "untrusted, not yours",
+    r"likeness": "similarity",
+    r"in (its|the) way": "missing",
+    r"held to": "checked against",
 }
 FILES = [*sorted((ROOT / "src").rglob("*.py")), *(page for page in PAGES if page.name != "log.md")]
 

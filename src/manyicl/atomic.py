@@ -13,10 +13,10 @@ _ASIDE = ".manyicl-part-"
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file aside, wait until it is on the disk, and give it its name.
+    """Write a temporary file, wait until it is on the disk, and rename it.
 
-    The file aside is new and of this call alone, so that two writers do not mix; it is removed where writing fails,
-    and only a kill leaves it (see `is_leftover`). A link is followed.
+    The temporary file is new for each call, so that two writers do not mix; it is removed if writing fails,
+    and remains only after a kill (see `is_leftover`). A link is followed.
 
     Args:
         path: File to write, in a folder that exists.
@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
 
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` that takes this name once it is filled and on the disk.
+    """Yield an empty folder next to ``path`` that is renamed to it once its content is on the disk.
 
     ``path`` must not exist, or be an empty folder; its folder is made. Where filling fails, nothing stays.
     """

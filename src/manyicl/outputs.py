@@ -28,8 +28,8 @@ def require_output_file(
     Args:
         path: File to be written.
         endings: Endings of which the name has one, such as ``.html``; none for any name.
-        is_ours: Tells whether a file that exists is of the kind that is written and may be replaced; without it, no
-            file is replaced unless it is empty.
+        is_ours: Tells whether an existing file was written by the same command, so that it may be replaced; without
+            it, only an empty file is replaced.
         inputs: Files that are read, by the option that names them, none of which may be the output.
         with_parents: True if missing folders will be made.
 
@@ -86,10 +86,10 @@ def require_writable(path: Path, *, beside: bool = False) -> None:
 
     Args:
         path: File or folder to be written.
-        beside: Try beside a folder that exists rather than in it, because it will be replaced as a whole.
+        beside: Try next to an existing folder rather than in it, because it will be replaced as a whole.
 
     Raises:
-        UserError: If the machine refuses, the name is too long, or a file stands where a folder is needed.
+        UserError: If the machine refuses, the name is too long, or there is a file where a folder is needed.
     """
     if (num_bytes := len(os.fsencode(path.name))) > MOST_NAME_BYTES:
         what = f"the output {shortened(repr(str(path)))} has too long a name"

@@ -112,7 +112,7 @@ def test_where_everything_is_at_hand_nothing_is_refused(
     assert here["kernels"].startswith("Liger")
     assert any("One process uses one of 2 GPUs" in remark for remark in here["remarks"])
     assert run(monkeypatch, LLAMA, *changes) == 0
-    assert "Nothing is known to be in its way" in capsys.readouterr().out
+    assert "Nothing is known to be missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path
 
 
 def beside(row: Row, answer: Row) -> Row:
-    """Put an answer beside its query; an input column with the name of an output column becomes ``input_...``."""
+    """Add an answer to its query; an input column with the name of an output column becomes ``input_...``."""
     kept: Row = {}
     for column, value in row.items():
         name = column

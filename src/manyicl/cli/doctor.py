@@ -62,9 +62,7 @@ def doctor_command(
         _print_lines(console, (("remark", remark) for remark in remarks), "yellow")
         _print_lines(console, (("refused", refusal) for refusal in refusals), "bold red")
         if not refusals:
-            console.print(
-                "  Nothing is known to be in its way; --dry-run of `manyicl train` reads tasks and model too."
-            )
+            console.print("  Nothing is known to be missing; `manyicl train --dry-run` checks tasks and model as well.")
 
 
 def machine_lines(machine: Machine) -> Iterator[tuple[str, str]]:

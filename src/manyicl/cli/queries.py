@@ -111,7 +111,7 @@ class Queries:
         return queries
 
     def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Any]) -> Iterator[Any]:
-        """Put each prediction beside the row that it answers; name the place of a query that does not fit."""
+        """Combine each prediction with the row that it answers; name the location of a query that does not fit."""
         while True:
             try:
                 prediction = next(predictions, None)

@@ -83,7 +83,7 @@ class LabelTrie:
 def tries_of(
     label_ids: Sequence[tuple[int, ...]], most_inner_nodes: int, numbers: Sequence[int] | None = None
 ) -> list[LabelTrie]:
-    """Cut a label set into tries of so many inner nodes at most, so that each fits in memory beside its query.
+    """Cut a label set into tries of so many inner nodes at most, so that each fits in memory together with its query.
 
     Labels that begin alike stay together, except across a cut, where their shared beginning is read twice. A single
     label longer than the limit is a trie of its own. ``numbers`` are as for `LabelTrie.of`.

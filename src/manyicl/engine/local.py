@@ -57,7 +57,7 @@ class LocalBackend:
 
         Args:
             loaded: From `manyicl.model.load.load_model`.
-            activation_budget_mib: Bound on what queries in flight use beside model and prefix, in MiB; it decides how
+            activation_budget_mib: Bound on the memory of queries in flight, without model and prefix; it decides how
                 many advance together, never a result. None for half of what the prefix uses, and at least 64.
 
         Raises:

@@ -187,7 +187,7 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], b
     waiting = set(range(len(searches)))
     taken: dict[int, list[int]] = {}
     while waiting or taken:
-        # With few queries in flight each reads more of its trie at a time, where it costs little beside the pass.
+        # With few queries in flight each reads more of its trie at a time, at little cost compared with the pass.
         width = max(1, TOKENS_WORTH_A_PASS // (len(waiting) + len(taken)))
         for query in sorted(waiting):
             # A trie that cannot hold the best label asks for nothing, and the next one is looked at.

@@ -279,7 +279,7 @@ class Encoder:
         return text_of(self.episode_segments(episode))
 
     def joined_ids(self, episode: Episode) -> tuple[int, ...]:
-        """Encode the joined text in one go: what a user of the plain tokenizer would feed the model."""
+        """Encode the joined text at once: what a user of the plain tokenizer would feed the model."""
         segments = self.episode_segments(episode)
         joined = Segment(text_of(segments), is_control=any(segment.is_control for segment in segments))
         return (*self.bos_ids, *self._encode_segment(joined, True))

@@ -57,7 +57,7 @@ class SegmentTokenizer:
     def _require_kept(self, segment: Segment) -> None:
         """Refuse a tokenizer that loses a segment of the format."""
         decoded = self.decode(self.encode(segment))
-        # Some control tokens take the white space beside them along, in the template's own text as well.
+        # Some control tokens absorb the white space next to them, in the template's own text as well.
         ignored = string.whitespace if segment.is_control and self._strips else ""
         without = str.maketrans("", "", ignored)
         if decoded.translate(without) != segment.text.translate(without):
@@ -112,7 +112,7 @@ class SegmentTokenizer:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the tokens that a tokenizer reads as one id whatever is beside them; runs of white space are none."""
+    """Return the tokens that a tokenizer reads as one id whatever is next to them; runs of white space are none."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     return frozenset(token for token in tokens if token.strip() and token != tokenizer.unk_token)
 

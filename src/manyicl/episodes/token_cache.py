@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Hashable
 from threading import Lock
 
-# What a dictionary needs for one text beside its characters and ids, roughly.
+# Roughly what a dictionary needs for one text in addition to its characters and ids.
 BYTES_OF_AN_ENTRY = 250
 
 

@@ -107,8 +107,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             loaded: From `manyicl.model.load.load_model`.
             max_context_tokens: Where contexts are cut from the left; None for lm-eval's rule: what the
                 configuration allows, else what the tokenizer says, else 2,048.
-            activation_budget_mib: Bound on what queries in flight use beside model and prefix, in MiB; None for half
-                of what the prefix uses, and at least 64.
+            activation_budget_mib: Bound on the memory of queries in flight, without model and prefix; None for half of
+                what the prefix uses, and at least 64.
 
         Raises:
             UserError: If the model allows fewer positions, the tokenizer has no token that may stand for an empty

@@ -69,7 +69,7 @@ class Metric:
 def accuracy(prediction: str, references: References) -> float:
     """Score 1 if the answer is an accepted one, white space at its ends aside.
 
-    Every other difference counts, one of composition (NFC, NFD) too: labels are told apart by their characters.
+    Every other difference counts, one of composition (NFC, NFD) too: labels are compared character by character.
 
     >>> accuracy("world", ("world",))
     1.0
@@ -184,7 +184,7 @@ _ALL = (
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
-# What is recorded of free answers beside the task's own metric, where a family has other habits than exact matches.
+# Companion metrics of free answers, for families in which exact matches are not the usual ones.
 _FREE_ANSWERS = {
     "math": ("numeric_match", "exact_match"),
     "summarization": ("rouge1", "rouge2", "rougeL"),

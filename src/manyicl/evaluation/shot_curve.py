@@ -192,7 +192,7 @@ def _curve(
 
 
 def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
-    """Return the part of a record that its score depends on, beside shots and seed."""
+    """Return the fields of a record on which its score depends, besides shots and seed."""
     return {
         "task": task.name,
         "data_hash": task.data_hash,
@@ -207,7 +207,7 @@ def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dic
 
 
 def _description(engine: Engine, task: Task, num_skipped: int, name: str) -> dict[str, Any]:
-    """Return the part of a record that is the same for a whole curve and no condition of its scores."""
+    """Return the other fields of a record that are the same for a whole curve."""
     manifest = engine.manifest
     trained = manifest.tasks if manifest else ()
     # Fine-tuning saw this task, or another one of its source.

@@ -1,7 +1,7 @@
 """Standard errors, intervals, paired differences, and means over tasks and families.
 
 Every seed answers the same queries after other demonstrations, so the scores of a task form a table of seeds and
-queries, (S, Q), with two sources of chance beside the rest: some draws of demonstrations are luckier, and some
+queries, (S, Q), with two sources of variation besides the residual: some draws of demonstrations are luckier, and some
 queries harder. Treating its S x Q cells as independent would understate the error of their mean.
 
 Scores that are all alike, as 20 right out of 20, do not show that another query could not be wrong. The standard error

@@ -31,7 +31,7 @@ QUERY = "the music was fine"
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What prompt.json says of a model beside its format.
+    """What prompt.json says of a model in addition to its format.
 
     Attributes:
         model: Name of the folder.

@@ -19,7 +19,7 @@ def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSamplin
 def demonstrations_in_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> Iterator[int]:
     """Yield the positions of examples, given by their answers, in the order in which they become demonstrations.
 
-    ``balanced`` deals the answers out in rounds: every answer once, in shuffled order, before any answer
+    ``balanced`` goes through the answers in rounds: every answer once, in shuffled order, before any answer
     twice, so that each beginning of the order is as balanced by answer as it can be.
     """
     rng = random.Random(f"demonstrations {seed}")

@@ -273,7 +273,7 @@ def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
 
 
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:
-    """Read the rows of a data path: beside the task file, else under the data root."""
+    """Read the rows of a data path: next to the task file, or else under the data root."""
     places = [task_file.parent, *filter(None, [data_root])]
     candidates = [place / expanded(written) for place in places]
     path = next((candidate for candidate in candidates if exists(candidate)), None)

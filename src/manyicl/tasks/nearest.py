@@ -15,7 +15,7 @@ from manyicl.tasks.words import is_unspaced, words
 class NearestExamples:
     """Gives a query the examples that are most like it, the nearest last, so that it comes just before the query.
 
-    Likeness is BM25 (Lucene's form, k1 1.5, b 0.75) between the texts of query and example; answers take no part.
+    Similarity is BM25 (Lucene's form, k1 1.5, b 0.75) between the texts of query and example; answers take no part.
     An example that shares no word with the query is never shown, so a query may get fewer than ``num_examples``,
     and none where nothing is like it: an arbitrary example would only pose as a near one. Among equals the one
     given first counts as nearer.
@@ -65,7 +65,7 @@ class NearestExamples:
 
 
 def terms(text: str) -> list[str]:
-    """Split a text into what likeness is counted in: words and, where a script has no spaces, its characters.
+    """Split a text into the terms of the similarity: words and, where a script has no spaces, its characters.
 
     There each pair of neighbours is a term as well, as in Lucene's analysis of Chinese and Japanese: most words
     are longer than a character, and a pair says more than two characters apart.

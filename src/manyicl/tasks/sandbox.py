@@ -155,7 +155,7 @@ _LIMITS: Mapping[str, Callable[..., None]] = {
 def _limit_operator(operator: str, left: Any, right: Any) -> None:
     """Refuse an operator before it makes far more than what it is given."""
     if operator == "%" and isinstance(left, str | bytes):
-        raise SecurityError("texts are not formatted with %; write {{ }} beside each other")
+        raise SecurityError("texts are not formatted with %; write {{ }} next to each other")
     if isinstance(left, int) and isinstance(right, int):
         if operator == "**":
             _require_bits(left.bit_length() * right)
@@ -361,7 +361,7 @@ def render_chat_template(source: str, variables: Mapping[str, object], budget: B
     """Render the chat template of a model folder as transformers does, with all work counted.
 
     Args:
-        source: Template in Jinja2, which a stranger may have written.
+        source: Template in Jinja2, possibly from an untrusted source.
         variables: What it reads, such as ``messages``, ``add_generation_prompt`` and ``bos_token``.
         budget: Shared with other renderings, so that many of them take no longer than one may; None for its own.
 

@@ -174,7 +174,7 @@ class TaskFile(Section):
         if self.choices is not None and self.labels is not None:
             raise ValueError("labels are one set for all rows, choices a list in each row; give one of them")
         if self.references is not None and (self.choices is not None or self.closed_labels is not None):
-            raise ValueError("references list accepted free answers; leave them out beside labels or choices")
+            raise ValueError("references list accepted free answers; omit them with labels or choices")
         return self
 
     @property

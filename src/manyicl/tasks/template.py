@@ -20,7 +20,7 @@ ClassNames = Mapping[str, Mapping[str, str]]
 class Template:
     """A text with ``{{ column }}`` in it, rendered without access to anything but the row.
 
-    A template comes from a task file that a stranger may have written, so it runs in Jinja2's immutable
+    A template may come from an untrusted task file, so it runs in Jinja2's immutable
     sandbox, an unknown column is an error instead of an empty string, and rendering is bounded: ``MOST_STEPS``
     loop turns and operations, ``MOST_CHARACTERS`` in the text and in every value made on the way. Macros,
     includes, ``random`` and filters that pad to a width do not exist. ``row['Customer text']`` names any

@@ -27,7 +27,7 @@ def as_text(value: Any) -> Any:
     """Turn a typed value into what JSON would show: numbers become text; lists, mappings, booleans and null stay.
 
     No number (NaN), as which pandas writes a missing one, is null. So are bytes within a list or mapping that are no
-    text, such as the pictures that datasets carry beside their texts.
+    text, such as the pictures in datasets that also have texts.
 
     Raises:
         UnicodeDecodeError: If the value itself is bytes that are not UTF-8.

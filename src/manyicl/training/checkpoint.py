@@ -153,7 +153,7 @@ class Checkpoints:
         return None
 
     def resume_point(self, num_processes: int) -> ResumePoint:
-        """Find the newest checkpoint from which a run resumes exactly, and clean up what is in its way.
+        """Find the newest checkpoint from which a run resumes exactly, and remove incomplete ones.
 
         Raises:
             UserError: If there are checkpoints and none can be used, or another number of processes saved it.

@@ -120,7 +120,7 @@ class TaskSettings(Section):
         (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
     )
     data_root: HomePath | None = Field(
-        None, description="Folder of the data that is not found beside its task.yaml, and of copies of Hub datasets."
+        None, description="Folder of the data that is not found next to its task.yaml, and of copies of Hub datasets."
     )
     mixture: Mixture = Field(default_factory=Mixture, description="How often each training task is drawn.")
 

@@ -63,7 +63,7 @@ def check_recipe(recipe: Recipe, *, with_tasks: bool = True) -> None:
     """Refuse a recipe that cannot be run on this machine as it says. A run does this once, before all else.
 
     Raises:
-        UserError: With everything that is in the way, as far as `problems` sees it.
+        UserError: With everything that is missing, as far as `problems` can tell.
     """
     found = list(problems(recipe, with_tasks=with_tasks))
     if len(found) == 1:

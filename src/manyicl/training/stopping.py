@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def stopping_signals() -> list[int]:
-    """List what stops a run: Ctrl-C, a polite kill, and a closed terminal unless it was told not to matter (nohup)."""
+    """List the signals that stop a run: Ctrl-C, SIGTERM, and a closed terminal unless that is ignored (nohup)."""
     stopping: list[int] = [signal.SIGINT, signal.SIGTERM]
     hang_up = getattr(signal, "SIGHUP", None)
     if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:

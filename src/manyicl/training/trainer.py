@@ -54,7 +54,7 @@ class ManyShotTrainer(Trainer):
     Three things differ from the library. The loss is divided by the summed weight of the targets of the whole step,
     gathered over processes, and multiplied by the number of processes, because their gradients are then averaged: so
     accumulation and processes give the update of one large batch. A loss or gradient that is not a number ends the
-    run before it reaches the weights. And a checkpoint is written aside, completed and put in its place, before an
+    run before it reaches the weights. And a checkpoint is written aside, completed and moved to its place, before an
     older one goes.
     """
 
@@ -125,7 +125,7 @@ class ManyShotTrainer(Trainer):
         """Return one sequence's part of the step's loss, times the number of processes.
 
         Where it is not a finite number, all processes end together before the optimizer's step: those whose loss is
-        finite would wait for ever for the gradients of one that ended by itself.
+        finite would wait forever for the gradients of one that ended by itself.
         """
         assert num_items_in_batch is not None
         assert not return_outputs
