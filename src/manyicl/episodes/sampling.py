@@ -26,8 +26,8 @@ class EpisodeSettings(Section):
 
     examples_per_episode: Literal["fill"] | int | tuple[int, int] = Field(
         "fill",
-        description="Examples in an episode: a number, a range [least, most] from which a number is drawn evenly, or "
-        "`fill` for as many as the context holds.",
+        description="Examples in an episode: a number, a range [least, most] from which a number is drawn uniformly, "
+        "or `fill` for as many as the context holds.",
     )
     sampling: ShotSampling = Field("random", description="Order of examples: random, or balanced by answer.")
     rename_labels: float = Field(
@@ -51,15 +51,15 @@ class Mixture(Section):
     """How often each training task is drawn."""
 
     kind: Literal["uniform", "weights", "size"] = Field(
-        "uniform", description="Every task alike, by `weights`, or by number of training rows."
+        "uniform", description="uniform: all tasks equally; weights: by `weights`; size: by training rows."
     )
     weights: Mapping[str, float] = Field(
         default_factory=dict,
-        description="For `weights`: task name, pattern such as `tweet_*`, or family -> weight, shared evenly by the "
-        "tasks it names. A task belongs to its own name or else to the first that fits; tasks of none weigh 1 each.",
+        description="For `weights`: the weight of a task name, a pattern such as `tweet_*`, or a family, shared evenly "
+        "by the tasks it matches. A task's own name comes before the first other match; unmatched tasks weigh 1 each.",
     )
     temperature: float = Field(
-        1.0, gt=0, description="For `size`: rows to the power 1/temperature; a high value nears uniform."
+        1.0, gt=0, description="For `size`: rows to the power 1/temperature; a high value approaches uniform."
     )
 
     @model_validator(mode="after")

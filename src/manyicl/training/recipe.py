@@ -44,7 +44,7 @@ class TokenizerSettings(Section):
         "byte_bpe", description="word: one token per word, for closed vocabularies; byte_bpe: any text, losslessly."
     )
     vocabulary_size: int = Field(
-        4096, ge=8, description="Most entries it may have, special tokens included; byte_bpe needs 300."
+        4096, ge=8, description="Maximum number of entries, with special tokens; byte_bpe needs 300 or more."
     )
 
     @model_validator(mode="after")
@@ -60,11 +60,11 @@ class FromScratchSettings(Section):
     architecture: str = Field(description="A model_type of transformers, such as llama, mistral, qwen3.")
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of its transformers config; vocabulary, special tokens and context follow.",
+        description="Keys of its transformers config; vocabulary, special tokens and context are derived.",
     )
     initialization: Literal["default", "structured"] = Field(
         "default",
-        description="default: the library's weights; structured: attention heads that look back and match at once.",
+        description="default: the library's weights; structured: attention heads that attend back and match.",
     )
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="How its tokenizer is trained.")
 
@@ -114,10 +114,10 @@ class TaskSettings(Section):
 
     train: tuple[str, ...] = Field(
         min_length=1,
-        description="Task folders, task.yaml files, catalog:NAME or globs; paths from the working directory.",
+        description="Task folders, task.yaml files, catalog:NAME or globs, relative to the working directory.",
     )
     evaluate: tuple[str, ...] = Field(
-        (), description="Held-out tasks, evaluated during training; of other sources than the training tasks."
+        (), description="Held-out tasks, evaluated during training; sources other than those of the training tasks."
     )
     data_root: HomePath | None = Field(
         None, description="Folder of the data that is not found next to its task.yaml, and of copies of Hub datasets."
@@ -144,7 +144,7 @@ class ObjectiveSettings(Section):
         "token", description="token: each target counts 1; answer: each answer does, spread over its tokens."
     )
     context_weight: float = Field(
-        0.0, ge=0, le=1, description="Weight of each token that is not a supervised answer; 0 leaves them out."
+        0.0, ge=0, le=1, description="Weight of each token that is not a supervised answer; 0 ignores them."
     )
 
     @model_validator(mode="after")
@@ -161,23 +161,23 @@ class TrainingSettings(Section):
     num_tokens: int | None = Field(
         None, ge=1, le=10**15, description="Length of the run in context tokens, rounded up to whole steps."
     )
-    num_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps, instead.")
+    num_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
     sequences_per_step: int = Field(
         8, ge=1, description="Packed sequences in one optimizer step, over all processes; each is one micro-batch."
     )
     learning_rate: float = Field(gt=0, description="Peak rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = Field(
-        "linear", description="How the rate falls after the warm-up: to zero, or not at all."
+        "linear", description="How the learning rate falls after the warm-up, if it does."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from zero; part of the run.")
     decay_share: float = Field(
-        DECAY_SHARE, gt=0, le=1, description="Share of the steps, the last ones, in which warmup_stable_decay falls."
+        DECAY_SHARE, gt=0, le=1, description="Share of the steps, at the end, in which warmup_stable_decay falls."
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of matrices; biases and norms never decay.")
     adam_betas: tuple[float, float] = Field(
         (0.9, 0.95), description="Decay of the running averages of the gradient and of its square."
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled to this norm; 0 never scales.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Larger gradients are scaled to this norm; 0 never scales.")
     bf16: bool = Field(False, description="Compute in bfloat16 (autocast) over float32 weights.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -203,10 +203,10 @@ class TrainingSettings(Section):
         "training side, whose other rows are the demonstrations; test rows stay untouched for `manyicl evaluate`.",
     )
     save_every: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; each evaluation and the last step make one in any case."
+        None, ge=1, description="Steps between checkpoints; each evaluation and the last step always make one."
     )
     keep_checkpoints: int = Field(
-        2, ge=2, description="Number of newest checkpoints that are kept; the best one of each stays, too."
+        2, ge=2, description="Number of newest checkpoints to keep; the best one of each is kept, too."
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the packed sequences, new weights and dropout.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of each process; unset: torch's choice.")

@@ -95,11 +95,7 @@ def notes(summary: Summary) -> list[str]:
     seeds = len({record.seed for record in records})
     lines = [
         "Each cell is a mean and its standard error, over queries and "
-        + (
-            f"{seeds} draws of demonstrations."
-            if seeds > 1
-            else "one draw of demonstrations, so that the variation between draws is not included."
-        )
+        + (f"{seeds} draws of demonstrations." if seeds > 1 else "one draw of demonstrations, without its variance.")
         + " Tasks are averaged within their family, then families; every task counts in its own metric."
         + " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
         + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
