@@ -23,12 +23,8 @@ def exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        raise UserError(
-            "bad_path",
-            f"cannot be looked for, {reason(error)}",
-            expected="the path of a file",
-            file=shortened(str(path)),
-        ) from error
+        what = f"cannot be looked for, {reason(error)}"
+        raise UserError("bad_path", what, expected="the path of a file", file=shortened(str(path))) from error
 
 
 def nearest_path(path: Path) -> str:

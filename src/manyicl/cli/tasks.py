@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from glob import glob
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,11 +63,7 @@ Model = Annotated[
 ]
 
 
-@app.command(
-    "list",
-    epilog="Examples:\n\nmanyicl tasks list\n\nmanyicl tasks list nli\n\nmanyicl tasks list --search sentiment\n\n"
-    "manyicl tasks list tasks/\n\nmanyicl tasks list recipes/real/train --data-root ~/data",
-)
+@app.command("list")
 def list_tasks(
     tasks: Annotated[
         list[str] | None,
@@ -81,7 +80,20 @@ def list_tasks(
     ] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """List the catalogue or one of its families, without downloading; or load tasks and list labels, rows, source."""
+    """List the catalogue or one of its families, without downloading; or load tasks and list labels, rows, source.
+
+    Examples:
+
+        manyicl tasks list
+
+        manyicl tasks list nli
+
+        manyicl tasks list --search sentiment
+
+        manyicl tasks list tasks/
+
+        manyicl tasks list recipes/real/train --data-root ~/data
+    """
     from manyicl.tasks.files import load_tasks
 
     if not tasks or all(map(_is_of_catalog, tasks)):
@@ -122,11 +134,9 @@ def _table(rows: Iterable[dict[str, str]], **options: Any) -> Table:
 
 def _is_of_catalog(pattern: str) -> bool:
     """Tell a name, a family or a pattern of the catalogue from what is on disk, which comes first."""
-    from glob import glob
-
     if pattern.startswith("catalog:"):
         return True
-    return all(letter.isalnum() or letter in "_*?[]-" for letter in pattern) and not glob(pattern)  # noqa: PTH207
+    return re.fullmatch(r"[\w*?\[\]-]+", pattern) is not None and not glob(pattern)  # noqa: PTH207
 
 
 def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path | None) -> None:
@@ -155,11 +165,7 @@ def _list_catalog(patterns: Sequence[str], search: str | None, data_root: Path |
     console.print(note)
 
 
-@app.command(
-    "check",
-    epilog="Examples:\n\nmanyicl tasks check tasks/banking77\n\n"
-    "manyicl tasks check tickets.csv:text:label --context 8192 --model hf:HuggingFaceTB/SmolLM2-135M",
-)
+@app.command("check")
 def check_tasks(
     tasks: TaskPatterns,
     data_root: DataRoot = None,
@@ -175,7 +181,14 @@ def check_tasks(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check tasks: balance, lengths, repeats; with --model, labels that begin other labels, and shots that fit."""
+    """Check tasks: balance, lengths, repeats; with --model, labels that begin other labels, and shots that fit.
+
+    Examples:
+
+        manyicl tasks check tasks/banking77
+
+        manyicl tasks check tickets.csv:text:label --context 8192 --model hf:HuggingFaceTB/SmolLM2-135M
+    """
     from manyicl.episodes.checks import check_task
     from manyicl.tasks.files import load_tasks
 
@@ -248,39 +261,43 @@ def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
     return {name.replace("_tokens", "_characters"): value for name, value in values.items()}
 
 
-@app.command(
-    "nano",
-    epilog="Examples:\n\nmanyicl tasks nano runs/nano/tasks --split base\n\n"
-    "manyicl tasks nano my-world --split unseen --seed 7",
-)
+@app.command("nano")
 def write_nano_tasks(
     folder: Annotated[Path, typer.Argument(help="Folder for the task folders.", show_default=False)],
     split: Annotated[Split, typer.Option(help="Which tasks.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all rules and rows.")] = 0,
 ) -> None:
-    """Write tasks of the nano world, whose hidden rules can be learned only from demonstrations."""
+    """Write tasks of the nano world, whose hidden rules can be learned only from demonstrations.
+
+    Examples:
+
+        manyicl tasks nano runs/nano/tasks --split base
+
+        manyicl tasks nano my-world --split unseen --seed 7
+    """
     from manyicl.tasks.nanoworld.world import write_nano_world
 
     places = write_nano_world(folder, seed=seed, split=split)
     typer.echo(f"{len(places):,} tasks written to {folder}")
 
 
-@app.command("starter", epilog="Examples:\n\nmanyicl tasks starter tables")
+@app.command("starter")
 def copy_starter_tables(
     folder: Annotated[Path, typer.Argument(help="Where the task folders go.", show_default=False)],
 ) -> None:
-    """Copy three small tables to try things on: tickets and their team, messages and their urgency, product titles."""
+    """Copy three small tables to try things on: tickets and their team, messages and their urgency, product titles.
+
+    Examples:
+
+        manyicl tasks starter tables
+    """
     from manyicl.tasks.starter_tables import write_starter_tables
 
     for place in write_starter_tables(folder):
         typer.echo(str(place))
 
 
-@app.command(
-    "show",
-    epilog="Examples:\n\nmanyicl tasks show tasks/banking77\n\n"
-    "manyicl tasks show tickets.csv:text:label --shots 8 --seed 1",
-)
+@app.command("show")
 def show_task(
     task: Annotated[
         str,
@@ -296,6 +313,12 @@ def show_task(
     """Show an episode as the model sees it; supervised text is coloured, or in «» without colour.
 
     With --model it is shown token by token.
+
+    Examples:
+
+        manyicl tasks show tasks/banking77
+
+        manyicl tasks show tickets.csv:text:label --shots 8 --seed 1
     """
     from manyicl.episodes.episode import Episode
     from manyicl.tasks.files import load_task
@@ -317,16 +340,11 @@ def show_task(
 
 def spans_of(episode: EncodedEpisode, encoder: Encoder, by_token: bool) -> Iterator[Span]:
     """Yield the texts of an episode, token by token or each span as one text, answers as supervised."""
-    position = 0
-    for start, end in (*episode.answer_spans, (len(episode.token_ids), len(episode.token_ids))):
-        for token_ids, is_supervised in (
-            (episode.token_ids[position:start], False),
-            (episode.token_ids[start:end], True),
-        ):
-            if token_ids:
-                texts = _token_texts(encoder, token_ids) if by_token else [encoder.decode(token_ids)]
-                yield texts, is_supervised
-        position = end
+    boundaries = [0, *chain(*episode.answer_spans), len(episode.token_ids)]
+    for number, (start, end) in enumerate(pairwise(boundaries)):
+        if token_ids := episode.token_ids[start:end]:
+            is_answer = number % 2 == 1
+            yield _token_texts(encoder, token_ids) if by_token else [encoder.decode(token_ids)], is_answer
 
 
 def draw(spans: Iterable[Span], with_marks: bool) -> Text:

@@ -44,12 +44,9 @@ class NearestExamples:
             by_content.setdefault((example.query, example.answer), example)
         self.candidates = tuple(example for content, example in by_content.items() if content not in excluded)
         if not self.candidates:
-            raise UserError(
-                "no_example_left",
-                f"No example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded, "
-                "as those of a shared prefix are",
-                remedy="Give more examples, or share fewer.",
-            )
+            what = f"No example is left to be the nearest: {len(by_content)} were given and {len(excluded)} excluded"
+            remedy = "Give more examples, or share fewer: those of a shared prefix are excluded."
+            raise UserError("no_example_left", what, remedy=remedy)
         self.num_examples = num_examples
         self._index = _index([terms(example.query.text) for example in self.candidates])
 

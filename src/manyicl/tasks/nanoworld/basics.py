@@ -9,7 +9,7 @@ stands for must be read from the context.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -125,12 +125,7 @@ def draw_kind(rng: random.Random) -> Rule:
 
 def draw_named_operation(rng: random.Random) -> Rule:
     """``sum of 4 8`` -> ``2``: arithmetic under English names."""
-
-    def draw_example(rng: random.Random) -> DrawnRow:
-        name, first, second = rng.choice(list(OPERATIONS)), rng.choice(DIGITS), rng.choice(DIGITS)
-        return f"{name} of {first} {second}", _computed(name, first, second)
-
-    return _exercise(draw_example)
+    return _operations({f"{name} of": name for name in OPERATIONS})
 
 
 def draw_one_operation(rng: random.Random) -> Rule:
@@ -146,8 +141,10 @@ def draw_one_operation(rng: random.Random) -> Rule:
 
 def draw_cued_operation(rng: random.Random) -> Rule:
     """``gizel 4 8`` -> ``2``: two or three coined cues, each for an operation."""
-    operation_of = {cue: rng.choice(list(OPERATIONS)) for cue in rng.sample(COINED, rng.randint(2, 3))}
+    return _operations({cue: rng.choice(list(OPERATIONS)) for cue in rng.sample(COINED, rng.randint(2, 3))})
 
+
+def _operations(operation_of: Mapping[str, str]) -> Rule:
     def draw_example(rng: random.Random) -> DrawnRow:
         cue, first, second = rng.choice(list(operation_of)), rng.choice(DIGITS), rng.choice(DIGITS)
         return f"{cue} {first} {second}", _computed(operation_of[cue], first, second)
