@@ -246,13 +246,8 @@ def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> 
     if kind == "extra_forbidden":
         name = str(first["loc"][-1])  # any text may be a user's key
         key = ".".join(filter(None, (under, *map(str, _written_location(first["loc"][:-1])), name)))
-        known = list(section.model_fields)
-        return UserError(
-            "unknown_key",
-            f"unknown key {key!r}",
-            remedy=did_you_mean(name, known) or f"Known here: {known}.",
-            field=key,
-        )
+        remedy = did_you_mean(name, section.model_fields) or f"Known here: {list(section.model_fields)}."
+        return UserError("unknown_key", f"unknown key {key!r}", remedy=remedy, field=key)
     key = ".".join(filter(None, (under, *map(str, location))))
     if kind == "missing":
         return UserError("missing_key", f"the key {key!r} is missing{meaning and f', {meaning}'}", field=key)

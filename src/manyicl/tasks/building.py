@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
 from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split, why_one_side_is_empty
-from manyicl.tasks.task import Example, Query, Task, hash_content
+from manyicl.tasks.task import Example, Pairs, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
 from manyicl.tasks.values import as_option, as_written, columns_in, listed, missing_column, num_characters
 
@@ -297,11 +298,7 @@ class TaskBuilder:
 
 
 def task_of_examples(
-    name: str,
-    train: Iterable[tuple[str, str] | Example],
-    test: Iterable[tuple[str, str] | Example],
-    labels: Iterable[str] | str | None,
-    keys: Mapping[str, object],
+    name: str, train: Pairs, test: Pairs, labels: Iterable[str] | str | None, keys: Mapping[str, object]
 ) -> Task:
     """Make a task of queries and answers; see ``Task.from_examples``.
 
@@ -317,13 +314,11 @@ def task_of_examples(
     """
     if not isinstance(name, str):
         raise UserError("wrong_type", "the name of a task is a text", found=shown(name), field="name")
-    sides = [
-        [_row_of(example, side, number) for number, example in enumerate(examples, 1)]
-        for side, examples in (("train", train), ("test", test))
-    ]
+    sides = [[_row_of(example, "train", number) for number, example in enumerate(train, 1)]]
+    sides.append([_row_of(example, "test", number) for number, example in enumerate(test, 1)])
     values: dict[str, object] = {"name": name, "query": "{{ text }}", "answer": "{{ answer }}", **keys}
     values["labels"] = labels if labels is None or isinstance(labels, str) else tuple(labels)
-    values["choices"] = "choices" if any("choices" in row.columns for side in sides for row in side) else None
+    values["choices"] = "choices" if any("choices" in row.columns for row in chain(*sides)) else None
     values["data"] = TwoFiles(train=("train",))
     return TaskBuilder(validated(TaskFile, values, None), None, has_task_file=False).two_sided_task(*sides)
 

@@ -17,12 +17,7 @@ Family = Literal["classification", "nli", "qa", "summarization", "generation", "
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 Columns = Mapping[str, object]
-_METRIC_OF_FREE_ANSWERS: Mapping[str, str] = {
-    "qa": "exact_match",
-    "summarization": "rougeL",
-    "generation": "rougeL",
-    "math": "numeric_match",
-}
+_METRIC_OF_FREE_ANSWERS = {"summarization": "rougeL", "generation": "rougeL", "math": "numeric_match"}
 
 
 def usual_metric(family: str, is_closed: bool) -> str:

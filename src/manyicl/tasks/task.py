@@ -17,6 +17,8 @@ from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
 
 __all__ = ["FAMILIES", "Columns", "Example", "Family", "Query", "Task", "TaskSpec", "hash_content"]
 
+Pairs = Iterable[tuple[str, str] | Example]  # queries with their answers
+
 
 @dataclass(frozen=True)
 class Task:
@@ -46,10 +48,10 @@ class Task:
     def from_examples(
         cls,
         name: str,
-        examples: Iterable[tuple[str, str] | Example],
+        examples: Pairs,
         *,
         labels: Iterable[str] | Literal["from_train"] | None = None,
-        test: Iterable[tuple[str, str] | Example] = (),
+        test: Pairs = (),
         instruction: str | None = None,
         family: Family | None = None,
         metric: str | None = None,
@@ -74,14 +76,9 @@ class Task:
         """
         from manyicl.tasks.building import task_of_examples
 
-        keys = {
-            "family": family or ("generation" if labels is None else "classification"),
-            "instruction": instruction,
-            "metric": metric,
-            "source": source,
-            "max_answer_tokens": max_answer_tokens,
-        }
-        return task_of_examples(name, examples, test, labels, keys)
+        family = family or ("generation" if labels is None else "classification")
+        keys = {"family": family, "instruction": instruction, "metric": metric, "source": source}
+        return task_of_examples(name, examples, test, labels, {**keys, "max_answer_tokens": max_answer_tokens})
 
     @classmethod
     def open(cls, folder: str | Path) -> Task:
@@ -179,13 +176,10 @@ class Task:
             UserError: If ``num_shots`` is negative or more than the number of training examples.
         """
         if not 0 <= num_shots <= len(self.train):
-            raise UserError(
-                "num_shots_out_of_range",
-                f"Task {self.name!r} has {counted(len(self.train), 'training example')}",
-                expected=f"num_shots from 0 to {len(self.train)}",
-                found=str(num_shots),
-                remedy="Use fewer shots or add rows." if num_shots > 0 else None,
-            )
+            what = f"Task {self.name!r} has {counted(len(self.train), 'training example')}"
+            expected, found = f"num_shots from 0 to {len(self.train)}", str(num_shots)
+            remedy = "Use fewer shots or add rows." if num_shots > 0 else None
+            raise UserError("num_shots_out_of_range", what, expected=expected, found=found, remedy=remedy)
         order = demonstration_order([example.answer for example in self.train], seed, sampling)
         return tuple(self.train[position] for position in order[:num_shots])
 

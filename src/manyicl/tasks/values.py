@@ -82,7 +82,11 @@ def listed(row: Mapping[str, object], place: str) -> object:
     if place in row:
         return row[place]
     if "," in place:
-        return [as_written(_required(row, column.strip())) for column in place.split(",")]
+        columns = [column.strip() for column in place.split(",")]
+        for column in columns:
+            if column not in row:
+                raise missing_column(column, row)
+        return [as_written(row[column]) for column in columns]
     column, _, key = place.partition(".")
     within = row.get(column)
     return within.get(key) if isinstance(within, Mapping) else None
@@ -97,22 +101,12 @@ def columns_in(place: str) -> set[str]:
     return {place, place.partition(".")[0], *(column.strip() for column in place.split(","))}
 
 
-def _required(row: Mapping[str, object], column: str) -> object:
-    if column not in row:
-        raise missing_column(column, row)
-    return row[column]
-
-
 def missing_column(column: str, row: Mapping[str, object], remedy: str = "") -> UserError:
     """Make the error for a column that a row lacks."""
     known = sorted(map(str, row))
-    return UserError(
-        "missing_column",
-        f"the column {column!r} is missing",
-        found=f"the columns {known}",
-        remedy=(remedy or did_you_mean(column, known)).strip() or None,
-        field=column,
-    )
+    remedy = remedy or did_you_mean(column, known)
+    what, found = f"the column {column!r} is missing", f"the columns {known}"
+    return UserError("missing_column", what, found=found, remedy=remedy, field=column)
 
 
 def num_characters(value: object) -> int:
