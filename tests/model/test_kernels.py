@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, modeling_flash_attention_utils
 
 from manyicl.errors import UserError
 from manyicl.model import attention
@@ -37,6 +38,7 @@ def slow_kernel(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    deterministic: bool = False,
 ) -> Tensor:
     """flash_attn_varlen_func as its documentation says: (T, heads, size), one query after the other."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -63,9 +65,11 @@ def slow_kernel(
 
 
 def install(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor], *, any_dtype: bool = True) -> None:
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    # What transformers finds in flash-attn, and that it looks for it anew.
+    functions = (None, kernel, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *arguments, **options: functions)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
     if any_dtype:
         # So that the stand-in is compared to the last digit.
         monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.float32,))
@@ -97,10 +101,92 @@ def test_a_row_in_one_call_equals_its_segments_one_by_one_in_values_and_gradient
         torch.testing.assert_close(found["flash"][1][name], gradient, rtol=1e-4, atol=3e-6 * scale + 1e-6)
 
 
+def slow_torch_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """torch's FlashAttention operator, by the stand-in above."""
+    dropout, causal, returns_mask = rest
+    assert not dropout
+    assert not returns_mask
+    left, right = options["window_size_left"], options["window_size_right"]
+    attended = slow_kernel(
+        q,
+        k,
+        v,
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=ends_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        softmax_scale=options["scale"],
+        causal=causal,
+        window_size=(-1 if left is None else left, -1 if right is None else right),
+    )
+    return attended, None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma3_text"])
+def test_torchs_own_kernel_takes_a_packed_sequence_in_one_call(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("split", "kernel"):
+        if name == "kernel":
+            monkeypatch.setattr(attention, "_has_variable_length_kernel", lambda states, softcap: softcap is None)
+            monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", slow_torch_kernel)
+        model = tiny_model(architecture)
+        logits = model(input_ids=ids, use_cache=False, **packed_arguments(LENGTHS)).logits
+        logits.float().log_softmax(-1)[..., 5].sum().backward()
+        found[name] = logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found["kernel"][0], found["split"][0], rtol=1e-5, atol=3e-5)
+    for name, gradient in found["split"][1].items():
+        scale = float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(found["kernel"][1][name], gradient, rtol=1e-4, atol=3e-6 * scale + 1e-6)
+
+
+def test_no_layer_asks_the_device_how_long_the_segments_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Tensor, Tensor, int, int]] = []
+    asked: list[str] = []
+
+    def records(q: Tensor, k: Tensor, v: Tensor, *metadata: Any, **options: Any) -> tuple[Tensor, None]:
+        calls.append(metadata[:4])
+        return torch.zeros_like(q), None
+
+    model = tiny_model()
+    ids = torch.randint(97, (1, sum(LENGTHS)))
+    packed = packed_arguments(LENGTHS)
+    monkeypatch.setattr(attention, "_has_variable_length_kernel", lambda states, softcap: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", records)
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__"):
+        method = getattr(Tensor, name)
+
+        def noted(*arguments: Any, name: str = name, method: Any = method, **options: Any) -> Any:
+            asked.append(name)
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(Tensor, name, noted)
+    model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([3]), **packed)
+    assert len(calls) == model.config.num_hidden_layers
+    assert {(id(q), id(k), longest_q, longest_k) for q, k, longest_q, longest_k in calls} == {
+        (id(packed["cu_seq_lens_q"]), id(packed["cu_seq_lens_q"]), 47, 47)
+    }
+    assert asked == []
+
+
 def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    @wraps(slow_kernel)
     def sees_what_follows(*parts: Tensor, **options: Any) -> Tensor:
         return slow_kernel(*parts, **{**options, "causal": False})
 
+    @wraps(slow_kernel)
     def mixes(*parts: Tensor, **options: Any) -> Tensor:
         whole = options["cu_seqlens_q"][[0, -1]]
         length = int(whole[-1])
@@ -111,9 +197,11 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="scores otherwise with the kernels of flash-attn than without"):
         use_flash_attention(tiny_model())
 
+    @wraps(slow_kernel)
     def stumbles(*parts: Tensor, **options: Any) -> Tensor:
         raise RuntimeError("head dimension must be a multiple of 8\nat line 5")
 
+    @wraps(slow_kernel)
     def runs_out(*parts: Tensor, **options: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -55,7 +55,7 @@ def test_the_supervised_position_stands_just_before_its_target_in_the_same_episo
     assert batch["counts"].num_answers == 2
     every = sequence_tensors(sequence, ObjectiveSettings(supervise="every_token"))
     assert 8 not in every["supervised_positions"].tolist(), "the last token of an episode predicts no other episode"
-    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, 18)
+    assert batch["input_ids"].shape == batch["packed"]["position_ids"].shape == (1, 18)
 
 
 def some_sequences() -> list[PackedSequence]:

@@ -14,42 +14,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, modeling_flash_attention_utils
 
 from manyicl.errors import UserError
 from manyicl.model.continuation import Continuation
-from manyicl.model.machine import import_library
 
 ATTENTION = "manyicl"
 # transformers takes every name with "flash" in it for its own implementation.
 VARIABLE_LENGTH_ATTENTION = "manyicl_varlen"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+MAX_KERNEL_HEAD_SIZE = 256
 # What some architectures add to their scores; leaving it out in silence would change every result.
 UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
-def packed_arguments(segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return what a model needs beside the ids of a packed sequence: restarting positions and segment ends.
+class PackedArguments(TypedDict):
+    """What a model needs beside the ids of a packed sequence, under the names that transformers gives them.
+
+    Made once for all layers, so that none of them has to ask the device how long a segment is.
+    """
+
+    position_ids: Tensor  # (1, T), from 0 in each segment
+    cu_seq_lens_q: Tensor  # (segments + 1,), from 0 to T, 32-bit integers
+    cu_seq_lens_k: Tensor  # the same tensor: tokens attend within the sequence
+    max_length_q: int  # tokens of the longest segment
+    max_length_k: int  # the same
+
+
+def packed_arguments(segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedArguments:
+    """Describe the segments of a packed sequence to a model.
 
     Args:
         segment_lengths: Tokens of each isolated episode; they sum to T.
         device: Device of the sequence.
-
-    Returns:
-        ``position_ids`` (1, T), from 0 in each segment, and ``cu_seq_lens_q`` (segments + 1,), from 0 to T, under
-        the name that transformers gives it.
     """
     positions = [torch.arange(length) for length in segment_lengths]
-    ends = torch.tensor([0, *segment_lengths]).cumsum(0)
-    return {
-        "position_ids": torch.cat(positions)[None].to(device),
-        "cu_seq_lens_q": ends.to(device=device, dtype=torch.int32),
-    }
+    ends = torch.tensor([0, *segment_lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    longest = max(segment_lengths)
+    return PackedArguments(
+        position_ids=torch.cat(positions)[None].to(device),
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
 
 
 def isolated_attention(
@@ -63,13 +76,15 @@ def isolated_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     continuation: Continuation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally, within segments of a packed sequence or over a prefix and the own sequence after it.
 
     Splitting by segment costs the sum of squares instead of the square of the sum: measured 22 times faster
-    than a dense mask for 8 segments of 1,024 tokens on a CPU.
+    than a dense mask for 8 segments of 1,024 tokens on a CPU. On a GPU in 16 bits torch's variable-length kernel
+    takes all segments in one call.
 
     Args:
         module: The attention layer that calls.
@@ -82,6 +97,7 @@ def isolated_attention(
         sliding_window: A token sees at most so many keys, itself included; None for all.
         softcap: Scores are squashed to plus or minus this; None for no cap.
         cu_seq_lens_q: Ends of the segments of a packed sequence, (segments + 1,); None for one segment.
+        max_length_q: Tokens of the longest segment. Without it, the lengths are read from the device.
         continuation: What the sequence continues, if it continues a prefix; it replaces segments.
         **kwargs: What else transformers hands over. Nothing in it changes the result, or it is refused.
 
@@ -106,6 +122,10 @@ def isolated_attention(
         )
     if cu_seq_lens_q is None or len(cu_seq_lens_q) <= 2:
         return _causal_attention(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
+    if max_length_q is not None and _has_variable_length_kernel(value, softcap):
+        return _variable_length_kernel(
+            query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, sliding_window
+        ), None
     ends = cu_seq_lens_q.tolist()
     parts = [
         _causal_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout, sliding_window, softcap)
@@ -115,25 +135,29 @@ def isolated_attention(
 
 
 def variable_length_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    max_length_q: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Do what `isolated_attention` does, all segments of a packed sequence in one call of flash-attn.
 
-    The arguments are the same; what is no packed sequence is handed to it. Tested with a slow stand-in for the
-    library's function; the kernel itself, for which a GPU is needed, was never run.
+    The call is transformers' own. The arguments are those of `isolated_attention`, which also gets what is no packed
+    sequence. Tested with a slow stand-in for flash-attn; the library itself was never run.
 
     Returns:
         (1, T, heads, head size), and None in place of attention weights.
 
     Raises:
-        UserError: As there, and if flash-attn cannot be imported or the model does not compute in 16 bits.
+        UserError: As there, and if the model does not compute in 16 bits.
     """
-    num_tokens = query.shape[2]
-    if options.get("continuation") is not None or key.shape[2] != num_tokens or len(query) != 1:
-        return isolated_attention(module, query, key, value, attention_mask, **options)
-    window = options.get("sliding_window")
+    if max_length_q is None or options.get("continuation") is not None:
+        return isolated_attention(module, query, key, value, attention_mask, max_length_q=max_length_q, **options)
     _require_known_terms(module, attention_mask, options)
-    _note_window(window, options)
+    _note_window(options.get("sliding_window"), options)
     if query.dtype not in KERNEL_DTYPES:
         raise UserError(
             "not_16_bits",
@@ -141,24 +165,70 @@ def variable_length_attention(
             found=str(query.dtype).removeprefix("torch."),
             remedy="Use model.dtype: bfloat16.",
         )
-    ends = options.get("cu_seq_lens_q")
-    if ends is None:
-        ends = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device)
-    longest = int(ends.diff().max())
-    attended: Tensor = import_library("flash_attn").flash_attn_varlen_func(
-        *(part[0].transpose(0, 1) for part in (query, key, value)),  # (T, heads, head size)
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        dropout_p=options.get("dropout", 0.0),
+    attended: Tensor = modeling_flash_attention_utils._flash_attention_forward(
+        query.transpose(1, 2),  # (1, T, heads, head size)
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask=None,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=options.get("dropout", 0.0),
         softmax_scale=options.get("scaling"),
-        causal=True,
-        # Keys to the left and to the right of a token, itself not counted.
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=options.get("softcap") or 0.0,
+        sliding_window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        cu_seq_lens_q=options["cu_seq_lens_q"],
+        cu_seq_lens_k=options["cu_seq_lens_k"],
+        max_length_q=max_length_q,
+        max_length_k=options["max_length_k"],
+        attn_implementation="flash_attention_2",
     )
-    return attended[None], None
+    return attended, None
+
+
+def _has_variable_length_kernel(states: Tensor, softcap: float | None) -> bool:
+    """Tell whether torch's variable-length kernel takes such states: a recent GPU, 16 bits, no cap."""
+    return (
+        states.device.type == "cuda"
+        and states.dtype in KERNEL_DTYPES
+        and softcap is None
+        and states.shape[0] == 1
+        and states.shape[3] % 8 == 0
+        and states.shape[3] <= MAX_KERNEL_HEAD_SIZE
+        and torch.cuda.get_device_capability(states.device) >= (8, 0)
+    )
+
+
+def _variable_length_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """Attend within all segments by one call of torch's FlashAttention kernel; (1, T, heads, head size).
+
+    The operator below `torch.nn.attention.varlen`, which takes grouped keys in all versions of torch that are allowed.
+    """
+    # Under autocast rotary positions leave queries and keys in float32, and this kernel is not autocast.
+    states = [part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value)]  # (T, heads, head size)
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        *states,
+        ends,
+        ends,
+        longest,
+        longest,
+        dropout,
+        True,  # causal
+        False,  # no mask of what was dropped
+        scale=scaling,
+        # Keys to the left and to the right of a token, itself not counted.
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return attended[None]
 
 
 def _note_window(sliding_window: int | None, others: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ def use_flash_attention(model: PreTrainedModel) -> None:
     Raises:
         UserError: If flash-attn cannot be imported or does not run, or the model's logits become others.
     """
+    import_library("flash_attn")
     before = probe_logits(model)
     with _as_user_error("model.attention: flash-attn", "Use model.attention: split."):
         model.set_attn_implementation(VARIABLE_LENGTH_ATTENTION)

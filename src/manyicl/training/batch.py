@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyicl.episodes.packed_sequence import PackedSequence
-from manyicl.model.attention import packed_arguments
+from manyicl.model.attention import PackedArguments, packed_arguments
 from manyicl.training.counts import SequenceCounts
 from manyicl.training.objective import supervised_spans, target_weights
 from manyicl.training.recipe import ObjectiveSettings
@@ -22,14 +22,13 @@ class Batch(TypedDict):
     The supervised *position* is the one whose logits are compared, just before the target token::
 
         sequence            <bos> query ⏎ answer ⏎⏎ | <bos> query ⏎ answer ⏎⏎
-        position_ids     0     1   2    3    4  |   0     1   2    3    4
+        positions        0     1   2    3    4  |   0     1   2    3    4
         supervised                 2    3                     7    8
         targets                 answer  ⏎⏎                 answer  ⏎⏎
     """
 
     input_ids: Tensor  # (1, T)
-    position_ids: Tensor  # (1, T), from 0 in each episode
-    cu_seq_lens_q: Tensor  # (episodes + 1,), where episodes end
+    packed: PackedArguments  # where episodes begin and end
     supervised_positions: Tensor  # (S,)
     targets: Tensor  # (S,), the token after each of them
     weights: Tensor  # (S,), share of each in the loss
@@ -50,11 +49,9 @@ def sequence_tensors(sequence: PackedSequence, objective: ObjectiveSettings) -> 
                 targets.append(episode.token_ids[place])
                 weights.append(weight)
         token_ids.extend(episode.token_ids)
-    packed = packed_arguments([len(episode.token_ids) for episode in sequence.episodes])
     return Batch(
         input_ids=torch.tensor([token_ids]),
-        position_ids=packed["position_ids"],
-        cu_seq_lens_q=packed["cu_seq_lens_q"],
+        packed=packed_arguments([len(episode.token_ids) for episode in sequence.episodes]),
         supervised_positions=torch.tensor(positions, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),

@@ -46,9 +46,8 @@ def sequence_loss(model: nn.Module, batch: Batch, total_weight: float | Tensor) 
     """
     logits = model(
         input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seq_lens_q=batch["cu_seq_lens_q"],
         logits_to_keep=batch["supervised_positions"],
         use_cache=False,
+        **batch["packed"],
     ).logits[0]
     return answer_loss(logits, batch["targets"], batch["weights"], total_weight)
