@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from manyicl.engine.packing import MOST_PADDING, ActivationBudget, QueriesInFlight, log_probabilities
+from manyicl.engine import packing
+from manyicl.engine.packing import ActivationBudget, QueriesInFlight, log_probabilities
 from manyicl.engine.prefix_cache import extend_blocks, longer, shared_beginning
 from manyicl.model.continuation import Block
 from tests.builders import ARCHITECTURES, tiny_model
@@ -141,9 +143,26 @@ def test_chunks_hold_every_query_once_within_memory_and_hardly_pad() -> None:
         assert used <= 60_000 or len(chunk) == 1
         padding += len(chunk) * longest - tokens
         columns += len(chunk) * longest
-        assert len(chunk) * longest - tokens <= MOST_PADDING * len(chunk) * longest
+        assert len(chunk) * longest - tokens <= memory.most_padding * len(chunk) * longest
     assert padding < 0.1 * columns
     assert len(chunks) < 64
+
+
+def test_where_padding_is_cheap_queries_of_many_lengths_advance_together() -> None:
+    lengths = [4, 5, 6, 7, 7]
+    budget = ActivationBudget(limit=60_000, per_token=100, per_logits=300, per_slot=40, most_padding=0.5)
+    assert len(list(budget.chunks(lengths, [0] * 5))) == 1
+    assert len(list(replace(budget, most_padding=0.1).chunks(lengths, [0] * 5))) > 1
+
+
+def test_on_a_gpu_queries_in_flight_may_use_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    for free, expected in ((2**30, 2**29), (80 * 2**30, 4 * 2**30), (0, 64 * 2**20)):
+        monkeypatch.setattr(packing, "free_gpu_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        budget = ActivationBudget.after(model, ())
+        monkeypatch.undo()
+        assert (budget.limit, budget.most_padding) == (expected, 0.5)
 
 
 def test_log_probabilities_are_those_of_a_softmax() -> None:

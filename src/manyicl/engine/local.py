@@ -31,7 +31,7 @@ from manyicl.engine.backend import (
 from manyicl.engine.decoding import generate
 from manyicl.engine.label_trie import NODES_READ_TOGETHER, LabelTrie, num_shared_tokens, tries_of
 from manyicl.engine.packing import ActivationBudget, log_denominators, numbers_of
-from manyicl.engine.prefix_cache import PREFILL_CHUNK_TOKENS, PrefixCache, extend_blocks, shared_beginning
+from manyicl.engine.prefix_cache import PrefixCache, extend_blocks, shared_beginning
 from manyicl.engine.scoring import score_labels
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
@@ -58,7 +58,7 @@ class LocalBackend:
         Args:
             loaded: From `manyicl.model.load.load_model`.
             activation_budget_mib: Bound on the memory of queries in flight, without model and prefix; it decides how
-                many advance together, never a result. None for half of what the prefix uses, and at least 64.
+                many advance together, never a result. None for what `ActivationBudget.after` allows.
 
         Raises:
             UserError: If the bound is below 1.
@@ -78,7 +78,7 @@ class LocalBackend:
         if reuse is not None:
             shared = shared_beginning(self._blocks(reuse), num_shared_tokens(token_ids, reuse.token_ids))
         added = token_ids[shared[-1].end if shared else 0 :]
-        chunk_tokens = FIRST_TIMED_CHUNK_TOKENS if between_chunks else PREFILL_CHUNK_TOKENS
+        chunk_tokens = FIRST_TIMED_CHUNK_TOKENS if between_chunks else None
         blocks = extend_blocks(self.model, shared, added, chunk_tokens=chunk_tokens, between_chunks=between_chunks)
         return PrefixCache(self.identity, tuple(token_ids), blocks)
 

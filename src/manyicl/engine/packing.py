@@ -18,8 +18,11 @@ from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_mo
 INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
 # Without a bound of the user's own, queries in flight may use half of what the prefix uses, and at least this.
 LEAST_ACTIVATION_BUDGET_MIB = 64
+# On a GPU they may use half of what is free, up to where larger passes are no faster.
+MOST_GPU_ACTIVATION_BUDGET_MIB = 4096
 # Queries that advance together differ so little in length that at most this share of their padded batch is padding.
-MOST_PADDING = 0.10
+# Only attention is padded. On a GPU a pass costs the launch of its kernels, so few passes matter more.
+MOST_PADDING = {"cpu": 0.10, "cuda": 0.50}
 # Normalising logits in float32 goes through so many bytes at a time.
 NORMALISING_BYTES = 8 * 2**20
 
@@ -36,18 +39,28 @@ class ActivationBudget:
         per_token: Activations of a token while it passes through a layer.
         per_logits: Logits of one position.
         per_slot: Keys and values of one token in all layers.
+        most_padding: Share of a padded batch that may be padding.
     """
 
     limit: int
     per_token: int
     per_logits: int
     per_slot: int
+    most_padding: float = MOST_PADDING["cpu"]
 
     @classmethod
     def after(cls, model: PreTrainedModel, prefix: Sequence[Block], mib: int | None = None) -> ActivationBudget:
-        """Bound what queries after a prefix use: ``mib``, or half of what the prefix uses and at least 64 MiB."""
+        """Bound what queries after a prefix use.
+
+        That is ``mib``, or half of what the prefix uses; on a GPU half of the free memory, up to 4 GiB. Without ``mib``
+        it is never less than 64 MiB.
+        """
+        if mib is not None:
+            return cls.of(model, mib * 2**20)
         half = sum(block.num_bytes for block in prefix) // 2
-        return cls.of(model, mib * 2**20 if mib is not None else max(half, LEAST_ACTIVATION_BUDGET_MIB * 2**20))
+        if model.device.type == "cuda":
+            half = min(free_gpu_bytes(model.device) // 2, MOST_GPU_ACTIVATION_BUDGET_MIB * 2**20)
+        return cls.of(model, max(half, LEAST_ACTIVATION_BUDGET_MIB * 2**20))
 
     @classmethod
     def of(cls, model: PreTrainedModel, limit: int) -> ActivationBudget:
@@ -61,7 +74,8 @@ class ActivationBudget:
         # Residual, norms, query, keys and values, outputs of the parts in float32, and the gated inner layer.
         per_token = size * (8 * config.hidden_size + 4 * inner_size) + 4 * 4 * heads * head_size
         per_slot = size * 2 * config.num_hidden_layers * key_heads * head_size
-        return cls(limit, per_token, size * config.vocab_size, per_slot)
+        most_padding = MOST_PADDING.get(model.device.type, MOST_PADDING["cpu"])
+        return cls(limit, per_token, size * config.vocab_size, per_slot, most_padding)
 
     def tokens_per_pass(self, num_logits_per_token: int = 0) -> int:
         """Return how many tokens go through the model at once, at least one."""
@@ -97,13 +111,20 @@ class ActivationBudget:
             # In a tree, which later tokens see which is a square of bytes.
             per_query = self.per_logits + slots * self.per_slot + (0 if in_line else later**2)
             cost = tokens * self.per_token + (len(chunk) + 1) * per_query
-            if chunk and (cost > self.limit or columns - tokens > MOST_PADDING * columns):
+            if chunk and (cost > self.limit or columns - tokens > self.most_padding * columns):
                 yield chunk
                 chunk, tokens, later = [], lengths[i], num_later_slots[i]
             chunk.append(i)
             num_tokens, num_later = tokens, later
         if chunk:
             yield chunk
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """Return what can be allocated: free on the card, or kept by torch's allocator and unused."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + kept
 
 
 class QueriesInFlight:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from manyicl.engine.backend import BetweenChunks, Identity, TokenIds
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
-# Prefilling in chunks bounds the memory of activations; the result is the same for any chunk size.
-PREFILL_CHUNK_TOKENS = 1024
+# Prefilling in chunks bounds the memory of activations; the result is the same for any chunk size. On a GPU a chunk
+# costs the launch of its kernels.
+PREFILL_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Where other work may go first between chunks, a chunk takes about so long, whatever its length in tokens.
 CHUNK_SECONDS = 0.25
 FEWEST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 16, 4096
@@ -68,7 +69,7 @@ def extend_blocks(
     blocks: Sequence[Block],
     token_ids: Sequence[int],
     *,
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     keep: Sequence[int] = (),
     on_logits: OnLogits | None = None,
     between_chunks: BetweenChunks | None = None,
@@ -79,7 +80,8 @@ def extend_blocks(
         model: In evaluation mode.
         blocks: What the tokens continue; stays as it is.
         token_ids: New tokens, (T,).
-        chunk_tokens: Tokens per forward pass; of the first alone where ``between_chunks`` is given.
+        chunk_tokens: Tokens per forward pass; of the first alone where ``between_chunks`` is given. None for what
+            suits the device.
         keep: Positions among the new tokens whose logits are wanted, rising.
         on_logits: Called after each chunk with its positions out of ``keep`` and their logits, (S, V).
         between_chunks: Called between two chunks; from the second on, chunks take about ``CHUNK_SECONDS`` each.
@@ -89,6 +91,7 @@ def extend_blocks(
     """
     if not token_ids:
         return tuple(blocks)
+    chunk_tokens = chunk_tokens or PREFILL_CHUNK_TOKENS.get(model.device.type, PREFILL_CHUNK_TOKENS["cpu"])
     start = blocks[-1].end if blocks else 0
     own = OwnKeys(1, len(token_ids))
     begin = 0
