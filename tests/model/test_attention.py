@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from manyicl.errors import UserError
 from manyicl.model.attention import ATTENTION, isolated_attention, packed_arguments, visible_keys
-from manyicl.model.isolation import attention_error, continuation_error, packing_error, require_isolation
+from manyicl.model.isolation import attention_error, continuation_error, leakage_error, packing_error, require_isolation
 from manyicl.model.load import load_model
 from tests.builders import ARCHITECTURES, byte_level_bpe, tiny_model
 from tests.model.exports import save_adapter, save_model
@@ -74,6 +74,7 @@ def test_a_window_counts_the_token_itself() -> None:
 def test_models_that_isolate_pass_the_comparison(architecture: str) -> None:
     model = tiny_model(architecture)
     assert packing_error(model) < 1e-4
+    assert leakage_error(model) == 0
     require_isolation(model)
 
 

@@ -14,10 +14,10 @@ from manyicl.library_errors import reason
 from manyicl.model.attention import packed_arguments
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model
 
-# Differences of logits that may be rounding, as their root mean square in standard deviations of the logits. In bfloat16
-# single logits of the packaged base move by 0.7 between two implementations of attention, and by 0.15 between kernels
-# for one segment and for many on a GPU; their root mean square moves by 0.04 at most, and a layer that ignores the
-# prefix makes it 0.2. In float32 all stay below 1e-5.
+# Differences of logits that may be rounding, as their root mean square in standard deviations of the logits. In
+# bfloat16 single logits of the packaged base move by 0.7 between two implementations of attention, and by 0.15 between
+# the kernels for one segment and for many on a GPU. The root mean square moves by 0.04 at most; a layer that ignores
+# the prefix makes it 0.2. In float32 all stay below 1e-5.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05}
 FLOAT32_TOLERANCE = 1e-3
 SEGMENT_LENGTHS = (7, 31, 12)
@@ -36,6 +36,19 @@ def packing_error(model: PreTrainedModel) -> float:
         packed = _logits(model, *segments)
         alone = torch.cat([_logits(model, ids) for ids in segments], dim=1)
     return _mean_difference(packed, alone)
+
+
+def leakage_error(model: PreTrainedModel) -> float:
+    """Return how much the logits of packed segments change at most when the first segment holds other tokens.
+
+    Both passes have the same shapes and so the same kernels: in any precision it is zero where segments are isolated.
+    """
+    first, *others = _segments(model)
+    replaced = (first + 1) % model.config.get_text_config().vocab_size
+    with _evaluation(model):
+        logits = _logits(model, first, *others)
+        changes = (logits - _logits(model, replaced, *others))[:, first.shape[1] :]
+    return float(changes.abs().max() / _spread(logits))
 
 
 def attention_error(model: PreTrainedModel) -> float:
@@ -104,14 +117,14 @@ def require_isolation(model: PreTrainedModel) -> None:
         remedy = "Use a model with a fixed scaling, such as the version of it for shorter contexts."
         raise UserError("unsupported_positions", what, remedy=remedy)
     try:
-        _require_close(
-            model,
-            packing_error(model),
+        mixing = (
             "mixes_episodes",
             "mixes the episodes of a packed sequence, where logits should be those of each alone",
             "Models with recurrent or linear attention layers, or with learned absolute positions that ignore "
             "position ids, cannot be packed; use another.",
         )
+        _require_close(model, packing_error(model), *mixing)
+        _require_close(model, leakage_error(model), *mixing, tolerance=FLOAT32_TOLERANCE)
         if _has_window(config) and not _windows_seen(model):
             what = (
                 f"{name} has layers with a sliding window that does not reach its attention function; beyond the "
@@ -133,7 +146,14 @@ def require_isolation(model: PreTrainedModel) -> None:
         raise UserError("not_callable", what, expected=expected) from failure
 
 
-def _require_close(model: PreTrainedModel, difference: float, code: str, what: str, remedy: str | None = None) -> None:
+def _require_close(
+    model: PreTrainedModel,
+    difference: float,
+    code: str,
+    what: str,
+    remedy: str | None = None,
+    tolerance: float | None = None,
+) -> None:
     """Refuse a difference that is more than rounding, or is none because something computed is no number."""
     name = type(model).__name__
     if not isfinite(difference):
@@ -148,7 +168,7 @@ def _require_close(model: PreTrainedModel, difference: float, code: str, what: s
         remedy = "Use a wider dtype than float16; DoRA divides by zero where a row of the base's weights is zero."
         what = f"The logits of this {name} are not all numbers, although its weights are"
         raise UserError("logits_not_finite", what, remedy=remedy)
-    tolerance = TOLERANCE.get(model.dtype, FLOAT32_TOLERANCE)
+    tolerance = TOLERANCE.get(model.dtype, FLOAT32_TOLERANCE) if tolerance is None else tolerance
     if difference > tolerance:
         expected, found = f"logits within {tolerance:g} standard deviations", f"{difference:.2g} standard deviations"
         raise UserError(code, f"{name} {what}", expected=expected, found=found, remedy=remedy)
