@@ -164,9 +164,8 @@ def _base_sentence(recipe: Recipe) -> str:
 
     if recipe.model.from_scratch is not None:
         return f"a new {recipe.model.from_scratch.architecture} model"
-    if must_be_fetched(recipe):
-        return f"{recipe.model.base}, to be fetched from the Hub"
-    return f"{recipe.model.base}, {'on this machine' if config_folder(recipe) else 'not found'}"
+    here = "on this machine" if config_folder(recipe) else "not found"
+    return f"{recipe.model.base}, {'to be fetched from the Hub' if must_be_fetched(recipe) else here}"
 
 
 def _print_section(console: Console, title: str, lines: Iterable[tuple[str, str]]) -> None:

@@ -86,14 +86,9 @@ def validation_task(task: Task, num_queries: int, seed: int) -> Task:
         UserError: If it has fewer than two training rows.
     """
     if len(task.train) < 2:
-        raise UserError(
-            "too_few_rows",
-            f"tasks.evaluate: {task.name!r} has too few training rows; training validates on rows of its training side",
-            expected="at least 2",
-            found=str(len(task.train)),
-            remedy="Add rows, or leave the task out.",
-            field="tasks.evaluate",
-        )
+        what = f"tasks.evaluate: {task.name!r} has too few training rows, on some of which training validates"
+        found, remedy = str(len(task.train)), "Add rows, or leave the task out."
+        raise UserError("too_few_rows", what, expected="at least 2", found=found, remedy=remedy, field="tasks.evaluate")
     order = list(task.train)
     random.Random(f"watched {seed}").shuffle(order)
     num_chosen = min(num_queries, len(order) // 2)

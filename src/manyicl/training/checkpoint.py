@@ -176,14 +176,10 @@ class Checkpoints:
             remedy = "Start anew with --overwrite, or remove them and resume from the beginning."
             raise UserError("no_usable_checkpoint", what, remedy=remedy, file=self.folder)
         if chosen is not None and (saved_by := manifests[step].num_processes) != num_processes:
-            raise UserError(
-                "other_num_processes",
-                "the checkpoint was saved by another number of processes",
-                expected=str(saved_by),
-                found=str(num_processes),
-                remedy="Resume with as many, or start anew with --overwrite.",
-                file=chosen,
-            )
+            what = "the checkpoint was saved by another number of processes"
+            expected, found = str(saved_by), str(num_processes)
+            remedy = "Resume with as many, or start anew with --overwrite."
+            raise UserError("other_num_processes", what, expected=expected, found=found, remedy=remedy, file=chosen)
         cut_off = [f"{path.name} was cut off while it was saved" for path in sorted(self.partial.glob("checkpoint-*"))]
         self.clear_partial()
         # One without a manifest is another version's; it stays.

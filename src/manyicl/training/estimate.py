@@ -10,6 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
@@ -230,12 +231,6 @@ def matrix_rate(dtype: torch.dtype) -> float:
     """Measure operations per second of a matrix product on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    matrix = {"a": torch.randn(size, size, device=device, dtype=dtype)}
+    timer = Timer("a @ a", globals=matrix, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(4))

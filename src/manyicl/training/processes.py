@@ -66,12 +66,8 @@ def end_processes() -> None:
 def _number(name: str, default: int, least: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
-        raise UserError(
-            "wrong_environment",
-            f"the environment variable {name} is wrong",
-            expected=f"a whole number of at least {least}, as torchrun sets it",
-            found=shown(text),
-            remedy="Unset it, or start with torchrun or accelerate.",
-            field=name,
-        )
+        what = f"the environment variable {name} is wrong"
+        expected = f"a whole number of at least {least}, as torchrun sets it"
+        remedy = "Unset it, or start with torchrun or accelerate."
+        raise UserError("wrong_environment", what, expected=expected, found=shown(text), remedy=remedy, field=name)
     return int(text)

@@ -91,12 +91,9 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
                 yield error.at(field=key)
     num_sequences, num_processes = recipe.training.sequences_per_step, world_size()
     if num_sequences % num_processes:
-        yield UserError(
-            "sequences_not_shared_evenly",
-            f"training.sequences_per_step is {num_sequences} and {num_processes} processes share them",
-            remedy=f"Use a multiple of {num_processes}.",
-            field="training.sequences_per_step",
-        )
+        key, remedy = "training.sequences_per_step", f"Use a multiple of {num_processes}."
+        what = f"{key} is {num_sequences} and {num_processes} processes share them"
+        yield UserError("sequences_not_shared_evenly", what, remedy=remedy, field=key)
 
 
 def missing_features(recipe: Recipe) -> Iterator[UserError]:
@@ -153,12 +150,9 @@ def _base_problems(recipe: Recipe) -> Iterator[UserError]:
     except UserError as error:
         yield error.at(field="model.base")
     if must_be_fetched(recipe) and constants.HF_HUB_OFFLINE:
-        yield UserError(
-            "model_not_cached",
-            f"model.base: {base!r} is not in the Hub cache and HF_HUB_OFFLINE keeps this machine from the Hub",
-            remedy="Unset it for one run, or copy the model and give its folder.",
-            field="model.base",
-        )
+        what = f"model.base: {base!r} is not in the Hub cache and HF_HUB_OFFLINE keeps this machine from the Hub"
+        remedy = "Unset it for one run, or copy the model and give its folder."
+        yield UserError("model_not_cached", what, remedy=remedy, field="model.base")
     if too_few := too_few_positions(recipe, _known_positions(recipe)):
         yield too_few
 

@@ -90,12 +90,10 @@ def _start_from_base(recipe: Recipe, base: str) -> StartingPoint:
     adapter = cast(object, model)
     if isinstance(adapter, PeftModel):
         if lora is not None:
-            raise UserError(
-                "base_is_adapter",
-                f"model.base {base!r} is an adapter itself; an adapter over it would have a base that is saved nowhere",
-                remedy="Train on its own base, or leave out model.lora to train the merged model.",
-                field="model.lora",
-            )
+            over = "an adapter over it would have a base that is saved nowhere"
+            remedy = "Train on its own base, or leave out model.lora to train the merged model."
+            what = f"model.base {base!r} is an adapter itself; {over}"
+            raise UserError("base_is_adapter", what, remedy=remedy, field="model.lora")
         model = merge_adapter(adapter)
     elif in_4_bits:
         model = load_quantized(base, dtype, device)
@@ -148,12 +146,9 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
     except ValueError as error:
         linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
         names = sorted({name.rpartition(".")[2] for name in linear})
-        raise UserError(
-            "unknown_layer",
-            f"model.lora.target_modules: {list(target)} match no layer",
-            expected=f"names of linear layers, {names}",
-            field="model.lora.target_modules",
-        ) from error
+        key, expected = "model.lora.target_modules", f"names of linear layers, {names}"
+        what = f"{key}: {list(target)} match no layer"
+        raise UserError("unknown_layer", what, expected=expected, field=key) from error
 
 
 def training_device() -> str:
