@@ -85,7 +85,7 @@ def test_only_the_main_process_prints_a_mistake(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    assert command(recipe, "--set", "training.sed=1").wait(timeout=60) == 2
+    assert command(recipe, "--resume", "--overwrite").wait(timeout=120) == 2
     assert len((recipe.parent / "log").read_text(encoding="utf-8").splitlines()) == num_lines
 
 
