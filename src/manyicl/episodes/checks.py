@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import median_low
-from typing import NamedTuple
 
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
@@ -29,7 +28,8 @@ MOST_NAMED = 5
 _UNSEEN = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
 
 
-class Lengths(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Lengths:
     """The spread of a length, in tokens."""
 
     shortest: int
@@ -37,7 +37,8 @@ class Lengths(NamedTuple):
     longest: int
 
 
-class LabelCount(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LabelCount:
     """How often a label occurs on each side."""
 
     label: str
@@ -45,7 +46,8 @@ class LabelCount(NamedTuple):
     num_test: int
 
 
-class ShotsThatFit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ShotsThatFit:
     """How many whole shots a context holds before the longest query and its answer.
 
     Attributes:
