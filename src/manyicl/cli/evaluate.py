@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +96,6 @@ def measure_with_progress(
         return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
 
 
-_MOST_DIGITS = 9
-
-
 def parse_shots(text: str) -> tuple[int, ...]:
     """Read ``0,1,4`` as ascending shot counts.
 
@@ -105,8 +103,8 @@ def parse_shots(text: str) -> tuple[int, ...]:
         UserError: If a part is not a whole number of at least 0.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = next((part for part in parts if not part.isdecimal() or len(part) > _MOST_DIGITS), None)
+    wrong = next((part for part in parts if not re.fullmatch(r"\d{1,9}", part)), None)
     if wrong is not None or not parts:
         expected, found = "whole numbers from 0, such as 0,1,4,16", shortened(repr(wrong or text))
         raise UserError("not_whole_numbers", "wrong --shots", expected=expected, found=found, field="--shots")
-    return tuple(sorted({int(part) for part in parts}))
+    return tuple(sorted(set(map(int, parts))))

@@ -253,17 +253,14 @@ class Engine:
             raise UserError("not_a_list", what, found=repr(labels), remedy=remedy, field="labels")
         if labels is not None:
             task = task.with_spec(labels=tuple(dict.fromkeys(labels)))
-            self.encoder.require_encodable(task)
         added = tuple(demonstrations)
-        require_demonstrations(prefix.demonstrations, task)
         require_demonstrations(added, task)
-        together = (*prefix.demonstrations, *added)
-        token_ids = self.encoder.encode_prefix(task.instruction(), together)
-        most = self.max_context_tokens - self.num_reserved_tokens(task, queries)
-        if len(token_ids) > most:
-            what = f"{len(together)} demonstrations of task {task.name!r} do not fit before the longest query"
-            expected = f"at most {most:,} of {self.max_context_tokens:,} tokens"
-            raise UserError("too_many_demonstrations", what, expected=expected, found=f"{len(token_ids):,}")
+        together, num_dropped, token_ids = self._fitting(task, (*prefix.demonstrations, *added), queries, None)
+        if num_dropped:
+            number = len(together) + num_dropped
+            what = f"{number} demonstrations of task {task.name!r} do not fit before the longest query"
+            expected = f"at most {len(together)}, in a context of {self.max_context_tokens:,} tokens"
+            raise UserError("too_many_demonstrations", what, expected=expected)
         cache = self.backend.prefill(token_ids, prefix.cache, between_chunks=between_chunks)
         longer = self._prefix(task, together, prefix.num_dropped, cache, prefix)
         return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens)
