@@ -45,7 +45,7 @@ def test_only_tokens_that_something_follows_are_read() -> None:
 
 def test_a_chain_ends_at_a_choice_a_label_or_before_a_last_token() -> None:
     trie = LabelTrie.of([(1, 2, 3, 4), (5, 6, 7), (5, 6, 8, 9)])
-    one, five = trie.children[ROOT]
+    one, five = trie.children[ROOT].values()
     assert [trie.tokens[node] for node in trie.chain(one)] == [1, 2, 3]
     assert [trie.tokens[node] for node in trie.chain(five)] == [5, 6]
 

@@ -28,14 +28,14 @@ class LabelTrie:
     Attributes:
         tokens: Token of each node; the root has none and holds -1.
         parents: Parent of each node; of the root, itself.
-        children: Of each node, in the order of its first label.
+        children: Token -> child of each node, in the order of the first label.
         labels: Numbers of the labels that end at each node; several only where labels are the same tokens.
         first_label: Smallest label number at or below each node; decides between equal scores.
     """
 
     tokens: list[int] = field(default_factory=lambda: [-1])
     parents: list[int] = field(default_factory=lambda: [ROOT])
-    children: list[list[int]] = field(default_factory=lambda: [[]])
+    children: list[dict[int, int]] = field(default_factory=lambda: [{}])
     labels: list[list[int]] = field(default_factory=lambda: [[]])
     first_label: list[int] = field(default_factory=lambda: [0])
 
@@ -48,19 +48,15 @@ class LabelTrie:
             numbers: Number of each label; None for 0, 1, 2, …
         """
         trie = cls()
-        by_token: list[dict[int, int]] = [{}]
         for number, ids in sorted(zip(numbers or range(len(label_ids)), label_ids, strict=True)):
             node = ROOT
             for token in ids:
-                child = by_token[node].get(token)
+                child = trie.children[node].get(token)
                 if child is None:
-                    child = len(trie.tokens)
-                    by_token[node][token] = child
-                    by_token.append({})
+                    child = trie.children[node][token] = len(trie.tokens)
                     trie.tokens.append(token)
                     trie.parents.append(node)
-                    trie.children[node].append(child)
-                    trie.children.append([])
+                    trie.children.append({})
                     trie.labels.append([])
                     trie.first_label.append(number)
                 node = child
@@ -75,8 +71,10 @@ class LabelTrie:
     def chain(self, node: int) -> Iterator[int]:
         """Yield an inner node and the inner nodes below it for as long as there is no choice."""
         yield node
-        while len(self.children[node]) == 1 and not self.labels[node] and self.children[self.children[node][0]]:
-            node = self.children[node][0]
+        while len(self.children[node]) == 1 and not self.labels[node]:
+            (node,) = self.children[node].values()
+            if not self.children[node]:
+                break
             yield node
 
 

@@ -43,8 +43,8 @@ def answer_targets(task: Task, demonstrations: Sequence[Example], encoder: Encod
         for position in range(start, end):
             allowed = None
             if trie is not None:
-                by_token = {trie.tokens[child]: child for child in trie.children[node]}
-                allowed, node = tuple(by_token), by_token[episode.token_ids[position]]
+                children = trie.children[node]
+                allowed, node = tuple(children), children[episode.token_ids[position]]
             targets[-1].append(Target(position, allowed))
     return targets
 

@@ -65,8 +65,8 @@ class LabelSearch:
     def start(self, first_tokens: Mapping[int, float], argmax_token: int) -> None:
         """Begin with the log-probability of every first token of a label, and the most probable token of all."""
         for number, trie in enumerate(self.tries):
-            tokens = {node: trie.tokens[node] for node in trie.children[ROOT]}
-            scores = {node: (first_tokens[token], token == argmax_token) for node, token in tokens.items()}
+            firsts = trie.children[ROOT].items()
+            scores = {node: (first_tokens[token], token == argmax_token) for token, node in firsts}
             best = max((score for score, _ in scores.values()), default=float("-inf"))
             self._waiting.append((best, number, scores))
         # The most probable trie comes last, where it is taken from.
@@ -116,8 +116,8 @@ class LabelSearch:
         self.num_read += len(nodes)
         for node, (child_scores, argmax_token) in zip(nodes, read, strict=True):
             before, was_greedy = self._reached[node]
-            for child, score in zip(self.trie.children[node], child_scores, strict=True):
-                is_greedy = was_greedy and self.trie.tokens[child] == argmax_token
+            for (token, child), score in zip(self.trie.children[node].items(), child_scores, strict=True):
+                is_greedy = was_greedy and token == argmax_token
                 self._reach(child, before + score, is_greedy, is_read=child in taken)
 
     def _reach(self, node: int, score: float, is_greedy: bool, is_read: bool = False) -> None:
@@ -178,9 +178,7 @@ def _search_together(flight: QueriesInFlight, searches: Sequence[LabelSearch], b
     """Prefill the queries, then decode round after round the nodes that their searches take."""
     # Most queries share their labels, and with them a list of thousands of tries.
     of_tries = {id(search.tries): search.tries for search in searches}
-    first_of = {
-        key: sorted({trie.tokens[n] for trie in tries for n in trie.children[ROOT]}) for key, tries in of_tries.items()
-    }
+    first_of = {key: sorted({t for trie in tries for t in trie.children[ROOT]}) for key, tries in of_tries.items()}
     firsts = [first_of[id(search.tries)] for search in searches]
     for search, tokens, (scores, argmax_token) in zip(searches, firsts, _read_off(flight.read(), firsts), strict=True):
         search.start(dict(zip(tokens, scores, strict=True)), argmax_token)
@@ -216,7 +214,7 @@ def _read_nodes(
             trie, number_of = searches[query].trie, searches[query].number_of
             tokens.append(trie.tokens[node])
             parents.append(number_of[trie.parents[node]])
-            children.append([trie.tokens[child] for child in trie.children[node]])
+            children.append(list(trie.children[node]))
             number_of[node] = len(number_of) - 1
         logits = flight.follow([query for query, _ in part], tokens, parents)
         for (query, _), read in zip(part, _read_off(logits, children), strict=True):
