@@ -51,7 +51,7 @@ def require_output_file(
             raise UserError("output_is_input", f"{option} and the output are the same file", file=path)
     is_new = not path.exists() or (path.is_file() and not path.stat().st_size)
     if not is_new and not (path.is_file() and is_ours and is_ours(path)):
-        what = "the output exists and is no earlier output of this command"
+        what = "the output exists and was not written by this command"
         raise UserError("output_exists", what, remedy="Give another name, or remove it.", file=path)
 
 

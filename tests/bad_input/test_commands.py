@@ -159,7 +159,7 @@ ASKED = [
         "answers over a file of somebody",
         PREDICT,
         "output_exists",
-        what="the output exists and is no earlier output of this command",
+        what="the output exists and was not written by this command",
         remedy="Give another name",
         file="answers.jsonl",
         files={**asking(QUERIES), "answers.jsonl": lines({"text": "a", "label": "good"})},

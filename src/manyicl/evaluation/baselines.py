@@ -62,8 +62,8 @@ def tfidf_answers(
     """Answer by TF-IDF with logistic regression trained on exactly the demonstrations in the context.
 
     Both with scikit-learn's default settings: what one would try first. Terms are words of any script; where a
-    script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. Where only one label
-    was seen it is always answered; without demonstrations nothing is defined.
+    script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. If only one label
+    was seen, it is always the answer; without demonstrations the baseline is undefined.
 
     Returns:
         The answers, None where undefined, and what is special about them or missing.
@@ -85,7 +85,7 @@ def tfidf_answers(
 
 @lru_cache(maxsize=1024)
 def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Example, ...]) -> tuple[str, ...]:
-    """Fit and answer; kept, because every model of a comparison has the same demonstrations."""
+    """Fit and answer; cached, because all models of a comparison have the same demonstrations."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

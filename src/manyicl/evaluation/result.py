@@ -163,7 +163,7 @@ class ResultStore:
         return _parsed(Result, path.read_bytes(), path) if path.is_file() else None
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
-        """Write predictions and context, then the record: a record is there only if the rest is complete."""
+        """Write predictions and context, then the record, so that a record exists only if the rest is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(result, PREDICTIONS_ENDING), _lines(predictions))
         write_atomically(self._path(result, CONTEXT_ENDING), _lines(context))
@@ -189,11 +189,11 @@ class ResultStore:
         return sorted(records, key=lambda record: (record.created, record.stem))
 
     def predictions(self, result: Result) -> list[PredictedAnswer]:
-        """Read the predictions of a result; empty where their file was not kept."""
+        """Read the predictions of a result; empty if their file is missing."""
         return self._lines_of(result, PREDICTIONS_ENDING, PredictedAnswer)
 
     def context(self, result: Result) -> list[ContextExample]:
-        """Read the demonstrations of a result in order; empty where their file was not kept."""
+        """Read the demonstrations of a result in order; empty if their file is missing."""
         return self._lines_of(result, CONTEXT_ENDING, ContextExample)
 
     def _path(self, result: Result, ending: str) -> Path:

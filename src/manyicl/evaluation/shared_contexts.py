@@ -8,18 +8,18 @@ from itertools import pairwise
 
 from manyicl.engine.label_trie import num_shared_tokens
 
-# A beginning that several contexts share is read before them where that spares so many tokens or more; a prefill of
-# its own costs a pass over the weights, which fewer tokens do not.
+# A shared beginning is prefilled separately if that saves at least so many tokens; a separate prefill costs a pass over
+# the weights, which is not worth it for fewer.
 LEAST_SPARED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class SharedBeginning:
-    """What several contexts begin with.
+    """A beginning that several contexts share.
 
     Attributes:
-        num_tokens: Its length, shorter than every context.
-        contexts: Numbers of the contexts that begin with it.
+        num_tokens: Length of the beginning, shorter than every context.
+        contexts: Positions of the contexts that begin with it.
     """
 
     num_tokens: int
@@ -29,18 +29,18 @@ class SharedBeginning:
 def shared_beginnings(
     contexts: Sequence[tuple[int, ...]], least_spared: int = LEAST_SPARED_TOKENS
 ) -> list[SharedBeginning]:
-    """Decide what is read before which contexts.
+    """Decide which beginnings to prefill separately, and for which contexts.
 
-    Sorted contexts that share a beginning stand side by side. It is read before them if that spares at least
-    ``least_spared`` tokens against reading it with each of them; part of them may share a longer one by the same rule.
-    A fixed block of examples is found this way in every task of a call, and so is a subject that some queries share.
+    In sorted order, contexts that share a beginning are adjacent. It is prefilled separately if that saves at least
+    ``least_spared`` tokens compared with prefilling it with each of them; some of them may share a longer one by the
+    same rule. This finds a fixed block of examples in every task of a call, and a subject that some queries share.
 
     Args:
-        contexts: Sorted, each once, each at least one token.
-        least_spared: Tokens not read twice that are worth a prefill of their own.
+        contexts: Sorted and distinct token sequences, each of at least one token.
+        least_spared: Number of saved tokens that justifies a separate prefill.
 
     Returns:
-        Beginnings, every context in one of them; those that begin alike follow each other.
+        Beginnings, with every context in exactly one of them; similar ones are adjacent.
     """
     # At least one token of a context is left to be prefilled after what it shares.
     shared = [min(num_shared_tokens(one, other), len(one) - 1, len(other) - 1) for one, other in pairwise(contexts)]
