@@ -19,6 +19,8 @@ from manyicl.model.pretrained import BASES
 from tests.documents import ROOT
 
 MINUTES = 60
+PREDICT = ["predict", "--model", "builtin:one", "--task", "tables/tickets/train.csv:text:team", "--shots", "8"]
+PREDICT += ["--input", "new.csv", "--output", "answers.csv"]
 
 
 def done(command: list[str | Path], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,6 +57,11 @@ def _scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripts
 
 
+def write_table_and_queries(scripts: Path, folder: Path) -> None:
+    must([scripts / "manyicl", "tasks", "starter", "tables"], folder)
+    (folder / "new.csv").write_text("text\nI was charged twice\nThe parcel never came\n", encoding="utf-8")
+
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(30 * MINUTES)]
 
 
@@ -79,7 +86,7 @@ def test_the_wheel_holds_adapter_card_templates_and_starter_tables(wheel: Path) 
 
 def test_without_the_base_each_command_refuses_in_one_sentence(scripts: Path, tmp_path: Path) -> None:
     assert "Fetch a pretrained base" in must([scripts / "manyicl", "models", "get", "--help"], tmp_path)
-    must([scripts / "manyicl", "tasks", "starter", "tables"], tmp_path)
+    write_table_and_queries(scripts, tmp_path)
     # A registry that no machine has, so that the refusal is the same with and without a network.
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     empty = {"MANYICL_CACHE": str(tmp_path / "cache"), "PIP_CONFIG_FILE": os.devnull}
@@ -92,15 +99,10 @@ def test_without_the_base_each_command_refuses_in_one_sentence(scripts: Path, tm
         assert "Traceback" not in ended.stderr
 
 
-PREDICT = ["predict", "--model", "builtin:one", "--task", "tables/tickets/train.csv:text:team", "--shots", "8"]
-PREDICT += ["--input", "new.csv", "--output", "answers.csv"]
-
-
 def test_the_one_model_answers_a_table(scripts: Path, tmp_path: Path) -> None:
     if not BASES["smollm2"].is_here:
         pytest.skip("builtin:smollm2 is not on this machine: manyicl models get smollm2")
-    must([scripts / "manyicl", "tasks", "starter", "tables"], tmp_path)
-    (tmp_path / "new.csv").write_text("text\nI was charged twice\nThe parcel never came\n", encoding="utf-8")
+    write_table_and_queries(scripts, tmp_path)
     must([scripts / "manyicl", *PREDICT], tmp_path, MANYICL_CACHE=str(BASES["smollm2"].folder.parent))
     with (tmp_path / "answers.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
