@@ -91,14 +91,14 @@ def test_a_format_without_a_model_means_nothing(
 
 def test_families_are_named_in_the_documentation_as_the_tests_find_them() -> None:
     page = (Path(__file__).parents[2] / "docs" / "method.md").read_text("utf-8")
-    section = page[page.index("### Turns of a chat") : page.index("### Looking at it")]
-    refused = section[: section.index("Two things are settled")]
+    section = page[page.index("### Turns of a chat") : page.index("### Inspecting it")]
+    refused = section[: section.index("Two things are resolved")]
     for name in ("Qwen3", "DeepSeek-R1", "Granite 3", "Llama 3.1"):
         assert FAMILIES[name].refused is not None
         assert name in refused
     for name in ("Gemma 2", "Mistral v0.1"):
         assert FAMILIES[name].first_turn
-        assert name in section[section.index("Two things are settled") :]
+        assert name in section[section.index("Two things are resolved") :]
 
 
 def test_the_end_of_an_answer_is_taken_from_the_command_line_by_all_commands_that_ask_a_model(
