@@ -136,13 +136,12 @@ def _plan(folder: RunFolder, recipe: Recipe, existing: Existing) -> _Plan:
     if existing == "use" and state is RunState.FINISHED:
         folder.require_same_recipe(recipe)
         return "found"
+    require_output_folder(folder.path)
     if existing == "resume" or (existing == "use" and state is RunState.STARTED):
         folder.require_resumable(recipe)
-        require_output_folder(folder.path)
         return "resume"
     is_replaced = existing == "replace" or (existing == "use" and state is RunState.REPLACING)
     folder.require_free(recipe, overwrite=is_replaced)
-    require_output_folder(folder.path)
     return "replace" if is_replaced else "start"
 
 

@@ -84,11 +84,6 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def logs(self) -> Path:
-        """Folder of the TensorBoard files."""
-        return self.path / "logs"
-
     def state(self) -> RunState:
         """Look at what the folder holds.
 

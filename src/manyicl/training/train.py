@@ -183,7 +183,7 @@ def train_prepared(
     if is_main_process():
         # What was logged after the checkpoint will be logged again.
         first_step = int(checkpoint.name.rpartition("-")[2]) + 1 if checkpoint else 0
-        callbacks += [progress, TensorBoardCallback(SummaryWriter(str(folder.logs), purge_step=first_step))]
+        callbacks += [progress, TensorBoardCallback(SummaryWriter(str(folder.path / "logs"), purge_step=first_step))]
 
     def figures(model: PreTrainedModel) -> Mapping[str, float]:
         assert measure is not None
