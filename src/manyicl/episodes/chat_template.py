@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.checked import read_text
 from manyicl.episodes.segment_tokenizer import control_tokens
-from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, Preceding, TextRole, text_of
+from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatSettings, TextRole, text_of
 from manyicl.errors import UserError, differing_parts, shortened
 from manyicl.library_errors import reason
 from manyicl.tasks.demonstrations import evenly_chosen
@@ -309,15 +309,10 @@ def _messages(instruction: str | None, turns: Turns) -> Messages:
 
 def _assembled(text_format: ChatFormat, instruction: str, turns: Turns) -> tuple[str, str]:
     """Put a conversation together from segments: the prompt for its last answer, and the whole up to its end."""
-    text = text_of(text_format.preamble(instruction))
-    preceding = Preceding.INSTRUCTION if text_format.has_instruction(instruction) else Preceding.NOTHING
-    prompt = ""
-    for number, (query, answer) in enumerate(turns):
-        text += text_of(text_format.inter_turn) if number else ""
-        prompt = text + text_of(text_format.query(query, preceding))
-        text = prompt + text_of(text_format.answer(answer))
-        preceding = Preceding.DEMONSTRATION
-    return prompt, text
+    *shots, (query, answer) = turns
+    asks = text_format.query(query, text_format.preceding(instruction, len(shots)))
+    prompt = text_of((*text_format.segments(instruction, shots), *asks))
+    return prompt, prompt + text_of(text_format.answer(answer))
 
 
 def _around(text: str, messages: Messages) -> list[str]:

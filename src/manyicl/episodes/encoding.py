@@ -116,9 +116,7 @@ class Encoder:
 
     def preceding(self, instruction: str, num_shots: int) -> Preceding:
         """Tell what comes before a query after this instruction and so many demonstrations."""
-        if num_shots:
-            return Preceding.DEMONSTRATION
-        return Preceding.INSTRUCTION if self.format.has_instruction(instruction) else Preceding.NOTHING
+        return self.format.preceding(instruction, num_shots)
 
     def _opens_sequence(self, preceding: Preceding) -> bool:
         return preceding is Preceding.NOTHING and not self.format.preamble("")
@@ -268,11 +266,8 @@ class Encoder:
 
     def episode_segments(self, episode: Episode) -> tuple[Segment, ...]:
         """Return the segments of an episode in order."""
-        segments = list(self.format.preamble(episode.instruction))
-        for shot, example in enumerate(episode.examples):
-            segments += self.format.query(example.query.text, self.preceding(episode.instruction, shot))
-            segments += (*self.format.answer(example.answer), *self.format.inter_turn)
-        return tuple(segments)
+        shots = ((example.query.text, example.answer) for example in episode.examples)
+        return self.format.segments(episode.instruction, shots)
 
     def joined_text(self, episode: Episode) -> str:
         """Return the text of an episode, its segments joined."""

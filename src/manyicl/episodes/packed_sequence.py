@@ -48,11 +48,6 @@ class PackedSequence:
         return sum(len(episode.token_ids) for episode in self.episodes)
 
     @property
-    def num_answers(self) -> int:
-        """Answers of all episodes."""
-        return sum(len(episode.answer_spans) for episode in self.episodes)
-
-    @property
     def unused_share(self) -> float:
         """Share of the context that holds no token."""
         return 1 - self.num_tokens / self.max_context_tokens

@@ -91,6 +91,20 @@ class TextFormat(BaseModel, ABC):
         """Tell whether an instruction leaves a trace in the text."""
         return bool(instruction)
 
+    def preceding(self, instruction: str, num_shots: int) -> Preceding:
+        """Tell what comes before a query after this instruction and so many demonstrations."""
+        if num_shots:
+            return Preceding.DEMONSTRATION
+        return Preceding.INSTRUCTION if self.has_instruction(instruction) else Preceding.NOTHING
+
+    def segments(self, instruction: str, shots: Iterable[tuple[str, str]]) -> tuple[Segment, ...]:
+        """Return an instruction and demonstrations, each a query and its answer, segment by segment."""
+        segments = [*self.preamble(instruction)]
+        for number, (query, answer) in enumerate(shots):
+            segments += self.query(query, self.preceding(instruction, number))
+            segments += (*self.answer(answer), *self.inter_turn)
+        return tuple(segments)
+
     def ends_early(self, answer: str) -> bool:
         """Tell whether an answer contains or completes the end-of-answer text, so that it would be cut there."""
         written = text_of(self.answer(answer))

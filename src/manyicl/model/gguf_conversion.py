@@ -231,7 +231,7 @@ class GgufFile:
         return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from tokenizers import AddedToken, Tokenizer, models
+        from tokenizers import AddedToken, Tokenizer, models, processors
         from transformers import PreTrainedTokenizerFast
 
         kind, split = self._value("tokenizer.ggml.model"), self._metadata.get("tokenizer.ggml.pre")
@@ -251,7 +251,9 @@ class GgufFile:
         ids = self._token_ids()
         named = {f"{name}_token": tokens[token_id] for name, token_id in ids.items()}
         if self._metadata.get("tokenizer.ggml.add_bos_token"):
-            _begin_with(backend, named["bos_token"], ids["bos"])
+            bos = named["bos_token"]
+            texts = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
+            backend.post_processor = processors.TemplateProcessing(**texts, special_tokens=[(bos, ids["bos"])])
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, chat_template=self._metadata.get("tokenizer.chat_template"), **named
         )
@@ -286,11 +288,3 @@ def _split_like(backend: Any, split: str) -> None:
     else:
         backend.pre_tokenizer = bytes_of_words
     backend.decoder = decoders.ByteLevel()
-
-
-def _begin_with(backend: Any, token: str, token_id: int) -> None:
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
-    )

@@ -182,12 +182,9 @@ class _Structure:
         key[self.matching, self.around] = AROUND_GAIN * similar
         head.query.copy_(query)
         head.key.copy_(key)
-        rank = min(self.head, self.identity // 2)
-        start = half * (self.identity // 2)
-        head.value.zero_()
-        head.value[:rank, start : start + rank] = torch.eye(rank)
-        head.output.zero_()
-        head.output[start : start + rank, :rank] = torch.eye(rank) * (EMBEDDING_SCALE * COPY_GAIN)
+        width = self.identity // 2
+        block = slice(half * width, (half + 1) * width)
+        self._copy(head, torch.eye(self.identity)[block], block)
 
     def _directions(self, rows: int, columns: int) -> Tensor:
         """Draw a random matrix with orthonormal rows or columns, whichever are fewer."""

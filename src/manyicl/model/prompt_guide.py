@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -29,8 +28,7 @@ DEMONSTRATIONS = tuple(
 QUERY = "the music was fine"
 
 
-@dataclass(frozen=True)
-class ExportFacts:
+class ExportFacts(NamedTuple):
     """What prompt.json says of a model in addition to its format.
 
     Attributes:
@@ -66,7 +64,9 @@ def prompt_facts(encoder: Encoder, manifest: Manifest | None, facts: ExportFacts
     if encoder.answer_end_id is not None:
         stop = {"stop_token_ids": [encoder.answer_end_id]}
     text, token_ids = example_prompt(encoder)
-    with_special, plain = (encoder.tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
+    names = encoder.tokenizer.convert_ids_to_tokens
+    plain = encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
+    added = [token for token in encoder.tokenizer("a")["input_ids"] if token not in plain]
     asks = encoder.format.query(QUERY)
     segments = [segment.text for segment in (*encoder.episode_segments(_example_episode()), *asks)]
     example: dict[str, Any] = {
@@ -84,23 +84,15 @@ def prompt_facts(encoder: Encoder, manifest: Manifest | None, facts: ExportFacts
             request["chat_template_kwargs"] = encoder.format.template_arguments
     return {
         "format_version": 1,
-        "model": facts.model,
+        **facts._asdict(),
         "fine_tuned": manifest is not None,
         "text_format": encoder.format.model_dump(),
         "stop": stop,
         "example": example,
         "request": {**request, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0, **stop},
-        "special_tokens": {
-            "tokenizer_adds": encoder.tokenizer.convert_ids_to_tokens(
-                [token for token in with_special if token not in plain]
-            ),
-            "manyicl_adds": encoder.tokenizer.convert_ids_to_tokens(list(encoder.bos_ids)),
-        },
+        "special_tokens": {"tokenizer_adds": names(added), "manyicl_adds": names(list(encoder.bos_ids))},
         "max_context_tokens": manifest.max_context_tokens if manifest else None,
         "max_trained_shots": manifest.max_trained_shots if manifest else None,
-        "num_positions": facts.num_positions,
-        "dtype": facts.dtype,
-        "precision": facts.precision,
         "versions": library_versions(),
     }
 
