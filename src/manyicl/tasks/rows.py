@@ -206,18 +206,16 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
 def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV text that are not blank, each with its first line."""
     reader = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            what = f"broken {path.suffix[1:].upper()}, {reason(error)}"
-            remedy = _QUOTES_REMEDY if quotes == "csv" else None
-            raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
-        if fields is None:
-            return
-        if fields:
-            yield line, fields
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        what = f"broken {path.suffix[1:].upper()}, {reason(error)}"
+        remedy = _QUOTES_REMEDY if quotes == "csv" else None
+        raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
 
 
 def _checked_header(fields: list[str]) -> list[str]:

@@ -39,8 +39,8 @@ class Template:
             UserError: If the syntax is wrong.
         """
         try:
-            self._compiled = TASK_SANDBOX.from_string(source)
             syntax = TASK_SANDBOX.parse(source)
+            self._compiled = TASK_SANDBOX.from_string(syntax)
         except TemplateSyntaxError as error:
             said = (error.message or "").rstrip(".")
             is_odd_name = said.startswith("expected token")
