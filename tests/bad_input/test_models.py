@@ -720,7 +720,7 @@ COMPILED = [
         "a compiled task over another file",
         "compile --model m --task t --output new.jsonl",
         "output_exists",
-        what="the output exists and is no earlier output of this command",
+        what="the output exists and was not written by this command",
         file="new.jsonl",
         files=QUERIES,
     ),

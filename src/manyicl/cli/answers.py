@@ -40,8 +40,8 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
         inputs: Files that are read, by the option that names them.
 
     Raises:
-        UserError: If the output cannot be written, would replace what is no earlier output, another run writes it or
-            was interrupted, or rows differ in a CSV file.
+        UserError: If the output cannot be written, would replace another file, another run writes it or was
+            interrupted, or rows differ in a CSV file.
     """
     if output == STANDARD_STREAM:
         if sys.stdout is None:
