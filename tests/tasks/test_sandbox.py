@@ -70,6 +70,7 @@ TOO_MANY_STEPS = f"more than {MOST_STEPS:,} steps"
         ("{% set s = 'a-' * 1900000 %}{% for i in range(12) %}{% set q = s | title %}{% endfor %}", TOO_MANY_STEPS),
         ("{% set s = '<b>' * 1000000 %}{% for i in range(9) %}{% set q = s | striptags %}{% endfor %}", TOO_MANY_STEPS),
         ("{% set s = range(90000) | list %}{% for i in range(9) %}{% set q = s | sort %}{% endfor %}", TOO_MANY_STEPS),
+        ("a" * (MOST_CHARACTERS + 1), TOO_LONG),
         ("{% include 'other' %}", "^macros, blocks, includes and recursive loops are refused; only a chat template"),
         ("{{ " + "(" * 5000 + "a" + ")" * 5000 + " }}", "nested too deeply"),
         ("{{ raise_exception('no system turn') }}", "no system turn"),

@@ -354,7 +354,7 @@ def rendered(template: jinja2.Template, variables: Mapping[str, object], budget:
         jinja2.TemplateError: If it fails, or does or writes too much.
     """
     values = {**template.environment.globals, **variables, _BUDGET: budget or Budget()}
-    return "".join(template.root_render_func(template.new_context(values, shared=True)))
+    return joined(template.root_render_func(template.new_context(values, shared=True)))
 
 
 def render_chat_template(source: str, variables: Mapping[str, object], budget: Budget | None = None) -> str:
