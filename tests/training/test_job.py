@@ -71,7 +71,8 @@ def test_a_run_is_found_without_loading_a_base_whose_files_are_as_they_were(
 ) -> None:
     base = tmp_path / "base"
     ensured(small_recipe(base))
-    recipe = small_recipe(tmp_path / "run", "model.from_scratch=null", f"model.base={base}")
+    no_new_model = "model.from_scratch=null"
+    recipe = small_recipe(tmp_path / "run", no_new_model, f"model.base={base}")
     tasks = RecipeTasks(small_tasks().train[:1], ())
     ensured(recipe, tasks)
     loads: list[str] = []
@@ -83,10 +84,18 @@ def test_a_run_is_found_without_loading_a_base_whose_files_are_as_they_were(
     monkeypatch.setattr("manyicl.training.job.load_model", load)
     assert ensured(recipe, tasks).was_found
     assert not loads
+    adapter = small_recipe(
+        tmp_path / "adapter", "model.from_scratch=null", f"model.base={base}", "model.lora={rank: 2}"
+    )
+    ensured(adapter, tasks)
+    merged = small_recipe(tmp_path / "merged", no_new_model, f"model.base={adapter.output}")
+    ensured(merged, tasks)
+    assert ensured(merged, tasks).was_found
+    assert not loads
     (base / "model.safetensors").touch()
-    for _ in range(2):
-        assert ensured(recipe, tasks).was_found
-    assert len(loads) == 1
+    for one in (recipe, recipe, merged, merged):
+        assert ensured(one, tasks).was_found
+    assert loads == [str(base), str(adapter.output)]
 
 
 def test_a_run_by_another_version_is_another_run(tmp_path: Path) -> None:

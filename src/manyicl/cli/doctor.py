@@ -164,7 +164,7 @@ def _base_sentence(recipe: Recipe) -> str:
 
     if recipe.model.from_scratch is not None:
         return f"a new {recipe.model.from_scratch.architecture} model"
-    here = "on this machine" if config_folder(recipe) else "not found"
+    here = "on this machine" if config_folder(recipe.model.base) else "not found"
     return f"{recipe.model.base}, {'to be fetched from the Hub' if must_be_fetched(recipe) else here}"
 
 

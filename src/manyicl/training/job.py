@@ -109,7 +109,7 @@ def ensure_trained(
         seed=recipe.training.seed,
         on_progress=progress.on_evaluation,
     )
-    files = base_files(recipe)
+    files = base_files(recipe.model.base)
     run = prepare_run(recipe, tasks)
     for sentence in filter(None, (*run.sentences(), remark_on_precision(recipe))):
         say(sentence)
@@ -184,7 +184,7 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
     """
     known = Manifest.read(folder.path)
     assert known is not None
-    base, fingerprint, files = recipe.model.base, known.base_fingerprint, base_files(recipe)
+    base, fingerprint, files = recipe.model.base, known.base_fingerprint, base_files(recipe.model.base)
     of_base = None if base is None else read_manifest(resolve_reference(base))
     has_same_base = folder.has_same_base(files)
     if base is not None and not has_same_base:

@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from manyicl.errors import UserError
 from manyicl.model import machine
 from manyicl.model.load import HUB_PREFIX, model_config, resolve_reference
+from manyicl.model.manifest import Manifest
 from manyicl.tasks.files import task_places
 from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.recipe import Recipe
@@ -160,12 +161,11 @@ def _base_problems(recipe: Recipe) -> Iterator[UserError]:
 def must_be_fetched(recipe: Recipe) -> bool:
     """Tell whether the base is one of the Hub of which this machine has no copy."""
     base = recipe.model.base
-    return base is not None and base.startswith(HUB_PREFIX) and config_folder(recipe) is None
+    return base is not None and base.startswith(HUB_PREFIX) and config_folder(base) is None
 
 
-def config_folder(recipe: Recipe) -> Path | None:
-    """Find the folder of the base on this machine, in the Hub cache too; None where there is none."""
-    base = recipe.model.base
+def config_folder(base: str | None) -> Path | None:
+    """Find the folder of a base on this machine, in the Hub cache too; None where there is none."""
     if base is None:
         return None
     with suppress(UserError, ValueError):  # no repository of the Hub can have such a name
@@ -176,21 +176,26 @@ def config_folder(recipe: Recipe) -> Path | None:
     return None
 
 
-def base_files(recipe: Recipe) -> str | None:
-    """List, as JSON, size and modification time of each file of the base: equal lists mean equal weights.
+def base_files(base: str | None) -> str | None:
+    """List, as JSON, size and modification time of each file of a base: equal lists mean equal weights.
 
-    None for a new model, for one that is not on this machine, and for an adapter, whose own base is elsewhere.
+    The list of an adapter is followed by that of its own base. None for a new model, and where one is not on this
+    machine.
     """
-    folder = config_folder(recipe)
-    if folder is None or (folder / "adapter_config.json").is_file():
+    folder = config_folder(base)
+    below: str | None = ""
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        manifest = Manifest.read(folder)
+        below = base_files(manifest.base if manifest else None)
+    if folder is None or below is None:
         return None
     stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-    return json.dumps({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}, indent=2)
+    return json.dumps({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}, indent=2) + below
 
 
 def _known_positions(recipe: Recipe) -> int | None:
     """Read from the configuration how many positions the base has; None where it is not here or does not say."""
-    folder = config_folder(recipe)
+    folder = config_folder(recipe.model.base)
     if folder is None or not (folder / "config.json").is_file():
         return None
     with suppress(UserError):
