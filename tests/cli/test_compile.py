@@ -153,10 +153,10 @@ def test_the_tasks_own_rows_are_never_written_over(
 ) -> None:
     before, task = table.read_bytes(), f"{table}:text:label"
     assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", table, "--shots", 4) == 2
-    assert "no earlier output of this command" in capsys.readouterr().err
+    assert "not written by this command" in capsys.readouterr().err
     common = ["predict", "--model", model_folder, "--input", queries]
     assert run(monkeypatch, *common, "--task", task, "--shots", 4, "--output", table) == 2
-    assert "no earlier output of this command" in capsys.readouterr().err
+    assert "not written by this command" in capsys.readouterr().err
     assert table.read_bytes() == before
     prefix = tmp_path / "tickets.csv.jsonl"
     assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4) == 0

@@ -138,7 +138,7 @@ def test_earlier_answers_are_replaced_and_rows_of_a_person_are_not(
     for path in (table, mine):
         before = path.read_bytes()
         assert run(monkeypatch, *arguments, path) == 2
-        assert "no earlier output of this command" in capsys.readouterr().err
+        assert "not written by this command" in capsys.readouterr().err
         assert path.read_bytes() == before
     table.write_text("text,label,answer,log_probability\nfilm,good,good,-1\n", encoding="utf-8")
     assert run(monkeypatch, *arguments, table) == 2
