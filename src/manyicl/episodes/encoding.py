@@ -90,9 +90,8 @@ class Encoder:
             raise UserError("empty_answer", "An answer is empty", remedy="Every example needs one.")
         if self._ends_early(answer):
             end = self.format.end_of_answer
-            what = (
-                f"The answer {shortened(answer, 60)!r} contains the end-of-answer text {end!r}, where it would be cut"
-            )
+            named = shortened(answer, 60)
+            what = f"The answer {named!r} contains the end-of-answer text {end!r}, where it would be cut"
             raise UserError("end_inside_answer", what, remedy=REMEDY_FOR_END_INSIDE)
         return self._encode(self.format.answer(answer))
 
@@ -118,16 +117,14 @@ class Encoder:
         """Tell what comes before a query after this instruction and so many demonstrations."""
         return self.format.preceding(instruction, num_shots)
 
-    def _opens_sequence(self, preceding: Preceding) -> bool:
-        return preceding is Preceding.NOTHING and not self.format.preamble("")
-
     def query_ids(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query up to where its answer begins."""
         return self._query_ids(query, preceding)
 
     def query_ids_uncached(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query that will not come again, as `query_ids` without remembering it; streams have no end."""
-        return self._encode(self.format.query(query, preceding), self._opens_sequence(preceding))
+        opens_sequence = preceding is Preceding.NOTHING and not self.format.preamble("")
+        return self._encode(self.format.query(query, preceding), opens_sequence)
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Encode an answer with the end-of-answer text.

@@ -87,8 +87,8 @@ class Mixture(Section):
         key = "tasks.mixture.weights"
         for name, weight in self.weights.items():
             if name not in sizes:
-                hint = did_you_mean(name, [known for task in tasks for known in (task.name, task.family)]).strip()
-                raise UserError("unknown_task", f"{key}: {name!r} fits no task", remedy=hint or None, field=key)
+                hint = did_you_mean(name, [known for task in tasks for known in (task.name, task.family)])
+                raise UserError("unknown_task", f"{key}: {name!r} fits no task", remedy=hint, field=key)
             if weight < 0:
                 what, found = f"{key}: the weight of {name!r} is negative", f"{weight:g}"
                 raise UserError("wrong_value", what, expected="at least 0", found=found, field=key)

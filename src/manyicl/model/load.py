@@ -431,10 +431,8 @@ def require_dtype(dtype: str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype in DTYPES:
         return DTYPES.get(dtype or "")
-    expected, remedy = ", ".join(DTYPES), did_you_mean(dtype, DTYPES).strip() or None
-    raise UserError(
-        "unknown_dtype", "dtype is not one of those known", expected=expected, found=repr(dtype), remedy=remedy
-    )
+    what, expected, remedy = "dtype is not one of those known", ", ".join(DTYPES), did_you_mean(dtype, DTYPES)
+    raise UserError("unknown_dtype", what, expected=expected, found=repr(dtype), remedy=remedy)
 
 
 @contextmanager
