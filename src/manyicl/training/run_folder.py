@@ -88,10 +88,11 @@ class RunFolder:
         """Look at what the folder holds.
 
         Raises:
-            UserError: If it is no folder and cannot become one.
+            UserError: If it is a file.
         """
         if not os.path.isdir(self.path):  # noqa: PTH112  # the other one raises where the name is too long
-            require_output_folder(self.path)
+            if os.path.exists(self.path):  # noqa: PTH110
+                require_output_folder(self.path)
             return RunState.EMPTY
         if (self.path / REPLACING_FILE).is_file():
             return RunState.REPLACING
