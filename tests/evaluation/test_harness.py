@@ -277,7 +277,7 @@ def test_rolling_windows_score_the_same(tmp_path: Path) -> None:
     ours = both.ours.loglikelihood_rolling(asked("loglikelihood_rolling", texts), disable_tqdm=True)
     theirs = both.theirs.loglikelihood_rolling(asked("loglikelihood_rolling", texts), disable_tqdm=True)
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
-    assert both.ours.truncated.num_requests == 0
+    assert both.ours.num_truncated_requests == 0
 
 
 def test_long_contexts_are_cut_as_with_lm_eval_and_counted(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -288,17 +288,17 @@ def test_long_contexts_are_cut_as_with_lm_eval_and_counted(llama: Path, caplog: 
     num_lost = [len(context) + len(continuation) - 33 for context, continuation in encoded]
     with caplog.at_level(logging.WARNING, harness.__name__):
         both.score(pairs)
-    assert both.ours.truncated.num_requests == sum(lost > 0 for lost in num_lost) >= 12
-    assert both.ours.truncated.num_tokens == sum(max(0, lost) for lost in num_lost)
+    assert both.ours.num_truncated_requests == sum(lost > 0 for lost in num_lost) >= 12
+    assert both.ours.num_truncated_tokens == sum(max(0, lost) for lost in num_lost)
     (record,) = [record for record in caplog.records if record.name == harness.__name__]
-    assert f"{both.ours.truncated.num_tokens:,} tokens" in record.message
-    assert both.ours.get_model_info()["num_truncated_requests"] == both.ours.truncated.num_requests
+    assert f"{both.ours.num_truncated_tokens:,} tokens" in record.message
+    assert both.ours.get_model_info()["num_truncated_requests"] == both.ours.num_truncated_requests
 
     writing = [(context, {"until": ["\n"], "max_gen_toks": 8}) for context, _ in pairs[:7]]
     theirs = both.theirs.generate_until(asked("generate_until", writing), disable_tqdm=True)
-    before = both.ours.truncated.num_requests
+    before = both.ours.num_truncated_requests
     assert both.ours.generate_until(asked("generate_until", writing), disable_tqdm=True) == theirs
-    assert both.ours.truncated.num_requests == before + 7
+    assert both.ours.num_truncated_requests == before + 7
 
 
 @pytest.mark.parametrize("stop", [["\n"], ["the", " a"], [], ["e"], ["good", "\n\n", "</s>"]])
@@ -352,10 +352,11 @@ def test_other_than_greedy_answers_are_refused(llama: Path, arguments: dict[str,
 
 def test_a_generation_config_that_is_left_aside_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tmp_path)
-    GenerationConfig(repetition_penalty=1.2).save_pretrained(folder)
+    without_effect: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "num_beams": 1, "eos_token_id": 2}
+    GenerationConfig(repetition_penalty=1.2, **without_effect).save_pretrained(folder)
     model = HarnessModel.from_pretrained(str(folder))
     model.generate_until(asked("generate_until", [("a", {"until": "\n", "max_gen_toks": 2})]), disable_tqdm=True)
-    assert "'repetition_penalty': 1.2" in caplog.text
+    assert "sets {'repetition_penalty': 1.2};" in caplog.text
 
 
 def test_what_cannot_be_scored_is_refused(llama: Path) -> None:

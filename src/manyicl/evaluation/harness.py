@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
@@ -59,35 +58,9 @@ Answer = tuple[float, bool]
 ROLLING_WINDOWS = 64
 # Arguments without effect on greedy decoding.
 ONLY_FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-# What generation_config.json may ask for that changes greedy answers; lm-eval's own model obeys it.
-NOT_PLAIN_GREEDY = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "min_length",
-    "min_new_tokens",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "guidance_scale",
-    "sequence_bias",
-)
-
-
-@dataclass
-class Truncation:
-    """What did not fit, and was cut from the left.
-
-    Attributes:
-        num_requests: Requests that lost tokens.
-        num_tokens: Tokens that they lost.
-    """
-
-    num_requests: int = 0
-    num_tokens: int = 0
+# What generation_config.json may ask for without changing a greedy answer; lm-eval's own model obeys the rest of it.
+WITHOUT_EFFECT = {"do_sample", *ONLY_FOR_SAMPLING, "bos_token_id", "eos_token_id", "pad_token_id", "max_length"}
+WITHOUT_EFFECT |= {"max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config"}
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
@@ -134,7 +107,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         finally:
             library.disabled = was_disabled
         self.loaded = loaded
-        self.truncated = Truncation()
+        # Requests that lost tokens on the left because they did not fit, and the tokens that they lost.
+        self.num_truncated_requests = self.num_truncated_tokens = 0
         # An end-of-answer text plays no part: lm-eval's tasks have formats and stop strings of their own.
         manifest = loaded.manifest
         self._answer_end_id = Encoder(loaded.tokenizer, manifest.text_format).answer_end_id if manifest else None
@@ -170,8 +144,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             "model_sha": self.loaded.fingerprint,
             "model_reference": self.loaded.reference,
             "max_context_tokens": self.max_length,
-            "num_truncated_requests": self.truncated.num_requests,
-            "num_truncated_tokens": self.truncated.num_tokens,
+            "num_truncated_requests": self.num_truncated_requests,
+            "num_truncated_tokens": self.num_truncated_tokens,
         }
 
     def _loglikelihood_tokens(
@@ -276,20 +250,20 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     def _warn_of_generation_config(self) -> None:
         """Say what lm-eval's own model would obey and this one does not."""
         config = getattr(self.model, "generation_config", None)
-        asked = {name: getattr(config, name, None) for name in NOT_PLAIN_GREEDY}
-        if asked := {name: value for name, value in asked.items() if value and value != 1}:
+        settings = config.to_diff_dict().items() if config else ()
+        changed = {name: value for name, value in settings if name not in WITHOUT_EFFECT and value and value != 1}
+        if changed:
             logger.warning(
-                "The generation_config.json of %r sets %s; answers here are plain greedy and leave it aside.",
-                self.loaded.reference,
-                asked,
+                f"The generation_config.json of {self.loaded.reference!r} sets {changed}; answers here are plain greedy "
+                "and leave it aside."
             )
 
     def _cut(self, requests: Sequence[tuple[Sequence[int], int]]) -> list[TokenIds]:
         """Cut each context from the left to the most tokens it may have; count what was cut, and warn once a call."""
         lost = [max(0, len(token_ids) - most) for token_ids, most in requests]
         num_requests = sum(num > 0 for num in lost)
-        self.truncated.num_requests += num_requests
-        self.truncated.num_tokens += sum(lost)
+        self.num_truncated_requests += num_requests
+        self.num_truncated_tokens += sum(lost)
         if num_requests:
             logger.warning(
                 f"{num_requests:,} of {len(requests):,} requests were longer than {self.max_length:,} tokens and lost "
