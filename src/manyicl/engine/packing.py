@@ -158,11 +158,12 @@ class QueriesInFlight:
         self.start = prefix[-1].end if prefix else 0
         self.num_later_slots = num_later_slots
         self.own = OwnKeys(len(queries), int(self.lengths.max()) + num_later_slots) if num_later_slots else None
-        # Of each query's later tokens: how many there are, how deep each is, and which others each sees.
+        # Of each query's later tokens: how many there are, how deep each is, and which others each sees. The last entry
+        # is the query itself, -1 as a parent.
         self.num_later = np.zeros(len(queries), dtype=np.int64)
-        self.depths = np.zeros((len(queries), num_later_slots), dtype=np.int64)
+        self.depths = np.full((len(queries), num_later_slots + 1), -1)
         num_tree_slots = 0 if in_line else num_later_slots
-        self.sees = np.zeros((len(queries), num_tree_slots, num_tree_slots), dtype=bool)
+        self.sees = np.zeros((len(queries), num_tree_slots + 1, num_tree_slots), dtype=bool)
         self.in_line = in_line
 
     def read(self) -> Tensor:
@@ -195,52 +196,40 @@ class QueriesInFlight:
                 itself. A parent comes before its children.
         """
         assert self.own is not None, "queries that are followed keep their keys"
-        active, line = np.unique(np.array(queries), return_inverse=True)
-        columns = np.zeros(len(active), dtype=np.int64)
-        column = np.empty(len(queries), dtype=np.int64)
-        slot = np.empty(len(queries), dtype=np.int64)
-        depth = np.empty(len(queries), dtype=np.int64)
-        for i, (query, parent) in enumerate(zip(queries, parents, strict=True)):
-            number = self.num_later[query]
-            self.depths[query, number] = self.depths[query, parent] + 1 if parent >= 0 else 0
-            if self.in_line:
-                assert parent == number - 1, "tokens in a line each follow the last"
-            else:
-                self.sees[query, number] = self.sees[query, parent] if parent >= 0 else False
-                self.sees[query, number, number] = True
-            self.num_later[query] += 1
-            column[i], slot[i] = columns[line[i]], self.lengths[query] + number
-            columns[line[i]] += 1
-            depth[i] = self.depths[query, number]
-        lengths = self.lengths[active]
-        num_slots = int((lengths + self.num_later[active]).max())
-        visible = np.zeros((len(active), int(columns.max()), num_slots), dtype=bool)
+        query_of = np.array(queries)
+        active, line, num_new = np.unique(query_of, return_inverse=True, return_counts=True)
+        column = np.concatenate([np.arange(num) for num in num_new])
+        number = self.num_later[query_of] + column
+        assert not self.in_line or (number - 1 == parents).all(), "tokens in a line each follow the last"
+        for query, i, parent in zip(queries, number, parents, strict=True):
+            self.depths[query, i] = self.depths[query, parent] + 1
+            if not self.in_line:
+                self.sees[query, i] = self.sees[query, parent]
+                self.sees[query, i, i] = True
+        self.num_later[active] += num_new
+        lengths, num_later = self.lengths[active], self.num_later[active]
+        num_slots = int((lengths + num_later).max())
+        visible = np.zeros((len(active), int(num_new.max()), num_slots), dtype=bool)
         slot_positions = np.zeros((len(active), num_slots), dtype=np.int64)
-        for i, query in enumerate(active):
-            length, later = lengths[i], self.num_later[query]
-            new = slice(later - columns[i], later)
-            visible[i, : columns[i], :length] = True
-            visible[i, : columns[i], length : length + later] = (
-                np.tri(columns[i], later, later - columns[i], dtype=bool)
-                if self.in_line
-                else self.sees[query, new, :later]
-            )
-            slot_positions[i, : length + later] = np.concatenate(
-                [np.arange(length), length + self.depths[query, :later]]
-            )
+        for i, (query, new, length, later) in enumerate(zip(active, num_new, lengths, num_later, strict=True)):
+            seen = self.sees[query, later - new : later, :later]
+            visible[i, :new, :length] = True
+            visible[i, :new, length : length + later] = np.tri(new, later, later - new) if self.in_line else seen
+            slot_positions[i, :length] = np.arange(length)
+            slot_positions[i, length : length + later] = length + self.depths[query, :later]
         return continue_model(
             self.model,
             token_ids,
             Continuation(
                 prefix=self.prefix,
-                positions=self._tensor(self.start + self.lengths[np.array(queries)] + depth),
+                positions=self._tensor(self.start + self.lengths[query_of] + self.depths[query_of, number]),
                 sequence=self._tensor(line),
                 column=self._tensor(column),
                 num_sequences=len(active),
-                num_columns=int(columns.max()),
+                num_columns=int(num_new.max()),
                 own=self.own,
                 own_line=None if len(active) == len(self.queries) else self._tensor(active),
-                slot=self._tensor(slot),
+                slot=self._tensor(self.lengths[query_of] + number),
                 slot_positions=self._tensor(self.start + slot_positions),
                 visible=torch.from_numpy(visible).to(self.model.device),
             ),
