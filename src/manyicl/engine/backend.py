@@ -272,15 +272,14 @@ class SharedTokens:
     token_ids: TokenIds
 
 
-def require_own(prefix: Prefix, identity: Identity) -> None:
-    """Refuse a prefix of another network: its keys and values would give wrong answers without a word.
+def require_own(maker: Identity, identity: Identity) -> None:
+    """Refuse a prefix that another network made: its keys and values would give wrong answers without a word.
 
     Raises:
         UserError: If so.
     """
-    difference = identity.difference(prefix.identity)
-    if difference is not None:
-        raise foreign_prefix(difference, prefix.identity, identity)
+    if difference := identity.difference(maker):
+        raise foreign_prefix(difference, maker, identity)
 
 
 def foreign_prefix(difference: str, found: Identity, expected: Identity) -> UserError:

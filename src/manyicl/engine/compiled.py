@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.atomic import write_atomically
-from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, foreign_prefix
+from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, foreign_prefix, require_own
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
@@ -123,11 +123,9 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             header = _checked_header(metadata)
-            difference = backend.identity.difference(header.identity)
-            if difference is None and header.text_format != encoder.format:
-                difference = "another text format"
-            if difference is not None:
-                raise foreign_prefix(difference, header.identity, backend.identity)
+            require_own(header.identity, backend.identity)
+            if header.text_format != encoder.format:
+                raise foreign_prefix("another text format", header.identity, backend.identity)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)

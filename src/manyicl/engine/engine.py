@@ -28,10 +28,10 @@ from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import answer_targets, observed_answers
 from manyicl.engine.queries import AnswerOptions, EncodedQuery, Row, checked_query, in_batches, require_options
 from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
-from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
-from manyicl.episodes.chat_template import ChatTemplate
+from manyicl.episodes.budget import fit_demonstrations, longest_answer
+from manyicl.episodes.chat_template import require_rows_as_written
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.text_format import AnyFormat, ChatFormat, FormatKind, Preceding
+from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, Preceding
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from manyicl.tasks.nearest import NearestExamples
@@ -141,12 +141,10 @@ class Engine:
         self.backend = backend
         self.identity = backend.identity
         self.manifest = manifest
-        # Turns that were extracted just now are compared with the rows of every task; a manifest has those of training.
-        self._template: ChatTemplate | None = None
+        # Turns that are extracted just now are compared with the rows of every task; a manifest has those of training.
+        self._compares_rows = text_format == "chat" and manifest is None
         self._compared: set[tuple[str, str]] = set()
         if not isinstance(text_format, BaseModel):
-            if text_format == "chat" and manifest is None:
-                self._template = ChatTemplate(tokenizer)
             text_format = format_to_ask_in(tokenizer, manifest, text_format, end_of_answer)
         self.encoder = Encoder(tokenizer, text_format)
         self.trained_context_tokens = manifest.max_context_tokens if manifest else None
@@ -321,10 +319,9 @@ class Engine:
         """
         if not isinstance(prefix, TaskPrefix):
             raise UserError("not_a_prefix", "no prefix from prefill, extend or load", found=type(prefix).__name__)
-        require_own(prefix.cache, self.identity)
+        require_own(prefix.cache.identity, self.identity)
         if prefix.text_hash != self.encoder.text_hash:
-            difference = "another tokenizer or text format"
-            raise foreign_prefix(difference, prefix.cache.identity, self.identity)
+            raise foreign_prefix("another tokenizer or text format", prefix.cache.identity, self.identity)
 
     def _fitting(
         self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None, nearest: Nearest | None
@@ -333,12 +330,11 @@ class Engine:
         demonstrations = tuple(demonstrations)
         require_demonstrations(demonstrations, task)
         self.encoder.require_encodable(task)
-        identity = task.name, task.data_hash
-        text_format = self.encoder.format
-        if self._template is not None and isinstance(text_format, ChatFormat) and identity not in self._compared:
-            self._template.require_same_rows(text_format, task)
-            # A shot curve prefills the same task for every draw.
-            self._compared.add(identity)
+        # A shot curve prefills the same task for every draw.
+        if self._compares_rows and (task.name, task.data_hash) not in self._compared:
+            chat = FormatSettings(kind="chat")
+            require_rows_as_written(chat, self.encoder.tokenizer, self.encoder.format, [task])
+            self._compared.add((task.name, task.data_hash))
         reserve = self.num_reserved_tokens(task, queries, nearest)
         fitting, num_dropped = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
         return fitting, num_dropped, self.encoder.encode_prefix(task.instruction(), fitting)
@@ -351,16 +347,11 @@ class Engine:
             queries = [example.query for example in task.test or task.train]
         asked = [row if isinstance(row, Query | EncodedQuery) else task.query(row) for row in queries]
         each = [row.query if isinstance(row, EncodedQuery) else row for row in asked]
-        own = 0
-        if nearest is not None:
-            own = max((sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in each), default=0)
-        limit = self.max_answer_tokens(task)
-        if task.choices_column:
-            choices = {choice for query in each for choice in query.choices or ()}
-            answer = max((len(self.encoder.answer_ids(choice)) for choice in choices), default=limit)
-        else:
-            answer = num_tokens_for_asking(task, self.encoder, limit, ())
-        return own + max(map(self._num_query_tokens, asked), default=0) + answer
+        of_nearest = [sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in each] if nearest else []
+        query = max(map(self._num_query_tokens, asked), default=0)
+        return (
+            max(of_nearest, default=0) + query + longest_answer(task, self.encoder, self.max_answer_tokens(task), each)
+        )
 
     def _num_query_tokens(self, row: Query | EncodedQuery) -> int:
         """Count the tokens of a query; of one not yet encoded, of the longest way to encode it."""

@@ -156,7 +156,7 @@ class LocalBackend:
 
     def _blocks(self, prefix: Prefix) -> tuple[Block, ...]:
         """Return the keys and values of a prefix of this backend, and refuse any other."""
-        require_own(prefix, self.identity)
+        require_own(prefix.identity, self.identity)
         if not isinstance(prefix, PrefixCache):
             raise foreign_prefix("another kind of backend", prefix.identity, self.identity)
         return prefix.blocks

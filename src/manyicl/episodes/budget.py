@@ -59,18 +59,21 @@ def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, 
     longest_query = max(
         (max(len(encoder.query_ids_uncached(query.text, place)) for place in Preceding) for query in queries), default=0
     )
+    return longest_query + longest_answer(task, encoder, max_answer_tokens, queries)
+
+
+def longest_answer(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
+    """Count the tokens of the longest label, or the longest choice of these queries; else free answers have a limit."""
     if task.labels:
-        return longest_query + _longest_answer(encoder, task.labels)
+        return _longest_label(encoder, task.labels)
     choices = {choice for query in queries for choice in query.choices or ()}
-    if choices:
-        return longest_query + max(len(encoder.answer_ids(choice)) for choice in choices)
-    return longest_query + max_answer_tokens
+    return max((len(encoder.answer_ids(choice)) for choice in choices), default=max_answer_tokens)
 
 
 @lru_cache(maxsize=4)
-def _longest_answer(encoder: Encoder, answers: tuple[str, ...]) -> int:
-    """Count the tokens of the longest answer; kept, because a task of thousands of labels asks for every test row."""
-    return max(len(encoder.answer_ids(answer)) for answer in answers)
+def _longest_label(encoder: Encoder, labels: tuple[str, ...]) -> int:
+    """Count the tokens of the longest label; kept, because a task of thousands of labels asks for every test row."""
+    return max(len(encoder.answer_ids(label)) for label in labels)
 
 
 def require_instruction_fits(task: Task, encoder: Encoder, max_context_tokens: int) -> int:

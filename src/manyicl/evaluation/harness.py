@@ -254,8 +254,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         changed = {name: value for name, value in settings if name not in WITHOUT_EFFECT and value and value != 1}
         if changed:
             logger.warning(
-                f"The generation_config.json of {self.loaded.reference!r} sets {changed}; answers here are plain greedy "
-                "and leave it aside."
+                f"The generation_config.json of {self.loaded.reference!r} sets {changed}; answers here are plain "
+                "greedy and leave it aside."
             )
 
     def _cut(self, requests: Sequence[tuple[Sequence[int], int]]) -> list[TokenIds]:
