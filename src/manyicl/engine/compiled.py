@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from manyicl.engine.prefix_cache import PrefixCache
 from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat
-from manyicl.errors import MachineError, UserError
+from manyicl.errors import MachineError, UserError, located
 from manyicl.library_errors import reason
 from manyicl.model.continuation import Block, key_shape
 from manyicl.model.manifest import library_versions
@@ -116,48 +117,44 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
     """
     if not isinstance(backend, LocalBackend):
         raise backend_cannot_compile(backend.identity)
-    try:
+    with located(file=path):
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise _not_compiled(f"the compiled task {what}")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = _checked_header(metadata)
-            require_own(header.identity, backend.identity)
-            if header.text_format != encoder.format:
-                raise foreign_prefix("another text format", header.identity, backend.identity)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                header = _checked_header(metadata)
+                require_own(header.identity, backend.identity)
+                if header.text_format != encoder.format:
+                    raise foreign_prefix("another text format", header.identity, backend.identity)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise _incomplete(reason(error)) from error
         if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)
         require_demonstrations(header.demonstrations, Task(header.task, ()))
         task = Task(header.task, header.demonstrations, (), header.data_hash)
         encoder.require_encodable(task)
         token_ids = encoder.encode_prefix(task.instruction(), header.demonstrations)
-        _require_complete(tensors, token_ids, backend.model)
-        if tuple(tensors["token_ids"].tolist()) != token_ids:
+        if tensors.pop("token_ids", torch.empty(0)).tolist() != list(token_ids):
             raise foreign_prefix("another tokenizer", header.identity, backend.identity)
-    except (SafetensorError, OSError) as error:
-        raise _incomplete(reason(error), path) from error
-    except UserError as error:
-        raise error.at(file=path) from None
-    layers, device = range(backend.model.config.get_text_config().num_hidden_layers), backend.model.device
-    keys, values = (tuple(tensors[f"{kind}.{layer}"].to(device) for layer in layers) for kind in ("keys", "values"))
-    cache = PrefixCache(backend.identity, token_ids, (Block(0, keys, values),))
+        block = _block(tensors, len(token_ids), backend.model)
+    cache = PrefixCache(backend.identity, token_ids, (block,))
     num_dropped, answers = header.num_dropped, header.answers
     return TaskPrefix(task, header.demonstrations, num_dropped, encoder.text_hash, cache, answers=answers)
 
 
-def _require_complete(tensors: Mapping[str, Tensor], token_ids: tuple[int, ...], model: PreTrainedModel) -> None:
-    """Refuse tensors that are not those of this text in this network."""
+def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedModel) -> Block:
+    """Take the keys and values of all layers, and refuse tensors that are not those of so many tokens in this model."""
     key_heads, head_size = key_shape(model)
-    states = (1, key_heads, len(token_ids), head_size)
     layers = range(model.config.get_text_config().num_hidden_layers)
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"token_ids": ((len(token_ids),), torch.int64)}
-    expected |= {f"{kind}.{layer}": (states, model.dtype) for kind in ("keys", "values") for layer in layers}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong or not token_ids:
-        raise _incomplete(f"its tensors {', '.join(wrong) or 'token_ids'} are not those of its text in this model")
+    names = [[f"{kind}.{layer}" for layer in layers] for kind in ("keys", "values")]
+    expected = dict.fromkeys(chain(*names), ((1, key_heads, num_tokens, head_size), model.dtype))
+    if not num_tokens or expected != {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}:
+        raise _incomplete("its keys and values are not those of its text in this model")
+    keys, values = (tuple(tensors[name].to(model.device) for name in some) for some in names)
+    return Block(0, keys, values)
 
 
 def _checked_header(metadata: Mapping[str, str]) -> Header:
@@ -178,8 +175,8 @@ def _not_compiled(what: str) -> UserError:
     return UserError("not_a_compiled_task", what, expected="a file written by `manyicl compile`")
 
 
-def _incomplete(why: str, path: Path | None = None) -> UserError:
-    return UserError("incomplete_file", f"it is no complete compiled task, {why}", remedy=COMPILE_AGAIN, file=path)
+def _incomplete(why: str) -> UserError:
+    return UserError("incomplete_file", f"it is no complete compiled task, {why}", remedy=COMPILE_AGAIN)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
