@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from manyicl.engine.answers import AnswerEnd
@@ -27,6 +28,7 @@ from manyicl.tasks.task import Task
 from tests.builders import byte_level_bpe, make_example, make_task, tiny_loaded
 from tests.engine.parts import model_of, refused
 from tests.engine.plain_backend import PlainBackend
+from tests.model.exports import save_adapter, save_model
 from tests.reference.slow_engine import plain_copy, slow_score
 
 LABELS = ("good", "good film", "bad", "a", "long and bad")
@@ -385,3 +387,21 @@ def test_a_cache_of_another_kind_is_refused() -> None:
     with refused("foreign_prefix"):
         list(local.predict(disguised, ["film"]))
     assert isinstance(local.prefill(task).cache, PrefixCache)
+
+
+def test_a_merged_adapter_answers_as_the_adapter_over_its_base(tmp_path: Path) -> None:
+    task = make_task(labels=LABELS)
+    save_adapter(tmp_path / "adapter", save_model(tmp_path / "base"))
+    merged = Engine.from_pretrained(tmp_path / "adapter", device="cpu")
+    apart = Engine.local(load_model(tmp_path / "adapter", device="cpu"))
+    bare = Engine.from_pretrained(tmp_path / "base", device="cpu")
+    assert merged.identity == apart.identity
+    assert not isinstance(model_of(merged), PeftModel)
+    assert isinstance(model_of(apart), PeftModel)
+    assert isinstance(model_of(Engine.from_pretrained(tmp_path / "adapter", device="cpu", dtype="bfloat16")), PeftModel)
+    scores = [
+        [prediction.log_probability for prediction in engine.predict(engine.prefill(task, task.train[:5]), ROWS)]
+        for engine in (merged, apart, bare)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert scores[0] != pytest.approx(scores[2], abs=1e-3)

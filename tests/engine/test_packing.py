@@ -155,6 +155,13 @@ def test_where_padding_is_cheap_queries_of_many_lengths_advance_together() -> No
     assert len(list(replace(budget, most_padding=0.1).chunks(lengths, [0] * 5))) > 1
 
 
+def test_free_answers_of_queries_of_many_lengths_advance_together() -> None:
+    budget = ActivationBudget(limit=60_000, per_token=100, per_logits=300, per_slot=40)
+    lengths = [9, 10, 14, 20, 30, 32]
+    assert len(list(budget.chunks(lengths, [20] * 6, in_line=True))) == 1
+    assert len(list(budget.chunks(lengths, [20] * 6))) > 1
+
+
 def test_on_a_gpu_queries_in_flight_may_use_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     for free, expected in ((2**30, 2**29), (80 * 2**30, 4 * 2**30), (0, 64 * 2**20)):

@@ -158,12 +158,17 @@ class Engine:
 
     @classmethod
     def local(
-        cls, loaded: LoadedModel, *, activation_budget_mib: int | None = None, **options: Unpack[EngineOptions]
+        cls,
+        loaded: LoadedModel,
+        *,
+        activation_budget_mib: int | None = None,
+        merge: bool = False,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """Run a loaded model in this process; arguments are those of `__init__` and of `LocalBackend`."""
         from manyicl.engine.local import LocalBackend
 
-        backend = LocalBackend(loaded, activation_budget_mib=activation_budget_mib)
+        backend = LocalBackend(loaded, activation_budget_mib=activation_budget_mib, merge=merge)
         return cls(backend, loaded.tokenizer, manifest=loaded.manifest, **options)
 
     @classmethod
@@ -182,7 +187,7 @@ class Engine:
         """
         from manyicl.model.load import load_model
 
-        return cls.local(load_model(str(reference), dtype=dtype, device=device), **options)
+        return cls.local(load_model(str(reference), dtype=dtype, device=device), merge=True, **options)
 
     # --- Prefixes
 

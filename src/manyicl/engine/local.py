@@ -9,7 +9,8 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from peft import LoraModel, PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from manyicl.engine.backend import (
@@ -35,6 +36,7 @@ from manyicl.engine.prefix_cache import PrefixCache, extend_blocks, shared_begin
 from manyicl.engine.scoring import score_labels
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
+from manyicl.model.merging import merge_adapter
 
 # Longer options are processed straight through, each alone: which token of a trie sees which is a square.
 MOST_TRIE_TOKENS = 256
@@ -52,21 +54,23 @@ NOT_COMPUTED = frozenset(
 class LocalBackend:
     """Runs a loaded model in this process: prefixes as shared keys and values, queries packed after them."""
 
-    def __init__(self, loaded: LoadedModel, *, activation_budget_mib: int | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, *, activation_budget_mib: int | None = None, merge: bool = False) -> None:
         """Take a loaded model.
 
         Args:
             loaded: From `manyicl.model.load.load_model`.
             activation_budget_mib: Bound on the memory of queries in flight, without model and prefix; it decides how
                 many advance together, never a result. None for what `ActivationBudget.after` allows.
+            merge: Merge a LoRA adapter in float32 into its base, which saves a seventh of the time. The loaded model is
+                used up. In half precision the sum would be rounded, so there the adapter stays by itself.
 
         Raises:
             UserError: If the bound is below 1.
         """
         if activation_budget_mib is not None and activation_budget_mib < 1:
             raise out_of_range("activation_budget_mib", activation_budget_mib, "at least 1")
-        self.model = loaded.model
         self.identity = identity_of(loaded)
+        self.model = merge_adapter(loaded.model) if merge and _is_mergeable(loaded.model) else loaded.model
         self.activation_budget_mib = activation_budget_mib
         self._tries = lru_cache(maxsize=16)(tries_of)
 
@@ -189,6 +193,10 @@ def target_scores(
     for row, own in enumerate(allowed):
         is_best = greedy[row] if own is None else bool(scores[row] >= logits[row, list(own)].float().max())
         yield TargetScore(log_scores[row], is_best)
+
+
+def _is_mergeable(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, LoraModel) and model.dtype is torch.float32
 
 
 def identity_of(loaded: LoadedModel) -> Identity:

@@ -21,8 +21,10 @@ LEAST_ACTIVATION_BUDGET_MIB = 64
 # On a GPU they may use half of what is free, up to where larger passes are no faster.
 MOST_GPU_ACTIVATION_BUDGET_MIB = 4096
 # Queries that advance together differ so little in length that at most this share of their padded batch is padding.
-# Only attention is padded. On a GPU a pass costs the launch of its kernels, so few passes matter more.
+# Only attention is padded. On a GPU a pass costs the launch of its kernels, so few passes matter more; so they do where
+# each generated token is a pass, which reads all weights for one query or for many.
 MOST_PADDING = {"cpu": 0.10, "cuda": 0.50}
+MOST_PADDING_IN_LINE = 0.75
 # Normalising logits in float32 goes through so many bytes at a time.
 NORMALISING_BYTES = 8 * 2**20
 
@@ -101,6 +103,7 @@ class ActivationBudget:
         Yields:
             Positions of the queries of each group.
         """
+        most_padding = MOST_PADDING_IN_LINE if in_line else self.most_padding
         chunk: list[int] = []
         num_tokens = num_later = 0
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], num_later_slots[i], i)):
@@ -111,7 +114,7 @@ class ActivationBudget:
             # In a tree, which later tokens see which is a square of bytes.
             per_query = self.per_logits + slots * self.per_slot + (0 if in_line else later**2)
             cost = tokens * self.per_token + (len(chunk) + 1) * per_query
-            if chunk and (cost > self.limit or columns - tokens > self.most_padding * columns):
+            if chunk and (cost > self.limit or columns - tokens > most_padding * columns):
                 yield chunk
                 chunk, tokens, later = [], lengths[i], num_later_slots[i]
             chunk.append(i)
