@@ -18,7 +18,7 @@ from manyicl.library_errors import reason
 # No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
 MOST_YAML_VALUES = 100_000
 MOST_YAML_LEVELS = 50
-_SAVE_AS_UTF8 = "Save the file as UTF-8."
+_SAVE_AS_UTF8 = "Save it as UTF-8."
 # Longer beginnings first: the mark of UTF-16 begins that of UTF-32.
 _NO_UTF8 = (
     (b"\xff\xfe\0\0", "UTF-32", _SAVE_AS_UTF8),
@@ -77,32 +77,40 @@ def text_lines(path: Path) -> Iterator[str]:
     """
     try:
         with path.open("rb") as file:
-            for number, content in enumerate(file, start=1):
-                text = _decoded(content, path, number)
-                text = text.lstrip("\ufeff") if number == 1 else text
-                *lines, rest = text.split("\n")
-                yield from (f"{line}\n" for line in lines)
-                if rest:
-                    yield rest
+            yield from decoded_lines(file, path)
     except OSError as error:
         raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
 
 
-def _decoded(content: bytes, path: Path, number: int) -> str:
-    """Decode a line, and write all line ends in it as line feeds."""
-    for beginning, what, remedy in _NO_UTF8 if number == 1 else ():
-        if content.startswith(beginning):
-            raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=path)
-    try:
-        text = content.decode("utf-8")
-        position = content.find(b"\0")
-    except UnicodeDecodeError as error:
-        position = error.start
-    if position >= 0:
-        wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
-        what = "the file is not text in UTF-8"
-        raise UserError("not_utf8", what, found=wrong, remedy=_SAVE_AS_UTF8, file=path, row=number)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def decoded_lines(lines: Iterable[bytes], place: str | Path) -> Iterator[str]:
+    """Decode lines as they come; all line ends become line feeds.
+
+    Args:
+        lines: Lines of a file or a stream.
+        place: The file, or what an error names instead.
+
+    Raises:
+        UserError: If they are packed or not UTF-8, or hold NUL bytes.
+    """
+    for number, content in enumerate(lines, start=1):
+        for beginning, what, remedy in _NO_UTF8 if number == 1 else ():
+            if content.startswith(beginning):
+                raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=place)
+        try:
+            text = content.decode("utf-8")
+            position = content.find(b"\0")
+        except UnicodeDecodeError as error:
+            position = error.start
+        if position >= 0:
+            wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
+            what = "not text in UTF-8"
+            raise UserError("not_utf8", what, found=wrong, remedy=_SAVE_AS_UTF8, file=place, row=number)
+        text = text.lstrip("\ufeff") if number == 1 else text
+        # Only line feeds end a line in JSON: str.splitlines would also cut at U+2028 and others.
+        *ended, rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        yield from (f"{line}\n" for line in ended)
+        if rest:
+            yield rest
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

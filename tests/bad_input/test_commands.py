@@ -97,7 +97,7 @@ ASKED = [
     Case(
         "queries in Latin-1",
         PREDICT,
-        ("new.jsonl:1: the file is not text",),
+        ("new.jsonl:1: not text",),
         asking('{"text": "é"}\n'.encode("latin-1")),
     ),
     Case(

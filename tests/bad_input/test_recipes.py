@@ -198,7 +198,7 @@ READING = [
         TRAINED,
         "not_utf8",
         file="recipe.yaml",
-        remedy="Save the file as UTF-8.",
+        remedy="Save it as UTF-8.",
         files={**task(), "recipe.yaml": RECIPE.encode("utf-16")},
     ),
     refused(
@@ -208,7 +208,7 @@ READING = [
         file="recipe.yaml",
         row=1,
         found="a NUL byte",
-        remedy="Save the file as UTF-8.",
+        remedy="Save it as UTF-8.",
         files={**task(), "recipe.yaml": bytes(100)},
     ),
     refused(

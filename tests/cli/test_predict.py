@@ -205,7 +205,7 @@ def test_a_line_of_standard_input_that_is_not_utf_8_is_named(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent)))
     arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
     assert run(monkeypatch, *arguments) == 2
-    assert "standard input:4: not UTF-8" in capsys.readouterr().err
+    assert "standard input:4: not text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_a_mistake_in_a_task_file_is_one_clear_sentence(tmp_path: Path, keys: st
 def test_a_task_file_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "t")
     (folder / "task.yaml").write_bytes((CLASSIFICATION + FILES + "instruction: Gefühl\n").encode("latin-1"))
-    assert "task.yaml:5: the file is not text in UTF-8; found the byte 0xfc" in refusal(folder)
+    assert "task.yaml:5: not text in UTF-8; found the byte 0xfc" in refusal(folder)
 
 
 @pytest.mark.parametrize(

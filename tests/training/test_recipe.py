@@ -147,7 +147,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Pa
     (tmp_path / "my.yaml").write_text("\ufeff" + RECIPE, encoding="utf-8")
     assert Recipe.read(tmp_path / "my.yaml") == Recipe.parse(RECIPE)
     (tmp_path / "my.yaml").write_bytes(("# für\n" + RECIPE).encode("latin-1"))
-    with pytest.raises(UserError, match=r"my\.yaml:1: the file is not text in UTF-8; found the byte 0xfc"):
+    with pytest.raises(UserError, match=r"my\.yaml:1: not text in UTF-8; found the byte 0xfc"):
         Recipe.read(tmp_path / "my.yaml")
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyicl.checked import decoded_lines
 from manyicl.cli.answers import STANDARD_STREAM, beside
 from manyicl.errors import UserError, located, shortened
 from manyicl.tasks.files import task_places
-from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, parse_json_row
+from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, json_rows
 from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
 
 if TYPE_CHECKING:
@@ -63,16 +64,9 @@ def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
 
 def _standard_input() -> Iterator[LocatedRow]:
     """Yield the queries of standard input as they come, UTF-8 whatever the locale says."""
-    stream: Iterable[bytes | str] = getattr(sys.stdin, "buffer", sys.stdin)
     # Lines of bytes: text would be decoded many lines at a time, and which of them is not UTF-8 be lost.
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
-        except UnicodeDecodeError as error:
-            what = f"not UTF-8, {error.reason}"
-            raise UserError("not_utf8", what, remedy="Send UTF-8.", file=STANDARD_INPUT, row=number) from error
-        if text.strip():
-            yield LocatedRow(parse_json_row(text, STANDARD_INPUT, number), STANDARD_INPUT, number)
+    lines = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else map(str.encode, sys.stdin)
+    return json_rows(decoded_lines(lines, STANDARD_INPUT), STANDARD_INPUT)
 
 
 @dataclass

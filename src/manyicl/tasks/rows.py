@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from manyicl.checked import text_lines
-from manyicl.errors import UserError, counted
+from manyicl.errors import UserError, counted, located, shortened
 from manyicl.library_errors import reason
 from manyicl.paths import exists, nearest_path
 from manyicl.tasks.values import NumberText, as_text
@@ -81,7 +82,7 @@ def iter_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv
     if suffix in PARQUET:
         return _parquet_rows(path)
     if suffix in JSON_LINES:
-        return _json_rows(path)
+        return json_rows(text_lines(path), str(path))
     if suffix in DELIMITERS:
         return _csv_rows(path, delimiter or DELIMITERS[suffix], quotes)
     raise unknown_suffix(path)
@@ -107,71 +108,60 @@ def require_file(path: Path) -> None:
         raise UserError("not_a_file", what, expected=f"a file of rows ({', '.join(SUFFIXES)})", file=path)
 
 
-def _json_rows(path: Path) -> Iterator[LocatedRow]:
-    # str.splitlines would also cut at U+2028 and others, which JSON strings may hold.
-    for line, text in enumerate(text_lines(path), start=1):
-        if text.strip():
-            yield LocatedRow(parse_json_row(text.removesuffix("\n"), str(path), line), str(path), line)
-
-
-def parse_json_row(text: str, file: str | None = None, line: int | None = None) -> dict[str, Any]:
-    """Read one JSON object, its numbers as the text that is written there, NaN as null.
+def json_rows(lines: Iterable[str], file: str) -> Iterator[LocatedRow]:
+    """Yield the rows of JSON lines, numbers as the text that is written there, NaN as null.
 
     Raises:
-        UserError: If the text is no JSON object, or a key occurs twice in one; it names file and line.
+        UserError: If a line is no JSON object, or a key occurs twice in one; it names file and line.
     """
+    for line, text in enumerate(lines, start=1):
+        if text.strip():
+            with located(file=file, row=line):
+                columns = _parse_json(text.removesuffix("\n"))
+            yield LocatedRow(columns, file, line)
 
-    def refuse(code: str, what: str, **fields: str) -> NoReturn:
-        raise UserError(code, what, **fields, file=file, row=line)
 
+def _parse_json(text: str) -> dict[str, Any]:
     try:
         row = json.loads(
             text,
             parse_int=NumberText,
             parse_float=NumberText,
             parse_constant=lambda name: as_text(float(name)),
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=_with_unique_keys,
         )
+        is_deep = text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS
     except json.JSONDecodeError as error:
         what = f"broken JSON at character {error.colno}, {reason(ValueError(error.msg))}"
-        remedy = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else ""
-        refuse("broken_json", what, expected="one object a line", remedy=remedy)
-    except _RepeatedKeyError as error:
-        refuse("repeated_key", f"the key {str(error)!r} occurs twice in one JSON object", remedy="Keep one of them.")
+        remedy = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else None
+        raise UserError("broken_json", what, expected="one object a line", remedy=remedy) from error
     except RecursionError:
-        refuse("nested_too_deep", "the JSON is nested too deeply")
-    if text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS:
-        refuse("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep", expected="a row of columns")
+        is_deep = True
+    if is_deep:
+        raise UserError("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep")
     if not isinstance(row, dict):
-        found = {list: "a list", str: "a text", NumberText: "a number", bool: "true or false"}.get(type(row), "null")
-        if is_table := isinstance(row, list) and any(isinstance(part, dict) for part in row):
-            found = "a list of them"
-        expected, remedy = 'one JSON object a line, such as {"text": …}', _JSON_LINES_REMEDY if is_table else ""
-        refuse("not_an_object", "not a row", expected=expected, found=found, remedy=remedy)
+        expected, remedy = 'one JSON object a line, such as {"text": …}', None
+        if isinstance(row, list) and any(isinstance(part, dict) for part in row):
+            remedy = _JSON_LINES_REMEDY
+        raise UserError("not_an_object", "not a row", expected=expected, found=shortened(text), remedy=remedy)
     return row
 
 
-class _RepeatedKeyError(Exception):
-    """A key that occurs twice in one JSON object."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its keys and values; Python would keep the last of equal keys and say nothing."""
     columns = dict(pairs)
     if len(columns) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        what = f"the key {name!r} occurs twice in one JSON object"
+        raise UserError("repeated_key", what, remedy="Keep one of them.")
     return columns
 
 
 def _num_levels(value: Any) -> int:
     """Count how deeply lists and objects are nested."""
-    level, num_levels = [value], 0
-    while level:
-        nested = [part for part in level if isinstance(part, list | dict)]
-        level = [inner for part in nested for inner in (part.values() if isinstance(part, dict) else part)]
-        num_levels += bool(nested)
-    return num_levels
+    if not isinstance(value, list | dict):
+        return 0
+    return 1 + max(map(_num_levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
