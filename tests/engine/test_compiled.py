@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -244,6 +245,15 @@ def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
         Engine.local(loaded).load(path)
     with refused("prefix_too_long", expected="at most max_context_tokens, 50", file=str(path)):
         Engine.local(tiny_loaded(), max_context_tokens=50).load(path)
+
+
+def test_another_tokenizer_is_named_where_the_text_has_another_number_of_tokens(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    loaded = tiny_loaded()
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_tokens(["film"])
+    with refused("foreign_prefix", what="another tokenizer", file=str(path)):
+        Engine.local(replace(loaded, tokenizer=tokenizer)).load(path)
 
 
 def test_nothing_to_compile_and_no_place_to_write_are_refused(tmp_path: Path) -> None:

@@ -125,15 +125,14 @@ class LocalBackend:
             label_tries = [tries[id(options[i])] for i in numbers]
             searches = score_labels(self.model, blocks, batch, label_tries, budget, wanted)
             for i, query, search in zip(numbers, batch, searches, strict=True):
-                scores, greedy, best = search.scores, search.greedy, search.best
-                if alone := long[id(options[i])]:
-                    for n in alone:
-                        tokens = (*query, *options[i][n])
-                        targets = [Target(position) for position in range(len(query), len(tokens))]
-                        _, each = self._observe(blocks, tokens, targets, budget.tokens_per_pass(num_logits_per_token=1))
-                        scores[n] = sum(one.log_probability for one in each)
-                        greedy |= {n} if all(one.is_best for one in each) else set()
-                    best = max(scores, key=lambda n: (scores[n], -n))
+                scores, greedy = search.scores, search.greedy
+                for n in long[id(options[i])]:
+                    tokens = (*query, *options[i][n])
+                    targets = [Target(position) for position in range(len(query), len(tokens))]
+                    _, each = self._observe(blocks, tokens, targets, budget.tokens_per_pass(num_logits_per_token=1))
+                    scores[n] = sum(one.log_probability for one in each)
+                    greedy |= {n} if all(one.is_best for one in each) else set()
+                best = min(scores, key=lambda n: (-scores[n], n))
                 found[i] = OptionScores(scores, best, frozenset(greedy))
         return [found[i] for i in range(len(queries))]
 

@@ -199,9 +199,8 @@ def metrics_of(task: Task) -> tuple[str, ...]:
         UserError: If the task names an unknown metric, or macro-F1 without a closed label set.
     """
     if task.metric not in METRICS:
-        remedy = did_you_mean(task.metric, METRICS).strip() or None
-        expected = f"one of {', '.join(METRICS)}"
-        raise UserError("unknown_metric", f"unknown metric {shown(task.metric)}", expected=expected, remedy=remedy)
+        what, expected = f"unknown metric {shown(task.metric)}", f"one of {', '.join(METRICS)}"
+        raise UserError("unknown_metric", what, expected=expected, remedy=did_you_mean(task.metric, METRICS))
     if task.metric == "macro_f1" and task.labels is None:
         what = f"task {task.name!r} has the metric macro_f1 and no closed label set"
         raise UserError("metric_needs_labels", what, remedy="Use accuracy, or name its labels.")
