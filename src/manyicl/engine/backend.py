@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from manyicl.errors import UserError
 
@@ -247,6 +247,7 @@ class TargetScore:
     is_best: bool
 
 
+@runtime_checkable
 class ObservingBackend(Backend, Protocol):
     """A backend that can tell from a prefill how it predicted some of the tokens; `Engine.compile` needs one."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
@@ -57,12 +57,6 @@ class EngineOptions(TypedDict, total=False):
     text_format: AnyFormat | FormatKind | None
     end_of_answer: str | None
     max_context_tokens: int | None
-
-
-class LocalOptions(EngineOptions, total=False):
-    """Arguments of `Engine.local`."""
-
-    activation_budget_mib: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +172,8 @@ class Engine:
         *,
         dtype: str | None = None,
         device: str | None = None,
-        **options: Unpack[LocalOptions],
+        activation_budget_mib: int | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """Load a folder, .gguf file, ``hf:owner/name`` or ``builtin:name``, with the format it was fine-tuned in.
 
@@ -187,7 +182,8 @@ class Engine:
         """
         from manyicl.model.load import load_model
 
-        return cls.local(load_model(str(reference), dtype=dtype, device=device), merge=True, **options)
+        loaded = load_model(str(reference), dtype=dtype, device=device)
+        return cls.local(loaded, activation_budget_mib=activation_budget_mib, merge=True, **options)
 
     # --- Prefixes
 
@@ -275,11 +271,11 @@ class Engine:
 
         Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
         """
+        if not isinstance(self.backend, ObservingBackend):
+            raise backend_cannot_compile(self.identity)
         fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, None)
         targets = answer_targets(task, fitting, self.encoder)
-        if not hasattr(self.backend, "observe"):
-            raise backend_cannot_compile(self.identity)
-        cache, scores = cast(ObservingBackend, self.backend).observe(token_ids, list(chain(*targets)))
+        cache, scores = self.backend.observe(token_ids, list(chain(*targets)))
         return replace(self._prefix(task, fitting, num_dropped, cache), answers=observed_answers(targets, scores))
 
     def save(self, prefix: TaskPrefix, path: str | Path) -> None:
