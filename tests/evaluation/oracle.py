@@ -60,8 +60,9 @@ class OracleEngine:
     def max_answer_tokens(self, task: Task) -> int:
         return 8
 
-    def num_reserved_tokens(self, task: Task) -> int:
-        return num_tokens_for_asking(task, self.encoder, 8, [example.query for example in task.test or task.train])
+    def num_reserved_tokens(self, task: Task, queries: Sequence[Query] | None = None) -> int:
+        queries = queries or [example.query for example in task.test or task.train]
+        return num_tokens_for_asking(task, self.encoder, 8, queries)
 
     def prefill(
         self, task: Task, demonstrations: Sequence[Example] = (), *, reuse: OraclePrefix | None = None

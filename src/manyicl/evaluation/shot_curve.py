@@ -127,9 +127,9 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
     chosen: list[Example] = []
     num_skipped = 0
     for position in order:
-        alone = replace(task, test=(task.test[position],))
-        if preamble + engine.num_reserved_tokens(alone) <= most:
-            chosen += alone.test
+        example = task.test[position]
+        if preamble + engine.num_reserved_tokens(task, [example.query]) <= most:
+            chosen.append(example)
         else:
             num_skipped += 1
         if len(chosen) == settings.num_queries:

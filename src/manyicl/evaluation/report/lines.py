@@ -68,16 +68,15 @@ def sections(summary: Summary) -> list[Section]:
     for group in groups:
         members = summary.members(group)
         tasks = {} if group == OVERALL else {task: _lines(summary, (task,)) for task in members}
-        found.append(Section(group, len(members), _lines(summary, group), tasks))
+        found.append(Section(group, len(members), _lines(summary, group, differences=True), tasks))
     if summary.not_compared:
         alone = {task: _lines(summary, (task,)) for task in summary.not_compared}
         found.append(Section("not measured everywhere", len(alone), [], alone))
     return found
 
 
-def _lines(summary: Summary, group: Group, *, differences: bool | None = None) -> list[Line]:
-    """Return the lines of a group; differences of models by default for families alone."""
-    differences = isinstance(group, str) if differences is None else differences
+def _lines(summary: Summary, group: Group, *, differences: bool = False) -> list[Line]:
+    """Return the lines of a group: its models, if wanted their differences from the first, and its baselines."""
     base, *others = summary.models if differences else summary.models[:1]
     lines = [Line(model, [summary.score(model, group, n) for n in summary.shots], "model") for model in summary.models]
     for other in others:
