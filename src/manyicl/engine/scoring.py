@@ -8,6 +8,7 @@ so a path that has already fallen below the best finished label is pruned.
 from __future__ import annotations
 
 import heapq
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class LabelSearch:
     greedy: set[int] = field(default_factory=set)
     num_read: int = 0
     number_of: dict[int, int] = field(default_factory=dict)
-    _best: tuple[float, int] = (float("-inf"), -sys.maxsize)
+    _best: tuple[float, int] = (math.inf, sys.maxsize)
     _reached: dict[int, NodeScore] = field(default_factory=dict)
     _open: list[tuple[float, int, int]] = field(default_factory=list)
     _num_rounds: int = 0
@@ -75,7 +76,7 @@ class LabelSearch:
     @property
     def best(self) -> int:
         """Number of the best label; the first of equals."""
-        return -self._best[1]
+        return self._best[1]
 
     def next_trie(self) -> bool:
         """Go on to the next trie; False if there is none."""
@@ -94,19 +95,14 @@ class LabelSearch:
         Args:
             first_width: Tokens to read in the first round of a trie; each later one reads twice as many.
         """
-        taken: list[int] = []
         if self.strategy == "full_pass":
-            if self._open and self._worth(self._open[0]):
-                taken = self.trie.inner_nodes
+            taken = self.trie.inner_nodes if self._may_improve() else []
             self._open = []
             return taken
-        while len(taken) < first_width * 2**self._num_rounds:
-            if not self._open or not self._worth(self._open[0]):
-                self._open = []
-                break
-            node = heapq.heappop(self._open)[2]
+        taken = []
+        while self._may_improve() and len(taken) < first_width * 2**self._num_rounds:
             # Where there is no choice, what follows is read in the same pass: the whole rest of most labels.
-            taken.extend(self.trie.chain(node))
+            taken.extend(self.trie.chain(heapq.heappop(self._open)[2]))
         self._num_rounds += 1
         return taken
 
@@ -125,16 +121,15 @@ class LabelSearch:
         self._reached[node] = score, is_greedy
         for label in self.trie.labels[node]:
             self.scores[label] = score
-            self._best = max(self._best, (score, -label))
+            self._best = min(self._best, (-score, label))
             if is_greedy:
                 self.greedy.add(label)
         if self.trie.children[node] and not is_read:
             heapq.heappush(self._open, (-score, self.trie.first_label[node], node))
 
-    def _worth(self, entry: tuple[float, int, int]) -> bool:
-        """Tell whether a path may still hold the best label."""
-        negative_score, first_label, _ = entry
-        return not self.prune or not self.scores or (-negative_score, -first_label) > self._best
+    def _may_improve(self) -> bool:
+        """Tell whether an open path may hold a label that is wanted: any, or one better than the best."""
+        return bool(self._open) and (not self.prune or self._open[0][:2] < self._best)
 
 
 @torch.no_grad()
