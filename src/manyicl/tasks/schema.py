@@ -14,7 +14,7 @@ from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, 
 from manyicl.errors import UserError, did_you_mean, shortened, shown
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
-from manyicl.tasks.spec import Family, required_distinct, usual_metric
+from manyicl.tasks.spec import Family, required_distinct
 
 Delimiter = Annotated[
     Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None,
@@ -183,13 +183,6 @@ class TaskFile(Section):
         if self.labels is None and self.choices is None and self.family in ("classification", "nli"):
             return "from_train"
         return self.labels
-
-    @property
-    def chosen_metric(self) -> str:
-        """The metric named, or the usual one: accuracy for closed answers, else by family."""
-        if self.metric is not None:
-            return self.metric
-        return usual_metric(self.family, self.closed_labels is not None or self.choices is not None)
 
 
 def read_task_file(path: Path) -> TaskFile:

@@ -20,14 +20,9 @@ Columns = Mapping[str, object]
 _METRIC_OF_FREE_ANSWERS = {"summarization": "rougeL", "generation": "rougeL", "math": "numeric_match"}
 
 
-def usual_metric(family: str, is_closed: bool) -> str:
-    """Return the metric of a task that names none: accuracy for closed answers, else by family."""
-    return "accuracy" if is_closed else _METRIC_OF_FREE_ANSWERS.get(family, "exact_match")
-
-
-def _metric_of(known: dict[str, Any]) -> str:
+def _usual_metric(known: dict[str, Any]) -> str:
     is_closed = known.get("labels") is not None or known.get("choices_column") is not None
-    return usual_metric(known.get("family", ""), is_closed)
+    return "accuracy" if is_closed else _METRIC_OF_FREE_ANSWERS.get(known.get("family", ""), "exact_match")
 
 
 def required_distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +69,7 @@ class TaskSpec(BaseModel):
         None, description="Place of a row's own options in multiple choice, as `listed` reads it."
     )
     metric: str = Field(
-        default_factory=_metric_of,
+        default_factory=_usual_metric,
         description="Name of a metric of manyicl.evaluation.metrics; by default the usual one of the family.",
     )
     source: str = Field(

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from manyicl.errors import UserError, counted
 from manyicl.tasks.example import Example
 from manyicl.tasks.leakage import normalised
 from manyicl.tasks.schema import OneFile
@@ -24,8 +25,11 @@ def split(examples: Sequence[Example], data: OneFile, group_of_row: Mapping[str,
         data: Fraction and seed.
         group_of_row: Origin of a row -> its group, where a column says so.
         is_closed: Whether the answers are labels.
+
+    Raises:
+        UserError: If no example is left for training, or none for testing.
     """
-    groups = [_group_of(example, group_of_row) for example in examples]
+    groups = [group_of_row.get(example.origin) or normalised(example.query.text) for example in examples]
     order = sorted(set(groups))
     random.Random(f"split {data.seed}").shuffle(order)
     kept: set[str] = set()
@@ -46,21 +50,13 @@ def split(examples: Sequence[Example], data: OneFile, group_of_row: Mapping[str,
             test_groups.add(group)
             num_test += sizes[group]
     sides = list(zip(examples, groups, strict=True))
-    return (
-        tuple(example for example, group in sides if group not in test_groups),
-        tuple(example for example, group in sides if group in test_groups),
-    )
-
-
-def why_one_side_is_empty(examples: Sequence[Example], data: OneFile, group_of_row: Mapping[str, str]) -> str:
-    """Say why a split of these examples leaves none for training, or none for testing."""
-    if len(examples) == 1:
-        return "there is one row"
-    if len({_group_of(example, group_of_row) for example in examples}) == 1:
-        what = f"value of {data.group!r}, the group" if group_of_row.get(examples[0].origin) else "query"
-        return f"all {len(examples):,} rows have the same {what}"
-    return f"test_fraction is {data.test_fraction:g} of {len(examples):,} rows"
-
-
-def _group_of(example: Example, group_of_row: Mapping[str, str]) -> str:
-    return group_of_row.get(example.origin) or normalised(example.query.text)
+    train = tuple(example for example, group in sides if group not in test_groups)
+    test = tuple(example for example, group in sides if group in test_groups)
+    if not train or (num_wanted and not test):
+        side = "test" if train else "training"
+        rows = f"{counted(len(examples), 'row')} in {counted(len(order), 'group')}"
+        what = f"the split leaves no {side} rows: test_fraction is {data.test_fraction:g} of {rows}"
+        remedy = "Set test_fraction to 0, or add rows: those with equal queries are a group, which stays on one side"
+        remedy += ", and the first row of each label stays in training." if is_closed else "."
+        raise UserError(f"no_{side}_rows", what, remedy=remedy)
+    return train, test
