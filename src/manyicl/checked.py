@@ -13,7 +13,7 @@ from annotated_types import Le
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from manyicl.errors import UserError, did_you_mean, shown
-from manyicl.library_errors import reason
+from manyicl.library_errors import lower_case_start, reason
 
 # No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
 MOST_YAML_VALUES = 100_000
@@ -263,7 +263,7 @@ def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> 
     is_union = len(location) < len(first["loc"])
     if meaning and (is_union or kind == "string_pattern_mismatch"):
         return UserError("wrong_value", f"{key}: wrong value", expected=meaning, found=found, field=key)
-    said = _lower_case_start(first["msg"].removeprefix("Value error, "))
+    said = lower_case_start(first["msg"].removeprefix("Value error, "))
     for pythons, ours in (("tuple", "list"), ("valid dictionary", "mapping"), (" after validation", "")):
         said = said.replace(pythons, ours)
     hint = None
@@ -281,16 +281,12 @@ def _section_and_meaning(section: type[BaseModel], location: Iterable[int | str]
         field = section.model_fields.get(str(part))
         if field is None:
             continue
-        meaning = _lower_case_start((field.description or "").rstrip("."))
+        meaning = lower_case_start((field.description or "").rstrip("."))
         inner = (kind for kind in _kinds_in(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
         if (found := next(inner, None)) is None:
             break
         section = found
     return section, meaning
-
-
-def _lower_case_start(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _written_location(location: Iterable[int | str]) -> list[int | str]:

@@ -31,16 +31,16 @@ def reason(error: BaseException) -> str:
     for variable in TOKEN_VARIABLES:
         if token := os.environ.get(variable):
             line = line.replace(token, f"${variable}")
-    return _lower_case_start(line)
+    return lower_case_start(line)
 
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    message = _lower_case_start(problem["msg"].removeprefix("Value error, "))
+    message = lower_case_start(problem["msg"].removeprefix("Value error, "))
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {message}, found {shown(problem['input'])}" if place else message
 
 
-def _lower_case_start(text: str) -> str:
+def lower_case_start(text: str) -> str:
     """Lower the first letter of an ordinary word; ``CUDA``, ``JSON`` and ``LlamaConfig`` stay."""
     return text[:1].lower() + text[1:] if re.match(r"[A-Z][a-z]*\b", text) else text

@@ -429,7 +429,7 @@ def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> N
         ("txt:label", "the column 'txt' is missing; .* Did you mean 'text'"),
         ("text-", "write a colon instead"),
         ("text", "no answer column is named"),
-        ("text:label,seed=1,seed=2", "the option 'seed' is given twice"),
+        ("text:label,seed=1,seed=2", "the option 'seed' has no value, or is given twice"),
         ("text:label,grup=customer", "Did you mean 'group'"),
         ("text:label,test_fraction=2", "test_fraction"),
         ("text:label,family=clasification", "Did you mean 'classification'"),

@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from manyicl.engine.backend import Sampling
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.queries import AnswerOptions
     from manyicl.engine.task_prefix import TaskPrefix
-    from manyicl.tasks.task import Example, Task
 
 
 def predict_command(
@@ -90,10 +88,13 @@ def predict_command(
     from rich.progress import Progress
 
     from manyicl.cli.queries import Queries, rows_of
+    from manyicl.engine.backend import Sampling
     from manyicl.tasks.files import load_task
 
     console = Console(stderr=True)
-    sampling = _sampling(temperature, top_p, seed)
+    values = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in values.items() if value is not None}
+    sampling = Sampling(**given, seed=seed or 0) if given else None
     only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     _require_one_source(task, prefix, only_with_task if sampling else {**only_with_task, "--seed": seed})
     wanted: AnswerOptions = {"abstain_below": abstain_below, "sampling": sampling}
@@ -102,8 +103,10 @@ def predict_command(
         loaded = None if task is None else load_task(task, data_root)
         queries = Queries(input_path, rows_of(input_path, task, delimiter))
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
-        demonstrations = () if loaded is None else _demonstrations(loaded, shots, seed or 0, output)
-        first = [] if loaded is None or input_path == STANDARD_STREAM else queries.read_ahead(loaded)
+        if loaded is not None:
+            require_no_rows_of(loaded.name, chain(loaded.train, loaded.test), output)
+            demonstrations = loaded.demonstrations(len(loaded.train) if shots is None else shots, seed or 0)
+            first = [] if input_path == STANDARD_STREAM else queries.read_ahead(loaded)
         engine = options.load_engine(
             model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
         )
@@ -123,12 +126,6 @@ def predict_command(
         console.print(f"{counted(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
 
 
-def _demonstrations(task: Task, num_shots: int | None, seed: int, output: Path) -> tuple[Example, ...]:
-    """Choose the demonstrations, all training rows where no number is given."""
-    require_no_rows_of(task.name, chain(task.train, task.test), output)
-    return task.demonstrations(len(task.train) if num_shots is None else num_shots, seed)
-
-
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
     """Refuse a call that names the source of demonstrations twice, or not at all."""
     if (task is None) == (prefix is None):
@@ -138,15 +135,6 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
     if prefix is not None and given:
         what = f"{given[0]} goes with --task; a compiled task holds its demonstrations already"
         raise UserError("conflicting_options", what, field=given[0])
-
-
-def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """Return how free answers are sampled; None if neither option is given."""
-    from manyicl.engine.backend import Sampling
-
-    if temperature is None and top_p is None:
-        return None
-    return Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed or 0)
 
 
 def _columns(with_scores: bool, may_abstain: bool) -> Callable[[Prediction], dict[str, Any]]:

@@ -200,7 +200,7 @@ def check_tasks(
     max_context_tokens = None if model is None else context or context_of_model or DEFAULT_CONTEXT_TOKENS
     checks = [check_task(task, encoder, max_context_tokens or sys.maxsize) for task in loaded]
     if model is None:
-        checks = list(map(_with_cut_answers, checks, loaded))
+        checks = list(map(_without_model, checks, loaded))
     if as_json:
         values = map(asdict if model is not None else _values_in_characters, checks)
         typer.echo(json.dumps(list(values), indent=2, ensure_ascii=False))
@@ -208,7 +208,7 @@ def check_tasks(
     console = _console()
     console.print(_check_table(checks, max_context_tokens))
     if len(checks) == 1:
-        _print_details(checks[0], console, in_tokens=model is not None)
+        _print_details(checks[0], console)
     for check in checks:
         for problem in check.problems:
             console.print(f"{check.name}: {problem}", style="yellow")
@@ -243,16 +243,15 @@ def character_encoder() -> Encoder:
     return Characters()
 
 
-def _with_cut_answers(check: TaskCheck, task: Task) -> TaskCheck:
-    """Add what most models would refuse to a check that was made without one."""
+def _without_model(check: TaskCheck, task: Task) -> TaskCheck:
+    """Leave out what only tokens can show, and add what most models would refuse."""
     from manyicl.episodes.text_format import PlainFormat
 
-    num_cut = sum(PlainFormat().ends_early(example.answer) for example in (*task.train, *task.test))
-    if not num_cut:
-        return check
-    end = "ends an answer unless the model was taught another end (format.end_of_answer)"
-    problem = f"{counted(num_cut, 'answer')} with a blank line, which {end}."
-    return replace(check, problems=(*check.problems, problem))
+    problems = list(check.problems)
+    if num_cut := sum(PlainFormat().ends_early(example.answer) for example in (*task.train, *task.test)):
+        end = "ends an answer unless the model was taught another end (format.end_of_answer)"
+        problems.append(f"{counted(num_cut, 'answer')} with a blank line, which {end}.")
+    return replace(check, problems=tuple(problems), labels_in_labels_as_tokens=())
 
 
 def _values_in_characters(check: TaskCheck) -> dict[str, Any]:
@@ -444,7 +443,7 @@ def _check_table(checks: Iterable[TaskCheck], max_context_tokens: int | None) ->
     return _table(rows, caption=caption)
 
 
-def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
+def _print_details(check: TaskCheck, console: Console) -> None:
     """Print what does not fit in the table: balance of labels, shared beginnings, dropped rows."""
     from manyicl.printing import printable
 
@@ -456,7 +455,7 @@ def _print_details(check: TaskCheck, console: Console, in_tokens: bool) -> None:
         rows = ({"label": name, "train": f"{a:,}", "test": f"{b:,}"} for name, a, b in balance)
         console.print(_table(rows, title="Balance"))
     for kind, pairs in (("text", check.labels_in_labels), ("tokens", check.labels_in_labels_as_tokens)):
-        if pairs and (in_tokens or kind == "text"):
+        if pairs:
             shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
             console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.")

@@ -262,21 +262,19 @@ class TaskBuilder:
 
     def _with_known_labels(self, test: tuple[Example, ...], labels: tuple[str, ...]) -> tuple[Example, ...]:
         label_set = frozenset(labels)
-        known = tuple(example for example in test if example.answer in label_set)
-        if len(known) == len(test):
+        unknown = [example for example in test if example.answer not in label_set]
+        if not unknown:
             return test
         if self.keys.bad_rows == "refuse":
-            first = next(example for example in test if example.answer not in label_set)
-            rows = counted(len(test) - len(known), "test row")
-            no_row = f"no training row of task {self.name!r} has the label {first.answer!r}"
-            what = f"{first.origin}: {no_row}, which is in {rows}"
+            label, rows = unknown[0].answer, counted(len(unknown), "test row")
+            what = f"{unknown[0].origin}: no training row of task {self.name!r} has the label {label!r}"
             remedy = "List all labels under `labels:` in a task.yaml, take another family if answers are free"
-            remedy = f"{did_you_mean(first.answer, labels)} {remedy}, or set `bad_rows: drop`."
-            raise UserError("label_only_in_test", what, remedy=remedy)
-        self.dropped["label that no training row has"] += len(test) - len(known)
-        if not known:
+            remedy = f"{did_you_mean(label, labels)} {remedy}, or set `bad_rows: drop`."
+            raise UserError("label_only_in_test", what, found=f"{rows} with such labels", remedy=remedy)
+        self.dropped["label that no training row has"] += len(unknown)
+        if len(unknown) == len(test):
             self._refuse_no_rows("test")
-        return known
+        return tuple(example for example in test if example.answer in label_set)
 
 
 def task_of_examples(

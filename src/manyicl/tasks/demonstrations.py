@@ -11,11 +11,6 @@ ShotSampling = Literal["random", "balanced"]
 T = TypeVar("T")
 
 
-def demonstration_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> list[int]:
-    """Return the positions of all examples in the order of `demonstrations_in_order`."""
-    return list(demonstrations_in_order(answers, seed, sampling))
-
-
 def demonstrations_in_order(answers: Sequence[str], seed: int, sampling: ShotSampling) -> Iterator[int]:
     """Yield the positions of examples, given by their answers, in the order in which they become demonstrations.
 

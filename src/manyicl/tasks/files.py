@@ -189,10 +189,9 @@ def _task_from_table(path: str, columns: str) -> Task:
     settings: dict[str, str] = {}
     for option in options:
         key, _, value = option.partition("=")
-        if not value:
-            raise UserError("bad_table", f"the option {key!r} has no value", expected=_TABLE_FORM)
-        if key in settings:
-            raise UserError("bad_table", f"the option {key!r} is given twice", remedy="Keep one of them.")
+        if not value or key in settings:
+            what = f"the option {key!r} has no value, or is given twice"
+            raise UserError("bad_table", what, expected=_TABLE_FORM)
         settings[key] = value
     table = validated(_Table, {**settings, "file": path}, path)
     file = Path(expanded(path))

@@ -79,20 +79,10 @@ def terms(text: str) -> list[str]:
 
 
 def _index(texts: Sequence[list[str]]) -> Any:
-    """Build the BM25 index of texts, given as terms; None if no text has any, which bm25s cannot index."""
-    bm25s = _bm25s()
-    if not any(texts):
-        return None
-    index = bm25s.BM25()
-    index.index(list(texts), create_empty_token=False, show_progress=False)
-    return index
-
-
-def _bm25s() -> Any:
-    """Import bm25s, kept quiet.
+    """Build the BM25 index of texts, given as terms; None if no text has any, which bm25s cannot index.
 
     Raises:
-        UserError: If it is not installed.
+        UserError: If bm25s is not installed.
     """
     try:
         import bm25s
@@ -101,4 +91,8 @@ def _bm25s() -> Any:
         raise UserError("missing_requirement", what, remedy="pip install 'manyicl[retrieval]'") from error
     # On import it sets its logger to DEBUG, so that any logging would report every index built.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    return bm25s
+    if not any(texts):
+        return None
+    index = bm25s.BM25()
+    index.index(list(texts), create_empty_token=False, show_progress=False)
+    return index

@@ -217,11 +217,8 @@ def _checked_header(fields: list[str]) -> list[str]:
     names = [field.strip() for field in fields]
     for name in names:
         if not name:
-            remedy = (
-                "Name it, delete it if it is empty, or write the table without its index (`index=False` in pandas)."
-            )
-            expected = "a first line that names every column"
-            raise UserError("unnamed_column", "a column has no name", expected=expected, remedy=remedy)
+            remedy = "Name it, or leave it out, as `index=False` does in pandas."
+            raise UserError("unnamed_column", "a column has no name in the header", remedy=remedy)
         if names.count(name) > 1:
             raise UserError("repeated_column", f"the column {name!r} occurs twice in the header", field=name)
     return names

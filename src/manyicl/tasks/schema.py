@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, read_text, validated
-from manyicl.errors import UserError, did_you_mean, shortened, shown
+from manyicl.errors import UserError, did_you_mean, shown
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.spec import Family, required_distinct
@@ -160,12 +160,12 @@ class TaskFile(Section):
         if isinstance(data, Section):
             return data
         kinds: dict[str, type[Section]] = {"hf": HubData, "file": OneFile, "train": TwoFiles}
-        keys = list(map(str, data)) if isinstance(data, dict) else []
-        kind = next((kind for key, kind in kinds.items() if key in keys), None)
-        if kind is not None and isinstance(data, dict):
-            return validated(kind, data, None, "data")
-        found = shortened(str(sorted(keys))) if keys else shown(data)
-        remedy = next(filter(None, (did_you_mean(key, kinds) for key in keys)), None)
+        keys = data if isinstance(data, Mapping) else {}
+        for key, kind in kinds.items():
+            if key in keys:
+                return validated(kind, keys, None, "data")
+        remedy = next(filter(None, (did_you_mean(str(key), kinds) for key in keys)), None)
+        found = shown(sorted(map(str, keys)) or data)
         what, expected = "data: it does not say where the rows are", "`train` and `test`, or `file`, or `hf`"
         raise UserError("wrong_value", what, expected=expected, found=found, remedy=remedy, field="data")
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from manyicl.checked import validated
 from manyicl.errors import UserError, counted
-from manyicl.tasks.demonstrations import ShotSampling, demonstration_order
+from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
 
@@ -180,8 +181,8 @@ class Task:
             expected, found = f"num_shots from 0 to {len(self.train)}", str(num_shots)
             remedy = "Use fewer shots or add rows." if num_shots > 0 else None
             raise UserError("num_shots_out_of_range", what, expected=expected, found=found, remedy=remedy)
-        order = demonstration_order([example.answer for example in self.train], seed, sampling)
-        return tuple(self.train[position] for position in order[:num_shots])
+        order = demonstrations_in_order([example.answer for example in self.train], seed, sampling)
+        return tuple(self.train[position] for position in islice(order, num_shots))
 
 
 def hash_content(task: Task) -> str:
