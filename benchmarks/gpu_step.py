@@ -26,6 +26,7 @@ from manyicl.engine.prefix_cache import extend_blocks
 from manyicl.engine.scoring import score_labels
 from manyicl.model.attention import ATTENTION, packed_arguments
 from manyicl.training.loss import answer_loss
+from manyicl.training.throughput import TrainingFlops, matrix_rate
 
 VOCABULARY = 49152
 NUM_WARM_UP, NUM_TIMED = 2, 4
@@ -98,12 +99,14 @@ class Step:
         self.weights = [weights for weights in self.model.parameters() if weights.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, fused=True)
         length = setting.num_tokens // setting.num_segments
-        lengths = [length] * (setting.num_segments - 1)
-        self.packed = dict(packed_arguments([*lengths, setting.num_tokens - sum(lengths)], "cuda"))
+        self.lengths = [length] * (setting.num_segments - 1)
+        self.lengths.append(setting.num_tokens - sum(self.lengths))
+        self.packed = dict(packed_arguments(self.lengths, "cuda"))
         if not setting.one_call:
             self.packed = {name: value for name, value in self.packed.items() if not name.startswith("max")}
         self.ids = torch.randint(VOCABULARY, (1, setting.num_tokens), device="cuda")
         self.positions = torch.arange(10, setting.num_tokens - 1, 16, device="cuda")
+        self.flops = TrainingFlops.of(self.model, recomputes=setting.checkpointing)
 
     def run(self) -> None:
         """Take the step and wait for the GPU."""
@@ -121,8 +124,8 @@ class Step:
         torch.cuda.synchronize()
 
 
-def time_step(setting: Setting, *, profiled: bool = False) -> None:
-    """Print seconds, tokens per second and peak memory of a setting."""
+def time_step(setting: Setting, rate: float, *, profiled: bool = False) -> None:
+    """Print seconds, tokens per second, share of the matrix rate and peak memory of a setting."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step = Step(setting)
@@ -133,9 +136,10 @@ def time_step(setting: Setting, *, profiled: bool = False) -> None:
         step.run()
     seconds = (time.perf_counter() - started) / NUM_TIMED
     memory = torch.cuda.max_memory_allocated() / 2**30
-    print(
-        f"{setting.name:40} {seconds:.3f} s  {setting.num_tokens / seconds:,.0f} tokens/s  {memory:.1f} GiB", flush=True
-    )
+    flops, repeated = step.flops(step.lengths, len(step.positions)), step.flops.recomputed(step.lengths)
+    shares = f"{flops / seconds / rate:.1%} of the matrix rate, {(flops + repeated) / seconds / rate:.1%} with repeated"
+    speed = f"{setting.num_tokens / seconds:,.0f} tokens/s"
+    print(f"{setting.name:40} {seconds:.3f} s  {speed}  {shares}  {memory:.1f} GiB", flush=True)
     if profiled:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             step.run()
@@ -171,9 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
     profiled = parser.parse_args().profile
-    print(torch.__version__, torch.cuda.get_device_name(), flush=True)
+    rate = matrix_rate(torch.bfloat16, torch.device("cuda"))
+    print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s in bfloat16", flush=True)
     for setting in SETTINGS:
-        time_step(setting, profiled=profiled and setting.name == "bfloat16 weights")
+        time_step(setting, rate, profiled=profiled and setting.name == "bfloat16 weights")
     time_engine()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.model.manifest import library_versions
@@ -28,6 +28,7 @@ from manyicl.training.batch import Batch, sequence_tensors
 from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import starting_point
+from manyicl.training.throughput import TrainingFlops, matrix_rate
 from manyicl.training.train import packed_sequences
 
 
@@ -38,6 +39,7 @@ class Speed:
     name: str
     answers_per_second: float
     tokens_per_second: float
+    flops_per_second: float
     answers_per_row: float
     step_seconds: float
 
@@ -77,7 +79,7 @@ def build_seconds(sequences: PackedSequences, objective: ObjectiveSettings, num_
     return (time.perf_counter() - started) / num_sequences
 
 
-def measure(name: str, model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Speed:
+def measure(name: str, model: PreTrainedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Speed:
     """Take one optimizer step per sequence; the first is not timed."""
     seconds = []
     for batch in batches:
@@ -89,7 +91,10 @@ def measure(name: str, model: nn.Module, batches: Sequence[Batch], optimizer: to
     timed, total = batches[1:], sum(seconds[1:])
     num_answers = sum(batch["counts"].num_answers for batch in timed)
     num_tokens = sum(batch["input_ids"].shape[1] for batch in timed)
-    return Speed(name, num_answers / total, num_tokens / total, num_answers / len(timed), total / len(timed))
+    formula = TrainingFlops.of(model)
+    flops = sum(formula(batch["segment_lengths"], len(batch["targets"])) for batch in timed)
+    per_second = (num_answers / total, num_tokens / total, flops / total)
+    return Speed(name, *per_second, num_answers / len(timed), total / len(timed))
 
 
 def nano_tasks() -> list[Task]:
@@ -136,11 +141,14 @@ def main() -> None:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     print()
-    print("| Objective | Supervised answers/s | Tokens/s | Answers per sequence | Seconds per step (1 sequence) |")
-    print("| --- | --- | --- | --- | --- |")
+    rate = matrix_rate(torch.float32, torch.device("cpu"))
+    columns = ("Objective", "Supervised answers/s", "Tokens/s", "Share of the matrix rate", "Answers per sequence")
+    print("| " + " | ".join((*columns, "Seconds per step (1 sequence)")) + " |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for speed in speeds:
         print(
             f"| {speed.name} | {speed.answers_per_second:,.1f} | {speed.tokens_per_second:,.0f} | "
+            f"{speed.flops_per_second / rate:.1%} | "
             f"{speed.answers_per_row:.1f} | {speed.step_seconds:.3f} |"
         )
     unused = sum(sequence.unused_share for sequence in drawn) / len(drawn)

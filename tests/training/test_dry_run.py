@@ -4,16 +4,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from manyicl.errors import UserError
 from manyicl.training import dry_run as module
 from manyicl.training import estimate
+from manyicl.training.batch import Batch, sequence_tensors
 from manyicl.training.dry_run import dry_run
-from manyicl.training.estimate import sample_sequences
-from manyicl.training.recipe import LoraSettings
+from manyicl.training.estimate import measured_cost, sample_sequences
+from manyicl.training.loss import sequence_loss
+from manyicl.training.recipe import LoraSettings, Recipe
 from manyicl.training.start import starting_point, with_adapter
-from manyicl.training.train import packed_sequences
+from manyicl.training.train import packed_sequences, prepare_run
 from tests.builders import byte_level_bpe, tiny_model
 from tests.training.recipes import small_recipe, small_tasks
 
@@ -25,7 +28,9 @@ def test_a_small_model_is_measured_and_nothing_is_written(tmp_path: Path) -> Non
     assert "4 steps of 4 sequences of at most 60 tokens" in text
     assert "supervised answers" in text
     assert "stays unused" in text
-    assert "measured: 2 sequences forward and backward on CPU" in text
+    assert "Timing forward and backward passes for about 10 seconds" in text
+    assert "measured: forward and backward over " in text
+    assert " tokens in float32 on CPU, " in text
     assert not (tmp_path / "run").exists()
 
 
@@ -33,6 +38,62 @@ def test_a_large_new_model_is_estimated_instead(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "MOST_PARAMETERS_MEASURED", 1000)
     text = "\n".join(dry_run(small_recipe(tmp_path / "run"), small_tasks()))
     assert "estimated from the configuration: 40% of this machine's matrix rate" in text
+
+
+def test_on_a_slow_machine_fewer_tokens_are_timed_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def slow(recipe: Recipe, model: object, batch: Batch, device: object) -> float:
+        timed.append(batch["input_ids"].shape[1])
+        assert sum(batch["segment_lengths"]) == timed[-1] == batch["packed"]["position_ids"].shape[1]
+        assert all(batch["supervised_positions"] < timed[-1])
+        return 0.15 * timed[-1]
+
+    monkeypatch.setattr(estimate, "_forward_and_backward", slow)
+    recipe = small_recipe(
+        tmp_path / "run", "sequences.max_context_tokens=600", "sequences.examples_per_episode=[90,99]"
+    )
+    *_, last = dry_run(recipe, small_tasks())
+    assert timed == [16, 32]
+    assert "over 32 tokens in float32 on CPU" in last
+    run = prepare_run(recipe, small_tasks())
+    cost = measured_cost(recipe, run.start, run.sequences, run.statistics)
+    # Sequences of so small a model cost a little more per token than their beginnings, for their attention.
+    assert 1 < cost.hours * 3600 / (0.15 * run.statistics.tokens * recipe.num_sequences) < 2
+
+
+def test_the_first_tokens_of_a_sequence_give_the_logits_that_they_have_in_it(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    run = prepare_run(recipe, small_tasks())
+    whole = sequence_tensors(run.sequences[0], recipe.objective)
+    first, *others = whole["segment_lengths"]
+    assert others
+    for length in (first - 1, first, first + 1):
+        part = estimate._first_tokens(whole, length)
+        assert part["segment_lengths"] == ((length,) if length <= first else (first, 1))
+        kept = (whole["supervised_positions"] < length).float()
+        weighted: Batch = {**whole, "weights": whole["weights"] * kept}
+        losses = [sequence_loss(run.start.model.eval(), batch, 1.0).item() for batch in (part, weighted)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "ratio", "advice"),
+    [
+        ("model.dtype=bfloat16", 50, "Matrix products in float32 are 50 times as fast"),
+        ("training.bf16=true", 50, "Consider model.dtype: float32 without training.bf16"),
+        ("model.dtype=float32", 1 / 50, "Matrix products in bfloat16 are 50 times as fast"),
+        ("model.dtype=float32", 1 / 3, None),
+        ("training.bf16=true", 3, None),
+    ],
+)
+def test_a_type_that_is_much_faster_here_is_recommended(
+    override: str, ratio: float, advice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {torch.float32: 1e11 * ratio, torch.bfloat16: 1e11}
+    monkeypatch.setattr(estimate, "matrix_rate", lambda dtype, device: rates[dtype])
+    remark = estimate.remark_on_speed(small_recipe(tmp_path, override))
+    assert advice in remark if advice and remark else advice is remark
 
 
 def test_memory_is_measured_on_systems_without_the_module_resource(

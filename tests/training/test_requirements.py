@@ -164,7 +164,7 @@ def test_4_bits_are_counted_in_the_estimated_memory(monkeypatch: pytest.MonkeyPa
     memory = {}
     for override in ("model.quantize=null", "model.quantize=4bit"):
         recipe = small_recipe(tmp_path, *NO_BASE, override)
-        statistics = estimate.SequenceStatistics(1, 0, 0, 0, 1, 0, 0, 0, 0)
+        statistics = estimate.SequenceStatistics(1, 0, 0, 0, 1, 0, 0, 0, 0, ((),))
         memory[override] = estimate.estimated_cost(recipe, statistics).memory_gib * 2**30
     linear = 2 * (4 * 512 * 512 + 3 * 512 * 1024)
     saved = memory["model.quantize=null"] - memory["model.quantize=4bit"]

@@ -52,6 +52,9 @@ class Manifest(BaseModel):
     base: str | None = Field(None, description="The model that training began from, as named in the recipe.")
     base_fingerprint: str | None = Field(None, description="Hash of the weights that training began from.")
     recipe: dict[str, Any] = Field(default_factory=dict, description="The resolved recipe.")
+    throughput: dict[str, float] = Field(
+        default_factory=dict, description="Speed, utilisation and peak memory since the start or last resume."
+    )
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
 
     def changed_tasks(self, tasks: Iterable[Task]) -> list[tuple[TrainedTask, Task]]:

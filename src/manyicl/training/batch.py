@@ -29,6 +29,7 @@ class Batch(TypedDict):
 
     input_ids: Tensor  # (1, T)
     packed: PackedArguments  # where episodes begin and end
+    segment_lengths: tuple[int, ...]  # tokens of each episode, known without asking the device
     supervised_positions: Tensor  # (S,)
     targets: Tensor  # (S,), the token after each of them
     weights: Tensor  # (S,), share of each in the loss
@@ -49,9 +50,11 @@ def sequence_tensors(sequence: PackedSequence, objective: ObjectiveSettings) -> 
                 targets.append(episode.token_ids[place])
                 weights.append(weight)
         token_ids.extend(episode.token_ids)
+    segment_lengths = tuple(len(episode.token_ids) for episode in sequence.episodes)
     return Batch(
         input_ids=torch.tensor([token_ids]),
-        packed=packed_arguments([len(episode.token_ids) for episode in sequence.episodes]),
+        packed=packed_arguments(segment_lengths),
+        segment_lengths=segment_lengths,
         supervised_positions=torch.tensor(positions, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),

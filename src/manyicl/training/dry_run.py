@@ -16,11 +16,13 @@ from manyicl.errors import UserError
 from manyicl.model.load import HUB_PREFIX, load_tokenizer, resolve_reference
 from manyicl.training.estimate import (
     MOST_PARAMETERS_MEASURED,
+    SECONDS_MEASURED,
     Cost,
     SequenceStatistics,
     estimated_cost,
     measured_cost,
     num_weights,
+    remark_on_speed,
     sample_sequences,
 )
 from manyicl.training.recipe import Recipe
@@ -33,9 +35,9 @@ from manyicl.training.train import packed_sequences, prepare_run
 def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool = False) -> Iterator[str]:
     """Yield lines about a run: its size, its packed sequences, and what it will cost on this machine.
 
-    A small model that is on this machine is run on a few sequences. A large one, or one of the Hub, is estimated from
-    its configuration; where not even that is available, the lines say what cannot be known. They also say so where the
-    recipe asks for a library or a GPU that is not here: it is a run for another machine.
+    A small model that is on this machine is run on the first tokens for some seconds. A large one, or one of the Hub,
+    is estimated from its configuration; where not even that is available, the lines say what cannot be known. They also
+    say so where the recipe asks for a library or a GPU that is not here: it is a run for another machine.
 
     Args:
         recipe: The run.
@@ -66,6 +68,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
         yield remark
     if missing:
         recipe = _without_kernels(recipe)
+    elif remark := remark_on_speed(recipe):
+        yield remark
     base = recipe.model.base
     if base is not None and (missing or recipe.model.quantize is not None or _is_only_described(base)):
         yield from _from_description(recipe, base, tasks, is_for_this_machine=not missing)
@@ -75,7 +79,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
     if missing or num_weights(run.start.model)[0] > MOST_PARAMETERS_MEASURED:
         cost = estimated_cost(recipe, run.statistics, run.start.model.config)
     else:
-        cost = measured_cost(recipe, run.start, run.sequences)
+        yield f"Timing forward and backward passes for about {SECONDS_MEASURED:.0f} seconds …"
+        cost = measured_cost(recipe, run.start, run.sequences, run.statistics)
     yield from _cost_lines(cost, is_for_this_machine=not missing)
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
+from manyicl.episodes.packed_sequence import PackedSequences
+from manyicl.model.attention import packed_arguments
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, sequence_tensors
 from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint, with_adapter
+from manyicl.training.throughput import TrainingFlops, matrix_rate, peak_bytes
 
 NUM_SAMPLED_SEQUENCES = 32
-NUM_MEASURED_SEQUENCES = 2
+# Passes over the first tokens of a sequence are timed, each twice as long as the one before, for so long in all.
+SECONDS_MEASURED = 10.0
+FEWEST_TOKENS_MEASURED = 16
+# Another type is recommended where its matrix products are so many times as fast.
+MUCH_FASTER = 4.0
 # Larger models are estimated from their configuration instead of being run.
 MOST_PARAMETERS_MEASURED = 300_000_000
 # Share of the measured matrix rate that a whole training step reaches; a rule of thumb, said where it is used.
@@ -43,6 +48,7 @@ class SequenceStatistics(NamedTuple):
         most_shots: Most demonstrations before an answer in the sample; the whole run may hold more.
         shots_dropped: Shots per sequence that were drawn and did not fit.
         shots_too_long: Shots per sequence that are longer than a whole context.
+        segment_lengths: Tokens of each episode, for each sequence of the sample.
     """
 
     num_sampled: int
@@ -54,6 +60,11 @@ class SequenceStatistics(NamedTuple):
     most_shots: int
     shots_dropped: float
     shots_too_long: float
+    segment_lengths: tuple[tuple[int, ...], ...]
+
+    def flops(self, formula: TrainingFlops) -> float:
+        """Return the operations per sequence, with those that are repeated."""
+        return fmean(formula(lengths, self.targets) + formula.recomputed(lengths) for lengths in self.segment_lengths)
 
     def sentence(self) -> str:
         """Say what a sequence holds, and what is dropped."""
@@ -88,6 +99,7 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
         most_shots=max(batch["counts"].most_shots for batch in batches),
         shots_dropped=fmean(sequence.num_shots_dropped for sequence in sample),
         shots_too_long=fmean(sequence.num_shots_too_long for sequence in sample),
+        segment_lengths=tuple(batch["segment_lengths"] for batch in batches),
     )
 
 
@@ -109,70 +121,98 @@ class Cost(NamedTuple):
     how: str
 
 
-def measured_cost(recipe: Recipe, start: StartingPoint, sequences: PackedSequences) -> Cost:
-    """Run forward and backward on the first sequences of the run, without changing a weight."""
-    model = start.model
-    device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
+def measuring_device() -> tuple[torch.device, str]:
+    """Return where a run is measured, and its name."""
     if torch.cuda.is_available():
-        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
-    nn.Module.to(model, device)
-    model.train()
-    sample = [sequences[index % len(sequences)] for index in range(NUM_MEASURED_SEQUENCES + 1)]
-    # The first sequence warms up caches.
-    _forward_and_backward(recipe, model, sample[0], device)
-    started = time.perf_counter()
-    for sequence in sample[1:]:
-        _forward_and_backward(recipe, model, sequence, device)
-    seconds_per_sequence = (time.perf_counter() - started) / NUM_MEASURED_SEQUENCES
-    model.zero_grad(set_to_none=True)
-    num_parameters, num_trainable = num_weights(model)
-    return Cost(
-        hours=seconds_per_sequence * recipe.num_sequences / 3600,
-        memory_gib=(_peak_bytes(device) + 8 * num_trainable) / 2**30,
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
-        how=f"measured: {NUM_MEASURED_SEQUENCES} sequences forward and backward on {name}",
+        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
+
+
+def computing_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the type in which matrices are multiplied."""
+    return torch.bfloat16 if recipe.training.bf16 else DTYPES[recipe.model.dtype]
+
+
+def remark_on_speed(recipe: Recipe) -> str | None:
+    """Recommend another type where this machine multiplies matrices of it much faster; both are timed."""
+    device, _ = measuring_device()
+    dtype = computing_dtype(recipe)
+    other, setting = torch.bfloat16, "training.bf16: true"
+    if dtype != torch.float32:
+        other, setting = torch.float32, "model.dtype: float32 without training.bf16"
+    rate, other_rate = matrix_rate(dtype, device), matrix_rate(other, device)
+    if other_rate < MUCH_FASTER * rate:
+        return None
+    names = [str(each).removeprefix("torch.") for each in (other, dtype)]
+    return (
+        f"Matrix products in {names[0]} are {other_rate / rate:.0f} times as fast on this machine as in {names[1]} "
+        f"({other_rate / 1e12:.3f} and {rate / 1e12:.3f} TFLOP/s). Consider {setting}."
     )
 
 
-def _forward_and_backward(recipe: Recipe, model: nn.Module, sequence: PackedSequence, device: torch.device) -> None:
-    batch = cast(Batch, send_to_device(sequence_tensors(sequence, recipe.objective), device))
+def measured_cost(
+    recipe: Recipe, start: StartingPoint, sequences: PackedSequences, statistics: SequenceStatistics
+) -> Cost:
+    """Time forward and backward passes over the first tokens of the run, without changing a weight, and scale them.
+
+    The passes grow up to a whole sequence as long as all of them together take about `SECONDS_MEASURED`.
+    """
+    model = start.model
+    device, name = measuring_device()
+    nn.Module.to(model, device)
+    model.train()
+    formula = TrainingFlops.of(model, recomputes=recipe.training.gradient_checkpointing)
+    whole = sequence_tensors(sequences[0], recipe.objective)
+    num_tokens, length, left = whole["input_ids"].shape[1], FEWEST_TOKENS_MEASURED, SECONDS_MEASURED
+    while True:
+        batch = _first_tokens(whole, length)
+        flops = formula(batch["segment_lengths"], len(batch["targets"])) + formula.recomputed(batch["segment_lengths"])
+        seconds = _forward_and_backward(recipe, model, batch, device)
+        left -= seconds
+        # Attention grows faster than the length, all else as fast.
+        if length >= num_tokens or 2.5 * seconds > left:
+            break
+        length *= 2
+    if seconds < left:
+        # Once more, with warm caches.
+        seconds = min(seconds, _forward_and_backward(recipe, model, batch, device))
+    model.zero_grad(set_to_none=True)
+    num_parameters, num_trainable = num_weights(model)
+    memory = peak_bytes(device) + 8 * num_trainable
+    if length < num_tokens:
+        memory += int(_activation_bytes(recipe, model.config, statistics.tokens, statistics.targets))
+        memory -= int(_activation_bytes(recipe, model.config, length, len(batch["targets"])))
+    dtype = str(computing_dtype(recipe)).removeprefix("torch.")
+    return Cost(
+        hours=seconds * statistics.flops(formula) / flops * recipe.num_sequences / 3600,
+        memory_gib=memory / 2**30,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        how=f"measured: forward and backward over {min(length, num_tokens):,} tokens in {dtype} on {name}, scaled by "
+        "the operations of whole sequences",
+    )
+
+
+def _first_tokens(batch: Batch, length: int) -> Batch:
+    """Cut a sequence after so many tokens."""
+    ends = zip(batch["segment_lengths"], accumulate(batch["segment_lengths"]), strict=True)
+    lengths = tuple(min(tokens, length - end + tokens) for tokens, end in ends if end - tokens < length)
+    kept = batch["supervised_positions"] < length
+    cut: dict[str, object] = {name: batch[name][kept] for name in ("supervised_positions", "targets", "weights")}
+    cut |= {"input_ids": batch["input_ids"][:, :length], "packed": packed_arguments(lengths)}
+    return cast(Batch, {**batch, **cut, "segment_lengths": lengths})
+
+
+def _forward_and_backward(recipe: Recipe, model: nn.Module, batch: Batch, device: torch.device) -> float:
+    """Return the seconds of both passes."""
+    batch = cast(Batch, send_to_device(batch, device))
+    started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.bf16):
         loss = sequence_loss(model, batch, 1.0)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    memory = psutil.Process().memory_info()
-    # Windows tells the peak here; what this system calls it, where it is there, is in the module `resource`.
-    if hasattr(memory, "peak_wset"):
-        return int(memory.peak_wset)
-    try:
-        import resource
-    except ImportError:
-        return int(memory.rss)
-    # macOS counts in bytes, other systems in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if psutil.MACOS else 1024)
-
-
-def parameter_counts(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Count from its configuration alone all weights of a model, those that training changes, and those in 4 bits.
-
-    Raises:
-        UserError: If the recipe puts an adapter over layers that the model does not have.
-    """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        head = model.get_output_embeddings()
-        linear = [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
-        num_in_4_bits = sum(part.weight.numel() for part in linear) if recipe.model.quantize else 0
-        if recipe.model.lora is not None:
-            model = with_adapter(model, recipe.model.lora)
-    return *num_weights(model), num_in_4_bits
+    return time.perf_counter() - started
 
 
 def num_weights(model: nn.Module) -> tuple[int, int]:
@@ -184,39 +224,33 @@ def num_weights(model: nn.Module) -> tuple[int, int]:
 def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTrainedConfig | None = None) -> Cost:
     """Estimate time from the matrix rate of this machine, memory from counts of weights and activations.
 
-    A token costs 2 operations per weight forward, 2 more for the gradients of activations and 2 for those of
-    trainable weights; checkpointing repeats the forward pass. Attention is not counted.
-
     Args:
         recipe: The run.
         statistics: Means over some of its sequences.
         config: Configuration of the model; None for that of the base.
 
     Raises:
-        UserError: If the configuration is not available.
+        UserError: If the configuration is not available, or the recipe puts an adapter over layers that the model does
+            not have.
     """
     if config is None:
         assert recipe.model.base is not None
         config = model_config(recipe.model.base)
-    num_parameters, num_trainable, num_in_4_bits = parameter_counts(recipe, config)
-    low_precision = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
-    rate = matrix_rate(torch.bfloat16 if low_precision else torch.float32)
-    per_token = 4 * num_parameters + 2 * num_trainable
-    if recipe.training.gradient_checkpointing:
-        per_token += 2 * num_parameters
-    seconds = per_token * statistics.tokens * recipe.num_sequences / (rate * ASSUMED_EFFICIENCY)
-    config = config.get_text_config()
-    bytes_per_weight = torch.finfo(DTYPES[recipe.model.dtype]).bits // 8
-    bytes_per_activation = 2 if low_precision else 4
-    # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:
-    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work.
-    num_layers = config.num_hidden_layers
-    num_kept = num_layers + 17 if recipe.training.gradient_checkpointing else 17 * num_layers
-    activations = num_kept * config.hidden_size * statistics.tokens * bytes_per_activation
-    # Logits, their softmax and its gradient, in float32.
-    activations += 3 * 4 * statistics.targets * config.vocab_size
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        head = model.get_output_embeddings()
+        linear = [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
+        num_in_4_bits = sum(part.weight.numel() for part in linear) if recipe.model.quantize else 0
+        if recipe.model.lora is not None:
+            model = with_adapter(model, recipe.model.lora)
+    num_parameters, num_trainable = num_weights(model)
+    formula = TrainingFlops.of(model, recomputes=recipe.training.gradient_checkpointing)
+    rate = matrix_rate(computing_dtype(recipe), measuring_device()[0])
+    seconds = statistics.flops(formula) * recipe.num_sequences / (rate * ASSUMED_EFFICIENCY)
+    bytes_per_weight = DTYPES[recipe.model.dtype].itemsize
     weights = float(num_parameters * bytes_per_weight + num_trainable * (4 + 8))
     weights -= num_in_4_bits * (bytes_per_weight - BYTES_PER_4_BIT_WEIGHT)
+    activations = _activation_bytes(recipe, config, statistics.tokens, statistics.targets)
     return Cost(
         hours=seconds / 3600,
         memory_gib=(weights + activations) / 2**30,
@@ -227,10 +261,14 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTr
     )
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Measure operations per second of a matrix product on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
-    matrix = {"a": torch.randn(size, size, device=device, dtype=dtype)}
-    timer = Timer("a @ a", globals=matrix, num_threads=torch.get_num_threads())
-    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(4))
+def _activation_bytes(recipe: Recipe, config: PreTrainedConfig, num_tokens: float, num_targets: float) -> float:
+    """Estimate the memory of what a sequence's forward pass keeps."""
+    text_config: Any = config.get_text_config()
+    # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:
+    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work.
+    num_layers: int = text_config.num_hidden_layers
+    num_kept = num_layers + 17 if recipe.training.gradient_checkpointing else 17 * num_layers
+    kept: float = num_kept * text_config.hidden_size * num_tokens * computing_dtype(recipe).itemsize
+    # Logits, their softmax and its gradient, in float32.
+    logits: float = 3 * 4 * num_targets * text_config.vocab_size
+    return kept + logits

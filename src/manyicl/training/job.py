@@ -120,7 +120,8 @@ def ensure_trained(
         finished, trainer = train_prepared(
             run, arguments, folder, progress, measure=measured, checkpoint=point.checkpoint
         )
-        say(trainer.run_counts.total.sentence())
+        for sentence in filter(None, (trainer.run_counts.total.sentence(), trainer.throughput_sentence())):
+            say(sentence)
     state = trainer.state
     best_step = state.best_global_step if measured else None
     return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from manyicl.training.throughput import throughput_text
+
 # Where there is no bar, an evaluation says this often how far it is.
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, loss, supervised answers per second, and how far an evaluation is."""
+    """Shows steps, loss, speed and memory, and how far an evaluation is."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -45,8 +47,7 @@ class TrainingProgress(TrainerCallback):
         logs: Mapping[str, float] = kwargs["logs"]
         step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "loss" in logs:
-            speed = f"{logs['answers_per_second']:,.0f} answers/s  {logs['tokens_per_second']:,.0f} tokens/s"
-            status = f"loss {logs['loss']:.3f}  {speed}"
+            status = f"loss {logs['loss']:.3f}  {throughput_text(logs)}"
             self._bar.update(self._task, status=status)
             if not self._console.is_terminal:
                 self._print(f"{step}  {status}")

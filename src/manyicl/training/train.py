@@ -196,7 +196,8 @@ def train_prepared(
         start.model.config.use_cache = use_cache
         # Until now it was the most of a sample.
         most_shots = max(run.statistics.most_shots, trainer.run_counts.total.most_shots)
-        save_finished(trainer, start, manifest.model_copy(update={"max_trained_shots": most_shots}), folder)
+        known_now = {"max_trained_shots": most_shots, "throughput": trainer.throughput()}
+        save_finished(trainer, start, manifest.model_copy(update=known_now), folder)
     return finished, trainer
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError
+from manyicl.library_errors import reason
 from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
@@ -34,6 +35,7 @@ from manyicl.training.loss import sequence_loss
 from manyicl.training.processes import any_process, is_main_process
 from manyicl.training.recipe import ObjectiveSettings
 from manyicl.training.stopping import taking_signals
+from manyicl.training.throughput import Throughput, TrainingFlops, matrix_rate, throughput_text
 
 # Name of the figure that picks the best model, in what an evaluation returns.
 BEST_METRIC = "score"
@@ -85,7 +87,7 @@ class ManyShotTrainer(Trainer):
             # transformers refuses to evaluate without a data set; our evaluation brings its own queries.
             eval_dataset=sequences if evaluation else None,
             data_collator=cast(Any, Collator(objective)),
-            callbacks=[run := RunCounts(), loss := RunLoss(), RestoreState(self), *(callbacks or ())],
+            callbacks=[run := RunCounts(), loss := RunLoss(), TrainerHooks(self), *(callbacks or ())],
         )
         self.remove_callback(PrinterCallback)
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
@@ -94,8 +96,12 @@ class ManyShotTrainer(Trainer):
         self._failure: MachineError | None = None
         self._run_loss = loss
         self._step_tasks: set[str] = set()
-        self._since_log = SequenceCounts()
-        self._logged_at = time.perf_counter()
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        self._flops = TrainingFlops.of(model, recomputes=recomputes)
+        self._since_log = self._before_log = Throughput()
+        self._step_started = 0.0
+        self._matrix_rate: float | None = None
+        self._why_no_rate = ""
         # 5.23 asks the first, 5.17 the second, whether the loss still has to be divided by the accumulation steps.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -104,16 +110,44 @@ class ManyShotTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """Take the sequences of one optimizer step; sum target weights and counts over all processes."""
+        self._step_started = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        waited = time.perf_counter() - self._step_started
         self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
-        counts = sum((batch["counts"] for batch in batches), SequenceCounts())
-        of_processes = gather_object([(weight, counts)])
+        work = Throughput(
+            counts=sum((batch["counts"] for batch in batches), SequenceCounts()),
+            flops=sum(self.floating_point_ops(batch) for batch in batches),
+            recomputed_flops=sum(self._flops.recomputed(batch["segment_lengths"]) for batch in batches),
+            seconds_waiting=waited,
+        )
+        of_processes = gather_object([(weight, work)])
         weight = sum(weight for weight, _ in of_processes)
-        counts = sum((counts for _, counts in of_processes), SequenceCounts())
-        self._since_log += counts
-        self.run_counts.total += counts
+        work = sum((work for _, work in of_processes), Throughput())
+        self._since_log += work
+        self.run_counts.total += work.counts
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Count the operations of a packed sequence by the formula of the estimates; transformers sums them up."""
+        return self._flops(inputs["segment_lengths"], len(inputs["targets"]))
+
+    def count_step_time(self) -> None:
+        """Add the time of the step that has ended, in all processes; the device is not waited for."""
+        seconds = (time.perf_counter() - self._step_started) * self.accelerator.num_processes
+        self._since_log += Throughput(seconds=seconds)
+
+    def _figures(self, throughput: Throughput) -> dict[str, float]:
+        return throughput.figures(self.args.device, self._matrix_rate, self.accelerator.num_processes)
+
+    def throughput(self) -> dict[str, float]:
+        """Return the figures of all steps since the run was started or last resumed."""
+        return self._figures(self._before_log + self._since_log)
+
+    def throughput_sentence(self) -> str:
+        """Say how fast the run was, and why its utilisation is not known, if it is not."""
+        figures = self.throughput()
+        return f"Speed: {throughput_text(figures)}.{self._why_no_rate}" if figures else ""
 
     def compute_loss(
         self,
@@ -248,7 +282,6 @@ class ManyShotTrainer(Trainer):
         """
         if self._evaluation is None:
             return {}
-        started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         try:
@@ -262,17 +295,13 @@ class ManyShotTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._logged_at += time.perf_counter() - started
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add supervised answers and tokens per second to lines that report a loss, and the counts to the last one."""
+        """Add speed, utilisation and memory to lines that report a loss, and the counts to the last one."""
         if "loss" in logs:
-            now = time.perf_counter()
-            seconds = max(now - self._logged_at, 1e-9)
-            logs["answers_per_second"] = self._since_log.num_answers / seconds
-            logs["tokens_per_second"] = self._since_log.num_tokens / seconds
-            self._since_log, self._logged_at = SequenceCounts(), now
+            logs.update(self._figures(self._since_log))
+            self._before_log, self._since_log = self._before_log + self._since_log, Throughput()
         if "train_loss" in logs:
             logs.update(asdict(self.run_counts.total))
             # transformers takes the mean over the part since the run was resumed.
@@ -288,13 +317,17 @@ class ManyShotTrainer(Trainer):
         stop = StopAfterStep()
         self.add_callback(stop)
         with taking_signals(stop.on_signal):
-            self._logged_at = time.perf_counter()
+            dtype = torch.bfloat16 if self.args.bf16 else cast(PreTrainedModel, self.model).dtype
+            try:
+                self._matrix_rate = matrix_rate(dtype, self.args.device)
+            except RuntimeError as error:
+                self._why_no_rate = f" The matrix rate could not be measured: {reason(error)}."
             self.train(resume_from_checkpoint=checkpoint)
         return not stop.stopped
 
 
-class RestoreState(TrainerCallback):
-    """Lets the trainer finish its state, once transformers has restored what it restores."""
+class TrainerHooks(TrainerCallback):
+    """Tells the trainer when transformers has restored what it restores, and when a step has ended."""
 
     def __init__(self, trainer: ManyShotTrainer) -> None:
         self._trainer = trainer
@@ -302,6 +335,10 @@ class RestoreState(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restore the rest."""
         self._trainer.restore()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the time of the step, before it is logged, evaluated and saved."""
+        self._trainer.count_step_time()
 
 
 class StopAfterStep(TrainerCallback):
