@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from manyicl.errors import UserError
 from manyicl.training import dry_run as module
 from manyicl.training import estimate
-from manyicl.training.batch import Batch, sequence_tensors
+from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.dry_run import dry_run
 from manyicl.training.estimate import measured_cost, sample_sequences
 from manyicl.training.loss import sequence_loss
@@ -69,7 +69,7 @@ def test_the_first_tokens_of_a_sequence_give_the_logits_that_they_have_in_it(tmp
     first, *others = whole["segment_lengths"]
     assert others
     for length in (first - 1, first, first + 1):
-        part = estimate._first_tokens(whole, length)
+        part = first_tokens(whole, length)
         assert part["segment_lengths"] == ((length,) if length <= first else (first, 1))
         kept = (whole["supervised_positions"] < length).float()
         weighted: Batch = {**whole, "weights": whole["weights"] * kept}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from itertools import accumulate
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -61,6 +62,16 @@ def sequence_tensors(sequence: PackedSequence, objective: ObjectiveSettings) -> 
         counts=sequence_counts(sequence, objective),
         task_names=tuple(episode.task_name for episode in sequence.episodes),
     )
+
+
+def first_tokens(batch: Batch, length: int) -> Batch:
+    """Cut a sequence after so many tokens."""
+    ends = zip(batch["segment_lengths"], accumulate(batch["segment_lengths"]), strict=True)
+    lengths = tuple(min(tokens, length - end + tokens) for tokens, end in ends if end - tokens < length)
+    kept = batch["supervised_positions"] < length
+    cut: dict[str, object] = {name: batch[name][kept] for name in ("supervised_positions", "targets", "weights")}
+    cut |= {"input_ids": batch["input_ids"][:, :length], "packed": packed_arguments(lengths)}
+    return cast(Batch, {**batch, **cut, "segment_lengths": lengths})
 
 
 def sequence_counts(sequence: PackedSequence, objective: ObjectiveSettings) -> SequenceCounts:

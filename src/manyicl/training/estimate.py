@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import accumulate
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
@@ -13,9 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from manyicl.episodes.packed_sequence import PackedSequences
-from manyicl.model.attention import packed_arguments
 from manyicl.model.load import DTYPES, model_config
-from manyicl.training.batch import Batch, sequence_tensors
+from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint, with_adapter
@@ -165,7 +163,7 @@ def measured_cost(
     whole = sequence_tensors(sequences[0], recipe.objective)
     num_tokens, length, left = whole["input_ids"].shape[1], FEWEST_TOKENS_MEASURED, SECONDS_MEASURED
     while True:
-        batch = _first_tokens(whole, length)
+        batch = first_tokens(whole, length)
         flops = formula(batch["segment_lengths"], len(batch["targets"])) + formula.recomputed(batch["segment_lengths"])
         seconds = _forward_and_backward(recipe, model, batch, device)
         left -= seconds
@@ -191,16 +189,6 @@ def measured_cost(
         how=f"measured: forward and backward over {min(length, num_tokens):,} tokens in {dtype} on {name}, scaled by "
         "the operations of whole sequences",
     )
-
-
-def _first_tokens(batch: Batch, length: int) -> Batch:
-    """Cut a sequence after so many tokens."""
-    ends = zip(batch["segment_lengths"], accumulate(batch["segment_lengths"]), strict=True)
-    lengths = tuple(min(tokens, length - end + tokens) for tokens, end in ends if end - tokens < length)
-    kept = batch["supervised_positions"] < length
-    cut: dict[str, object] = {name: batch[name][kept] for name in ("supervised_positions", "targets", "weights")}
-    cut |= {"input_ids": batch["input_ids"][:, :length], "packed": packed_arguments(lengths)}
-    return cast(Batch, {**batch, **cut, "segment_lengths": lengths})
 
 
 def _forward_and_backward(recipe: Recipe, model: nn.Module, batch: Batch, device: torch.device) -> float:

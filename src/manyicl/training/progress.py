@@ -50,10 +50,10 @@ class TrainingProgress(TrainerCallback):
             status = f"loss {logs['loss']:.3f}  {throughput_text(logs)}"
             self._bar.update(self._task, status=status)
             if not self._console.is_terminal:
-                self._print(f"{step}  {status}")
+                self.say(f"{step}  {status}")
         figures = [f"{name[5:]} {value:.3f}" for name, value in logs.items() if name.startswith("eval_")]
         if figures:
-            self._print(f"{step}  held-out: {'  '.join(figures)}")
+            self.say(f"{step}  held-out: {'  '.join(figures)}")
 
     def on_evaluation(self, num_done: int, num_all: int) -> None:
         """Show how many scores of an evaluation are measured."""
@@ -62,11 +62,12 @@ class TrainingProgress(TrainerCallback):
         now = time.monotonic()
         if not self._console.is_terminal and (num_done == 0 or now - self._written_at >= SECONDS_BETWEEN_LINES):
             self._written_at = now
-            self._print(status)
+            self.say(status)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the bar as it is."""
         self._bar.stop()
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
         self._console.print(line, highlight=False, soft_wrap=True)

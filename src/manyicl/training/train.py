@@ -191,6 +191,8 @@ def train_prepared(
 
     evaluation = None if measure is None else figures
     trainer = ManyShotTrainer(start.model, arguments, run.sequences, run.recipe.objective, evaluation, callbacks)
+    if sentence := trainer.chunk_logits():
+        progress.say(sentence)
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
     if finished:
         start.model.config.use_cache = use_cache

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -28,10 +28,10 @@ from transformers.trainer_utils import IntervalStrategy
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError
 from manyicl.library_errors import reason
-from manyicl.training.batch import Batch, Collator
+from manyicl.training.batch import Batch, Collator, first_tokens
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
-from manyicl.training.loss import sequence_loss
+from manyicl.training.loss import head_is_separable, most_logits_at_once, sequence_loss
 from manyicl.training.processes import any_process, is_main_process
 from manyicl.training.recipe import ObjectiveSettings
 from manyicl.training.stopping import taking_signals
@@ -44,6 +44,9 @@ STOPPING = b"\nStopping once this step, and its evaluation if one is due, is sav
 
 # Under torchrun one Ctrl-C arrives twice: from the terminal, and handed on by torchrun.
 SECONDS_OF_ONE_REQUEST = 2.0
+
+# Logits of so many tokens are compared before they are made in another way.
+NUM_TOKENS_COMPARED = 256
 
 LOWER_THE_RATE = "lower training.learning_rate or lengthen the warm-up and start anew with --overwrite"
 
@@ -91,6 +94,7 @@ class ManyShotTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
+        self.most_logits: int | None = None
         self._evaluation = evaluation
         self.run_counts = run
         self._failure: MachineError | None = None
@@ -128,6 +132,26 @@ class ManyShotTrainer(Trainer):
         self.run_counts.total += work.counts
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
 
+    def chunk_logits(self) -> str | None:
+        """Let the head make the logits of many positions in chunks, where it can be called by itself.
+
+        Returns:
+            What was decided; None where no sequence can have so many supervised positions.
+        """
+        model, sequences = cast(PreTrainedModel, self.model), cast(PackedSequences, self.train_dataset)
+        most = most_logits_at_once(model.config.get_text_config().vocab_size)
+        if sequences.max_context_tokens <= most:
+            return None
+        reason = "several processes share the run"
+        if self.accelerator.num_processes == 1 and not self.is_fsdp_enabled:
+            first = first_tokens(cast(Collator, self.data_collator)([sequences[0]]), NUM_TOKENS_COMPARED)
+            with self.accelerator.autocast():
+                if head_is_separable(model, cast(Batch, send_to_device(first, self.args.device))):
+                    self.most_logits = most
+                    return f"Logits are made for at most {most:,} supervised positions at a time."
+            reason = "the model caps or scales them"
+        return f"Logits are made for all supervised positions of a sequence at once, because {reason}."
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Count the operations of a packed sequence by the formula of the estimates; transformers sums them up."""
         return self._flops(inputs["segment_lengths"], len(inputs["targets"]))
@@ -164,7 +188,9 @@ class ManyShotTrainer(Trainer):
         assert num_items_in_batch is not None
         assert not return_outputs
         batch = cast(Batch, inputs)
-        loss = sequence_loss(model, batch, num_items_in_batch)
+        # accelerate's autocast is around the model's forward alone, and chunks call its parts.
+        with self.accelerator.autocast():
+            loss = sequence_loss(model, batch, num_items_in_batch, self.most_logits)
         if not torch.isfinite(loss):
             self._failure = self._not_a_number(f"The loss became {loss.item()}", "a sequence", batch["task_names"])
         return cast(Tensor, loss * self.accelerator.num_processes)
