@@ -405,3 +405,29 @@ def test_a_merged_adapter_answers_as_the_adapter_over_its_base(tmp_path: Path) -
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     assert scores[0] != pytest.approx(scores[2], abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
+def test_an_adapter_that_peft_cannot_merge_answers_over_its_base(settings: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", save_model(tmp_path / "base"), target_modules=["q_proj"], **settings)
+    engine = Engine.from_pretrained(tmp_path / "adapter", device="cpu")
+    assert isinstance(model_of(engine), PeftModel)
+    task = make_task(labels=LABELS)
+    assert len(list(engine.predict(engine.prefill(task, task.train[:5]), ROWS))) == len(ROWS)
+
+
+def test_a_misspelt_option_of_predict_is_refused_with_the_nearest() -> None:
+    engine, _ = plain_engine()
+    task = make_task(labels=LABELS)
+    prefix = engine.prefill(task, task.train[:5])
+    with refused("unknown_option", field="abstain_bellow", remedy="Did you mean 'abstain_below'?"):
+        engine.predict(prefix, ROWS, abstain_bellow=0.9)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [({"dtype": 5}, "unknown_dtype"), ({"text_format": "Chat"}, "unknown_value")]
+)
+def test_values_that_are_not_known_are_refused(options: dict[str, Any], code: str) -> None:
+    with refused(code):
+        Engine.from_pretrained("builtin:nano", **options)

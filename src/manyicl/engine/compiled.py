@@ -125,14 +125,14 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 header = _checked_header(metadata)
-                require_own(header.identity, backend.identity)
-                if header.text_format != encoder.format:
-                    raise foreign_prefix("another text format", header.identity, backend.identity)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise _incomplete(reason(error)) from error
         if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)
+        require_own(header.identity, backend.identity)
+        if header.text_format != encoder.format:
+            raise foreign_prefix("another text format", header.identity, backend.identity)
         require_demonstrations(header.demonstrations, Task(header.task, ()))
         task = Task(header.task, header.demonstrations, (), header.data_hash)
         encoder.require_encodable(task)

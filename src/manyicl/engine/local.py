@@ -9,8 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 
 import torch
-from peft import LoraModel, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.engine.backend import (
@@ -36,7 +35,7 @@ from manyicl.engine.prefix_cache import PrefixCache, extend_blocks, shared_begin
 from manyicl.engine.scoring import score_labels
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
-from manyicl.model.merging import merge_adapter
+from manyicl.model.merging import is_mergeable, merge_adapter
 
 # Longer options are processed straight through, each alone: which token of a trie sees which is a square.
 MOST_TRIE_TOKENS = 256
@@ -61,8 +60,8 @@ class LocalBackend:
             loaded: From `manyicl.model.load.load_model`.
             activation_budget_mib: Bound on the memory of queries in flight, without model and prefix; it decides how
                 many advance together, never a result. None for what `ActivationBudget.after` allows.
-            merge: Merge a LoRA adapter in float32 into its base, which saves a seventh of the time. The loaded model is
-                used up. In half precision the sum would be rounded, so there the adapter stays by itself.
+            merge: Merge an adapter into its base where `is_mergeable` allows it, which saves a seventh of the time. The
+                loaded model is used up.
 
         Raises:
             UserError: If the bound is below 1.
@@ -70,7 +69,7 @@ class LocalBackend:
         if activation_budget_mib is not None and activation_budget_mib < 1:
             raise out_of_range("activation_budget_mib", activation_budget_mib, "at least 1")
         self.identity = identity_of(loaded)
-        self.model = merge_adapter(loaded.model) if merge and _is_mergeable(loaded.model) else loaded.model
+        self.model = merge_adapter(loaded.model) if merge and is_mergeable(loaded.model) else loaded.model
         self.activation_budget_mib = activation_budget_mib
         self._tries = lru_cache(maxsize=16)(tries_of)
 
@@ -192,10 +191,6 @@ def target_scores(
     for row, own in enumerate(allowed):
         is_best = greedy[row] if own is None else bool(scores[row] >= logits[row, list(own)].float().max())
         yield TargetScore(log_scores[row], is_best)
-
-
-def _is_mergeable(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and isinstance(model.base_model, LoraModel) and model.dtype is torch.float32
 
 
 def identity_of(loaded: LoadedModel) -> Identity:

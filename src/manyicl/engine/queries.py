@@ -9,7 +9,7 @@ from typing import TypedDict, TypeVar
 
 from manyicl.engine.backend import Sampling, Wanted, out_of_range
 from manyicl.episodes.text_format import Preceding
-from manyicl.errors import UserError
+from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.task import Columns, Query, Task
 
 ItemT = TypeVar("ItemT")
@@ -65,7 +65,7 @@ class AnswerOptions(TypedDict, total=False):
 
 
 def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
-    """Refuse options of `Engine.predict` that contradict each other or the task, and one row in place of a list.
+    """Refuse options of `Engine.predict` that are unknown or contradict each other or the task, and one row for a list.
 
     Raises:
         UserError: If there are any.
@@ -73,6 +73,9 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
     if isinstance(rows, str | Mapping | Query | EncodedQuery) or not isinstance(rows, Iterable):
         found, remedy = f"one {type(rows).__name__}", "Put the row in a list."
         raise UserError("not_a_list", "predict answers a list of rows", found=found, remedy=remedy)
+    if unknown := sorted(options.keys() - AnswerOptions.__annotations__.keys()):
+        remedy = did_you_mean(unknown[0], AnswerOptions.__annotations__)
+        raise UserError("unknown_option", f"there is no option {unknown[0]!r}", remedy=remedy, field=unknown[0])
     scores, abstain_below = options.get("scores", "best"), options.get("abstain_below")
     if scores not in ("best", "all"):
         what = "scores has no such value"

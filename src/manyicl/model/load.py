@@ -431,7 +431,7 @@ def require_dtype(dtype: str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype in DTYPES:
         return DTYPES.get(dtype or "")
-    what, expected, remedy = "dtype is not one of those known", ", ".join(DTYPES), did_you_mean(dtype, DTYPES)
+    what, expected, remedy = "dtype is not one of those known", ", ".join(DTYPES), did_you_mean(str(dtype), DTYPES)
     raise UserError("unknown_dtype", what, expected=expected, found=repr(dtype), remedy=remedy)
 
 

@@ -126,6 +126,8 @@ def format_to_ask_in(
         UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end
             is wanted than that of its turns.
     """
+    if kind not in (None, "plain", "chat"):
+        raise UserError("unknown_value", "there is no such format", expected="plain or chat", found=repr(kind))
     if manifest is not None:
         taught = manifest.text_format
         if kind not in (None, taught.kind):

@@ -6,7 +6,22 @@ import warnings
 from typing import Any
 
 import torch
+from peft import LoraModel, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
+
+
+def is_mergeable(model: nn.Module) -> bool:
+    """Tell whether a model is an adapter that can be merged without changing what it computes.
+
+    That is LoRA in float32, since in half precision the sum would be rounded, and none of the kinds of which peft says
+    only half-way through a merge that it cannot merge them.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoraModel):
+        return False
+    config: Any = model.peft_config[model.active_adapter]
+    unmergeable = (config.lora_bias, getattr(config, "alora_invocation_tokens", None), config.layer_replication)
+    return model.dtype is torch.float32 and not any(unmergeable) and not getattr(config, "arrow_config", None)
 
 
 def merge_adapter(adapter: Any) -> PreTrainedModel:
