@@ -29,12 +29,17 @@ TOY_CONFIG = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2
 
 
 def write_toy_tasks(folder: Path) -> None:
-    for name, answers in (("short", ("good", "bad")), ("longer", ("good and long", "bad and red"))):
+    """One task with labels, which a recipe may rename, and one with free answers."""
+    closed = "family: classification\nlabels: [good, bad]\n"
+    for name, answers, head in (
+        ("short", ("good", "bad"), closed),
+        ("longer", ("good and long", "bad and red"), "family: generation\n"),
+    ):
         (folder / name).mkdir(parents=True)
         rows = [{"text": f"film {i} was fine", "answer": answers[i % 2]} for i in range(30)]
         (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / name / "task.yaml").write_text(
-            "family: generation\nquery: '{{ text }}'\nanswer: '{{ answer }}'\ndata: {train: train.jsonl}\n"
+            head + "query: '{{ text }}'\nanswer: '{{ answer }}'\ndata: {train: train.jsonl}\n"
         )
 
 
