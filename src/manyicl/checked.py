@@ -294,4 +294,4 @@ def _written_location(location: Iterable[int | str]) -> list[int | str]:
     return [part for part in location if not (isinstance(part, str) and ("[" in part or part in _BRANCHES))]
 
 
-_BRANCHES = frozenset({"int", "str", "float", "bool"})
+_BRANCHES = frozenset({"int", "str", "float", "bool", "constrained-int"})

@@ -95,6 +95,14 @@ def test_the_second_of_two_runs_on_one_output_is_refused(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_an_ending_in_capitals_is_the_same_format(tmp_path: Path) -> None:
+    output = tmp_path / "answers.CSV"
+    for log_probability in (-1.0, -2.0):  # the second run replaces the first one's file
+        with answers_written(output, {}) as write:
+            write([{"answer": "good", "log_probability": log_probability}])
+    assert output.read_text(encoding="utf-8").split() == ["answer,log_probability", "good,-2.0"]
+
+
 @pytest.mark.parametrize("num_rows", [0, 2])
 def test_whatever_ends_a_run_leaves_a_part_only_where_there_are_answers(tmp_path: Path, num_rows: int) -> None:
     def rows() -> Any:

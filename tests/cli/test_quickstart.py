@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from manyicl.cli import quickstart
 from manyicl.cli.main import app
+from manyicl.errors import UserError
 from manyicl.evaluation.result import ResultStore
 from manyicl.tasks.nanoworld import world
 from tests.builders import byte_level_bpe, tiny_model
@@ -37,6 +38,13 @@ def run(output: Path, *options: str) -> str:
     result = CliRunner().invoke(app, ["quickstart", "--output", str(output), *options])
     assert result.exit_code == 0, (result.exception, result.output)
     return " ".join(result.output.split())
+
+
+def test_a_file_as_its_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    result = CliRunner().invoke(app, ["quickstart", "--output", str(tmp_path / "out")])
+    assert isinstance(result.exception, UserError)
+    assert (result.exception.code, result.output) == ("output_is_file", "")
 
 
 def test_without_the_base_it_says_so_and_shows_the_toy_world_alone(tmp_path: Path) -> None:

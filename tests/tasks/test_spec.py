@@ -21,6 +21,7 @@ from manyicl.errors import UserError
 from manyicl.tasks import Example, Query, Task, TaskSpec, load_task, load_tasks
 from manyicl.tasks.nanoworld.world import write_nano_world
 from manyicl.tasks.task import hash_content
+from tests.engine.parts import refused
 from tests.tasks.catalog_rows import write_rows
 from tests.tasks.test_files import write_task
 
@@ -124,6 +125,34 @@ def test_examples_of_another_task_or_side_are_not_opened_as_a_tasks_own(tmp_path
         with pytest.raises(UserError) as caught:
             Task.open(folder)
         assert (caught.value.code, caught.value.file) == ("not_a_stored_task", folder)
+
+
+def test_a_damaged_byte_of_a_text_is_refused_where_the_task_is_opened(tmp_path: Path) -> None:
+    Task.from_examples("mood", PAIRS).store(tmp_path / "mood")
+    file = tmp_path / "mood" / "train.arrow"
+    file.write_bytes(file.read_bytes().replace(b"so dull", b"so\xffdull"))
+    with refused("not_a_stored_task", file=str(file)):
+        Task.open(tmp_path / "mood")
+
+
+def test_half_a_character_is_refused_and_nothing_is_stored(tmp_path: Path) -> None:
+    task = Task.from_examples("mood", PAIRS)
+    with refused("half_a_character", found=r"'\ud800'"):
+        replace(task, train=[Example(Query("\ud800"), "good", ("good",))]).store(tmp_path / "mood")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", [None, 5, [1]])
+def test_what_is_no_path_is_refused(folder: Any) -> None:
+    for use in (Task.open, Task.from_examples("mood", PAIRS).store):
+        with refused("not_a_path", found="nothing" if folder is None else str(folder)):
+            use(folder)
+
+
+def test_a_sampling_that_does_not_exist_is_refused() -> None:
+    sampling: Any = "foo"
+    with refused("unknown_sampling", expected="'random' or 'balanced'", found="'foo'"):
+        Task.from_examples("mood", PAIRS).demonstrations(2, sampling=sampling)
 
 
 def test_a_slice_of_stored_examples_reads_the_file_that_is_open(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from manyicl.cli.main import app
 from manyicl.errors import UserError
 from manyicl.tasks.files import load_task
 from manyicl.tasks.starter_tables import STARTER_TABLES, write_starter_tables
+from tests.engine.parts import refused
 
 # A changed row needs a new hash here, and new figures wherever these tables are quoted.
 DATA_HASHES = {
@@ -55,6 +56,13 @@ def test_copies_are_tasks_and_an_edited_copy_is_not_overwritten(tmp_path: Path) 
         write_starter_tables(tmp_path / "tables")
     assert raised.value.code == "output_exists"
     assert "mine" in (places[0] / "train.csv").read_text(encoding="utf-8")
+
+
+def test_a_place_that_takes_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "new.csv").touch()
+    for place, code in ((tmp_path / "new.csv", "output_is_file"), (Path("/proc/foo"), "output_not_writable")):
+        with refused(code):
+            write_starter_tables(place)
 
 
 def test_the_command_copies_tables_that_are_tasks_by_their_columns(tmp_path: Path) -> None:

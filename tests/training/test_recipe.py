@@ -55,6 +55,7 @@ def test_the_length_of_a_run_is_rounded_up_to_whole_steps() -> None:
             "sequences.examples_per_episode: wrong value; expected examples in an episode",
         ),
         ("sequences.examples_per_episode=[5, 2]", "1 <= least <= most"),
+        ("training.evaluate_every=never", "training.evaluate_every: wrong value; expected a whole number of steps, at"),
         ("training.num_tokens=5", "give either num_tokens or num_steps; found both"),
         ("model.base=x", "give either base or from_scratch; found both"),
         ("model.lora={}", "from_scratch trains all weights"),

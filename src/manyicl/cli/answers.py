@@ -50,7 +50,7 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
         return
     require_output_file(output, endings=(".jsonl", ".csv"), is_ours=_is_ours, inputs=inputs)
     part = output.with_name(f"{output.name}.part")
-    write = _write_csv if output.suffix == ".csv" else _write_json
+    write = _write_csv if output.suffix.lower() == ".csv" else _write_json
     try:
         # It must not exist, so that two runs never write the same file. CSV has no escape for half a character.
         stream = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
@@ -106,7 +106,7 @@ def _is_ours(path: Path) -> bool:
     """Tell whether the first row of a file has the columns of an answer."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
+            if path.suffix.lower() == ".csv":
                 return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
             row = json.loads(file.readline())
     except (OSError, ValueError, RecursionError, csv.Error):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.errors import UserError
+from manyicl.outputs import require_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +66,7 @@ def quickstart_command(
     """
     from rich.console import Console
 
+    require_output_folder(output)
     console = Console()
     results = output / "results"
     if fresh:

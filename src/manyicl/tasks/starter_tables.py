@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from manyicl.errors import UserError
+from manyicl.outputs import require_output_folder
 
 STARTER_TABLES = Path(__file__).parent / "starter"
 
@@ -20,9 +21,10 @@ def write_starter_tables(folder: Path | str) -> list[Path]:
         The task folders.
 
     Raises:
-        UserError: If a file that would be written is there with other content.
+        UserError: If the folder cannot be written, or a file that would be is there with other content.
     """
     folder = Path(folder)
+    require_output_folder(folder)
     files = [(path, folder / path.relative_to(STARTER_TABLES)) for path in sorted(STARTER_TABLES.glob("*/*.*"))]
     for source, place in files:
         if place.exists() and not (place.is_file() and place.read_bytes() == source.read_bytes()):

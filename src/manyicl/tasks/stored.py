@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyicl.atomic import folder_written_atomically
 from manyicl.checked import read_text, validated
-from manyicl.errors import MachineError, UserError
+from manyicl.errors import MachineError, UserError, shown
 from manyicl.library_errors import reason
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.task import Task
 
 SPEC_FILE = "task.json"
+RESTORE = "Restore the folder, or store the task again with this version."
 _EXAMPLES_A_BATCH = 1024
 _TEXTS = pyarrow.large_list(pyarrow.large_string())
 _SCHEMA = pyarrow.schema(
@@ -111,6 +112,9 @@ def store_task(task: Task, folder: Path) -> Task:
     try:
         with folder_written_atomically(folder) as aside:
             _write(task, aside)
+    except UnicodeEncodeError as error:
+        half = shown(error.object[error.start])
+        raise UserError("half_a_character", "a text holds half a character", found=half) from error
     except OSError as error:
         raise MachineError(f"{folder} could not be written: {reason(error)}.") from error
     return open_task(folder)
@@ -142,8 +146,11 @@ def open_task(folder: Path) -> Task:
     stored = validated(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
     train, test = (StoredExamples.open(folder / f"{name}.arrow") for name in ("train", "test"))
     for name, side in (("train", train), ("test", test)):
+        try:
+            side.table.validate(full=True)
+        except pyarrow.ArrowException as error:
+            raise UserError("not_a_stored_task", "the examples are damaged", remedy=RESTORE, file=side.path) from error
         if side.table.schema.metadata != _identity(name, stored.data_hash, len(train), len(test)):
             what = "the examples were not stored together with this task"
-            remedy = "Restore the folder, or store the task again with this version."
-            raise UserError("not_a_stored_task", what, remedy=remedy, file=folder)
+            raise UserError("not_a_stored_task", what, remedy=RESTORE, file=folder)
     return Task(stored.spec, train, test, stored.data_hash, stored.dropped)

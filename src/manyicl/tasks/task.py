@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, counted
+from manyicl.errors import UserError, counted, shown
 from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
@@ -86,11 +86,11 @@ class Task:
         """Open a task that `store` wrote; its examples stay on disk and are read when they are used.
 
         Raises:
-            UserError: If the folder holds no stored task, or one of another version.
+            UserError: If the folder holds no stored task, a damaged one, or one of another version.
         """
         from manyicl.tasks.stored import open_task
 
-        return open_task(Path(folder))
+        return open_task(_folder(folder))
 
     def store(self, folder: str | Path) -> Task:
         """Write the task to a new folder, and return it with its examples memory-mapped from there.
@@ -98,11 +98,11 @@ class Task:
         The returned task pickles as its spec and its location, whatever its size.
 
         Raises:
-            UserError: If the folder exists already, or cannot be made.
+            UserError: If the folder exists already, or cannot be made, or a text holds half a character.
         """
         from manyicl.tasks.stored import store_task
 
-        return store_task(self, Path(folder))
+        return store_task(self, _folder(folder))
 
     @property
     def name(self) -> str:
@@ -174,15 +174,25 @@ class Task:
         """Choose demonstrations from the training examples; with one seed, the first 32 of 64 are the same 32.
 
         Raises:
-            UserError: If ``num_shots`` is negative or more than the number of training examples.
+            UserError: If ``num_shots`` is negative or more than the number of training examples, or there is no such
+                sampling.
         """
         if not 0 <= num_shots <= len(self.train):
             what = f"Task {self.name!r} has {counted(len(self.train), 'training example')}"
             expected, found = f"num_shots from 0 to {len(self.train)}", str(num_shots)
             remedy = "Use fewer shots or add rows." if num_shots > 0 else None
             raise UserError("num_shots_out_of_range", what, expected=expected, found=found, remedy=remedy)
+        if sampling not in (known := get_args(ShotSampling)):
+            expected, found = " or ".join(map(repr, known)), shown(sampling)
+            raise UserError("unknown_sampling", "there is no such sampling", expected=expected, found=found)
         order = demonstrations_in_order([example.answer for example in self.train], seed, sampling)
         return tuple(self.train[position] for position in islice(order, num_shots))
+
+
+def _folder(folder: str | Path) -> Path:
+    if not isinstance(cast(object, folder), str | Path):
+        raise UserError("not_a_path", "this names no folder", expected="a path", found=shown(folder))
+    return Path(folder)
 
 
 def hash_content(task: Task) -> str:

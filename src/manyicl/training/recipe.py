@@ -189,7 +189,9 @@ class TrainingSettings(Section):
     )
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     evaluate_every: Annotated[int, Field(ge=1)] | Literal["end"] | None = Field(
-        "end", description="Steps between evaluations on tasks.evaluate; end: only after the last step; null: never."
+        "end",
+        description="A whole number of steps, at least 1, between evaluations on tasks.evaluate; end: only after the "
+        "last step; null: never.",
     )
     evaluate_shots: tuple[int, ...] = Field(
         (0, 8),
