@@ -30,8 +30,10 @@ class UserError(Exception):
         row: Row or line of that file, or number of the query, from 1.
         field: Column or key in which the mistake is.
 
-    >>> print(UserError("too_many_shots", "num_shots is too large", expected="at most 12", found="40", file="a.yaml"))
-    a.yaml: num_shots is too large; expected at most 12, found 40.
+    Examples:
+        >>> what = "num_shots is too large"
+        >>> print(UserError("too_many_shots", what, expected="at most 12", found="40", file="a.yaml"))
+        a.yaml: num_shots is too large; expected at most 12, found 40.
     """
 
     code: str
@@ -107,8 +109,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def differing_parts(first: str, second: str) -> tuple[str, str]:
     """Return what two texts hold between the beginning and the end that they share.
 
-    >>> differing_parts("a red box", "a green box")
-    ('red', 'green')
+    Examples:
+        >>> differing_parts("a red box", "a green box")
+        ('red', 'green')
     """
     start = len(os.path.commonprefix([first, second]))  # noqa: RUF071  # characters are what is compared
     end = len(os.path.commonprefix([first[start:][::-1], second[start:][::-1]]))  # noqa: RUF071

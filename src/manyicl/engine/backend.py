@@ -46,10 +46,11 @@ class Identity:
     def difference(self, other: Identity) -> str | None:
         """Say in a few words how another network differs from this one; None where both are the same.
 
-        >>> small = Identity("ab12", "c", "float32", reference="runs/small")
-        >>> small.difference(Identity("ab12", "c", "bfloat16"))
-        'another precision (bfloat16 against float32)'
-        >>> small.difference(Identity("ab12", "c", "float32", reference="/tmp/copy of small"))
+        Examples:
+            >>> small = Identity("ab12", "c", "float32", reference="runs/small")
+            >>> small.difference(Identity("ab12", "c", "bfloat16"))
+            'another precision (bfloat16 against float32)'
+            >>> small.difference(Identity("ab12", "c", "float32", reference="/tmp/copy of small"))
         """
         if self.dtype != other.dtype:
             return f"another precision ({other.dtype} against {self.dtype})"
@@ -151,23 +152,24 @@ class Backend(Protocol):
 
     A backend of a few lines is enough for every kind of task:
 
-    >>> class Uniform:
-    ...     "Every token of a vocabulary of ten is as probable as any other."
-    ...     identity = Identity("uniform", "", "float32", max_context_tokens=100)
-    ...
-    ...     def prefill(self, token_ids, reuse=None, *, between_chunks=None):
-    ...         return SharedTokens(self.identity, tuple(token_ids))
-    ...
-    ...     def score(self, prefix, queries, options, wanted):
-    ...         scores = [{i: -2.303 * len(ids) for i, ids in enumerate(some)} for some in options]
-    ...         return [OptionScores(own, max(own, key=own.get)) for own in scores]
-    ...
-    ...     def generate(self, prefix, queries, stop, max_tokens, sampling=None, numbers=None):
-    ...         for query in range(len(queries)):
-    ...             yield GeneratedToken(query, 7, -2.303, stopped=False, is_last=True)
-    >>> backend: Backend = Uniform()
-    >>> backend.score(backend.prefill([1, 2]), [(3,)], [[(4, 5), (6,)]], "best")[0].best
-    1
+    Examples:
+        >>> class Uniform:
+        ...     "Every token of a vocabulary of ten is as probable as any other."
+        ...     identity = Identity("uniform", "", "float32", max_context_tokens=100)
+        ...
+        ...     def prefill(self, token_ids, reuse=None, *, between_chunks=None):
+        ...         return SharedTokens(self.identity, tuple(token_ids))
+        ...
+        ...     def score(self, prefix, queries, options, wanted):
+        ...         scores = [{i: -2.303 * len(ids) for i, ids in enumerate(some)} for some in options]
+        ...         return [OptionScores(own, max(own, key=own.get)) for own in scores]
+        ...
+        ...     def generate(self, prefix, queries, stop, max_tokens, sampling=None, numbers=None):
+        ...         for query in range(len(queries)):
+        ...             yield GeneratedToken(query, 7, -2.303, stopped=False, is_last=True)
+        >>> backend: Backend = Uniform()
+        >>> backend.score(backend.prefill([1, 2]), [(3,)], [[(4, 5), (6,)]], "best")[0].best
+        1
     """
 
     @property

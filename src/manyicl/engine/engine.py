@@ -82,8 +82,9 @@ class Prediction:
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as JSON holds it; the answer is null where it abstained.
 
-        >>> Prediction("good", -0.25, num_shots=4).as_json()
-        {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
+        Examples:
+            >>> Prediction("good", -0.25, num_shots=4).as_json()
+            {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
         """
         names = ("answer", "log_probability", "stopped", "abstained", "num_shots")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -97,13 +98,14 @@ class Prediction:
 class Engine:
     """Answers queries of any task, given examples of the task in the context, without training.
 
-    >>> from manyicl import Engine, Task
-    >>> engine = Engine.from_pretrained("builtin:nano")
-    >>> pairs = [("a red hat", "hat"), ("the blue lamp", "lamp"), ("a red lamp", "lamp"), ("one hat", "hat")]
-    >>> task = Task.from_examples("things", pairs, labels=("hat", "lamp"))
-    >>> prefix = engine.prefill(task, task.train)
-    >>> [prediction.answer for prediction in engine.predict(prefix, ["a white lamp", "a pink hat"])]
-    ['lamp', 'hat']
+    Examples:
+        >>> from manyicl import Engine, Task
+        >>> engine = Engine.from_pretrained("builtin:nano")
+        >>> pairs = [("a red hat", "hat"), ("the blue lamp", "lamp"), ("a red lamp", "lamp"), ("one hat", "hat")]
+        >>> task = Task.from_examples("things", pairs, labels=("hat", "lamp"))
+        >>> prefix = engine.prefill(task, task.train)
+        >>> [prediction.answer for prediction in engine.predict(prefix, ["a white lamp", "a pink hat"])]
+        ['lamp', 'hat']
     """
 
     def __init__(

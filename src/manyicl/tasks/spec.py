@@ -42,13 +42,14 @@ class TaskSpec(BaseModel):
 
     Templates are compiled when they are first used and cached by their text, so a spec stays plain data.
 
-    >>> spec = TaskSpec(
-    ...     name="mood", family="classification", query_template="Review: {{ text }}", labels=("good", "bad")
-    ... )
-    >>> spec.query({"text": "what a film"}).text
-    'Review: what a film'
-    >>> TaskSpec.model_validate_json(spec.model_dump_json()) == spec
-    True
+    Examples:
+        >>> spec = TaskSpec(
+        ...     name="mood", family="classification", query_template="Review: {{ text }}", labels=("good", "bad")
+        ... )
+        >>> spec.query({"text": "what a film"}).text
+        'Review: what a film'
+        >>> TaskSpec.model_validate_json(spec.model_dump_json()) == spec
+        True
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

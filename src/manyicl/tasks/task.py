@@ -32,11 +32,12 @@ class Task:
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows dropped when the task was read.
 
-    >>> task = Task.from_examples("mood", [("what a film", "good"), ("so dull", "bad")], labels=("good", "bad"))
-    >>> task.query("not again").text
-    'not again'
-    >>> [example.answer for example in task.demonstrations(2, seed=1)]
-    ['good', 'bad']
+    Examples:
+        >>> task = Task.from_examples("mood", [("what a film", "good"), ("so dull", "bad")], labels=("good", "bad"))
+        >>> task.query("not again").text
+        'not again'
+        >>> [example.answer for example in task.demonstrations(2, seed=1)]
+        ['good', 'bad']
     """
 
     spec: TaskSpec

@@ -240,12 +240,13 @@ class TrainingSettings(Section):
 class Recipe(Section):
     """One run: which model, which tasks, which packed sequences, which targets, how long, and where it is written.
 
-    >>> recipe = Recipe.parse(
-    ...     "{model: {base: 'hf:owner/name', lora: {rank: 8}}, tasks: {train: [tasks/*]}, output: run, "
-    ...     "training: {num_tokens: 100_000, learning_rate: 1e-4}}"
-    ... )
-    >>> recipe.num_steps, recipe.sequences.max_context_tokens, recipe.objective.supervise
-    (7, 2048, 'all_answers')
+    Examples:
+        >>> recipe = Recipe.parse(
+        ...     "{model: {base: 'hf:owner/name', lora: {rank: 8}}, tasks: {train: [tasks/*]}, output: run, "
+        ...     "training: {num_tokens: 100_000, learning_rate: 1e-4}}"
+        ... )
+        >>> recipe.num_steps, recipe.sequences.max_context_tokens, recipe.objective.supervise
+        (7, 2048, 'all_answers')
     """
 
     model: ModelSettings
