@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from manyicl.engine.backend import Wanted
+from manyicl.engine.backend import ScoreScope
 from manyicl.engine.engine import Engine
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import ActivationBudget
@@ -104,12 +104,12 @@ def search(
     blocks: Sequence[Block],
     asked: Sequence[tuple[int, ...]],
     labels: Sequence[tuple[int, ...]],
-    wanted: Wanted = "best",
+    scope: ScoreScope = "best",
     strategy: Strategy | None = None,
 ) -> list[LabelSearch]:
     memory = memory_for(model)
     tries = tries_of(labels, memory.slots_per_query())
-    return score_labels(model, blocks, asked, [tries] * len(asked), memory, wanted, strategy)
+    return score_labels(model, blocks, asked, [tries] * len(asked), memory, scope, strategy)
 
 
 # --- One-token answers, beside recomputation and copied caches

@@ -12,7 +12,7 @@ import yaml
 from annotated_types import Le
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from manyicl.errors import UserError, did_you_mean, shown
+from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.library_errors import lower_case_start, reason
 
 # No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
@@ -49,7 +49,7 @@ class Section(BaseModel):
             raise ValueError(f"expected a number; found {value!r}")
         has_bound = any(isinstance(rule, Le) for rule in field.metadata)
         if any(abs(number) > MOST_COUNTED for number in numbers) and int in kinds and not has_bound:
-            raise ValueError(f"expected a number of at most {MOST_COUNTED:,}; found {shown(value)}")
+            raise ValueError(f"expected a number of at most {MOST_COUNTED:,}; found {quoted(value)}")
         return value
 
 
@@ -259,7 +259,7 @@ def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> 
     key = ".".join(filter(None, (under, *map(str, location))))
     if kind == "missing":
         return UserError("missing_key", f"the key {key!r} is missing{meaning and f', {meaning}'}", field=key)
-    found: str | None = shown(first["input"])
+    found: str | None = quoted(first["input"])
     is_union = len(location) < len(first["loc"])
     if meaning and (is_union or kind == "string_pattern_mismatch"):
         return UserError("wrong_value", f"{key}: wrong value", expected=meaning, found=found, field=key)

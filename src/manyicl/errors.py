@@ -24,7 +24,7 @@ class UserError(Exception):
         code: Kind of mistake, such as ``unknown_key``; stable, for programs and tests.
         what: What is wrong, as the beginning of a sentence without its full stop.
         expected: What would have been right.
-        found: What was there instead, as it is written in the sentence; see `shown`.
+        found: What was there instead, as it is written in the sentence; see `quoted`.
         remedy: What to do, as a sentence of its own.
         file: File or key path in which the mistake is.
         row: Row or line of that file, or number of the query, from 1.
@@ -118,7 +118,7 @@ def differing_parts(first: str, second: str) -> tuple[str, str]:
     return first[start : len(first) - end], second[start : len(second) - end]
 
 
-def counted(number: int, noun: str) -> str:
+def pluralized(number: int, noun: str) -> str:
     """Write a number and what it counts, as in ``1 test row`` and ``1,000 test rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -128,6 +128,6 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Write a value that was found in a file; an empty one as nothing."""
     return "nothing" if value is None else shortened(repr(value))

@@ -7,7 +7,7 @@ import re
 
 from pydantic import ValidationError
 
-from manyicl.errors import shown
+from manyicl.errors import quoted
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -38,7 +38,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     message = lower_case_start(problem["msg"].removeprefix("Value error, "))
     place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {message}, found {shown(problem['input'])}" if place else message
+    return f"{place}: {message}, found {quoted(problem['input'])}" if place else message
 
 
 def lower_case_start(text: str) -> str:

@@ -14,10 +14,10 @@ from manyicl.engine.backend import (
     OptionScores,
     Prefix,
     Sampling,
+    ScoreScope,
     SharedTokens,
     Stop,
     TokenIds,
-    Wanted,
 )
 
 
@@ -44,7 +44,7 @@ class PlainBackend:
         return SharedTokens(self.identity, tuple(token_ids))
 
     def score(
-        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], wanted: Wanted
+        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], scope: ScoreScope
     ) -> list[OptionScores]:
         found = []
         for query, own in zip(queries, options, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from manyicl.engine.backend import Wanted
+from manyicl.engine.backend import ScoreScope
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import ActivationBudget
 from manyicl.engine.prefix_cache import extend_blocks
@@ -21,7 +21,7 @@ from tests.engine.test_label_trie import AWKWARD, random_labels
 from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12)]
-WANTED: tuple[Wanted, ...] = ("best", "all")
+SCOPES: tuple[ScoreScope, ...] = ("best", "all")
 STRATEGIES: tuple[Strategy, ...] = ("best_first", "full_pass")
 BUDGET = ActivationBudget(limit=10**9, per_token=100, per_logits=300, per_slot=40)
 PREFIX = [random.Random(0).randrange(97) for _ in range(30)]
@@ -44,13 +44,13 @@ def search(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     labels: Sequence[tuple[int, ...]],
-    wanted: Wanted,
+    scope: ScoreScope,
     most_inner_nodes: int = 10_000,
     strategy: Strategy | None = None,
     budget: ActivationBudget = BUDGET,
 ) -> list[LabelSearch]:
     tries = tries_of(labels, most_inner_nodes)
-    return score_labels(model, blocks, QUERIES, [tries] * len(QUERIES), budget, wanted, strategy)
+    return score_labels(model, blocks, QUERIES, [tries] * len(QUERIES), budget, scope, strategy)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,8 +98,8 @@ def test_equal_scores_fall_to_the_first_label_however_they_are_searched() -> Non
         shortest = min(len(label) for label in labels)
         first = next(i for i, label in enumerate(labels) if len(label) == shortest)
         for most_inner_nodes, strategy in itertools.product((100, 1), STRATEGIES):
-            for wanted in WANTED:
-                found = search(model, blocks, labels, wanted, most_inner_nodes, strategy)
+            for scope in SCOPES:
+                found = search(model, blocks, labels, scope, most_inner_nodes, strategy)
                 assert [one.best for one in found] == [first] * len(QUERIES)
 
 

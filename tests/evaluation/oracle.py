@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 
-from manyicl.engine.backend import Identity, Wanted
+from manyicl.engine.backend import Identity, ScoreScope
 from manyicl.engine.engine import Prediction
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
@@ -74,7 +74,9 @@ class OracleEngine:
         self.calls.append(f"encode {len(fitting) - num_shared}")
         return OraclePrefix(task, fitting, self.encoder.encode_prefix(task.instruction(), fitting))
 
-    def predict(self, prefix: OraclePrefix, rows: Iterable[Query], *, scores: Wanted = "best") -> Iterator[Prediction]:
+    def predict(
+        self, prefix: OraclePrefix, rows: Iterable[Query], *, scores: ScoreScope = "best"
+    ) -> Iterator[Prediction]:
         assert scores == "best", "it has no scores"
         known = {example.query.text: example.answer for example in prefix.task.test}
         answers = prefix.task.labels or tuple(dict.fromkeys(example.answer for example in prefix.task.train))

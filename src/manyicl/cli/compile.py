@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
-from manyicl.errors import counted
+from manyicl.errors import pluralized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ def compile_command(
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
     engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
-    with console.status(f"Reading {counted(len(demonstrations), 'demonstration')}"):
+    with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations)
         engine.save(compiled, output)
     out = Console(highlight=False)

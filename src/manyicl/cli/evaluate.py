@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
-from manyicl.errors import UserError, counted, shortened
+from manyicl.errors import UserError, pluralized, shortened
 from manyicl.outputs import require_output_folder
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def evaluate_command(
     curves = measure_with_progress(engine, loaded, output, settings, name, console)
     print_table(curves.results, console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
-    typer.echo(f"{counted(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
+    typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
 
 
 def measure_with_progress(

@@ -49,8 +49,8 @@ app.command("export")(export_command)
 app.command("doctor")(doctor_command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"manyicl {manyicl.__version__}")
         raise typer.Exit
 

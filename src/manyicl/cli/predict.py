@@ -11,7 +11,7 @@ import typer
 
 from manyicl.cli import options
 from manyicl.cli.answers import STANDARD_STREAM, answers_written, require_no_rows_of
-from manyicl.errors import UserError, counted
+from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -97,8 +97,8 @@ def predict_command(
     sampling = Sampling(**given, seed=seed or 0) if given else None
     only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
     _require_one_source(task, prefix, only_with_task if sampling else {**only_with_task, "--seed": seed})
-    wanted: AnswerOptions = {"abstain_below": abstain_below, "sampling": sampling}
-    wanted["scores"] = "all" if scores or abstain_below is not None else "best"
+    how: AnswerOptions = {"abstain_below": abstain_below, "sampling": sampling}
+    how["scores"] = "all" if scores or abstain_below is not None else "best"
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as write:
         loaded = None if task is None else load_task(task, data_root)
         queries = Queries(input_path, rows_of(input_path, task, delimiter))
@@ -115,15 +115,15 @@ def predict_command(
             compiled = engine.load(prefix or "")
             require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
             tell(compiled)
-            predictions = engine.predict(compiled, queries.rendered(compiled.task), **wanted)
+            predictions = engine.predict(compiled, queries.rendered(compiled.task), **how)
         else:
             rows = chain(first, queries.rendered(loaded))
-            predictions = engine.answer(loaded, demonstrations, rows, num_nearest=nearest, on_prefix=tell, **wanted)
+            predictions = engine.answer(loaded, demonstrations, rows, num_nearest=nearest, on_prefix=tell, **how)
         answered = queries.answered(predictions, _columns(scores, abstain_below is not None))
         with Progress(console=console) as progress:
             num_answers = write(progress.track(answered, description="Answering"))
     if output != STANDARD_STREAM:
-        console.print(f"{counted(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
+        console.print(f"{pluralized(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
@@ -152,7 +152,7 @@ def _columns(with_scores: bool, may_abstain: bool) -> Callable[[Prediction], dic
 
 def describe(console: Console, engine: Engine, prefix: TaskPrefix) -> None:
     """Print what comes before every query, and what a reader should know of it."""
-    text = f"{counted(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
+    text = f"{pluralized(prefix.num_shots, 'demonstration')} of {prefix.task.name!r}, {prefix.num_tokens:,} tokens"
     if prefix.num_dropped:
         text += f"; {prefix.num_dropped} more did not fit the context of {engine.max_context_tokens:,}"
     if engine.trained_context_tokens and prefix.num_tokens > engine.trained_context_tokens:

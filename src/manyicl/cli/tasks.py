@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
-from manyicl.errors import UserError, counted
+from manyicl.errors import UserError, pluralized
 from manyicl.tasks.nanoworld.rule import Split
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _without_model(check: TaskCheck, task: Task) -> TaskCheck:
     problems = list(check.problems)
     if num_cut := sum(PlainFormat().ends_early(example.answer) for example in (*task.train, *task.test)):
         end = "ends an answer unless the model was taught another end (format.end_of_answer)"
-        problems.append(f"{counted(num_cut, 'answer')} with a blank line, which {end}.")
+        problems.append(f"{pluralized(num_cut, 'answer')} with a blank line, which {end}.")
     return replace(check, problems=tuple(problems), labels_in_labels_as_tokens=())
 
 
@@ -456,9 +456,9 @@ def _print_details(check: TaskCheck, console: Console) -> None:
         console.print(_table(rows, title="Balance"))
     for kind, pairs in (("text", check.labels_in_labels), ("tokens", check.labels_in_labels_as_tokens)):
         if pairs:
-            shown = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
+            examples = "; ".join(f"{first!r} begins {second!r}" for first, second in pairs[:10])
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
-            console.print(f"As {kind}: {shown}{more}. The end of the answer keeps them apart.")
+            console.print(f"As {kind}: {examples}{more}. The end of the answer keeps them apart.")
     for reason, count in check.dropped.items():
         console.print(f"Dropped: {count:,} ({reason}).")
 

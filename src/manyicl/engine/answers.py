@@ -35,8 +35,8 @@ class AnswerEnd:
         chat the end-of-answer text itself is often such a token.
         """
         token_ids = [token.token_id for token in tokens]
-        counted = list(tokens)
+        own = list(tokens)
         if token_ids[-1] in self.token_ids and not self.encoder.has_ended(token_ids):
-            counted.pop()
+            own.pop()
             token_ids.pop()
-        return self.encoder.decode_answer(token_ids), sum(token.log_probability for token in counted)
+        return self.encoder.decode_answer(token_ids), sum(token.log_probability for token in own)

@@ -16,7 +16,7 @@ from manyicl.errors import UserError
 LEAST_TEMPERATURE = 1e-4
 
 TokenIds = tuple[int, ...]
-Wanted = Literal["best", "all"]
+ScoreScope = Literal["best", "all"]
 # Called between two chunks of a long prefill with the tokens that are done and those in all; may raise to end it.
 BetweenChunks = Callable[[int, int], None]
 
@@ -160,7 +160,7 @@ class Backend(Protocol):
         ...     def prefill(self, token_ids, reuse=None, *, between_chunks=None):
         ...         return SharedTokens(self.identity, tuple(token_ids))
         ...
-        ...     def score(self, prefix, queries, options, wanted):
+        ...     def score(self, prefix, queries, options, scope):
         ...         scores = [{i: -2.303 * len(ids) for i, ids in enumerate(some)} for some in options]
         ...         return [OptionScores(own, max(own, key=own.get)) for own in scores]
         ...
@@ -189,7 +189,7 @@ class Backend(Protocol):
         """
 
     def score(
-        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], wanted: Wanted
+        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], scope: ScoreScope
     ) -> list[OptionScores]:
         """Score the options of each query after the prefix and the query.
 
@@ -197,7 +197,7 @@ class Backend(Protocol):
             prefix: From `prefill` of this backend.
             queries: Tokens of each query up to where its answer begins, at least one; any number of queries.
             options: Options of each query, each at least one token; the same object where queries share them.
-            wanted: ``best`` needs the best option only, ``all`` the scores of all.
+            scope: ``best`` needs the best option only, ``all`` the scores of all.
         """
 
     def generate(

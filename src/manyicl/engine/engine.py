@@ -308,11 +308,16 @@ class Engine:
         return prefix
 
     def _prefix(
-        self, task: Task, shown: tuple[Example, ...], num_dropped: int, cache: Prefix, source: TaskPrefix | None = None
+        self,
+        task: Task,
+        demonstrations: tuple[Example, ...],
+        num_dropped: int,
+        cache: Prefix,
+        source: TaskPrefix | None = None,
     ) -> TaskPrefix:
         """Put a prefix together, with what it took over from ``source``."""
         num_reused = num_shared_tokens(cache.token_ids, source.token_ids) if source else 0
-        return TaskPrefix(task, shown, num_dropped, self.encoder.text_hash, cache, num_reused)
+        return TaskPrefix(task, demonstrations, num_dropped, self.encoder.text_hash, cache, num_reused)
 
     def _require_own(self, prefix: TaskPrefix) -> None:
         """Refuse a prefix of another network, tokenizer or text format.
@@ -483,8 +488,8 @@ class Engine:
             while prefix is None or (prefix.num_shots and self._exceeds_context(prefix, possible, nearest)):
                 # Which rows are left to be the nearest is known once demonstrations are chosen, and how many of these
                 # fit depends on the nearest: so it is tried until both fit.
-                shown = demonstrations if prefix is None else prefix.demonstrations
-                prefix = self.prefill(task, shown, possible, nearest=nearest, reuse=prefix)
+                chosen = demonstrations if prefix is None else prefix.demonstrations
+                prefix = self.prefill(task, chosen, possible, nearest=nearest, reuse=prefix)
                 if num_nearest:
                     nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
             if prefix is not earlier:
@@ -543,14 +548,14 @@ class Engine:
         self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Find the best option of each query; the first among equals."""
-        wanted, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
+        scope, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
         token_ids, option_ids = [query.token_ids for query in queries], [query.option_ids for query in queries]
-        found = self.backend.score(prefix.cache, token_ids, option_ids, wanted)
+        found = self.backend.score(prefix.cache, token_ids, option_ids, scope)
         for query, scores in zip(queries, found, strict=True):
             names = query.query.choices or prefix.task.labels or ()
             answer, log_probability = names[scores.best], scores.log_probabilities[scores.best]
             label_scores, abstained = None, False
-            if wanted == "all":
+            if scope == "all":
                 log_probabilities = {name: scores.log_probabilities[n] for n, name in enumerate(names)}
                 num_tokens = {name: len(ids) for name, ids in zip(names, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)

@@ -19,11 +19,11 @@ from manyicl.engine.backend import (
     OptionScores,
     Prefix,
     Sampling,
+    ScoreScope,
     Stop,
     Target,
     TargetScore,
     TokenIds,
-    Wanted,
     foreign_prefix,
     out_of_range,
     require_own,
@@ -107,11 +107,15 @@ class LocalBackend:
         return longer, scores
 
     def score(
-        self, prefix: Prefix, queries: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]], wanted: Wanted = "all"
+        self,
+        prefix: Prefix,
+        queries: Sequence[TokenIds],
+        options: Sequence[Sequence[TokenIds]],
+        scope: ScoreScope = "all",
     ) -> list[OptionScores]:
         """Score the options of each query exactly; options that begin alike share their beginning."""
         budget = self.activation_budget(prefix)
-        most = min(budget.slots_per_query(), NODES_READ_TOGETHER if wanted == "all" else sys.maxsize)
+        most = min(budget.slots_per_query(), NODES_READ_TOGETHER if scope == "all" else sys.maxsize)
         # Most queries share their options: these are looked at once.
         tries: dict[int, list[LabelTrie]] = {}
         long: dict[int, list[int]] = {}
@@ -122,7 +126,7 @@ class LocalBackend:
         found: dict[int, OptionScores] = {}
         for numbers, blocks, batch in self._batches(prefix, queries, budget):
             label_tries = [tries[id(options[i])] for i in numbers]
-            searches = score_labels(self.model, blocks, batch, label_tries, budget, wanted)
+            searches = score_labels(self.model, blocks, batch, label_tries, budget, scope)
             for i, query, search in zip(numbers, batch, searches, strict=True):
                 scores, greedy = search.scores, search.greedy
                 for n in long[id(options[i])]:
@@ -211,5 +215,5 @@ def identity_of(loaded: LoadedModel) -> Identity:
 def _config_hash(model: PreTrainedModel) -> str:
     """Hash what a configuration says about how the network computes."""
     config = model.config.get_text_config().to_dict()
-    told = {name: value for name, value in config.items() if name not in NOT_COMPUTED and not name.startswith("_")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    relevant = {name: value for name, value in config.items() if name not in NOT_COMPUTED and not name.startswith("_")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()

@@ -133,5 +133,5 @@ def next_chunk_tokens(num_tokens: int, seconds: float) -> int:
     >>> next_chunk_tokens(1024, 2.0), next_chunk_tokens(64, 0.0001), next_chunk_tokens(64, 100.0)
     (128, 256, 16)
     """
-    wanted = int(num_tokens * CHUNK_SECONDS / max(seconds, 1e-9))
-    return max(FEWEST_CHUNK_TOKENS, min(wanted, 4 * num_tokens, MOST_CHUNK_TOKENS))
+    in_time = int(num_tokens * CHUNK_SECONDS / max(seconds, 1e-9))
+    return max(FEWEST_CHUNK_TOKENS, min(in_time, 4 * num_tokens, MOST_CHUNK_TOKENS))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypedDict, TypeVar
 
-from manyicl.engine.backend import Sampling, Wanted, out_of_range
+from manyicl.engine.backend import Sampling, ScoreScope, out_of_range
 from manyicl.episodes.text_format import Preceding
 from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.task import Columns, Query, Task
@@ -59,7 +59,7 @@ def checked_query(row: Columns | str | Query, task: Task) -> Query:
 class AnswerOptions(TypedDict, total=False):
     """Arguments of `Engine.predict` that say how queries are answered; they are explained there."""
 
-    scores: Wanted
+    scores: ScoreScope
     abstain_below: float | None
     sampling: Sampling | None
 

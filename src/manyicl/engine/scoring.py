@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.engine.backend import Wanted
+from manyicl.engine.backend import ScoreScope
 from manyicl.engine.label_trie import ROOT, LabelTrie
 from manyicl.engine.packing import ActivationBudget, QueriesInFlight, log_probabilities
 from manyicl.model.continuation import Block
@@ -139,7 +139,7 @@ def score_labels(
     queries: Sequence[tuple[int, ...]],
     label_tries: Sequence[Sequence[LabelTrie]],
     budget: ActivationBudget,
-    wanted: Wanted = "all",
+    scope: ScoreScope = "all",
     strategy: Strategy | None = None,
 ) -> list[LabelSearch]:
     """Score the labels of queries after a prefix.
@@ -150,7 +150,7 @@ def score_labels(
         queries: Encoded, up to where the answer begins.
         label_tries: Of each query, from `tries_of`.
         budget: Bounds how many queries advance together.
-        wanted: Only the best label, or the scores of all.
+        scope: Only the best label, or the scores of all.
         strategy: Overrules the choice between the two ways to search; the results are the same.
 
     Returns:
@@ -160,9 +160,9 @@ def score_labels(
     sizes = [sizes_of[id(tries)] for tries in label_tries]
     found: dict[int, LabelSearch] = {}
     for chunk in budget.chunks([len(query) for query in queries], [max(own) for own in sizes]):
-        reads_all = wanted == "all" or sum(sum(sizes[i]) for i in chunk) <= TOKENS_WORTH_A_PASS
+        reads_all = scope == "all" or sum(sum(sizes[i]) for i in chunk) <= TOKENS_WORTH_A_PASS
         chosen = strategy or ("full_pass" if reads_all else "best_first")
-        searches = [LabelSearch(label_tries[i], wanted == "best", chosen) for i in chunk]
+        searches = [LabelSearch(label_tries[i], scope == "best", chosen) for i in chunk]
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
         _search_together(flight, searches, budget)
         found.update(zip(chunk, searches, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from manyicl.engine.backend import Prefix
 from manyicl.engine.observed import ObservedAnswer
-from manyicl.errors import UserError, shown
+from manyicl.errors import UserError, quoted
 from manyicl.tasks.task import Example, Task
 
 
@@ -66,9 +66,9 @@ def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> Non
         options = choices if task.choices_column else task.labels
         if bool(choices) != bool(task.choices_column):
             expected = "choices of its own" if task.choices_column else "no choices of its own"
-            found = shown(choices)
+            found = quoted(choices)
         elif options and example.answer not in options:
-            expected, found = f"an answer among {shown(list(options))}", shown(example.answer)
+            expected, found = f"an answer among {quoted(list(options))}", quoted(example.answer)
         else:
             continue
         what = f"demonstration {number} is not of task {task.name!r}"

@@ -103,7 +103,7 @@ def fit_demonstrations(
 
     Args:
         task: Gives the instruction and says whether answers form a closed set.
-        demonstrations: Wanted, in order.
+        demonstrations: ScoreScope, in order.
         encoder: Counts tokens as the engine will see them.
         max_context_tokens: Context of the model.
         reserve: Tokens to keep free for the longest query and its answer.

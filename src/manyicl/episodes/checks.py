@@ -13,7 +13,7 @@ from statistics import median_low
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.errors import counted, differing_parts
+from manyicl.errors import differing_parts, pluralized
 from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.leakage import ON_BOTH_SIDES, normalised
 from manyicl.tasks.task import Example, Task
@@ -190,16 +190,16 @@ def _problems(
         yield "There are no test rows; the task can be used, not evaluated."
     elif check.num_test < FEW_TEST_ROWS:
         verb = "is" if check.num_test == 1 else "are"
-        yield f"There {verb} only {counted(check.num_test, 'test row')}; scores will have wide intervals."
+        yield f"There {verb} only {pluralized(check.num_test, 'test row')}; scores will have wide intervals."
     if check.num_contradictions:
-        yield f"A query comes again with another answer in {counted(check.num_contradictions, 'training row')}."
+        yield f"A query comes again with another answer in {pluralized(check.num_contradictions, 'training row')}."
     if check.num_altered_answers:
         yield (
-            f"Of {counted(check.num_examined, 'answer')}, {check.num_altered_answers} would come back altered from "
+            f"Of {pluralized(check.num_examined, 'answer')}, {check.num_altered_answers} would come back altered from "
             "their tokens; this tokenizer loses characters."
         )
     if num_too_long and room > 0:
-        rows = counted(num_too_long, "training row")
+        rows = pluralized(num_too_long, "training row")
         yield f"Too long for {max_context_tokens:,} tokens, and never shown: {rows}."
     if check.shots_that_fit.guaranteed == 0:
         yield f"In {max_context_tokens:,} tokens, some queries leave no room for the longest demonstration."

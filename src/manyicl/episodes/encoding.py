@@ -15,7 +15,7 @@ from manyicl.episodes.episode import EncodedEpisode, Episode
 from manyicl.episodes.segment_tokenizer import REPLACEMENT, SegmentTokenizer, bos_ids, control_tokens
 from manyicl.episodes.text_format import AnyFormat, PlainFormat, Preceding, Segment, text_of
 from manyicl.episodes.token_cache import TokenCache
-from manyicl.errors import UserError, counted, shortened
+from manyicl.errors import UserError, pluralized, shortened
 from manyicl.tasks.task import Example, Task
 
 NUM_ANSWERS_EXAMINED = 100
@@ -176,7 +176,7 @@ class Encoder:
         first = [*cut, *(example.answer for example in examples)][0]
         number = len(cut) + len(examples)
         what = (
-            f"{counted(number, 'answer')} of task {task.name!r} {'contains' if number == 1 else 'contain'} the "
+            f"{pluralized(number, 'answer')} of task {task.name!r} {'contains' if number == 1 else 'contain'} the "
             f"end-of-answer text {self.format.end_of_answer!r}, where this model would cut them"
         )
         found = f"{shortened(first, 60)!r}{rows}"

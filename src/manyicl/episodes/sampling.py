@@ -39,12 +39,12 @@ class EpisodeSettings(Section):
 
     @field_validator("examples_per_episode")
     @classmethod
-    def _positive(cls, wanted: Literal["fill"] | int | tuple[int, int]) -> Literal["fill"] | int | tuple[int, int]:
-        if isinstance(wanted, int) and wanted < 1:
-            raise ValueError(f"an episode needs at least 1 example, found {wanted}")
-        if isinstance(wanted, tuple) and not 1 <= wanted[0] <= wanted[1]:
-            raise ValueError(f"a range of examples is [least, most] with 1 <= least <= most, found {list(wanted)}")
-        return wanted
+    def _positive(cls, number: Literal["fill"] | int | tuple[int, int]) -> Literal["fill"] | int | tuple[int, int]:
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"an episode needs at least 1 example, found {number}")
+        if isinstance(number, tuple) and not 1 <= number[0] <= number[1]:
+            raise ValueError(f"a range of examples is [least, most] with 1 <= least <= most, found {list(number)}")
+        return number
 
 
 class Mixture(Section):
@@ -146,8 +146,8 @@ def draw_episode(
         instruction: Rendered instruction of the task, if the caller has it already.
         answers: Answers of its training examples, if the caller has them already; they balance.
     """
-    wanted = settings.examples_per_episode
-    num_examples = rng.randint(*wanted) if isinstance(wanted, tuple) else None if wanted == "fill" else wanted
+    number = settings.examples_per_episode
+    num_examples = rng.randint(*number) if isinstance(number, tuple) else None if number == "fill" else number
     order: Iterator[int]
     if settings.sampling == "balanced":
         if answers is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
-from manyicl.errors import UserError, did_you_mean, shown
+from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.evaluation.numbers import last_number, only_number, same_number
 from manyicl.tasks.task import Task
 from manyicl.tasks.words import folded, parts, words
@@ -161,10 +161,10 @@ def numeric_match(prediction: str, references: References) -> float:
     """
     value = last_number(prediction)
     for reference in references:
-        wanted = only_number(reference)
-        if wanted is not None and value is not None and same_number(value, wanted):
+        expected = only_number(reference)
+        if expected is not None and value is not None and same_number(value, expected):
             return 1.0
-        if not isinstance(wanted, Fraction) and _without_spaces(prediction) == _without_spaces(reference):
+        if not isinstance(expected, Fraction) and _without_spaces(prediction) == _without_spaces(reference):
             return 1.0
     return 0.0
 
@@ -199,7 +199,7 @@ def metrics_of(task: Task) -> tuple[str, ...]:
         UserError: If the task names an unknown metric, or macro-F1 without a closed label set.
     """
     if task.metric not in METRICS:
-        what, expected = f"unknown metric {shown(task.metric)}", f"one of {', '.join(METRICS)}"
+        what, expected = f"unknown metric {quoted(task.metric)}", f"one of {', '.join(METRICS)}"
         raise UserError("unknown_metric", what, expected=expected, remedy=did_you_mean(task.metric, METRICS))
     if task.metric == "macro_f1" and task.labels is None:
         what = f"task {task.name!r} has the metric macro_f1 and no closed label set"

@@ -29,7 +29,7 @@ from manyicl.tasks.demonstrations import ShotSampling
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.backend import Wanted
+    from manyicl.engine.backend import ScoreScope
     from manyicl.engine.engine import Engine
     from manyicl.engine.task_prefix import TaskPrefix
 
@@ -247,7 +247,7 @@ def _under_name(found: Result, name: str, store: ResultStore) -> Result:
 def _answers(engine: Engine, task: Task, prefix: TaskPrefix, *, keep_confidence: bool) -> list[PredictedAnswer]:
     """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
     metrics = [METRICS[name] for name in metrics_of(task)]
-    scores: Wanted = "all" if keep_confidence and task.is_closed else "best"
+    scores: ScoreScope = "all" if keep_confidence and task.is_closed else "best"
     predictions = engine.predict(prefix, [one.query for one in task.test], scores=scores)
     return [
         PredictedAnswer(

@@ -205,13 +205,13 @@ def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
     return logits.float()
 
 
-def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrainedModel, float]:
+def _merged(loaded: LoadedModel, probe: Tensor, unmerged: Tensor) -> tuple[PreTrainedModel, float]:
     """Merge an adapter into its base, and check that the logits stay the same.
 
     Args:
         loaded: The adapter over its base, in float32; used up.
         probe: Tokens to compare on, (1, T).
-        wanted: Logits of the adapter over its base, (1, T, V).
+        unmerged: Logits of the adapter over its base, (1, T, V).
 
     Returns:
         The plain model, and how far the adapter moves a logit at most.
@@ -229,8 +229,8 @@ def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrai
             raise
         what = f"The adapter {loaded.reference!r} cannot be merged: {reason(error)}"
         raise UserError("not_mergeable", what) from error
-    error_norm = (_logits(plain, probe) - wanted).norm()
-    allowed = MERGE_TOLERANCE * (wanted - without).norm() + LOGIT_TOLERANCE * wanted.norm()
+    error_norm = (_logits(plain, probe) - unmerged).norm()
+    allowed = MERGE_TOLERANCE * (unmerged - without).norm() + LOGIT_TOLERANCE * unmerged.norm()
     if not error_norm <= allowed:
         what = (
             f"The adapter {loaded.reference!r} answers differently once it is merged, as it does more than add to "
@@ -239,7 +239,7 @@ def _merged(loaded: LoadedModel, probe: Tensor, wanted: Tensor) -> tuple[PreTrai
         expected = f"logits of a probe that move by at most {allowed:.2g}, as by rounding"
         found, remedy = f"{error_norm:.2g}", "Serve it unmerged."
         raise UserError("merge_changes_answers", what, expected=expected, found=found, remedy=remedy)
-    return plain, float((wanted - without).abs().max())
+    return plain, float((unmerged - without).abs().max())
 
 
 def _saved_dtype(path: str) -> str:

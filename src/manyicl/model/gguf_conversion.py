@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyicl.errors import UserError, shown
+from manyicl.errors import UserError, quoted
 from manyicl.library_errors import reason
 from manyicl.model.cache import MB, cache_folder, cached_folder
 
@@ -144,7 +144,9 @@ class GgufFile:
 
     def _unsupported(self, what: str, expected: str | None, found: object) -> UserError:
         remedy = "Take the model's own folder instead."
-        return UserError("unsupported_gguf", what, expected=expected, found=shown(found), remedy=remedy, file=self.path)
+        return UserError(
+            "unsupported_gguf", what, expected=expected, found=quoted(found), remedy=remedy, file=self.path
+        )
 
     @contextmanager
     def _as_broken(self) -> Iterator[None]:
@@ -207,14 +209,14 @@ class GgufFile:
         names = get_tensor_name_map(MODEL_ARCH[self._architecture.upper()], config.num_hidden_layers)
         present = {tensor.name: tensor for tensor in self._reader.tensors}
         weights: dict[str, Tensor] = {}
-        for name, wanted in model.state_dict().items():
+        for name, expected in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
             stored_as = names.get_name(name, (".weight", ".bias"))
             tensor = present.pop(stored_as, None)
             found = None if tensor is None else tuple(int(size) for size in reversed(tensor.shape))
-            if found != tuple(wanted.shape):
-                raise self._unsupported(f"the tensor {stored_as} does not fit", str(tuple(wanted.shape)), found)
+            if found != tuple(expected.shape):
+                raise self._unsupported(f"the tensor {stored_as} does not fit", str(tuple(expected.shape)), found)
             try:
                 values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
             except NotImplementedError as error:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from manyicl.errors import UserError, did_you_mean, shortened, shown
+from manyicl.errors import UserError, did_you_mean, quoted, shortened
 from manyicl.library_errors import reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
@@ -78,7 +78,7 @@ def resolve_reference(reference: str | Path) -> str:
     """
     if not isinstance(cast(object, reference), str | Path):
         expected = "a folder or hf:owner/name"
-        raise UserError("not_a_reference", "This names no model", expected=expected, found=shown(reference))
+        raise UserError("not_a_reference", "This names no model", expected=expected, found=quoted(reference))
     name = str(reference)
     if name.startswith(HUB_PREFIX):
         return name.removeprefix(HUB_PREFIX)
@@ -327,7 +327,7 @@ def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
     base_reference = (manifest.base if manifest else None) or named
     if not base_reference or not isinstance(base_reference, str):
         what = f"The adapter {reference!r} names no base model, and cannot be loaded without one"
-        expected, found = "a folder or hf:owner/name", shown(base_reference)
+        expected, found = "a folder or hf:owner/name", quoted(base_reference)
         field = "base_model_name_or_path"
         raise UserError("no_base", what, expected=expected, found=found, file=adapter_config, field=field)
     if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
@@ -386,7 +386,7 @@ def _config_of(reference: str | Path, path: str) -> PreTrainedConfig:
         if (quantization := getattr(part, "quantization_config", None)) is not None:
             remedy = "Take the model that it was made from; model.quantize in a recipe quantizes that for training."
             what, field = f"The weights of {str(reference)!r} are quantized", "quantization_config"
-            raise UserError("quantized_weights", what, found=shown(quantization), remedy=remedy, field=field)
+            raise UserError("quantized_weights", what, found=quoted(quantization), remedy=remedy, field=field)
     config._attn_implementation = ATTENTION
     return config
 
@@ -463,8 +463,8 @@ def _cause(reference: str | Path, error: Exception) -> str:
     if not isinstance(error, KeyError):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A list of possible reasons follows a colon.
-        listed = bool(lines) and lines[0].endswith(":")
-        return reason(ValueError(shortened(" ".join(lines)))) if listed else reason(error)
+        has_list = bool(lines) and lines[0].endswith(":")
+        return reason(ValueError(shortened(" ".join(lines)))) if has_list else reason(error)
     for path in filter(Path.is_file, (Path(reference, name) for name in ("config.json", "adapter_config.json"))):
         content = json.loads(path.read_text(encoding="utf-8"))
         nested = [content, *(value for value in content.values() if isinstance(value, dict))]

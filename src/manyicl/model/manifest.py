@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.chat_template import chosen_format
 from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, PlainFormat
-from manyicl.errors import UserError, shown
+from manyicl.errors import UserError, quoted
 from manyicl.library_errors import reason
 from manyicl.tasks.task import Task
 
@@ -84,7 +84,7 @@ class Manifest(BaseModel):
             field = ".".join(map(str, problem["loc"])) or None
             what = f"This is not a manifest of this version of manyicl: {field or 'the file'}: {problem['msg']}"
             found, remedy = (
-                shown(problem["input"]) if field else None,
+                quoted(problem["input"]) if field else None,
                 "Use the version that wrote it, or fine-tune again.",
             )
             raise UserError("not_a_manifest", what, found=found, remedy=remedy, file=path, field=field) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, counted, did_you_mean, located, shortened, shown
+from manyicl.errors import UserError, did_you_mean, located, pluralized, quoted, shortened
 from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
@@ -20,7 +20,7 @@ from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Pairs, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
-from manyicl.tasks.values import as_option, as_written, columns_in, listed, missing_column, num_characters
+from manyicl.tasks.values import as_option, as_written, columns_in, missing_column, num_characters, value_at
 
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
@@ -171,7 +171,7 @@ class TaskBuilder:
     def _require_short(self, what: str, num_characters: int) -> None:
         if num_characters > self.keys.max_characters:
             expected = f"at most {self.keys.max_characters:,} (max_characters)"
-            found = counted(num_characters, "character")
+            found = pluralized(num_characters, "character")
             raise UserError("text_too_long", f"{what} is too long", expected=expected, found=found)
 
     def _answers(self, columns: Mapping[str, object]) -> tuple[str, ...]:
@@ -194,9 +194,9 @@ class TaskBuilder:
             remedy = "Keep the rows with one label, or make a yes/no task of each label."
             raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
         if self.keys.references is not None:
-            references = listed(columns, self.keys.references)
+            references = value_at(columns, self.keys.references)
             if not isinstance(references, list | tuple):
-                column, found = self.keys.references, shown(references)
+                column, found = self.keys.references, quoted(references)
                 what = f"the column {column!r} lists the accepted answers"
                 raise UserError("not_a_list", what, expected="a list", found=found, field=column)
             answers += [str(as_written(reference)) for reference in references]
@@ -250,7 +250,7 @@ class TaskBuilder:
         if not pairs:
             return train
         if self.keys.on_both_sides == "refuse":
-            rows, places = counted(len(pairs), "training row"), [example.origin for example in pairs[0]]
+            rows, places = pluralized(len(pairs), "training row"), [example.origin for example in pairs[0]]
             what = f"task {self.name!r} has {rows} whose query is in test too; the first is {', like '.join(places)}"
             remedy = (
                 "Take such rows off one side, or set `on_both_sides: drop`, which takes them off the training side."
@@ -266,7 +266,7 @@ class TaskBuilder:
         if not unknown:
             return test
         if self.keys.bad_rows == "refuse":
-            label, rows = unknown[0].answer, counted(len(unknown), "test row")
+            label, rows = unknown[0].answer, pluralized(len(unknown), "test row")
             what = f"{unknown[0].origin}: no training row of task {self.name!r} has the label {label!r}"
             remedy = "List all labels under `labels:` in a task.yaml, take another family if answers are free"
             remedy = f"{did_you_mean(label, labels)} {remedy}, or set `bad_rows: drop`."
@@ -293,7 +293,7 @@ def task_of_examples(
         UserError: If the name is no text, or the examples make no task.
     """
     if not isinstance(name, str):
-        raise UserError("wrong_type", "the name of a task is a text", found=shown(name), field="name")
+        raise UserError("wrong_type", "the name of a task is a text", found=quoted(name), field="name")
     sides = [[_row_of(example, "train", number) for number, example in enumerate(train, 1)]]
     sides.append([_row_of(example, "test", number) for number, example in enumerate(test, 1)])
     values: dict[str, object] = {"name": name, "query": "{{ text }}", "answer": "{{ answer }}", **keys}
@@ -313,7 +313,7 @@ def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> Locat
         return LocatedRow(columns, side, number)
     if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
         what = "an example is a query and its answer"
-        raise UserError("not_an_example", what, expected="two texts", found=shown(example), file=side, row=number)
+        raise UserError("not_an_example", what, expected="two texts", found=quoted(example), file=side, row=number)
     return LocatedRow(dict(zip(("text", "answer"), example, strict=True)), side, number)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from manyicl.checked import validated
-from manyicl.errors import MachineError, UserError, did_you_mean, located, shown
+from manyicl.errors import MachineError, UserError, did_you_mean, located, quoted
 from manyicl.paths import exists, expanded, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
@@ -105,7 +105,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
         UserError: If it names nothing.
     """
     if not isinstance(pattern, str | Path) or not str(pattern).strip():  # to Python, "" is the current folder
-        found = "an empty name" if isinstance(pattern, str | Path) else shown(pattern)
+        found = "an empty name" if isinstance(pattern, str | Path) else quoted(pattern)
         expected = "a folder, a table or an entry of the catalogue"
         raise UserError("no_task_named", "No task is named", expected=expected, found=found)
     pattern = expanded(pattern)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manyicl.checked import text_lines
-from manyicl.errors import UserError, counted, located, shortened
+from manyicl.errors import UserError, located, pluralized, shortened
 from manyicl.library_errors import reason
 from manyicl.paths import exists, nearest_path
 from manyicl.tasks.values import NumberText, as_text
@@ -186,7 +186,11 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
             remedy = "Put a field that holds the delimiter in double quotes."
             if surplus and not any(map(str.strip, surplus)):
                 remedy = f"Delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end."
-            what, expected, found = "the row does not fit the header", counted(len(header), "field"), str(len(fields))
+            what, expected, found = (
+                "the row does not fit the header",
+                pluralized(len(header), "field"),
+                str(len(fields)),
+            )
             code = "wrong_number_of_fields"
             raise UserError(code, what, expected=expected, found=found, remedy=remedy, file=path, row=line)
         else:

@@ -39,7 +39,7 @@ _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
 _WIDEST_INDENT = 99
 _BUDGET = " budget"  # with a space, so that no template can name or shadow it
-_COUNTED = " counted"
+_CHARGED = " charged"
 _TURNS = " turns"
 
 
@@ -61,7 +61,7 @@ class Budget:
         if self.steps > MOST_STEPS:
             raise SecurityError(f"it takes more than {MOST_STEPS:,} steps; loop over less")
 
-    def counted(self, value: Any, characters_a_step: int = _CHARACTERS_A_STEP) -> Any:
+    def charged(self, value: Any, characters_a_step: int = _CHARACTERS_A_STEP) -> Any:
         """Count a value by its size and return it; what is read one by one is counted as it is read."""
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self.turns(value)
@@ -167,24 +167,24 @@ def _limit_operator(operator: str, left: Any, right: Any) -> None:
                 _require_room(_required_size(repeated) * times)
 
 
-def _counted_filter(name: str) -> Callable[..., Any]:
+def _charging_filter(name: str) -> Callable[..., Any]:
     """Return Jinja2's filter of that name, its work counted."""
     looks_at_each, limit = name in _LOOKING_AT_EACH, _LIMITS.get(name)
 
     @pass_context
-    def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def charging(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
         if name == "join" or (looks_at_each and isinstance(value, Iterator)):
             value = list(value)
-        value = budget.counted(value, _CHARACTERS_LOOKED_AT_A_STEP if looks_at_each else _CHARACTERS_A_STEP)
+        value = budget.charged(value, _CHARACTERS_LOOKED_AT_A_STEP if looks_at_each else _CHARACTERS_A_STEP)
         if limit is not None:
             limit(value, *args, **kwargs)
         try:
-            return budget.counted(_PLAIN.call_filter(name, value, args, kwargs, context=context))
+            return budget.charged(_PLAIN.call_filter(name, value, args, kwargs, context=context))
         except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
             raise SecurityError(f"{name}: {error}") from error
 
-    return counted
+    return charging
 
 
 @pass_context
@@ -200,7 +200,7 @@ def _tojson(
     _limit_indent("", indent or 0)
     budget = _budget(context)
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return "".join(map(budget.written, encoder.iterencode(budget.counted(value))))
+    return "".join(map(budget.written, encoder.iterencode(budget.charged(value))))
 
 
 def written(value: object) -> str:
@@ -252,9 +252,9 @@ class _Counting(NodeTransformer):
         if isinstance(node, nodes.For):
             node.iter = _filter(_TURNS, node.iter)
         elif isinstance(node, nodes.Operand | nodes.Compare):
-            node.expr = _filter(_COUNTED, node.expr)
+            node.expr = _filter(_CHARGED, node.expr)
         elif isinstance(node, nodes.Test):
-            node.node, node.args = _filter(_COUNTED, node.node), [_filter(_COUNTED, part) for part in node.args]
+            node.node, node.args = _filter(_CHARGED, node.node), [_filter(_CHARGED, part) for part in node.args]
         elif isinstance(node, nodes.Concat):
             return _filter("join", nodes.List(node.nodes, lineno=node.lineno))
         elif (
@@ -262,7 +262,7 @@ class _Counting(NodeTransformer):
             or (isinstance(node, nodes.Tuple) and node.ctx == "load")
             or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice))
         ):
-            return _filter(_COUNTED, node)
+            return _filter(_CHARGED, node)
         return node
 
 
@@ -289,8 +289,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             **options,
         )
         self.refused = refused
-        self.filters = {name: _counted_filter(name) for name in filters}
-        self.filters[_COUNTED] = pass_context(lambda context, value: _budget(context).counted(value))
+        self.filters = {name: _charging_filter(name) for name in filters}
+        self.filters[_CHARGED] = pass_context(lambda context, value: _budget(context).charged(value))
         self.filters[_TURNS] = pass_context(lambda context, values: _budget(context).turns(values))
         self.filters["tojson"] = _tojson
         self.globals = {"range": range}
@@ -312,17 +312,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str | list | tuple | dict):
-            budget.counted(owner)
+            budget.charged(owner)
             if function.__name__ == "join" and args:
                 args = (list(args[0]), *args[1:])
                 _limit_join(args[0], owner)
             elif function.__name__ == "replace":
                 _limit_replace(owner, *args)
-        return budget.counted(super().call(context, function, *args, **kwargs))
+        return budget.charged(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _limit_operator(operator, left, right)
-        return _budget(context).counted(super().call_binop(context, operator, left, right))
+        return _budget(context).charged(super().call_binop(context, operator, left, right))
 
 
 class _Generation(Extension):

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, read_text, validated
-from manyicl.errors import UserError, did_you_mean, shown
+from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.rows import Quotes
 from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.spec import Family, required_distinct
@@ -165,7 +165,7 @@ class TaskFile(Section):
             if key in keys:
                 return validated(kind, keys, None, "data")
         remedy = next(filter(None, (did_you_mean(str(key), kinds) for key in keys)), None)
-        found = shown(sorted(map(str, keys)) or data)
+        found = quoted(sorted(map(str, keys)) or data)
         what, expected = "data: it does not say where the rows are", "`train` and `test`, or `file`, or `hf`"
         raise UserError("wrong_value", what, expected=expected, found=found, remedy=remedy, field="data")
 
@@ -194,7 +194,7 @@ def read_task_file(path: Path) -> TaskFile:
     content = parse_yaml(read_text(path), str(path), _TextLoader)
     if not isinstance(content, dict):
         expected = "keys such as family, query, answer and data"
-        raise UserError("no_mapping", "not a task file", expected=expected, found=shown(content), file=path)
+        raise UserError("no_mapping", "not a task file", expected=expected, found=quoted(content), file=path)
     return validated(TaskFile, {key: value for key, value in content.items() if value is not None}, path)
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from manyicl.errors import UserError, shown
+from manyicl.errors import UserError, quoted
 from manyicl.tasks.example import Query
 from manyicl.tasks.template import compiled
-from manyicl.tasks.values import as_option, listed
+from manyicl.tasks.values import as_option, value_at
 
 Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -67,7 +67,7 @@ class TaskSpec(BaseModel):
         None, min_length=1, description="Closed answer set in a fixed order; none for free answers and row options."
     )
     choices_column: str | None = Field(
-        None, description="Place of a row's own options in multiple choice, as `listed` reads it."
+        None, description="Place of a row's own options in multiple choice, as `value_at` reads it."
     )
     metric: str = Field(
         default_factory=_usual_metric,
@@ -114,19 +114,19 @@ class TaskSpec(BaseModel):
                 raise UserError("query_needs_columns", what, remedy="Give a mapping with these keys.")
             row = {template.columns[0]: row}
         if not isinstance(row, Mapping):
-            raise UserError("query_not_a_mapping", f"A query of task {self.name!r} is a mapping", found=shown(row))
+            raise UserError("query_not_a_mapping", f"A query of task {self.name!r} is a mapping", found=quoted(row))
         return Query(template.render(row, self.class_names), self._choices(row))
 
     def _choices(self, row: Columns) -> tuple[str, ...] | None:
         """Read the row's own options, if the task has any."""
         if self.choices_column is None:
             return None
-        column, options = self.choices_column, listed(row, self.choices_column)
+        column, options = self.choices_column, value_at(row, self.choices_column)
         if not isinstance(options, list | tuple) or not options:
             what = f"The options of task {self.name!r} are read from the column {column!r}"
             code, expected = "empty_option" if options == [] else "not_a_list", "a non-empty list"
-            raise UserError(code, what, expected=expected, found=shown(options), field=column)
+            raise UserError(code, what, expected=expected, found=quoted(options), field=column)
         if any(option is None or not str(option).strip() for option in options):
             what = f"An option in the column {column!r} is empty"
-            raise UserError("empty_option", what, found=shown(list(options)), field=column)
+            raise UserError("empty_option", what, found=quoted(list(options)), field=column)
         return tuple(map(as_option, options))

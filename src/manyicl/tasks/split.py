@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from manyicl.errors import UserError, counted
+from manyicl.errors import UserError, pluralized
 from manyicl.tasks.example import Example
 from manyicl.tasks.leakage import normalised
 from manyicl.tasks.schema import OneFile
@@ -54,7 +54,7 @@ def split(examples: Sequence[Example], data: OneFile, group_of_row: Mapping[str,
     test = tuple(example for example, group in sides if group in test_groups)
     if not train or (num_wanted and not test):
         side = "test" if train else "training"
-        rows = f"{counted(len(examples), 'row')} in {counted(len(order), 'group')}"
+        rows = f"{pluralized(len(examples), 'row')} in {pluralized(len(order), 'group')}"
         what = f"the split leaves no {side} rows: test_fraction is {data.test_fraction:g} of {rows}"
         remedy = "Set test_fraction to 0, or add rows: those with equal queries are a group, which stays on one side"
         remedy += ", and the first row of each label stays in training." if is_closed else "."

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyicl.atomic import folder_written_atomically
 from manyicl.checked import read_text, validated
-from manyicl.errors import MachineError, UserError, shown
+from manyicl.errors import MachineError, UserError, quoted
 from manyicl.library_errors import reason
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import TaskSpec
@@ -113,7 +113,7 @@ def store_task(task: Task, folder: Path) -> Task:
         with folder_written_atomically(folder) as aside:
             _write(task, aside)
     except UnicodeEncodeError as error:
-        half = shown(error.object[error.start])
+        half = quoted(error.object[error.start])
         raise UserError("half_a_character", "a text holds half a character", found=half) from error
     except OSError as error:
         raise MachineError(f"{folder} could not be written: {reason(error)}.") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, counted, shown
+from manyicl.errors import UserError, pluralized, quoted
 from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
@@ -179,12 +179,12 @@ class Task:
                 sampling.
         """
         if not 0 <= num_shots <= len(self.train):
-            what = f"Task {self.name!r} has {counted(len(self.train), 'training example')}"
+            what = f"Task {self.name!r} has {pluralized(len(self.train), 'training example')}"
             expected, found = f"num_shots from 0 to {len(self.train)}", str(num_shots)
             remedy = "Use fewer shots or add rows." if num_shots > 0 else None
             raise UserError("num_shots_out_of_range", what, expected=expected, found=found, remedy=remedy)
         if sampling not in (known := get_args(ShotSampling)):
-            expected, found = " or ".join(map(repr, known)), shown(sampling)
+            expected, found = " or ".join(map(repr, known)), quoted(sampling)
             raise UserError("unknown_sampling", "there is no such sampling", expected=expected, found=found)
         order = demonstrations_in_order([example.answer for example in self.train], seed, sampling)
         return tuple(self.train[position] for position in islice(order, num_shots))
@@ -192,7 +192,7 @@ class Task:
 
 def _folder(folder: str | Path) -> Path:
     if not isinstance(cast(object, folder), str | Path):
-        raise UserError("not_a_path", "this names no folder", expected="a path", found=shown(folder))
+        raise UserError("not_a_path", "this names no folder", expected="a path", found=quoted(folder))
     return Path(folder)
 
 

@@ -63,14 +63,14 @@ def as_option(value: object) -> str:
     return re.sub(r"\n\s*\n", "\n", str(value).strip())
 
 
-def listed(row: Mapping[str, object], place: str) -> object:
+def value_at(row: Mapping[str, object], place: str) -> object:
     """Find what is at ``place``: a column, ``column.key`` within one, or several columns, ``first, second``.
 
     A column whose name is ``place`` itself comes first, so that any name can be written.
 
-    >>> listed({"choices": {"text": ["a", "b"]}}, "choices.text")
+    >>> value_at({"choices": {"text": ["a", "b"]}}, "choices.text")
     ['a', 'b']
-    >>> listed({"option1": "a", "option2": "b"}, "option1, option2")
+    >>> value_at({"option1": "a", "option2": "b"}, "option1, option2")
     ['a', 'b']
 
     Returns:
@@ -93,7 +93,7 @@ def listed(row: Mapping[str, object], place: str) -> object:
 
 
 def columns_in(place: str) -> set[str]:
-    """List the names that may be columns in a place that ``listed`` takes.
+    """List the names that may be columns in a place that ``value_at`` takes.
 
     >>> sorted(columns_in("choices.text"))
     ['choices', 'choices.text']

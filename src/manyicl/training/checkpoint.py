@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from manyicl.atomic import sync_folder, sync_tree, write_atomically
-from manyicl.errors import MachineError, UserError, counted
+from manyicl.errors import MachineError, UserError, pluralized
 from manyicl.library_errors import reason
 
 MANIFEST_FILE = "manifest.json"
@@ -77,7 +77,7 @@ class ResumePoint(NamedTuple):
     def sentence(self) -> str:
         """Say where the run resumes and what was skipped."""
         start = self.checkpoint or "the beginning, because there is no complete checkpoint yet"
-        skipped = f"; {counted(len(self.skipped), 'checkpoint')} skipped: {', '.join(self.skipped)}"
+        skipped = f"; {pluralized(len(self.skipped), 'checkpoint')} skipped: {', '.join(self.skipped)}"
         return f"Resuming from {start}{skipped if self.skipped else ''}."
 
 

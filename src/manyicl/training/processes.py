@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from manyicl.errors import UserError, shown
+from manyicl.errors import UserError, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -69,5 +69,5 @@ def _number(name: str, default: int, least: int) -> int:
         what = f"the environment variable {name} is wrong"
         expected = f"a whole number of at least {least}, as torchrun sets it"
         remedy = "Unset it, or start with torchrun or accelerate."
-        raise UserError("wrong_environment", what, expected=expected, found=shown(text), remedy=remedy, field=name)
+        raise UserError("wrong_environment", what, expected=expected, found=quoted(text), remedy=remedy, field=name)
     return int(text)

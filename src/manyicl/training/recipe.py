@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, validated
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
 from manyicl.episodes.text_format import FormatSettings
-from manyicl.errors import UserError, shortened, shown
+from manyicl.errors import UserError, quoted, shortened
 from manyicl.paths import exists, nearest_path
 
 RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
@@ -336,7 +336,7 @@ class Recipe(Section):
         content = parse_yaml(text, name, _Loader)
         if not isinstance(content, dict):
             keys = f"the keys {', '.join(cls.model_fields)}"
-            raise UserError("no_mapping", "this is no recipe", expected=keys, found=shown(content), file=name)
+            raise UserError("no_mapping", "this is no recipe", expected=keys, found=quoted(content), file=name)
         for override in overrides:
             content = _override(content, override)
         _require_new_names(content, name)
@@ -384,7 +384,7 @@ def _override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     for key in keys[:-1]:
         below = inner.get(key)
         if below is not None and not isinstance(below, dict):
-            what = f"{key!r} is {shown(below)}, which has no keys of its own"
+            what = f"{key!r} is {quoted(below)}, which has no keys of its own"
             raise UserError("wrong_override", what, file=place, field=dotted)
         inner[key] = dict(below or {})
         inner = inner[key]

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
-from manyicl.errors import counted
+from manyicl.errors import pluralized
 from manyicl.evaluation.report.lines import Part, notes, sections
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
@@ -58,11 +58,13 @@ def write_report(
         store = ResultStore(results)
         results = store.load()
     store = store if examples else None
-    shown = [_shown(part, store) for part in parts or (Part("", results),)]
+    rendered = [_shown(part, store) for part in parts or (Part("", results),)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"score": _score, "signed": _signed, "family": family_title, "shortened": _shortened}
     source = files("manyicl.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(title=title, parts=shown, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR)
+    page = environment.from_string(source).render(
+        title=title, parts=rendered, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output
@@ -125,7 +127,7 @@ def _lead(summary: Summary) -> str:
     unseen = " that fine-tuning never used" if False in seen and True not in seen else ""
     num_families = len(summary.groups)
     return (
-        f"{counted(len(summary.models), 'model')} on {counted(len(summary.compared), 'task')} of {num_families} "
+        f"{pluralized(len(summary.models), 'model')} on {pluralized(len(summary.compared), 'task')} of {num_families} "
         f"{'family' if num_families == 1 else 'families'}{unseen}, with {summary.shots[0]} to {summary.shots[-1]} "
         "demonstrations in the context."
     )
@@ -148,16 +150,16 @@ def _findings(summary: Summary) -> list[Finding]:
         if not scores:
             continue
         (fewest, first), (most, last) = scores[0], scores[-1]
-        detail = f"{_interval(last)}; {_score(first.mean)} at {counted(fewest, 'shot')}"
+        detail = f"{_interval(last)}; {_score(first.mean)} at {pluralized(fewest, 'shot')}"
         means = [(summary.families[task], summary.tasks[model, task, most].mean) for task in summary.compared]
         if (other_tasks := estimate_over_tasks(means)) is not None:
             detail += f"; {_interval(other_tasks)} had other tasks of these families been chosen"
-        findings.append(Finding(_score(last.mean), f"{model}, {counted(most, 'shot')}", detail, colour))
+        findings.append(Finding(_score(last.mean), f"{model}, {pluralized(most, 'shot')}", detail, colour))
     base, *others = summary.models
     for model in others:
         differences = [(n, one) for n in summary.shots if (one := summary.difference(base, model, OVERALL, n))]
         for most, difference in differences[-1:]:
-            label = f"{model} over {base}, {counted(most, 'shot')}"
+            label = f"{model} over {base}, {pluralized(most, 'shot')}"
             findings.append(Finding(_signed(difference.mean), label, _compared(difference)))
     return findings
 

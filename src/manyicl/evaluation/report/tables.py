@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from manyicl.errors import counted
+from manyicl.errors import pluralized
 from manyicl.evaluation.report.lines import Line, Part, notes, sections
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary, summarise
@@ -31,7 +31,7 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
     metrics = {record.task: record.metric for record in summary.records}
     for section in sections(summary):
         if section.lines:
-            title = f"{section.group} ({counted(section.num_tasks, 'task')})"
+            title = f"{section.group} ({pluralized(section.num_tasks, 'task')})"
             console.print(_table(title, summary.shots, section.lines))
         if per_task or not summary.compared:
             for task, lines in section.tasks.items():
@@ -84,7 +84,7 @@ def _empty_table(title: str | None, shots: Iterable[int]) -> Table:
 def _table(title: str, shots: Iterable[int], lines: Sequence[Line]) -> Table:
     table = _empty_table(_safe(title), shots)
     for line in lines:
-        cells = (shown(cell, signed=line.kind == "difference") for cell in line.cells)
+        cells = (written(cell, signed=line.kind == "difference") for cell in line.cells)
         table.add_row(_safe(line.label), *cells, style=_STYLES[line.kind])
     return table
 
@@ -94,7 +94,7 @@ def _safe(text: str) -> str:
     return escape(printable(text))
 
 
-def shown(estimate: Estimate | None, *, signed: bool = False) -> str:
+def written(estimate: Estimate | None, *, signed: bool = False) -> str:
     """Write a mean and, on a second line, its standard error: ``.612`` over ``±.012``."""
     if estimate is None:
         return "–"

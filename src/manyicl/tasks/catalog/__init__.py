@@ -48,17 +48,17 @@ def catalog_files(reference: str) -> tuple[Path, ...]:
     Raises:
         UserError: If it matches nothing; the nearest name is offered.
     """
-    wanted = reference.removeprefix(CATALOG_PREFIX) or "*"
+    pattern = reference.removeprefix(CATALOG_PREFIX) or "*"
     files = sorted(CATALOG_FOLDER.glob("*/*/task.yaml"), key=lambda file: (file.parts[-3], file.parts[-2]))
     names = [file.parent.name for file in files]
     families = sorted({file.parts[-3] for file in files})
-    if wanted in names or wanted in families:
-        return tuple(file for file in files if wanted in file.parts[-3:-1])
-    found = tuple(file for file in files if fnmatchcase(file.parent.name, wanted))
+    if pattern in names or pattern in families:
+        return tuple(file for file in files if pattern in file.parts[-3:-1])
+    found = tuple(file for file in files if fnmatchcase(file.parent.name, pattern))
     if not found:
-        hint = did_you_mean(wanted, [*names, *families])
+        hint = did_you_mean(pattern, [*names, *families])
         remedy = f"{hint} `manyicl tasks list` shows it."
-        raise UserError("unknown_task", f"The catalogue has no task {wanted!r}", remedy=remedy)
+        raise UserError("unknown_task", f"The catalogue has no task {pattern!r}", remedy=remedy)
     return found
 
 

@@ -42,8 +42,8 @@ def draw_list(rng: random.Random) -> Rule:
     def draw_example(rng: random.Random) -> DrawnRow:
         answer = rng.choice(words[:num_answers])
         cues = [cue for cue, its_answer in answer_of.items() if its_answer == answer]
-        shown = rng.sample(cues, min(num_cues, 2 if often_two and rng.random() < 0.5 else 1))
-        return " ".join(shuffled(shown + rng.sample(fillers, rng.randint(1, most_fillers)), rng)), answer
+        some = rng.sample(cues, min(num_cues, 2 if often_two and rng.random() < 0.5 else 1))
+        return " ".join(shuffled(some + rng.sample(fillers, rng.randint(1, most_fillers)), rng)), answer
 
     return _exercise(draw_example)
 
@@ -65,10 +65,10 @@ def draw_pair(rng: random.Random) -> Rule:
 
     def draw_example(rng: random.Random) -> DrawnRow:
         pair = rng.choice(firsts), rng.choice(seconds)
-        shown = list(pair)
+        terms = list(pair)
         for filler in rng.sample(fillers, rng.randint(1, most_fillers)):
-            shown.insert(rng.randint(0, len(shown)), filler)
-        return " ".join(shown), table[pair]
+            terms.insert(rng.randint(0, len(terms)), filler)
+        return " ".join(terms), table[pair]
 
     return _exercise(draw_example)
 
