@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from manyicl.errors import UserError
 from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.leakage import ON_BOTH_SIDES
-from manyicl.tasks.task import Task
+from manyicl.tasks.schema import OneFile
+from manyicl.tasks.split import split
+from manyicl.tasks.task import Example, Query, Task
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -385,6 +388,34 @@ def test_rows_with_the_same_query_stay_on_one_side_and_rare_labels_in_training(t
         assert task.dropped == {}
         assert "rare" in {example.answer for example in task.train}
         assert {e.query.text for e in task.train}.isdisjoint({e.query.text for e in task.test})
+
+
+def test_each_label_has_its_share_of_the_test_rows(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    labels = [label for label, count in (("common", 60), ("usual", 30), ("rare", 10)) for _ in range(count)]
+    path.write_text("q,a\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels)))
+    for seed in range(5):
+        task = load_task(f"{path}:q:a,seed={seed}")
+        assert Counter(example.answer for example in task.test) == {"common": 12, "usual": 6, "rare": 2}
+
+
+def test_labels_with_few_rows_share_the_test_rows_that_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    labels = ["a"] * 6 + ["b"] * 5 + ["c"] * 5 + ["single"]
+    path.write_text("q,a\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels)))
+    for seed in range(5):
+        task = load_task(f"{path}:q:a,seed={seed},family=classification,test_fraction=0.3")
+        counts = Counter(example.answer for example in task.test)
+        assert counts.total() == 5
+        assert counts.keys() == {"a", "b", "c"}
+        assert "single" in {example.answer for example in task.train}
+
+
+def test_rows_of_ten_thousand_labels_are_split_evenly() -> None:
+    examples = [Example(Query(f"text {i}"), f"{i % 10_000}", (f"{i % 10_000}",), f"t:{i}") for i in range(30_000)]
+    train, test = split(examples, OneFile(file="t"), {}, is_closed=True)
+    assert (len(train), len(test)) == (24_000, 6_000)
+    assert max(Counter(example.answer for example in test).values()) == 1
 
 
 def test_the_family_of_a_table_is_inferred_from_its_answers(tmp_path: Path) -> None:
