@@ -28,7 +28,7 @@ ALLOWED = re.compile(r"(CC BY 4\.0|CC BY-SA 4\.0|MIT|Apache-2\.0|OANC licence)( 
 LONGEST_SHARED_PHRASE = 9  # words; what is shared is a phrase such as "what is the weather going to be like"
 
 needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="the public data sets do not lie in shared/ beside the checkout"
+    not DATA.is_dir(), reason="the public data sets do not lie in shared/ next to the checkout"
 )
 
 

@@ -13,7 +13,7 @@ from manyicl.outputs import require_output_file, require_output_folder, require_
 def test_a_place_that_takes_files_keeps_nothing_of_the_trial(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "x", tmp_path / "not" / "there"):
         require_writable(path)
-        require_writable(path, beside=True)
+        require_writable(path, as_a_whole=True)
     require_output_file(tmp_path / "x.html", endings=(".html",))
     require_output_file(tmp_path / "not" / "there", with_parents=True)
     require_output_folder(tmp_path / "not" / "there")

@@ -72,21 +72,21 @@ def require_output_folder(path: Path, *, empty: bool = False) -> None:
     Raises:
         UserError: If it is a file, or is not empty and should be, or the machine does not let it be written.
     """
-    require_writable(path, beside=empty)
+    require_writable(path, as_a_whole=empty)
     if path.exists() and not path.is_dir():
         raise UserError("output_is_file", "the output is a file", expected="a folder", file=path)
     if empty and path.is_dir() and any(path.iterdir()):
         raise UserError("output_exists", "the output is not empty", remedy="Give a new or an empty folder.", file=path)
 
 
-def require_writable(path: Path, *, beside: bool = False) -> None:
+def require_writable(path: Path, *, as_a_whole: bool = False) -> None:
     """Refuse a file or folder that cannot be written, by trying a temporary file; nothing of it stays.
 
     It is tried in the folder of the output, or in the nearest one above it that exists.
 
     Args:
         path: File or folder to be written.
-        beside: Try next to an existing folder rather than in it, because it will be replaced as a whole.
+        as_a_whole: Try next to an existing folder rather than in it, because it will be replaced as a whole.
 
     Raises:
         UserError: If the machine refuses, the name is too long, or there is a file where a folder is needed.
@@ -102,7 +102,7 @@ def require_writable(path: Path, *, beside: bool = False) -> None:
             raise UserError("output_below_file", what, remedy="Name another place.", file=path)
         if not nearest.is_dir() and not os.access(nearest, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        is_parent_tried = not nearest.is_dir() or (beside and nearest == absolute)
+        is_parent_tried = not nearest.is_dir() or (as_a_whole and nearest == absolute)
         with TemporaryFile(dir=nearest.parent if is_parent_tried else nearest):
             pass
     except OSError as error:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
-from manyicl.errors import UserError, did_you_mean, shortened
+from manyicl.errors import UserError, did_you_mean, quoted, shortened
 from manyicl.library_errors import reason
+
+
+def required_path(value: str | Path, what: str) -> Path:
+    """Return a path that a caller gave, or refuse what is none, such as None; ``what`` is what it should name."""
+    if not isinstance(cast(object, value), str | Path):
+        raise UserError("not_a_path", f"this names no {what}", expected="a path", found=quoted(value))
+    return Path(value)
 
 
 def expanded(written: str | Path) -> str:

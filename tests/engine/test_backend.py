@@ -426,8 +426,29 @@ def test_a_misspelt_option_of_predict_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "code"), [({"dtype": 5}, "unknown_dtype"), ({"text_format": "Chat"}, "unknown_value")]
+    ("options", "code"),
+    [
+        ({"dtype": 5}, "unknown_dtype"),
+        ({"text_format": "Chat"}, "unknown_value"),
+        ({"max_context_tokens": "a"}, "out_of_range"),
+        ({"max_context_tokens": 8.5}, "out_of_range"),
+        ({"max_context_tokens": True}, "out_of_range"),
+        ({"activation_budget_mib": "a"}, "out_of_range"),
+    ],
 )
 def test_values_that_are_not_known_are_refused(options: dict[str, Any], code: str) -> None:
     with refused(code):
         Engine.from_pretrained("builtin:nano", **options)
+
+
+@pytest.mark.parametrize("value", [None, 5, [1]])
+def test_what_names_no_model_and_no_file_is_refused(value: Any) -> None:
+    engine, _ = plain_engine()
+    found = "nothing" if value is None else str(value)
+    with refused("not_a_reference", found=found):
+        Engine.from_pretrained(value)
+    with refused("not_a_path", what="this names no file", found=found):
+        engine.load(value)
+    prefix = engine.prefill(make_task(labels=LABELS))
+    with refused("not_a_path", what="this names no file", found=found):
+        engine.save(prefix, value)

@@ -21,7 +21,7 @@ class Family:
 
     Attributes:
         template: In Jinja.
-        tokens: Control tokens, beside ``<s>`` and ``</s>``.
+        tokens: Control tokens, besides ``<s>`` and ``</s>``.
         prompt: What a model is asked with instruction I, one demonstration (Q, A) and the query P; None if refused.
         end_of_answer: What ends an answer.
         refused: What the reason for a refusal names.

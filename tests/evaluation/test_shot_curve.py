@@ -229,10 +229,15 @@ def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(
     tasks = [task, task.with_spec(name="free", labels=None, metric="exact_match", family="qa", max_answer_tokens=4)]
     settings = EvaluationSettings(shots=(2,), num_seeds=1, num_queries=5)
     plain = measure_shot_curves(engine, tasks, tmp_path / "plain", settings)
-    kept = measure_shot_curves(engine, tasks, tmp_path / "kept", settings.model_copy(update={"keep_confidence": True}))
-    assert [one.key for one in kept.results] == [one.key for one in plain.results]
-    for result in plain.results:
-        without, with_it = (ResultStore(tmp_path / folder).predictions(result) for folder in ("plain", "kept"))
+    with_confidence = settings.model_copy(update={"keep_confidence": True})
+    kept = measure_shot_curves(engine, tasks, tmp_path / "kept", with_confidence)
+    again = measure_shot_curves(engine, tasks, tmp_path / "plain", with_confidence)
+    assert again.num_found == 1, "only the free answers have no confidence to add"
+    assert all(line.confidence is not None for line in ResultStore(tmp_path / "plain").predictions(again.results[0]))
+    assert measure_shot_curves(engine, tasks, tmp_path / "plain", settings).num_found == 2
+    for result, kept_result in zip(plain.results, kept.results, strict=True):
+        without = ResultStore(tmp_path / "plain").predictions(result)
+        with_it = ResultStore(tmp_path / "kept").predictions(kept_result)
         assert [line.answer for line in with_it] == [line.answer for line in without]
         assert all(line.confidence is None for line in without)
     closed, free = (ResultStore(tmp_path / "kept").predictions(result) for result in kept.results)

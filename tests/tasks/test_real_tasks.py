@@ -1,4 +1,4 @@
-"""The task files and recipes for real, public data; rows are loaded where the data lies beside the checkout."""
+"""The task files and recipes for real, public data; rows are loaded where the data lies next to the checkout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_recipe_watches_only_tasks_of_other_sources(path: Path) -> None:
         assert {group_of(file) for file in side} == set(GROUPS)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data sets do not lie in {DATA.name}/ beside the checkout")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data sets do not lie in {DATA.name}/ next to the checkout")
 @pytest.mark.parametrize("file", TASK_FILES, ids=lambda file: file.parent.name)
 def test_a_real_task_loads_whole(file: Path) -> None:
     task = load_task(file, DATA)
@@ -59,7 +59,7 @@ def test_a_real_task_loads_whole(file: Path) -> None:
     assert task.instruction()
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data folder beside the checkout")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data folder next to the checkout")
 def test_every_set_of_the_data_folder_loads_whole_through_a_plain_task_file(tmp_path: Path) -> None:
     from benchmarks.all_tasks import data_sets, task_file
 

@@ -135,6 +135,25 @@ def test_a_damaged_byte_of_a_text_is_refused_where_the_task_is_opened(tmp_path: 
         Task.open(tmp_path / "mood")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [('"bad"', '"awful"'), ("accuracy", "macro_f1"), ('"dropped": {}', '"dropped": {"empty": 3}')]
+)
+def test_a_stored_task_that_was_edited_by_hand_is_refused(tmp_path: Path, before: str, after: str) -> None:
+    Task.from_examples("mood", PAIRS, labels=("good", "bad")).store(tmp_path / "mood")
+    file = tmp_path / "mood" / "task.json"
+    text = file.read_text("utf-8")
+    file.write_text(text.replace(before, after), "utf-8")
+    with refused("not_a_stored_task", file=str(tmp_path / "mood"), remedy="Restore the folder"):
+        Task.open(tmp_path / "mood")
+    file.write_bytes(text.replace("\n", "\r\n").encode())  # as git writes it on some systems
+    assert Task.open(tmp_path / "mood").labels == ("good", "bad")
+
+
+def test_a_task_stored_before_edits_could_be_told_is_refused_with_the_remedy() -> None:
+    with refused("wrong_value", field="format_version", found="1", remedy="Restore the folder, or store the task"):
+        Task.open(Path(__file__).with_name("stored_v1"))
+
+
 def test_half_a_character_is_refused_and_nothing_is_stored(tmp_path: Path) -> None:
     task = Task.from_examples("mood", PAIRS)
     with refused("half_a_character", found=r"'\ud800'"):

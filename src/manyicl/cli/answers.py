@@ -91,7 +91,7 @@ def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path
         raise UserError("output_is_input", what, remedy="Write to another file.", file=output)
 
 
-def beside(row: Row, answer: Row) -> Row:
+def with_answer(row: Row, answer: Row) -> Row:
     """Add an answer to its query; an input column with the name of an output column becomes ``input_...``."""
     kept: Row = {}
     for column, value in row.items():

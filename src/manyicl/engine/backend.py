@@ -6,11 +6,13 @@ scores closed answer sets after it, and `Backend.generate` writes free answers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from numbers import Integral
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, quoted
 
 # Temperatures below it leave the range of floating point.
 LEAST_TEMPERATURE = 1e-4
@@ -295,9 +297,21 @@ def foreign_prefix(difference: str, found: Identity, expected: Identity) -> User
     return error
 
 
-def out_of_range(field: str, found: float, expected: str) -> UserError:
-    """Make the error for an argument or option that is too small or too large."""
-    return UserError("out_of_range", f"{field} is out of range", expected=expected, found=f"{found:,}", field=field)
+def out_of_range(field: str, found: object, expected: str) -> UserError:
+    """Make the error for an argument or option that is too small or too large, or no number."""
+    number = f"{found:,}" if isinstance(found, int | float) else quoted(found)
+    return UserError("out_of_range", f"{field} is out of range", expected=expected, found=number, field=field)
+
+
+def require_count(field: str, number: int | None, expected: str = "at least 1", most: float = math.inf) -> None:
+    """Refuse what is no whole number from 1 to ``most``; None asks for no bound.
+
+    Raises:
+        UserError: If so.
+    """
+    is_whole = isinstance(cast(object, number), Integral) and type(number) is not bool
+    if number is not None and not (is_whole and 1 <= number <= most):
+        raise out_of_range(field, number, expected)
 
 
 def backend_cannot_compile(identity: Identity) -> UserError:
@@ -307,12 +321,11 @@ def backend_cannot_compile(identity: Identity) -> UserError:
 
 
 def require_context(max_context_tokens: int | None, identity: Identity) -> None:
-    """Refuse a longest context below 1, or beyond what the network allows; None asks for no bound.
+    """Refuse a longest context that is no number from 1 to what the network allows; None asks for no bound.
 
     Raises:
         UserError: If so.
     """
     allowed = identity.max_context_tokens
-    if max_context_tokens is not None and (max_context_tokens < 1 or (allowed and max_context_tokens > allowed)):
-        expected = f"1 to {allowed:,}, the positions of {identity.reference!r}" if allowed else "at least 1"
-        raise out_of_range("max_context_tokens", max_context_tokens, expected)
+    expected = f"1 to {allowed:,}, the positions of {identity.reference!r}" if allowed else "at least 1"
+    require_count("max_context_tokens", max_context_tokens, expected, allowed or math.inf)

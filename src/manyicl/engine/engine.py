@@ -34,6 +34,7 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, Preceding
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
+from manyicl.paths import required_path
 from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Example, Query, Task
 
@@ -132,7 +133,7 @@ class Engine:
 
         Raises:
             UserError: If the model was fine-tuned in another kind of format, or its chat template cannot be used; if
-                ``max_context_tokens`` is below 1 or more than the model allows, or needed and not given.
+                ``max_context_tokens`` is no number from 1 to what the model allows, or needed and not given.
         """
         self.backend = backend
         self.identity = backend.identity
@@ -184,7 +185,7 @@ class Engine:
         """
         from manyicl.model.load import load_model
 
-        loaded = load_model(str(reference), dtype=dtype, device=device)
+        loaded = load_model(reference, dtype=dtype, device=device)
         return cls.local(loaded, activation_budget_mib=activation_budget_mib, merge=True, **options)
 
     # --- Prefixes
@@ -289,7 +290,7 @@ class Engine:
         from manyicl.engine.compiled import save_compiled
 
         self._require_own(prefix)
-        save_compiled(prefix, Path(path), self.encoder.format)
+        save_compiled(prefix, required_path(path, "file"), self.encoder.format)
 
     def load(self, path: str | Path) -> TaskPrefix:
         """Load a task that this model compiled, in a fraction of the time that compiling takes.
@@ -299,7 +300,7 @@ class Engine:
         """
         from manyicl.engine.compiled import load_compiled
 
-        prefix = load_compiled(Path(path), self.backend, self.encoder)
+        prefix = load_compiled(required_path(path, "file"), self.backend, self.encoder)
         if prefix.num_tokens > self.max_context_tokens:
             what = f"the prefix has {prefix.num_tokens:,} tokens"
             expected = f"at most max_context_tokens, {self.max_context_tokens:,}"

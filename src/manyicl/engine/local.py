@@ -25,7 +25,7 @@ from manyicl.engine.backend import (
     TargetScore,
     TokenIds,
     foreign_prefix,
-    out_of_range,
+    require_count,
     require_own,
 )
 from manyicl.engine.decoding import generate
@@ -64,10 +64,9 @@ class LocalBackend:
                 loaded model is used up.
 
         Raises:
-            UserError: If the bound is below 1.
+            UserError: If the bound is no whole number of at least 1.
         """
-        if activation_budget_mib is not None and activation_budget_mib < 1:
-            raise out_of_range("activation_budget_mib", activation_budget_mib, "at least 1")
+        require_count("activation_budget_mib", activation_budget_mib)
         self.identity = identity_of(loaded)
         self.model = merge_adapter(loaded.model) if merge and is_mergeable(loaded.model) else loaded.model
         self.activation_budget_mib = activation_budget_mib

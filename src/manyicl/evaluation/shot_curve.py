@@ -155,6 +155,9 @@ def _curve(
         "instruction": task.instruction(),
         "max_answer_tokens": engine.max_answer_tokens(task),
     }
+    # No score depends on it, but a record without confidences cannot take the place of one that has them.
+    keep_confidence = settings.keep_confidence and task.is_closed
+    unrecorded |= {"keep_confidence": True} if keep_confidence else {}
     prefix: TaskPrefix | None = None
     answers: list[PredictedAnswer] = []
     seconds = 0.0
@@ -169,7 +172,7 @@ def _curve(
         prefix = engine.prefill(task, task.demonstrations(num_available, seed, settings.sampling), reuse=before)
         # Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
         if before is None or before.demonstrations != prefix.demonstrations:
-            answers = _answers(engine, task, prefix, keep_confidence=settings.keep_confidence)
+            answers = _answers(engine, task, prefix, "all" if keep_confidence else "best")
             seconds = time.perf_counter() - start
         result = Result(
             key=key,
@@ -244,10 +247,9 @@ def _under_name(found: Result, name: str, store: ResultStore) -> Result:
     return earlier or copy
 
 
-def _answers(engine: Engine, task: Task, prefix: TaskPrefix, *, keep_confidence: bool) -> list[PredictedAnswer]:
+def _answers(engine: Engine, task: Task, prefix: TaskPrefix, scores: ScoreScope) -> list[PredictedAnswer]:
     """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
     metrics = [METRICS[name] for name in metrics_of(task)]
-    scores: ScoreScope = "all" if keep_confidence and task.is_closed else "best"
     predictions = engine.predict(prefix, [one.query for one in task.test], scores=scores)
     return [
         PredictedAnswer(

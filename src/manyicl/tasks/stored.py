@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -39,7 +40,7 @@ class _StoredTask(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     spec: TaskSpec
     data_hash: str = Field(description="Hash of the instruction, the labels and the examples of both sides.")
     dropped: dict[str, int] = Field(description="Reason -> number of rows dropped when the task was read.")
@@ -120,21 +121,23 @@ def store_task(task: Task, folder: Path) -> Task:
     return open_task(folder)
 
 
-def _identity(side: str, data_hash: str, num_train: int, num_test: int) -> dict[bytes, bytes]:
-    """Return the metadata of a side's file: what ties it to the spec and to the other side's file."""
-    values = {"side": side, "data_hash": data_hash, "num_train": str(num_train), "num_test": str(num_test)}
+def _identity(side: str, stored: str, num_train: int, num_test: int) -> dict[bytes, bytes]:
+    """Return the metadata of a side's file: what ties it to the content of task.json and to the other side's file."""
+    digest = hashlib.sha256(stored.encode()).hexdigest()
+    values = {"side": side, "task_hash": digest, "num_train": str(num_train), "num_test": str(num_test)}
     return {key.encode(): value.encode() for key, value in values.items()}
 
 
 def _write(task: Task, folder: Path) -> None:
+    content = _StoredTask(spec=task.spec, data_hash=task.data_hash, dropped=dict(task.dropped))
+    stored = content.model_dump_json(indent=2)
     for name, examples in (("train", iter(task.train)), ("test", iter(task.test))):
-        schema = _SCHEMA.with_metadata(_identity(name, task.data_hash, len(task.train), len(task.test)))
+        schema = _SCHEMA.with_metadata(_identity(name, stored, len(task.train), len(task.test)))
         with pyarrow.ipc.new_file(str(folder / f"{name}.arrow"), schema) as file:
             while batch := list(islice(examples, _EXAMPLES_A_BATCH)):
                 rows = [{**asdict(e), "query": e.query.text, "choices": e.query.choices} for e in batch]
                 file.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
-    stored = _StoredTask(spec=task.spec, data_hash=task.data_hash, dropped=dict(task.dropped))
-    (folder / SPEC_FILE).write_text(stored.model_dump_json(indent=2), encoding="utf-8")
+    (folder / SPEC_FILE).write_text(stored, encoding="utf-8")
 
 
 def open_task(folder: Path) -> Task:
@@ -143,14 +146,19 @@ def open_task(folder: Path) -> Task:
         what, expected = f"The folder {folder} holds no stored task", f"{SPEC_FILE}, train.arrow and test.arrow"
         remedy = "Task.store writes one; `load_task` loads a folder with a task.yaml."
         raise UserError("not_a_stored_task", what, expected=expected, remedy=remedy)
-    stored = validated(_StoredTask, read_text(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    stored = read_text(folder / SPEC_FILE)
+    try:
+        content = validated(_StoredTask, stored, str(folder / SPEC_FILE))
+    except UserError as error:
+        error.remedy = error.remedy or RESTORE
+        raise
     train, test = (StoredExamples.open(folder / f"{name}.arrow") for name in ("train", "test"))
     for name, side in (("train", train), ("test", test)):
         try:
             side.table.validate(full=True)
         except pyarrow.ArrowException as error:
             raise UserError("not_a_stored_task", "the examples are damaged", remedy=RESTORE, file=side.path) from error
-        if side.table.schema.metadata != _identity(name, stored.data_hash, len(train), len(test)):
-            what = "the examples were not stored together with this task"
+        if side.table.schema.metadata != _identity(name, stored, len(train), len(test)):
+            what = f"{SPEC_FILE} and the examples were not stored together as they are now"
             raise UserError("not_a_stored_task", what, remedy=RESTORE, file=folder)
-    return Task(stored.spec, train, test, stored.data_hash, stored.dropped)
+    return Task(content.spec, train, test, content.data_hash, content.dropped)

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from manyicl.checked import validated
 from manyicl.errors import UserError, pluralized, quoted
+from manyicl.paths import required_path
 from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.example import Example, Query
 from manyicl.tasks.spec import FAMILIES, Columns, Family, TaskSpec
@@ -91,7 +92,7 @@ class Task:
         """
         from manyicl.tasks.stored import open_task
 
-        return open_task(_folder(folder))
+        return open_task(required_path(folder, "folder"))
 
     def store(self, folder: str | Path) -> Task:
         """Write the task to a new folder, and return it with its examples memory-mapped from there.
@@ -103,7 +104,7 @@ class Task:
         """
         from manyicl.tasks.stored import store_task
 
-        return store_task(self, _folder(folder))
+        return store_task(self, required_path(folder, "folder"))
 
     @property
     def name(self) -> str:
@@ -188,12 +189,6 @@ class Task:
             raise UserError("unknown_sampling", "there is no such sampling", expected=expected, found=found)
         order = demonstrations_in_order([example.answer for example in self.train], seed, sampling)
         return tuple(self.train[position] for position in islice(order, num_shots))
-
-
-def _folder(folder: str | Path) -> Path:
-    if not isinstance(cast(object, folder), str | Path):
-        raise UserError("not_a_path", "this names no folder", expected="a path", found=quoted(folder))
-    return Path(folder)
 
 
 def hash_content(task: Task) -> str:
