@@ -174,7 +174,7 @@ def test_the_table_fits_eighty_columns_with_eight_shot_counts() -> None:
 
 def findings(page: Path) -> str:
     text = page.read_text(encoding="utf-8")
-    return text[text.index('<div class="findings">') : text.index("<main>")]
+    return text[text.index('<div class="findings">') : text.index('id="provenance')]
 
 
 def test_paired_is_said_only_of_what_was_paired(tmp_path: Path) -> None:

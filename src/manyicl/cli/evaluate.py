@@ -32,7 +32,9 @@ def evaluate_command(
     data_root: options.DataRoot = None,
     activation_budget_mib: options.ActivationBudgetMib = None,
     seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
-    name: Annotated[str | None, typer.Option(help="Name of the model in reports. [default: MODEL]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in reports. [default: MODEL, of a path its last part]")
+    ] = None,
     max_context_tokens: options.MaxContextTokens = None,
     text_format: options.TextFormat = None,
     end_of_answer: options.EndOfAnswer = None,

@@ -85,7 +85,7 @@ def measure_shot_curves(
         tasks: Tasks with a test side each.
         output: Folder of the records.
         settings: Shot counts, seeds and number of queries.
-        model_name: What reports call the model; None for its reference.
+        model_name: What reports call the model; None for the last part of a path, or its whole reference.
         on_result: Called after each result with it and whether it was found on disk.
 
     Raises:
@@ -99,7 +99,7 @@ def measure_shot_curves(
         if not task.test:
             remedy = "Give it some, or split its file."
             raise UserError("no_test_rows", f"task {task.name!r} has no test rows", remedy=remedy)
-    name = model_name or engine.identity.reference
+    name = model_name or short_name(engine.identity.reference)
     measured = []
     for task in tasks:
         for result, was_found in _curve(engine, *choose_queries(engine, task, settings), settings, store, name):
@@ -107,6 +107,17 @@ def measure_shot_curves(
             if on_result is not None:
                 on_result(result, was_found)
     return ShotCurves(tuple(result for result, _ in measured), sum(was_found for _, was_found in measured))
+
+
+def short_name(reference: str) -> str:
+    """Return what a report calls a model without a name: of a local folder or file the last part of its path.
+
+    Examples:
+        >>> short_name("runs/2026/tickets-model/"), short_name("hf:owner/name"), short_name("builtin:one")
+        ('tickets-model', 'hf:owner/name', 'builtin:one')
+    """
+    is_path = ":" not in reference or Path(reference).exists()
+    return Path(reference).resolve().name or reference if is_path else reference
 
 
 def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> tuple[Task, int]:

@@ -82,6 +82,15 @@ class Summary:
 
         return self._mean(group, of_task)
 
+    def growth(self, model: str, group: Group, fewer: int, more: int) -> Estimate | None:
+        """Mean change of a model's score from fewer to more shots, paired over the same queries where they are."""
+
+        def of_task(task: str) -> Estimate | None:
+            before, after = (self.by_point.get((model, task, shots)) for shots in (fewer, more))
+            return _difference(before, after) if before and after else None
+
+        return self._mean(group, of_task)
+
     def baseline(self, name: str, group: Group, shots: int) -> Estimate | None:
         """Mean of chance, majority or tfidf over what seeds and models recorded; None unless every task has it."""
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
 from manyicl.evaluation.report.lines import Part, notes, sections
+from manyicl.evaluation.report.message import message, remarks
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
 from manyicl.evaluation.summary import OVERALL, Summary
@@ -78,10 +79,16 @@ def _shown(part: Part, store: ResultStore | None) -> dict[str, object]:
         "title": part.title,
         "lead": _lead(summary),
         "summary": summary,
+        "message": message(part),
         "findings": _findings(summary),
         "colours": model_colours(summary),
         "sections": sections(summary),
         "curves": part.curves() if part.by_task else None,
+        # One task is drawn large, and its table is printed once.
+        "alone": len(summary.compared) == 1 and not part.by_task,
+        "remarks": lambda section: remarks(summary, section),
+        # On a narrow screen a table keeps the first, the middle and the last shot count.
+        "kept_columns": {0, len(summary.shots) // 2, len(summary.shots) - 1},
         "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         "worked": worked_tasks(summary, store) if store is not None else [],
         "notes": notes(summary),

@@ -7,18 +7,22 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
 from manyicl.evaluation.report.lines import BASELINES, Part, Section, sections
+from manyicl.evaluation.report.message import group_of, metric_of
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary, summarise
 from manyicl.outputs import require_ending
@@ -29,6 +33,8 @@ MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a
 TFIDF_COLOUR = "#d98324"
 
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+# Names at the ends of curves: their distance in score, and their length.
+LEAST_DISTANCE_OF_LABELS, MOST_LABEL_CHARACTERS = 0.065, 24
 # What a picture says of who made it.
 _AUTHOR = "manyicl report"
 
@@ -41,6 +47,15 @@ def _style(salt: str) -> Any:
     text = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     axes = {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}
     return {**text, **axes, "svg.hashsalt": salt}
+
+
+@contextmanager
+def _no_font_warnings() -> Iterator[None]:
+    """Ignore letters that no font here has: an SVG keeps them as text, for the fonts of its reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+        yield
 
 
 def shot_position(shots: int, smallest: int = 1) -> float:
@@ -98,10 +113,7 @@ def _plot(panels: Sequence[tuple[Summary, Section, str]], path: Path, title: str
         raise UserError("no_common_task", what, remedy="Evaluate the models with the same tasks and shots.")
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     num_rows = math.ceil(len(panels) / columns)
-    with rc_context(_style("manyicl")), warnings.catch_warnings():
-        # Letters that no font here has: an SVG keeps them as text, for the fonts of its reader.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
-        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+    with rc_context(_style("manyicl")), _no_font_warnings():
         figure = Figure(figsize=(3.7 * columns, 2.9 * num_rows + 0.7), layout="constrained")
         axes = list(figure.subplots(num_rows, columns, squeeze=False).flat)
         for ax, (summary, section, heading) in zip(axes, panels, strict=False):
@@ -135,9 +147,9 @@ def _with_escapes(name: str) -> str:
 
 def inline_panel(summary: Summary, section: Section, *, wide: bool = False) -> str:
     """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
-    with rc_context(_style(f"manyicl {section.group}")):
+    with rc_context(_style(f"manyicl {section.group}")), _no_font_warnings():
         figure = Figure(figsize=(10.6, 4.2) if wide else (3.9, 2.9), layout="constrained")
-        draw_panel(figure.subplots(), summary, section, ink=_INK, faint=_FAINT)
+        draw_panel(figure.subplots(), summary, section, ink=_INK, faint=_FAINT, labelled=wide)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     spoken = f"Shot curves, {section.group}; the tables on this page have their numbers."
@@ -158,7 +170,23 @@ def _for_page(svg: str, spoken: str) -> str:
     return f'<svg {namespaces} {view_box.group()} role="img" aria-label="{html.escape(spoken)}">{content}'
 
 
-def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint: str) -> None:
+def _label_ends(ax: Axes) -> None:
+    """Write the name of each curve at its right end, in its colour, apart from each other."""
+    place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    curves: list[tuple[float, float, Line2D]] = []
+    for curve in ax.get_lines():
+        x, y = np.asarray(curve.get_xdata()), np.asarray(curve.get_ydata())
+        if len(x):
+            curves.append((float(y[-1]), float(x[-1]), curve))
+    height = -1.0
+    for end, position, curve in sorted(curves, key=lambda one: one[:2]):
+        height = max(end, height + LEAST_DISTANCE_OF_LABELS)
+        name = _as_text(str(curve.get_label()))
+        label = name if len(name) <= MOST_LABEL_CHARACTERS else f"{name[: MOST_LABEL_CHARACTERS - 1]}…"
+        ax.annotate(label, (position, height), color=curve.get_color(), fontsize=9, **place)
+
+
+def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint: str, labelled: bool = False) -> None:
     """Draw the curves of one family, or of the mean over families, 95 % bands and trivial baselines."""
     smallest = min((shots for shots in summary.shots if shots > 0), default=1)
     positions = [shot_position(shots, smallest) for shots in summary.shots]
@@ -173,9 +201,20 @@ def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint:
                 x, low, high = (list(column) for column in zip(*bands, strict=True))
                 ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=2)
         elif line.label == BASELINES["majority"]:
-            ax.axhline(y[0], color=ink, alpha=0.55, lw=1.1, ls=(0, (5, 3)), label=line.label, zorder=1)
+            ax.plot(
+                [positions[0], positions[-1]],
+                [y[0]] * 2,
+                color=ink,
+                alpha=0.55,
+                lw=1.1,
+                ls=(0, (5, 3)),
+                label=line.label,
+                zorder=1,
+            )
         elif line.label == BASELINES["tfidf"]:
             ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label=line.label)
+    if labelled:
+        _label_ends(ax)
     ax.set_xticks(positions, [str(shots) for shots in summary.shots])
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -183,5 +222,6 @@ def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint:
     ax.set_axisbelow(True)
     ax.tick_params(colors=ink, length=3)
     ax.set_xlabel("demonstrations in context", color=ink)
+    ax.set_ylabel(metric_of(summary, group_of(summary, section)), color=ink)
     for spine in ax.spines.values():
         spine.set_color(faint)

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from manyicl.errors import pluralized
 from manyicl.evaluation.report.lines import Line, Part, notes, sections
+from manyicl.evaluation.report.message import message
 from manyicl.evaluation.result import Result
-from manyicl.evaluation.summary import Summary, summarise
+from manyicl.evaluation.summary import Summary
 from manyicl.evaluation.uncertainty import Estimate
 from manyicl.printing import printable
 
@@ -27,7 +28,10 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
         What was printed, as numbers.
     """
     console = console or Console()
-    summary = summarise(records)
+    part = Part("", tuple(records))
+    summary = part.summary
+    for name, sentences in message(part).items():
+        console.print(Text(printable(f"{name}: {sentences}")))
     metrics = {record.task: record.metric for record in summary.records}
     for section in sections(summary):
         if section.lines:
