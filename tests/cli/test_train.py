@@ -69,10 +69,9 @@ def test_the_command_that_resumes_repeats_what_was_set(monkeypatch: pytest.Monke
 
 def command(recipe: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the command as a person does, its screen in a file."""
-    code = "from manyicl.cli.main import main; main()"
     with (recipe.parent / "log").open("w", encoding="utf-8") as screen:
         return subprocess.Popen(
-            [sys.executable, "-c", code, "train", str(recipe), *arguments],
+            [sys.executable, "-m", "manyicl", "train", str(recipe), *arguments],
             stdout=screen,
             stderr=screen,
             env={**os.environ, "COLUMNS": "200"},

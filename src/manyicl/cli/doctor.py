@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyicl.cli.options import Overrides
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,7 +21,10 @@ NAME_WIDTH = 14
 
 def doctor_command(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe, to see what it would use on this machine.")] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Show what this machine offers and, for a recipe, what it would use here and everything that is missing.
@@ -140,7 +141,7 @@ def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]
     if remark := remark_on_precision(recipe):
         yield remark
     if len(here.gpus) > 1 and num_processes == 1:
-        command = f"torchrun --nproc-per-node {len(here.gpus)} --no-python manyicl train …"
+        command = f"torchrun --nproc-per-node {len(here.gpus)} -m manyicl train …"
         yield f"One process uses one of {len(here.gpus)} GPUs; `{command}` uses all."
     if here.gpu_driver is not None and here.cuda is None:
         yield f"An NVIDIA driver ({here.gpu_driver}) is here, but this torch is built without CUDA."

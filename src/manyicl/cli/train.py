@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.options import Overrides
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
 from manyicl.training.processes import end_processes, is_main_process, processes_per_machine
 from manyicl.training.stopping import taking_signals
@@ -21,7 +20,10 @@ if TYPE_CHECKING:
 
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file that describes the run.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Replace training.seed.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder.")
@@ -45,7 +47,7 @@ def train_command(
 
         manyicl train recipes/nano.yaml --resume
 
-        torchrun --nproc-per-node 2 --no-python manyicl train recipes/mistral_7b_v0.3.yaml
+        torchrun --nproc-per-node 2 -m manyicl train recipes/mistral_7b_v0.3.yaml
     """
     if resume and overwrite:
         what = "--resume continues a run and --overwrite replaces it"
