@@ -126,8 +126,43 @@ def test_what_must_be_compared_at_load_is_refused_under_fsdp(
 ) -> None:
     pretend(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match=rf"{key}.* under FSDP.* Start without FSDP, or remove {key}"):
         check_recipe(small_recipe(tmp_path, *NO_BASE, SETTINGS[key][0]), with_tasks=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "problem"),
+    [
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, (H100,), r"context parallelism .*drops what isolates the episodes"),
+        ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, (H100,), r"sequence parallelism .*divides a packed sequence"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "4"}, (H100,), r"tensor parallelism .* is 4\); its processes share a sequence"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (H100,), r"DeepSpeed was requested .*Start without it; recipes/accel"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (H100,), "Megatron-LM was requested"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, (H100,), "of version 1 .*only version 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, (H100,), "of version 1 .*only version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, (), "torch sees no GPU here; .*whole copies without"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, (H100,), None),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "1", "ACCELERATE_USE_DEEPSPEED": "false"}, (), None),
+    ],
+)
+def test_what_a_launcher_would_do_wrong_in_silence_is_refused(
+    environment: dict[str, str],
+    gpus: tuple[Gpu, ...],
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    pretend(monkeypatch, gpus=gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if problem is None:
+        check_recipe(small_recipe(tmp_path), with_tasks=False)
+        return
+    with pytest.raises(UserError, match=problem) as error:
+        ensure_trained(small_recipe(tmp_path / "run"), small_tasks())
+    assert error.value.remedy
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,28 @@ _FEATURES = (
 # fmt: on
 
 
+# What accelerate can be told to do: the environment variable that says so, and why it is refused.
+_REFUSED_PARALLELISM = {
+    "context parallelism (cp_size)": (
+        "PARALLELISM_CONFIG_CP_SIZE",
+        "it drops what isolates the episodes of a packed sequence, so that each would see the others",
+    ),
+    "sequence parallelism (sp_size)": (
+        "PARALLELISM_CONFIG_SP_SIZE",
+        "it divides a packed sequence over processes, and the ends of its episodes are those of the whole",
+    ),
+    "tensor parallelism (tp_size)": (
+        "PARALLELISM_CONFIG_TP_SIZE",
+        "its processes share a sequence, and here each takes sequences of its own",
+    ),
+    "DeepSpeed": (
+        "ACCELERATE_USE_DEEPSPEED",
+        "gradients that it sums up were never compared with those of one process",
+    ),
+    "Megatron-LM": ("ACCELERATE_USE_MEGATRON_LM", "its models are not those of transformers"),
+}
+
+
 def check_recipe(recipe: Recipe, *, with_tasks: bool = True) -> None:
     """Refuse a recipe that cannot be run on this machine as it says. A run does this once, before all else.
 
@@ -82,6 +105,7 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
         recipe: The run.
         with_tasks: False where its tasks are loaded already, from wherever.
     """
+    yield from launch_problems()
     yield from missing_features(recipe)
     yield from _base_problems(recipe)
     for key, patterns in (("tasks.train", recipe.tasks.train), ("tasks.evaluate", recipe.tasks.evaluate)):
@@ -95,6 +119,26 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
         key, remedy = "training.sequences_per_step", f"Use a multiple of {num_processes}."
         what = f"{key} is {num_sequences} and {num_processes} processes share them"
         yield UserError("sequences_not_shared_evenly", what, remedy=remedy, field=key)
+
+
+def launch_problems() -> Iterator[UserError]:
+    """Yield what was requested of a launcher that would train something else, or not as it says, in silence."""
+    for parallelism, (name, reason) in _REFUSED_PARALLELISM.items():
+        requested = os.environ.get(name, "")
+        if requested.lower() == "true" or (requested.isdecimal() and int(requested) > 1):
+            what = f"{parallelism} was requested ({name} is {requested}); {reason}"
+            remedy = "Start without it; recipes/accelerate/fsdp2.yaml shares out weights that are too large for a GPU."
+            yield UserError("parallelism_not_supported", what, remedy=remedy, field=name)
+    if not is_sharded():
+        return
+    if not machine.gpus():
+        what = "FSDP was requested and torch sees no GPU here; accelerate would train whole copies without a word"
+        remedy = "Start with torchrun, or without a launcher, or train where torch sees GPUs."
+        yield UserError("sharding_without_gpus", what, remedy=remedy, field="ACCELERATE_USE_FSDP")
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        what = f"FSDP of version {version} was requested; only version 2 is supported"
+        remedy = "Use `fsdp_version: 2`, as recipes/accelerate/fsdp2.yaml does."
+        yield UserError("parallelism_not_supported", what, remedy=remedy, field="FSDP_VERSION")
 
 
 def missing_features(recipe: Recipe) -> Iterator[UserError]:
