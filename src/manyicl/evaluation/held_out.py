@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from manyicl.errors import UserError
 from manyicl.tasks.leakage import normalised
@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from manyicl.model.load import LoadedModel
 
 
+# A shot count, and the score of a task at it.
+ScoreAt = tuple[int, float]
+# Measures some tasks.
+Work = Callable[[Sequence[Task]], Sequence[ScoreAt]]
+
+
+class ShareOut(Protocol):
+    """Lets each process of a run measure some tasks, and returns the scores of all to each: see `shared_out`."""
+
+    def __call__(self, tasks: Sequence[Task], work: Work, /) -> Sequence[ScoreAt]:
+        """Call ``work`` with the tasks of this process."""
+
+
+def in_this_process(tasks: Sequence[Task], work: Work, /) -> Sequence[ScoreAt]:
+    """Measure all tasks here."""
+    return work(tasks)
+
+
 def held_out_measure(
     tasks: Sequence[Task],
     *,
@@ -25,6 +43,7 @@ def held_out_measure(
     num_queries: int,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
+    share_out: ShareOut = in_this_process,
 ) -> Callable[[LoadedModel], dict[str, float]]:
     """Return a function that measures a model on held-out tasks: its score at each shot count, and their mean.
 
@@ -36,7 +55,10 @@ def held_out_measure(
         shots: Shot counts.
         num_queries: Validation queries per task.
         seed: Seed of their choice and of the demonstrations.
-        on_progress: Called before the first score and after each with how many are measured, and how many there are.
+        on_progress: Called before the first score and after each with how many are measured, and how many there
+            are; of the tasks that this process measures.
+        share_out: Gives each of several processes some of the tasks. A task is measured in one of them, exactly as by
+            one process, so that the figures are the same.
 
     Raises:
         UserError: If a task has too few training rows.
@@ -48,24 +70,28 @@ def held_out_measure(
     settings = EvaluationSettings(shots=shots, num_seeds=1, num_queries=num_queries, seed=seed)
     report = on_progress or (lambda num_done, num_all: None)
 
-    def measure(loaded: LoadedModel) -> dict[str, float]:
-        num_all = len(validation_tasks) * len(settings.points())
+    def scores_of(loaded: LoadedModel, own_tasks: Sequence[Task]) -> list[ScoreAt]:
+        num_all = len(own_tasks) * len(settings.points())
         num_done = itertools.count(1)
         report(0, num_all)
         # The figures go to the log; the records of a model that changes with every step are not kept.
         with TemporaryDirectory() as folder:
             results = measure_shot_curves(
                 Engine.local(loaded),
-                validation_tasks,
+                own_tasks,
                 folder,
                 settings,
                 on_result=lambda result, was_found: report(next(num_done), num_all),
             ).results
+        return [(result.num_shots, result.score) for result in results]
+
+    def measure(loaded: LoadedModel) -> dict[str, float]:
+        scores = share_out(validation_tasks, lambda own_tasks: scores_of(loaded, own_tasks))
         figures = {
-            f"score_at_{num_shots}_shots": fmean(result.score for result in results if result.num_shots == num_shots)
+            f"score_at_{num_shots}_shots": fmean(score for shots, score in scores if shots == num_shots)
             for num_shots in settings.shots
         }
-        return {"score": fmean(result.score for result in results), **figures}
+        return {"score": fmean(score for _, score in scores), **figures}
 
     return measure
 

@@ -19,7 +19,7 @@ from manyicl.model.load import load_model, read_manifest, resolve_reference
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.outputs import require_output_folder
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
-from manyicl.training.processes import is_main_process, world_size
+from manyicl.training.processes import is_main_process, is_sharded, shared_out, world_size
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
@@ -102,12 +102,15 @@ def ensure_trained(
     if plan == "found":
         return _found_run(recipe, tasks, folder)
     progress = TrainingProgress(console)
+    # Each part of a sharded model runs in all processes at once, so all of them measure everything.
+    shares = {"share_out": shared_out} if world_size() > 1 and not is_sharded() else {}
     measured = measure and measure(
         tasks.held_out,
         shots=recipe.training.evaluate_shots,
         num_queries=recipe.training.evaluate_queries,
         seed=recipe.training.seed,
         on_progress=progress.on_evaluation,
+        **shares,
     )
     files = base_files(recipe.model.base)
     run = prepare_run(recipe, tasks)

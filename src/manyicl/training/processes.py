@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
 
-from manyicl.errors import UserError, quoted
+from manyicl.errors import MachineError, UserError, quoted
+from manyicl.library_errors import reason
 
 if TYPE_CHECKING:
     import torch
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 def world_size() -> int:
@@ -26,7 +32,12 @@ def is_main_process() -> bool:
     Raises:
         UserError: If the environment gives no number for its rank.
     """
-    return _number("RANK", default=0, least=0) == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """Return the number of this process among all that share a run, from 0."""
+    return _number("RANK", default=0, least=0)
 
 
 def local_rank() -> int:
@@ -53,6 +64,52 @@ def any_process(is_so: bool, device: torch.device) -> bool:
     anywhere = torch.tensor(float(is_so), device=device)
     torch.distributed.all_reduce(anywhere)
     return bool(anywhere)
+
+
+def raise_in_all(failure: Exception | None) -> None:
+    """Let every process fail where one of them has failed; they meet here.
+
+    Raises:
+        Exception: The failure of this process, or else the first of another one, as an error that ends a command.
+    """
+    if world_size() > 1:
+        from accelerate.utils import gather_object
+
+        failures = gather_object([None if failure is None else _for_other_processes(failure)])
+        failure = failure or next((other for other in failures if other is not None), None)
+    if failure is not None:
+        raise failure
+
+
+def _for_other_processes(failure: Exception) -> Exception:
+    """Return an error that other processes can read, and that ends a command in one sentence."""
+    if isinstance(failure, UserError | MachineError):
+        return failure
+    return MachineError(f"Another process failed: {type(failure).__name__}, {reason(failure)}.")
+
+
+def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]]) -> list[Outcome]:
+    """Let each process do its share of some work, and return the outcomes of all in each of them.
+
+    Args:
+        items: What there is to do; the same in all processes. Each takes every n-th, if there are n processes.
+        work: Called with the items of this process.
+
+    Raises:
+        Exception: In all processes, what ``work`` raises in one of them.
+    """
+    outcomes: Sequence[Outcome] = ()
+    failure = None
+    try:
+        outcomes = work(items[rank() :: world_size()])
+    except Exception as error:
+        failure = error
+    raise_in_all(failure)
+    if world_size() == 1:
+        return list(outcomes)
+    from accelerate.utils import gather_object
+
+    return list(chain.from_iterable(gather_object([outcomes])))
 
 
 def end_processes() -> None:

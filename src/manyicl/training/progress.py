@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.throughput import throughput_text
 
 # Where there is no bar, an evaluation says this often how far it is.
@@ -57,7 +58,8 @@ class TrainingProgress(TrainerCallback):
 
     def on_evaluation(self, num_done: int, num_all: int) -> None:
         """Show how many scores of an evaluation are measured."""
-        status = f"evaluating on held-out tasks: {num_done:,}/{num_all:,} scores"
+        whose = f" of the first of {world_size()} processes" if world_size() > 1 and not is_sharded() else ""
+        status = f"evaluating on held-out tasks: {num_done:,}/{num_all:,} scores{whose}"
         self._bar.update(self._task, status=status)
         now = time.monotonic()
         if not self._console.is_terminal and (num_done == 0 or now - self._written_at >= SECONDS_BETWEEN_LINES):

@@ -32,6 +32,9 @@ from manyicl.training.trainer import ManyShotTrainer, Milestones
 
 Measure = Callable[[LoadedModel], Mapping[str, float]]
 
+# A process waits for the others, which may still evaluate their tasks; the default of half an hour could be too short.
+SECONDS_WAITED = 24 * 3600
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -113,6 +116,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
         ddp_find_unused_parameters=False,
+        ddp_timeout=SECONDS_WAITED,
         dataloader_num_workers=0 if on_cpu else 2,
         dataloader_pin_memory=not on_cpu,
         logging_steps=settings.log_every,
