@@ -1,18 +1,13 @@
-"""Gradients just before the first optimizer step; also run by torchrun as a script."""
+"""Gradients just before the first optimizer step."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from manyicl.training.processes import end_processes, is_main_process
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import starting_point
@@ -62,21 +57,3 @@ def first_step_recipe(output: Path, *overrides: str) -> Recipe:
         "model.from_scratch.config.attention_dropout=0",
         *overrides,
     )
-
-
-def spoil_second_process() -> None:
-    """Let the loss of one process of two be no number."""
-    names = vars(sys.modules[ManyShotTrainer.__module__])
-    loss = names["sequence_loss"]
-    names["sequence_loss"] = lambda *arguments: loss(*arguments) * (1 if is_main_process() else float("nan"))
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["spoilt"]:
-        spoil_second_process()
-        first_step(first_step_recipe(folder))
-    measured = first_step(first_step_recipe(folder, *sys.argv[2:]))
-    if is_main_process():
-        torch.save(measured, folder / "first_step.pt")
-    end_processes()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,27 +48,6 @@ def test_gradient_accumulation_gives_the_update_of_one_large_batch(tmp_path: Pat
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     recipe = first_step_recipe(tmp_path, "training.gradient_checkpointing=true")
     assert_same_step(first_step(recipe), slow_first_step(first_step_recipe(tmp_path)))
-
-
-def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).with_name("first_step.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*torchrun, str(script), *arguments], capture_output=True, text=True, check=False)
-
-
-def test_two_processes_give_the_update_of_one_large_batch(tmp_path: Path) -> None:
-    objective = "objective.supervise=last_answer"
-    done = in_two_processes(str(tmp_path), objective)
-    assert done.returncode == 0, done.stderr
-    step = torch.load(tmp_path / "first_step.pt")
-    assert_same_step(step, slow_first_step(first_step_recipe(tmp_path, objective)))
-
-
-def test_a_loss_that_is_not_a_number_in_one_process_ends_both(tmp_path: Path) -> None:
-    done = in_two_processes(str(tmp_path), "spoilt")
-    assert done.returncode == 1
-    failures = [line for line in done.stderr.splitlines() if "MachineError: The loss became nan in step 1" in line]
-    assert len({line.partition("MachineError")[0] for line in failures}) == 2, done.stderr
 
 
 def test_rows_that_two_processes_cannot_share_evenly_are_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -59,20 +61,26 @@ def sequence_loss(
         model: Model in training.
         batch: One packed sequence.
         total_weight: Sum of weights in the step, over all processes.
-        most_logits: Where more positions are supervised, the head is called by itself on so many at a time, and again
-            in the backward pass, so that memory does not grow with them; see `head_is_separable`. None: never.
+        most_logits: Where more positions are supervised, the head makes logits of so many at a time, and again in the
+            backward pass, so that memory does not grow with them; see `head_is_separable`. None: never.
     """
     targets, weights = batch["targets"], batch["weights"]
     if most_logits is None or len(targets) <= most_logits:
         return answer_loss(_logits(model, batch), targets, weights, total_weight)
-    decoder, head = _decoder_and_head(model)
-    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **batch["packed"]).last_hidden_state[0]
+    head = _head(model)
+    make_logits = head.forward
 
     def part(states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return answer_loss(head(states), targets, weights, total_weight)
+        return answer_loss(make_logits(states), targets, weights, total_weight)
 
-    parts = (tensor.split(most_logits) for tensor in (hidden[batch["supervised_positions"]], targets, weights))
-    return torch.stack([checkpoint(part, *each, use_reentrant=False) for each in zip(*parts, strict=True)]).sum()
+    def loss_in_parts(states: Tensor) -> Tensor:
+        parts = zip(*(tensor.split(most_logits) for tensor in (states[0], targets, weights)), strict=True)
+        return torch.stack([checkpoint(part, *each, use_reentrant=False) for each in parts]).sum(0, keepdim=True)
+
+    # The head returns a loss where the model expects its logits. So everything runs within the model's own forward
+    # pass, without which DDP would not average the gradients and FSDP2 would not gather the weights.
+    with _head_replaced(head, loss_in_parts):
+        return _logits(model, batch)
 
 
 def most_logits_at_once(vocabulary_size: int) -> int:
@@ -82,23 +90,29 @@ def most_logits_at_once(vocabulary_size: int) -> int:
 
 @torch.no_grad()
 def head_is_separable(model: nn.Module, batch: Batch) -> bool:
-    """Tell whether decoder and head, called one after the other, give the model's own logits on this sequence.
+    """Tell whether what the head returns are the model's own logits on this sequence.
 
-    They do not where a model scales or caps its logits. A cap is looked up, because small logits hardly show it.
+    They are not where a model scales or caps them afterwards. A cap is looked up, because small logits hardly show it.
     """
     if getattr(cast(Any, model).config.get_text_config(), "final_logit_softcapping", None):
         return False
-    was_training = model.training
+    was_training, head, returned = model.training, _head(model), list[Tensor]()
+    make_logits = head.forward
+
+    def noted(states: Tensor) -> Tensor:
+        returned.append(make_logits(states))
+        return returned[-1].clone()
+
     model.eval()
     try:
-        expected = _logits(model, batch).float()
-        decoder, head = _decoder_and_head(model)
-        hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **batch["packed"]).last_hidden_state[0]
-        logits = head(hidden[batch["supervised_positions"]])
+        with _head_replaced(head, noted):
+            expected = _logits(model, batch).float()
     finally:
         model.train(was_training)
-    difference, size = (logits.float() - expected).norm(), expected.norm()
-    return bool(size > 0 and difference <= TOLERANCE[logits.dtype] * size)
+    if len(returned) != 1 or returned[0].shape[1:] != expected.shape:
+        return False
+    difference, size = (returned[0][0].float() - expected).norm(), expected.norm()
+    return bool(size > 0 and difference <= TOLERANCE[returned[0].dtype] * size)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -112,7 +126,21 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return cast(Tensor, output.logits[0])
 
 
-def _decoder_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """Return what makes the last hidden states, and what makes logits of them, with their adapter if there is one."""
+def _head(model: Any) -> nn.Module:
+    """Return what makes logits of the last hidden states, with its adapter if it has one."""
+    model = getattr(model, "module", model)  # within the wrapper of DDP
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.get_decoder(), causal.get_output_embeddings()
+    return cast(nn.Module, causal.get_output_embeddings())
+
+
+@contextmanager
+def _head_replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a head do something else when the model calls it."""
+    own = vars(head).get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own

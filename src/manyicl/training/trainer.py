@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -32,7 +33,7 @@ from manyicl.training.batch import Batch, Collator, first_tokens
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
 from manyicl.training.loss import head_is_separable, most_logits_at_once, sequence_loss
-from manyicl.training.processes import any_process, is_main_process
+from manyicl.training.processes import any_process, is_main_process, raise_in_all
 from manyicl.training.recipe import ObjectiveSettings
 from manyicl.training.stopping import taking_signals
 from manyicl.training.throughput import Throughput, TrainingFlops, matrix_rate, throughput_text
@@ -93,6 +94,11 @@ class ManyShotTrainer(Trainer):
             callbacks=[run := RunCounts(), loss := RunLoss(), TrainerHooks(self), *(callbacks or ())],
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled and arguments.bf16:
+            # accelerate would sum gradients, and return losses, in bfloat16.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
         self.most_logits: int | None = None
         self._evaluation = evaluation
@@ -133,7 +139,7 @@ class ManyShotTrainer(Trainer):
         return batches, torch.tensor(weight, device=device, dtype=torch.float32)
 
     def chunk_logits(self) -> str | None:
-        """Let the head make the logits of many positions in chunks, where it can be called by itself.
+        """Let the head make the logits of many positions in chunks, where nothing changes them afterwards.
 
         Returns:
             What was decided; None where no sequence can have so many supervised positions.
@@ -142,15 +148,15 @@ class ManyShotTrainer(Trainer):
         most = most_logits_at_once(model.config.get_text_config().vocab_size)
         if sequences.max_context_tokens <= most:
             return None
-        reason = "several processes share the run"
-        if self.accelerator.num_processes == 1 and not self.is_fsdp_enabled:
-            first = first_tokens(cast(Collator, self.data_collator)([sequences[0]]), NUM_TOKENS_COMPARED)
-            with self.accelerator.autocast():
-                if head_is_separable(model, cast(Batch, send_to_device(first, self.args.device))):
-                    self.most_logits = most
-                    return f"Logits are made for at most {most:,} supervised positions at a time."
-            reason = "the model caps or scales them"
-        return f"Logits are made for all supervised positions of a sequence at once, because {reason}."
+        first = first_tokens(cast(Collator, self.data_collator)([sequences[0]]), NUM_TOKENS_COMPARED)
+        with self.accelerator.autocast():
+            # Before the first step, a model that FSDP will shard is still on the CPU.
+            if head_is_separable(model, cast(Batch, send_to_device(first, model.device))):
+                self.most_logits = most
+                return f"Logits are made for at most {most:,} supervised positions at a time."
+        return (
+            "Logits are made for all supervised positions of a sequence at once, because the model caps or scales them."
+        )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Count the operations of a packed sequence by the formula of the estimates; transformers sums them up."""
@@ -228,7 +234,7 @@ class ManyShotTrainer(Trainer):
             MachineError: If it cannot be written, or a weight is not a finite number.
         """
         step = self.state.global_step
-        self._require_finite_weights()
+        raise_in_all(self._error_in_weights())
         self._run_loss.since_log = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
         self._run_loss.logged_step = self._globalstep_last_logged
         self._run_loss.before_log = self._total_loss_scalar
@@ -276,7 +282,8 @@ class ManyShotTrainer(Trainer):
             )
         super()._load_best_model()
 
-    def _require_finite_weights(self) -> None:
+    def _error_in_weights(self) -> MachineError | None:
+        """Name a weight that is not a finite number, in this process's part of a sharded model."""
         assert self.model is not None
         for name, weights in self.model.named_parameters():
             if not weights.requires_grad:
@@ -284,10 +291,11 @@ class ManyShotTrainer(Trainer):
             local = weights.to_local() if hasattr(weights, "to_local") else weights
             # Both are NaN where any weight is; no copy is made.
             if local.numel() and not torch.isfinite(torch.stack(local.detach().aminmax())).all():
-                raise MachineError(
+                return MachineError(
                     f"A weight of {name} is not a finite number after step {self.state.global_step}, so no checkpoint "
                     f"is saved. {self.checkpoints.last_good()} To avoid it, {LOWER_THE_RATE}."
                 )
+        return None
 
     def restore(self) -> None:
         """Restore from a checkpoint what transformers does not: sums of losses, intervals, and the best one."""
@@ -304,7 +312,7 @@ class ManyShotTrainer(Trainer):
     ) -> dict[str, float]:
         """Call the evaluation that was handed in and log its figures.
 
-        Every process evaluates: a sharded model can only run on all of them at once.
+        Every process calls it, so that they can share the work, or run a sharded model, all at once.
         """
         if self._evaluation is None:
             return {}
