@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,21 @@ def test_data_that_changed_since_training_is_told(
     manifest = Manifest(max_context_tokens=256, tasks=(TrainedTask.of(task),))
     manifest.write(tmp_path / "model")
     evaluate_command(**arguments)  # type: ignore[arg-type]
-    assert "changed since" not in capsys.readouterr().out
+    assert "changed since" not in capsys.readouterr().err
     table = tmp_path / "reviews.csv"
     table.write_text(table.read_text(encoding="utf-8") + "one film more,good\n", encoding="utf-8")
     evaluate_command(**arguments)  # type: ignore[arg-type]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert (
         f"The data of 'reviews' changed since the model was trained on it: hash {task.data_hash[:12]} then" in printed
     )
+
+
+def test_json_is_all_that_is_printed_and_quiet_prints_nothing(
+    arguments: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_command(**arguments, as_json=True)  # type: ignore[arg-type]
+    scores = json.loads(capsys.readouterr().out)
+    assert [(one["model"], one["shots"]) for one in scores] == [("tiny", 0), ("tiny", 2)]
+    evaluate_command(**arguments, quiet=True)  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,20 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.result.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"x\.result\.json"):
         report_command(tmp_path)
+
+
+def test_json_is_all_that_is_printed_and_quiet_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, record in enumerate(RECORDS):
+        ResultStore(tmp_path).save(record.model_copy(update={"key": f"{number:016}"}), [], [])
+    report_command(tmp_path, as_json=True)
+    printed = capsys.readouterr()
+    scores = json.loads(printed.out)
+    assert {(one["model"], one["task"], one["shots"]) for one in scores} == {
+        (one.model_name, one.task, one.num_shots) for one in RECORDS
+    }
+    assert all(one["interval"] is None or one["interval"][0] <= one["score"] <= one["interval"][1] for one in scores)
+    assert (tmp_path / "report.html").is_file()
+    report_command(tmp_path, quiet=True)
+    assert capsys.readouterr() == ("", "")

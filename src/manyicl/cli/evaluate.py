@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
+from manyicl.cli.activity import Activity
 from manyicl.errors import UserError, pluralized, shortened
 from manyicl.outputs import require_output_folder
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from manyicl.engine.engine import Engine
+    from manyicl.evaluation.result import Result
     from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves
     from manyicl.tasks.task import Task
 
@@ -40,6 +41,8 @@ def evaluate_command(
     end_of_answer: options.EndOfAnswer = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure how a model's score grows with the number of examples in its context.
 
@@ -60,42 +63,47 @@ def evaluate_command(
 
     from manyicl.evaluation.report import print_table
     from manyicl.evaluation.shot_curve import EvaluationSettings
+    from manyicl.evaluation.summary import scores_as_json, summarise
     from manyicl.tasks.files import load_tasks
 
     require_output_folder(output)
-    console = Console()
     settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
     loaded = load_tasks(tasks, data_root)
-    engine = options.load_engine(
-        model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
-    )
-    for then, now in engine.manifest.changed_tasks(loaded) if engine.manifest else ():
+    with Activity(Console(stderr=True), quiet=quiet) as activity:
+        activity.begin(f"loading {model}")
+        engine = options.load_engine(
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
+        )
+        _warn_of_changed_data(engine, loaded)
+        curves = measure_with_progress(engine, loaded, output, settings, name, activity)
+    if as_json:
+        typer.echo(json.dumps(scores_as_json(summarise(curves.results)), ensure_ascii=False, indent=2))
+    elif not quiet:
+        print_table(curves.results, Console())
+        found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
+        typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
+
+
+def _warn_of_changed_data(engine: Engine, tasks: list[Task]) -> None:
+    for then, now in engine.manifest.changed_tasks(tasks) if engine.manifest else ():
         hashes = f"hash {then.data_hash[:12]} then, {now.data_hash[:12]} now"
-        typer.secho(f"The data of {now.name!r} changed since the model was trained on it: {hashes}.", fg="yellow")
-    curves = measure_with_progress(engine, loaded, output, settings, name, console)
-    print_table(curves.results, console)
-    found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
-    typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
+        what = f"The data of {now.name!r} changed since the model was trained on it: {hashes}."
+        typer.secho(what, fg="yellow", err=True)
 
 
 def measure_with_progress(
-    engine: Engine, tasks: list[Task], output: Path, settings: EvaluationSettings, name: str | None, console: Console
+    engine: Engine, tasks: list[Task], output: Path, settings: EvaluationSettings, name: str | None, activity: Activity
 ) -> ShotCurves:
     """Measure shot curves and show the progress."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from manyicl.evaluation.result import Result
     from manyicl.evaluation.shot_curve import measure_shot_curves
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("evaluating", total=len(tasks) * len(settings.points()))
+    activity.begin("evaluating", total=len(tasks) * len(settings.points()))
 
-        def advance(result: Result, found: bool) -> None:
-            score = f"{result.task}, {result.num_shots} shots: {result.score:.3f}"
-            progress.update(bar, advance=1, description=score if not found else f"{result.task}, found")
+    def advance(result: Result, found: bool) -> None:
+        score = "found" if found else f"{result.num_shots} shots, seed {result.seed}: {result.score:.3f}"
+        activity.advance(detail=f"{result.task}, {score}")
 
-        return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
+    return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
 
 
 def parse_shots(text: str) -> tuple[int, ...]:

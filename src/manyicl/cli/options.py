@@ -44,6 +44,8 @@ ActivationBudgetMib = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: depends on the device]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print mistakes only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def load_engine(
@@ -56,8 +58,11 @@ def load_engine(
     activation_budget_mib: int | None = None,
 ) -> Engine:
     """Load a model as the options of a command say."""
+    from transformers.utils import logging
+
     from manyicl.engine.engine import Engine
 
+    logging.disable_progress_bar()
     return Engine.from_pretrained(
         model,
         dtype=dtype,

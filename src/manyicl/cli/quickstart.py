@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.cli.activity import Activity
 from manyicl.errors import UserError
 from manyicl.outputs import require_output_folder
 
@@ -180,10 +181,11 @@ def _measure(
     from manyicl.engine.engine import Engine
 
     results: list[Result] = []
-    for name, reference in models.items():
-        with console.status(f"Loading {reference}"):
+    with Activity(console) as activity:
+        for name, reference in models.items():
+            activity.begin(f"loading {reference}")
             engine = Engine.from_pretrained(reference)
-        results += measure_with_progress(engine, tasks, folder, settings, name, console).results
+            results += measure_with_progress(engine, tasks, folder, settings, name, activity).results
     return results
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from manyicl.cli import options
 from manyicl.outputs import require_output_file
 
 PAGE_ENDINGS = (".html", ".htm")
@@ -23,6 +25,8 @@ def report_command(
         bool, typer.Option(help="Include worked predictions; without them, the page has no text of any row.")
     ] = True,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Draw tables and shot curves from the records that `manyicl evaluate` wrote.
 
@@ -44,6 +48,7 @@ def report_command(
     from manyicl.evaluation.report.page import is_report
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture
     from manyicl.evaluation.result import ResultStore
+    from manyicl.evaluation.summary import scores_as_json, summarise
 
     console = Console()
     records = ResultStore(results).load()
@@ -51,10 +56,15 @@ def report_command(
     require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
     if plot is not None:
         require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
-    print_table(records, console, per_task=per_task)
+    if as_json:
+        typer.echo(json.dumps(scores_as_json(summarise(records)), ensure_ascii=False, indent=2))
+    elif not quiet:
+        print_table(records, console, per_task=per_task)
+    is_told = not quiet and not as_json
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot_shot_curves(records, plot)
-        console.print(f"Curves: {plot}", markup=False, soft_wrap=True)
     write_report(results, page, title=title, examples=examples)
-    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    for what, path in (("Curves", plot), ("Report", page)):
+        if path is not None and is_told:
+            console.print(f"{what}: {path}", markup=False, soft_wrap=True)
