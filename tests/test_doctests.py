@@ -15,14 +15,15 @@ MODULES = [
     if ">>> " in path.read_text(encoding="utf-8")
 ]
 # The names that most programs begin with.
-MAIN = {
-    "manyicl.engine.backend": "Backend",
-    "manyicl.engine.engine": "Engine",
-    "manyicl.episodes.encoding": "Encoder",
-    "manyicl.tasks.spec": "TaskSpec",
-    "manyicl.tasks.task": "Task",
-    "manyicl.training.recipe": "Recipe",
-}
+MAIN = [
+    ("manyicl.engine.backend", "Backend"),
+    ("manyicl.engine.engine", "Engine"),
+    ("manyicl.engine.engine", "Prediction"),
+    ("manyicl.episodes.encoding", "Encoder"),
+    ("manyicl.tasks.spec", "TaskSpec"),
+    ("manyicl.tasks.task", "Task"),
+    ("manyicl.training.recipe", "Recipe"),
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -32,8 +33,8 @@ def test_the_examples_of_a_module_run(module: str) -> None:
     assert not tried.failed
 
 
-@pytest.mark.parametrize("module", MAIN)
-def test_a_main_name_has_an_example(module: str) -> None:
-    documented = getattr(importlib.import_module(module), MAIN[module]).__doc__
+@pytest.mark.parametrize(("module", "name"), MAIN)
+def test_a_main_name_has_an_example(module: str, name: str) -> None:
+    documented = getattr(importlib.import_module(module), name).__doc__
     assert documented is not None
     assert ">>> " in documented

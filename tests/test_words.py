@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -49,6 +50,25 @@ def written(path: Path) -> str:
         # The name of a key in files of earlier versions.
         if token.type in kinds and token.string != '"terminator"'
     )
+
+
+# Names that say neither what something holds nor what it does.
+NO_NAMES = {"listed", "shown", "counted", "told", "wanted"}
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the names that a module gives to functions, classes, arguments and values."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return (
+        {node.id for node in nodes if isinstance(node, ast.Name)}
+        | {node.arg for node in nodes if isinstance(node, ast.arg)}
+        | {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    )
+
+
+def test_names_say_what_they_hold_or_do() -> None:
+    found = {path.name: names_in(path) & NO_NAMES for path in (ROOT / "src").rglob("*.py")}
+    assert not {name: names for name, names in found.items() if names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -26,8 +26,12 @@ def reason(error: BaseException) -> str:
     """
     if isinstance(error, ValidationError):
         return _first_problem(error)
-    text = str((isinstance(error, OSError) and error.strerror) or error).strip() or type(error).__name__
-    line = text.splitlines()[0].rstrip(".:; ")
+    return clause((isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__)
+
+
+def clause(text: str) -> str:
+    """Return the first line of what a library says, as `reason` does of an error."""
+    line = (text.strip().splitlines() or [""])[0].rstrip(".:; ")
     for variable in TOKEN_VARIABLES:
         if token := os.environ.get(variable):
             line = line.replace(token, f"${variable}")

@@ -71,6 +71,13 @@ class Prediction:
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the given threshold.
         num_shots: Number of demonstrations before the query that all queries share.
+
+    Examples:
+        >>> prediction = Prediction("good", -0.25, num_shots=4)
+        >>> prediction.answer, prediction.num_shots
+        ('good', 4)
+        >>> prediction.as_json()
+        {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
     """
 
     answer: str
@@ -81,12 +88,7 @@ class Prediction:
     num_shots: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the prediction as JSON holds it; the answer is null where it abstained.
-
-        Examples:
-            >>> Prediction("good", -0.25, num_shots=4).as_json()
-            {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
-        """
+        """Return the prediction as JSON holds it; the answer is null where it abstained."""
         names = ("answer", "log_probability", "stopped", "abstained", "num_shots")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.abstained:

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from manyicl.errors import UserError, did_you_mean, quoted, shortened
-from manyicl.library_errors import reason
+from manyicl.library_errors import clause, reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
 from manyicl.model.gguf_conversion import converted_folder
@@ -198,7 +198,8 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
 
 
 def _named_base(reference: str | Path) -> PretrainedBase | None:
-    return BASES.get(str(reference).removeprefix(BUILTIN_PREFIX)) if str(reference).startswith(BUILTIN_PREFIX) else None
+    name = str(reference)
+    return BASES.get(name.removeprefix(BUILTIN_PREFIX)) if name.startswith(BUILTIN_PREFIX) else None
 
 
 def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -464,7 +465,7 @@ def _cause(reference: str | Path, error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A list of possible reasons follows a colon.
         has_list = bool(lines) and lines[0].endswith(":")
-        return reason(ValueError(shortened(" ".join(lines)))) if has_list else reason(error)
+        return clause(shortened(" ".join(lines))) if has_list else reason(error)
     for path in filter(Path.is_file, (Path(reference, name) for name in ("config.json", "adapter_config.json"))):
         content = json.loads(path.read_text(encoding="utf-8"))
         nested = [content, *(value for value in content.values() if isinstance(value, dict))]

