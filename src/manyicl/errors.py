@@ -95,6 +95,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'trec'?"`` for the nearest known name, or an empty string.
 
     Case counts only where several names are near: ``FAMILY`` is ``family``, and ``Good`` is ``Good`` before ``good``.
+
+    Examples:
+        >>> did_you_mean("trecc", ["trec", "cola"])
+        " Did you mean 'trec'?"
+        >>> did_you_mean("trec", ["trec", "trecs"])
+        ''
     """
     names = list(known)
     if name in names:

@@ -9,7 +9,9 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner, Result
 
-from manyicl.cli.tasks import app, character_encoder, draw, spans_of
+from manyicl.cli.episode_view import draw, spans_of
+from manyicl.cli.task_encoder import character_encoder
+from manyicl.cli.tasks import app
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import UserError

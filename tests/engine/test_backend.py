@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PreTrainedConfig
 
 from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.backend import Sampling
-from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine, Prediction
+from manyicl.engine.engine import READ_AHEAD_QUERIES, Engine
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.prefix_cache import CHUNK_SECONDS, MOST_CHUNK_TOKENS, PrefixCache
 from manyicl.engine.queries import in_batches
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import UserError
-from manyicl.model.attention import ATTENTION
-from manyicl.model.load import LoadedModel, load_model
+from manyicl.model.load import load_model
 from manyicl.tasks.task import Task
 from tests.builders import byte_level_bpe, make_example, make_task, tiny_loaded
 from tests.engine.parts import model_of, refused
@@ -295,14 +294,28 @@ def test_a_prefix_grows_by_labels_it_has_not_seen() -> None:
             engine.extend(extended, (), labels="hat")
 
 
-def test_a_model_whose_configuration_names_its_inner_size_otherwise_answers_like_plain_transformers() -> None:
+GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None)
+OPT = OPTConfig(
+    hidden_size=32,
+    ffn_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    word_embed_proj_dim=32,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+
+
+@pytest.mark.parametrize("config", [GPT2, OPT], ids=lambda config: config.model_type)
+def test_a_model_whose_configuration_names_its_inner_size_otherwise_answers_like_plain_transformers(
+    config: PreTrainedConfig, tmp_path: Path
+) -> None:
     tokenizer = byte_level_bpe()
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None
-    )
-    model = GPT2LMHeadModel._from_config(config, attn_implementation=ATTENTION)
-    model.eval()
-    engine = Engine.local(LoadedModel(model, tokenizer, None, "gpt2", "gpt2"))
+    config = type(config)(**{**config.to_dict(), "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = Engine.local(load_model(tmp_path))
     task = make_task(labels=LABELS)
     prefix = engine.prefill(task, task.train[:3])
     (prediction,) = engine.predict(prefix, ["film"], scores="all")
@@ -311,18 +324,8 @@ def test_a_model_whose_configuration_names_its_inner_size_otherwise_answers_like
     expected = {label: slow_score(plain, before, engine.encoder.answer_ids(label)) for label in LABELS}
     assert prediction.scores is not None
     assert prediction.scores.log_probabilities == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_a_saved_gpt2_is_loaded_and_answers(tmp_path: Path) -> None:
-    tokenizer = byte_level_bpe()
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = Engine.local(load_model(str(tmp_path)))
-    task = free()
-    prediction: Prediction
-    (prediction,) = engine.predict(engine.prefill(task, task.train[:2]), ["film"])
-    assert prediction.log_probability < 0
+    (written,) = engine.predict(engine.prefill(free(), free().train[:2]), ["film"])
+    assert written.log_probability < 0
 
 
 def test_options_longer_than_a_trie_holds_score_like_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,8 +369,10 @@ def test_a_file_that_is_no_compiled_task_is_never_replaced(tmp_path: Path) -> No
     with refused("output_exists"):
         engine.save(compiled, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "text,label\n"
+    (tmp_path / "task.prefix.part").write_text("of the user", encoding="utf-8")
     for _ in range(2):
         engine.save(compiled, tmp_path / "task.prefix")
+    assert (tmp_path / "task.prefix.part").read_text(encoding="utf-8") == "of the user"
     with refused("not_a_compiled_task", what="is a folder"):
         engine.load(tmp_path)
 

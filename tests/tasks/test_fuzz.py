@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyicl.cli.tasks import character_encoder
+from manyicl.cli.task_encoder import character_encoder
 from manyicl.episodes.checks import check_task
 from manyicl.tasks.files import load_task
 from manyicl.tasks.rows import read_rows

@@ -42,6 +42,10 @@ MaxContextTokens = Annotated[
 ActivationBudgetMib = Annotated[
     int | None, typer.Option(min=1, help="Memory for queries in flight; affects speed, not results.")
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: depends on the device]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print mistakes only.")]
