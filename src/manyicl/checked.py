@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -18,16 +20,18 @@ from manyicl.library_errors import lower_case_start, reason
 # No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
 MOST_YAML_VALUES = 100_000
 MOST_YAML_LEVELS = 50
-_SAVE_AS_UTF8 = "Save it as UTF-8."
+SAVE_AS_UTF8 = "Save it as UTF-8."
 # Longer beginnings first: the mark of UTF-16 begins that of UTF-32.
 _NO_UTF8 = (
-    (b"\xff\xfe\0\0", "UTF-32", _SAVE_AS_UTF8),
-    (b"\0\0\xfe\xff", "UTF-32", _SAVE_AS_UTF8),
-    (b"\xff\xfe", "UTF-16", _SAVE_AS_UTF8),
-    (b"\xfe\xff", "UTF-16", _SAVE_AS_UTF8),
-    (b"\x1f\x8b", "packed with gzip", "Unpack it."),
-    (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it, or export it as CSV."),
+    (b"\xff\xfe\0\0", "UTF-32", SAVE_AS_UTF8),
+    (b"\0\0\xfe\xff", "UTF-32", SAVE_AS_UTF8),
+    (b"\xff\xfe", "UTF-16", SAVE_AS_UTF8),
+    (b"\xfe\xff", "UTF-16", SAVE_AS_UTF8),
+    (b"\x1f\x8b", "packed with gzip", "Unpack it, or let the name of a packed table end in .gz."),
+    (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it, or let the name of an Excel workbook end in .xlsx."),
+    (b"\xd0\xcf\x11\xe0", "an old or a protected Office file", "Save it as .xlsx without a password, or as CSV."),
 )
+_WESTERN = ("cp1252", "iso8859-1", "iso8859-15")
 # What torch takes as a number of threads, rows or steps.
 MOST_COUNTED = 2**31 - 1
 
@@ -69,48 +73,121 @@ def read_text(path: Path) -> str:
     return "".join(text_lines(path))
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of UTF-8, with or without a byte order mark, with any line ends, as they are needed.
+def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """Yield the lines of a text, with or without a byte order mark, with any line ends, as they are needed.
+
+    Args:
+        path: The file.
+        encoding: Encoding that the user named; by default UTF-8.
 
     Raises:
-        UserError: If the file cannot be opened, is packed or not UTF-8, or holds NUL bytes, which no text does.
+        UserError: If the file cannot be opened, is packed or not in that encoding, or holds NUL bytes, which no text
+            does.
     """
     try:
         with path.open("rb") as file:
-            yield from decoded_lines(file, path)
+            yield from decoded_lines(file, path, encoding)
     except OSError as error:
         raise UserError("unreadable_file", f"cannot be read, {reason(error)}", file=path) from error
 
 
-def decoded_lines(lines: Iterable[bytes], place: str | Path) -> Iterator[str]:
+def decoded_lines(lines: Iterable[bytes], place: str | Path, encoding: str | None = None) -> Iterator[str]:
     """Decode lines as they come; all line ends become line feeds.
 
     Args:
-        lines: Lines of a file or a stream.
+        lines: Lines of a file or a stream; any other pieces of it do, too.
         place: The file, or what an error names instead.
+        encoding: Encoding that the user named; by default UTF-8.
 
     Raises:
-        UserError: If they are packed or not UTF-8, or hold NUL bytes.
+        UserError: If they are packed or not in that encoding, or hold NUL bytes.
     """
-    for number, content in enumerate(lines, start=1):
-        for beginning, what, remedy in _NO_UTF8 if number == 1 else ():
-            if content.startswith(beginning):
-                raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=place)
+    # Only line feeds end a line in JSON: str.splitlines would also cut at U+2028 and others.
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding or "utf-8")(), translate=True)
+    number, rest = 1, ""
+    is_western = encoding is not None and codecs.lookup(encoding).name in _WESTERN
+    for piece, content in enumerate(chain(lines, [b""])):
+        if piece == 0:
+            _require_text(content, encoding, place)
+        if is_western and not content.isascii():
+            _require_no_utf8(content, str(encoding), place)
+            is_western = False
         try:
-            text = content.decode("utf-8")
-            position = content.find(b"\0")
-        except UnicodeDecodeError as error:
-            position = error.start
-        if position >= 0:
-            wrong = "a NUL byte" if content[position] == 0 else f"the byte 0x{content[position]:02x}"
-            what = "not text in UTF-8"
-            raise UserError("not_utf8", what, found=wrong, remedy=_SAVE_AS_UTF8, file=place, row=number)
-        text = text.lstrip("\ufeff") if number == 1 else text
-        # Only line feeds end a line in JSON: str.splitlines would also cut at U+2028 and others.
-        *ended, rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        yield from (f"{line}\n" for line in ended)
-        if rest:
-            yield rest
+            text = decoder.decode(content, final=not content)
+        except UnicodeError as error:
+            raise _undecodable(error, content, encoding, place, number) from error
+        if "\0" in text:
+            is_utf16 = piece == 0 and encoding is None and text[1::2] == "\0" * (len(text) // 2)
+            remedy = f"It looks like UTF-16 (utf-16-le). {SAVE_AS_UTF8}" if is_utf16 else SAVE_AS_UTF8
+            what = f"not text in {encoding or 'UTF-8'}"
+            raise UserError("not_utf8", what, found="a NUL byte", remedy=remedy, file=place, row=number)
+        *ended, rest = (rest + (text.lstrip("\ufeff") if piece == 0 else text)).split("\n")
+        for line in ended:
+            number += 1
+            yield f"{line}\n"
+    if rest:
+        yield rest
+
+
+def _require_text(beginning: bytes, encoding: str | None, place: str | Path) -> None:
+    """Refuse a file that begins like one of another kind, or of an encoding that was not named."""
+    for mark, what, remedy in _NO_UTF8:
+        if beginning.startswith(mark) and not (encoding and what.startswith("UTF")):
+            raise UserError("not_utf8", f"the file is {what}", expected="text in UTF-8", remedy=remedy, file=place)
+
+
+def _require_no_utf8(content: bytes, encoding: str, place: str | Path) -> None:
+    """Refuse UTF-8 that is named a Western encoding: reading would not fail, and make each accent two wrong letters."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return
+    remedy = "Name the encoding utf-8, or none."
+    raise UserError("not_in_encoding", f"the file is UTF-8, not {encoding}", remedy=remedy, file=place)
+
+
+def _undecodable(error: UnicodeError, content: bytes, encoding: str | None, place: str | Path, row: int) -> UserError:
+    """Make the error for bytes that are no text in an encoding; name another one that they look like."""
+    what, other = f"not text in {encoding or 'UTF-8'}", "Name the encoding that it has."
+    if encoding is not None or not isinstance(error, UnicodeDecodeError):
+        return UserError("not_in_encoding", what, remedy=other, file=place, row=row)
+    remedy = SAVE_AS_UTF8
+    if word := _word_in_cp1252(content):
+        remedy = f"It looks like cp1252, in which a word there is {word!r}. {remedy}"
+    found = f"the byte 0x{error.object[error.start]:02x}"
+    return UserError("not_utf8", what, found=found, remedy=remedy, file=place, row=row)
+
+
+def _word_in_cp1252(line: bytes) -> str | None:
+    """Return the first word with an accent, or another sign of Western Europe, if a line seems to be in cp1252.
+
+    >>> _word_in_cp1252("Gerät,technical".encode("cp1252"))
+    'Gerät'
+    """
+    high = [byte for byte in line if byte > 127]
+    letters = sum(bytes([byte]).isalpha() for byte in line)
+    # Alphabets other than Latin have most of their letters above 127.
+    if not high or 2 * len(high) > letters:
+        return None
+    try:
+        text = line.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    return next((word for word in re.findall(r"[^\W_]+|\S", text) if not word.isascii()), None)
+
+
+def require_encoding(name: str) -> str:
+    """Return the name of an encoding of texts.
+
+    Raises:
+        ValueError: If Python knows none of that name.
+    """
+    try:
+        "".encode(name)
+    except (LookupError, ValueError) as error:
+        hint = did_you_mean(name, ("utf-8", "utf-16", "cp1252", "latin-1", "cp1251", "shift_jis", "gb18030"))
+        raise ValueError(f"no encoding of texts has the name {name!r}{'; ' if hint else ''}{hint.strip()}") from error
+    return name
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

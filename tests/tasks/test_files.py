@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -432,6 +433,22 @@ def test_a_table_may_have_another_delimiter(tmp_path: Path) -> None:
     assert load_task(f"{path}:q:a,delimiter=;").labels == ("x", "y")
 
 
+def test_a_table_may_be_packed_and_in_another_encoding(tmp_path: Path) -> None:
+    rows = "Text;Team\n" + "".join(f"Größe {i};{'x' if i % 2 else 'y'}\n" for i in range(20))
+    (tmp_path / "my tickets.csv.gz").write_bytes(gzip.compress(rows.encode("cp1252")))
+    task = load_task(f"{tmp_path}/my tickets.csv.gz:Text:Team,encoding=cp1252,delimiter=;")
+    assert (task.name, task.labels) == ("my_tickets", ("x", "y"))
+    assert task.train[0].query.text.startswith("Größe")
+    assert task == load_task(f"{tmp_path}/my tickets.csv.gz:Text:Team,encoding=cp1252")
+    write_task(
+        tmp_path / "t",
+        CLASSIFICATION.replace("text", "Text").replace("label", "Team")
+        + "name: my_tickets\n"
+        + "data: {file: ../my tickets.csv.gz, encoding: cp1252}\n",
+    )
+    assert load_task(tmp_path / "t").data_hash == task.data_hash
+
+
 def test_columns_of_a_table_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("Customer text,in\n" + "".join(f"q{i},{'x' if i % 2 else 'y'}\n" for i in range(20)))
@@ -463,6 +480,8 @@ def test_no_name_of_a_column_has_another_meaning(tmp_path: Path, name: str) -> N
         ("text:label,seed=1,seed=2", "the option 'seed' has no value, or is given twice"),
         ("text:label,grup=customer", "Did you mean 'group'"),
         ("text:label,test_fraction=2", "test_fraction"),
+        ("text:label,encoding=cp1253x", r"no encoding of texts has the name 'cp1253x'.*Did you mean 'cp125"),
+        ("text:label,sheet=one", "data: sheet has no effect, for no file is an Excel workbook"),
         ("text:label,family=clasification", "Did you mean 'classification'"),
     ],
 )

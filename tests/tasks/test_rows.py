@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.hub import read_hub_rows
-from manyicl.tasks.rows import read_rows
+from manyicl.tasks.rows import iter_rows, read_rows
 
 AWKWARD = ["007", "NA", "1", "null", "1.50", "", "true"]
 
@@ -132,7 +134,7 @@ def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path) -> Non
         ("rows.csv", b"text,label\na,\xe4\n", r"rows\.csv:2: not text in UTF-8; found the byte 0xe4"),
         ("rows.csv", "text,label\n".encode("utf-16"), r"rows\.csv: the file is UTF-16"),
         ("rows.parquet", b"no parquet", r"rows\.parquet: not a readable Parquet file"),
-        ("rows.xlsx", b"", r"expected one of .*\.csv.* found the suffix '\.xlsx'"),
+        ("rows.xls", b"", r"expected one of .*\.csv.* found the suffix '\.xls'"),
     ],
 )
 def test_a_broken_file_is_refused_by_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -140,6 +142,105 @@ def test_a_broken_file_is_refused_by_line(tmp_path: Path, name: str, content: by
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_rows(path)
+
+
+TICKETS = (
+    "number;body;team\n"
+    '1;"Rechnung für März, bitte prüfen";billing\n'
+    '2;"The app says ""error; 504""\nand closes";technical\n'
+    "3;;accounts\n"
+    "4;Lösch mein Konto;accounts\n"
+)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_delimiter_is_found_where_the_usual_one_leaves_the_header_whole(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "tickets.csv"
+    rows = [["number", "body"], ["1", "März, bitte"], ["2", f"error{delimiter} 504\nand"], ["3", ""]]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assert [list(row.values()) for row in columns(path)] == rows[1:]
+    assert columns(path, delimiter=delimiter) == columns(path)
+
+
+def test_a_delimiter_is_never_guessed_where_the_header_has_two_fields(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("a;b,c;d\n1;2,3;4\n5;6,7;8\n")
+    assert columns(path) == [{"a;b": "1;2", "c;d": "3;4"}, {"a;b": "5;6", "c;d": "7;8"}]
+
+
+def test_commas_are_found_in_a_file_that_is_named_for_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text("text,label\na,b\n")
+    assert columns(path) == [{"text": "a", "label": "b"}]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_a_table_is_read_in_the_encoding_that_is_named(tmp_path: Path, encoding: str, ends: str, suffix: str) -> None:
+    path, plain = tmp_path / f"tickets{suffix}", tmp_path / "plain.csv"
+    plain.write_text(TICKETS, encoding="utf-8")
+    content = TICKETS.replace("\n", ends).encode(encoding)
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    read = read_rows(path, encoding=encoding)
+    assert [row.columns for row in read] == columns(plain)
+    assert [row.line for row in read] == [2, 3, 5, 6]
+
+
+def test_an_accent_at_the_end_of_a_piece_is_whole(tmp_path: Path) -> None:
+    # U+0A0A is two line feeds to a reader of bytes, and 0D 0A a line end in no encoding of two bytes.
+    text = "text,label\n\u0a0a\u0d0a\u0a0d,x\n"
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text.encode("utf-16"))
+    assert columns(path, encoding="utf-16") == [{"text": "\u0a0a\u0d0a\u0a0d", "label": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            TICKETS.encode("cp1252"),
+            r"looks like cp1252, in which a word there is 'für'\. Save it as UTF-8, or name its",
+        ),
+        (TICKETS.encode("utf-16"), r"the file is UTF-16; .* or name its encoding: `,encoding=NAME`"),
+        (TICKETS.encode("utf-16-le"), r"It looks like UTF-16 \(utf-16-le\)\. Save it as UTF-8, or name its encoding"),
+        (gzip.compress(TICKETS.encode()), r"packed with gzip; .* let the name of a packed table end in \.gz"),
+        (b"PK\x03\x04", r"a ZIP archive or a spreadsheet; .* let the name of an Excel workbook end in \.xlsx"),
+        (b"\xd0\xcf\x11\xe0", r"an old or a protected Office file; .* Save it as \.xlsx without a password, or as CSV"),
+    ],
+)
+def test_what_a_table_looks_like_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "tickets.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(path)
+
+
+def test_other_alphabets_are_not_called_western(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text,label\nпривет мир,x\n".encode("cp1251"))
+    with pytest.raises(UserError, match=r"rows\.csv:2: not text in UTF-8; found the byte 0xef\. Save it as"):
+        read_rows(path)
+    assert columns(path, encoding="cp1251") == [{"text": "привет мир", "label": "x"}]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_packed_text_gives_the_rows_of_the_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text('text,label\n"two\nlines",b\n' if suffix == "csv" else '{"text": "two\\nlines", "label": "b"}\n')
+    packed = tmp_path / f"ROWS.{suffix.upper()}.GZ"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert columns(packed) == columns(path) == [{"text": "two\nlines", "label": "b"}]
+
+
+def test_a_packed_file_that_explodes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(b"text\n" + b"a" * 100_000_000, compresslevel=1))
+    with pytest.raises(UserError, match="it unpacks to more than 67,108,864 bytes, over 100 times its size") as caught:
+        for _ in iter_rows(path):
+            pass
+    assert caught.value.code == "unpacks_too_large"
 
 
 def test_a_mistyped_file_is_refused_with_the_nearest(tmp_path: Path) -> None:

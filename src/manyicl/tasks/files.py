@@ -17,14 +17,27 @@ from manyicl.paths import exists, expanded, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
 from manyicl.tasks.hub import LoadDataset, find_split, read_hub_rows
-from manyicl.tasks.rows import DELIMITERS, SUFFIXES, LocatedRow, read_rows, require_file, unknown_suffix
-from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file
+from manyicl.tasks.rows import (
+    EXCEL,
+    SUFFIXES,
+    LocatedRow,
+    is_fielded,
+    is_text,
+    read_rows,
+    require_file,
+    suffix_of,
+    unknown_suffix,
+)
+from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file, row_format
 from manyicl.tasks.task import Family, Task
 from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
-_TABLE = re.compile(rf"(?P<path>.+?\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})):(?P<columns>.+)", re.IGNORECASE)
-_TABLE_FORM = "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
+_TABLE = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(?P<columns>.+)", re.IGNORECASE)
+_TABLE_FORM = (
+    "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
+    "[,delimiter=;][,encoding=cp1252][,sheet=NAME]"
+)
 _MOST_LABELS_INFERRED = 100
 
 
@@ -127,7 +140,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
         return list(found_below)
     if not path.is_file():
         _refuse_missing(path)
-    if path.suffix.lower() in SUFFIXES:
+    if suffix_of(path) in SUFFIXES:
         named = f"{path.name}:text:label for a query column `text` and an answer column `label`"
         remedy = f"Name its columns too, as in {named}."
         raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
@@ -136,7 +149,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
 
 def _refuse_missing(path: Path) -> NoReturn:
     table = Path(str(path).partition(":")[0])
-    if table != path and table.is_file() and table.suffix.lower() not in SUFFIXES:
+    if table != path and table.is_file() and suffix_of(table) not in SUFFIXES:
         raise unknown_suffix(table)
     hints = f"{nearest_path(path)}{catalog_hint(str(path))}"
     remedy = f"{hints} `manyicl tasks list FOLDER` lists those of a folder, `manyicl tasks list` the catalogue."
@@ -195,12 +208,13 @@ def _task_from_table(path: str, columns: str) -> Task:
         settings[key] = value
     table = validated(_Table, {**settings, "file": path}, path)
     file = Path(expanded(path))
-    rows = read_rows(file, delimiter=table.delimiter, quotes=table.quotes)
+    _require_of_use(table, (path,), path)
+    rows = read_rows(file, **row_format(table))
     for column in filter(None, (query_column, answer_column, table.group)):
         require_column(rows, column, file)
     kept = [row for row in rows if str(as_written(row.columns[answer_column])).strip()]
     values = {
-        "name": table.name or fit_name(file.stem),
+        "name": table.name or fit_name(file.name[: -len(suffix_of(file))]),
         "family": table.family or _inferred_family([row.columns[answer_column] for row in kept]),
         "query": _column_template(query_column),
         "answer": _column_template(answer_column),
@@ -234,16 +248,27 @@ def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset
         ]
         return builder.two_sided_task(*sides)
     paths = (data.file,) if isinstance(data, OneFile) else (*data.train, *data.test)
-    if not any(Path(path).suffix.lower() in DELIMITERS for path in paths):
-        for key in data.model_fields_set & {"delimiter", "quotes"}:
-            what = f"data: {key} has no effect, for no file is CSV or TSV"
-            raise UserError("no_effect", what, remedy="Leave it out.", file=file, field=f"data.{key}")
+    _require_of_use(data, paths, file)
     rows_of = {path: _read_local(path, data, file, data_root) for path in paths}
     if isinstance(data, OneFile):
         return builder.split_task(rows_of[data.file], data)
     return builder.two_sided_task(
         *([row for path in side for row in rows_of[path]] for side in (data.train, data.test))
     )
+
+
+def _require_of_use(data: TwoFiles | OneFile, paths: Sequence[str], place: str | Path) -> None:
+    """Refuse what says how to read a kind of file that is not there."""
+    files = [Path(path) for path in paths]
+    kinds: tuple[tuple[set[str], str, bool], ...] = (
+        ({"delimiter", "quotes"}, "CSV or TSV", any(map(is_fielded, files))),
+        ({"encoding"}, "a text", any(map(is_text, files))),
+        ({"sheet"}, "an Excel workbook", any(suffix_of(path) in EXCEL for path in files)),
+    )
+    for keys, kind, is_there in kinds:
+        for key in () if is_there else sorted(data.model_fields_set & keys):
+            what = f"data: {key} has no effect, for no file is {kind}"
+            raise UserError("no_effect", what, remedy="Leave it out.", file=place, field=f"data.{key}")
 
 
 def _hub_rows(
@@ -276,7 +301,7 @@ def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_ro
         what = f"the data file {looked} does not exist"
         raise UserError("missing_file", what, remedy=hint, file=task_file, field="data")
     require_file(path)
-    rows = read_rows(path, delimiter=data.delimiter, quotes=data.quotes)
+    rows = read_rows(path, **row_format(data))
     if not rows and not (isinstance(data, TwoFiles) and written in data.test):
         remedy = f"Add some, or leave the file out of {task_file}."
         raise UserError("no_rows", "the file holds no rows", remedy=remedy, file=path)

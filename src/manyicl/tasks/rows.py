@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV, TSV and Parquet files, with their values as written and the location of each row."""
+"""Rows of JSONL, CSV, TSV, Parquet and Excel files, with values as written and the location of each row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
-from manyicl.checked import text_lines
+from manyicl.checked import SAVE_AS_UTF8, decoded_lines, text_lines
 from manyicl.errors import UserError, located, pluralized, shortened
 from manyicl.library_errors import reason
 from manyicl.paths import exists, nearest_path
+from manyicl.tasks.packed import unpacked_lines
 from manyicl.tasks.values import NumberText, as_text
 
 Quotes = Literal["csv", "none"]
@@ -24,12 +25,24 @@ _QUOTING: Mapping[Quotes, Literal[0, 3]] = {"csv": csv.QUOTE_MINIMAL, "none": cs
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
-SUFFIXES: tuple[str, ...] = (*JSON_LINES, *DELIMITERS, *PARQUET)
+EXCEL = (".xlsx",)
+GZIP = ".gz"
+TEXTS: tuple[str, ...] = (*JSON_LINES, *DELIMITERS)
+SUFFIXES: tuple[str, ...] = (*TEXTS, *PARQUET, *EXCEL, *(f"{suffix}{GZIP}" for suffix in TEXTS))
+_KINDS = f"{', '.join((*TEXTS, *PARQUET, *EXCEL))}, or a text packed as {GZIP}"
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar")
 _USUAL_DELIMITERS = (";", "\t", "|", ",")
 _NUM_RECORDS_COMPARED = 20
 _NUM_LINES_COMPARED = 1_000
 _EXCEL_NOTE = re.compile(r'"?sep=\W?"?', re.IGNORECASE)
+_ENCODING_PLACES = (
+    "`,encoding=NAME` after the columns of a table, `encoding: NAME` under `data` in a task.yaml, `--encoding NAME` "
+    "for queries"
+)
+_DELIMITER_PLACES = (
+    '`,delimiter=;` after the columns of a table, `delimiter: ";"` under `data` in a task.yaml, `--delimiter` for '
+    "queries"
+)
 _JSON_LINES_REMEDY = "`jq -c '.[]'` or pandas `to_json(orient='records', lines=True)` writes that."
 _QUOTES_REMEDY = "If double quotes are ordinary characters there, set `quotes: none` under `data` in a task.yaml."
 # Far more than rows have, and far fewer than Python can write out again.
@@ -56,41 +69,94 @@ class LocatedRow:
         return f"{self.file.rpartition('/')[2]}:{self.line}"
 
 
-def read_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv") -> list[LocatedRow]:
+class RowFormat(TypedDict, total=False):
+    """How a file of rows is to be read, as far as its name does not say.
+
+    Attributes:
+        delimiter: Character between CSV fields. By default a comma, in ``.tsv`` a tab; where that leaves the header one
+            field, the one other usual delimiter that cuts the first rows into as many fields each.
+        quotes: ``csv`` for fields that may be in double quotes, ``none`` where a double quote is an ordinary character,
+            as in many TSV files; by default ``csv``.
+        encoding: Encoding of a text; by default UTF-8.
+        sheet: Sheet of an Excel workbook; by default the only one with content.
+    """
+
+    delimiter: str | None
+    quotes: Quotes
+    encoding: str | None
+    sheet: str | None
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says what a file holds, in lower case.
+
+    >>> suffix_of(Path("tickets.CSV.gz"))
+    '.csv.gz'
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes) if suffixes[-1:] == [GZIP] else "".join(suffixes[-1:])
+
+
+def is_fielded(path: Path) -> bool:
+    """Tell whether a file is CSV or TSV, packed or not: whether it has a delimiter."""
+    return suffix_of(path).removesuffix(GZIP) in DELIMITERS
+
+
+def is_text(path: Path) -> bool:
+    """Tell whether a file of rows is a text, packed or not: whether it has an encoding."""
+    return suffix_of(path).removesuffix(GZIP) in TEXTS
+
+
+def read_rows(path: Path, **how: Unpack[RowFormat]) -> list[LocatedRow]:
     """Read all rows of a file by its suffix; arguments and errors are those of `iter_rows`."""
-    return list(iter_rows(path, delimiter=delimiter, quotes=quotes))
+    return list(iter_rows(path, **how))
 
 
-def iter_rows(path: Path, *, delimiter: str | None = None, quotes: Quotes = "csv") -> Iterator[LocatedRow]:
+def iter_rows(path: Path, **how: Unpack[RowFormat]) -> Iterator[LocatedRow]:
     """Read the rows of a file by its suffix, one after another.
 
     ``007``, ``NA`` and ``1`` stay the text they are, which is why neither pandas nor `datasets` reads here.
     Numbers of JSON and Parquet become text too, so that the same table gives the same task in every form.
 
     Args:
-        path: A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file; text in UTF-8, with or without a byte
-            order mark, lines ended by LF or CRLF.
-        delimiter: Character between CSV fields; by default a comma, or a tab in ``.tsv``.
-        quotes: ``csv`` for fields that may be in double quotes, ``none`` where a double quote is an
-            ordinary character, as in many TSV files.
+        path: A ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet`` or ``.xlsx`` file; a text may be packed as ``.gz``, have a
+            byte order mark, and lines ended by LF or CRLF.
+        how: Delimiter, quotes, encoding and sheet, as far as its name does not say.
 
     Raises:
-        UserError: If the file is missing, of another kind, not UTF-8, or broken; it names the line.
+        UserError: If the file is missing, of another kind, in another encoding, or broken; it names the line.
     """
     require_file(path)
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix in PARQUET:
         return _parquet_rows(path)
-    if suffix in JSON_LINES:
-        return json_rows(text_lines(path), str(path))
-    if suffix in DELIMITERS:
-        return _csv_rows(path, delimiter or DELIMITERS[suffix], quotes)
-    raise unknown_suffix(path)
+    if suffix in EXCEL:
+        from manyicl.tasks.workbook import workbook_rows
+
+        return workbook_rows(path, how.get("sheet"))
+    if suffix not in SUFFIXES:
+        raise unknown_suffix(path)
+    lines = _lines(path, how.get("encoding"))
+    if is_fielded(path):
+        return _csv_rows(path, lines, how.get("delimiter"), how.get("quotes", "csv"))
+    return json_rows(lines, str(path))
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+    """Yield the lines of a text, unpacked; where it is in another encoding, say where that is named."""
+    is_packed = path.suffix.lower() == GZIP
+    lines = decoded_lines(unpacked_lines(path), path, encoding) if is_packed else text_lines(path, encoding)
+    try:
+        yield from lines
+    except UserError as error:
+        if error.remedy and error.remedy.endswith(SAVE_AS_UTF8):
+            error.remedy = f"{error.remedy.removesuffix('.')}, or name its encoding: {_ENCODING_PLACES}."
+        raise
 
 
 def unknown_suffix(path: Path) -> UserError:
     """Make the error for a file that is no table."""
-    expected, found = f"one of {', '.join(SUFFIXES)}", f"the suffix {path.suffix!r}"
+    expected, found = f"one of {_KINDS}", f"the suffix {path.suffix!r}"
     remedy = "Unpack it." if path.suffix.lower() in _PACKED else "Export it as CSV."
     return UserError("unknown_suffix", "not a table", expected=expected, found=found, remedy=remedy, file=path)
 
@@ -105,7 +171,7 @@ def require_file(path: Path) -> None:
         raise UserError("missing_file", "the file does not exist", remedy=nearest_path(path), file=path)
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "this is no plain file"
-        raise UserError("not_a_file", what, expected=f"a file of rows ({', '.join(SUFFIXES)})", file=path)
+        raise UserError("not_a_file", what, expected=f"a file of rows ({_KINDS})", file=path)
 
 
 def json_rows(lines: Iterable[str], file: str) -> Iterator[LocatedRow]:
@@ -164,20 +230,23 @@ def _num_levels(value: Any) -> int:
     return 1 + max(map(_num_levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
-def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow]:
+def _csv_rows(path: Path, lines: Iterator[str], given: str | None, quotes: Quotes) -> Iterator[LocatedRow]:
     # The limit of 131,072 characters a field is the csv module's own, and process-wide.
     csv.field_size_limit(2**31 - 1)
-    lines = text_lines(path)
     first_lines = list(islice(lines, _NUM_LINES_COMPARED))
     if note := _EXCEL_NOTE.fullmatch("".join(first_lines[:1]).strip(" \n")):
         what = f"{note[0]!r} tells Excel the delimiter and is no header"
         raise UserError("excel_note", what, remedy="Delete that line.", file=path, row=1)
+    usual = DELIMITERS[suffix_of(path).removesuffix(GZIP)]
+    with located(file=path, row=1):
+        delimiter = given or _delimiter_of(first_lines, usual, quotes)
+    between = f" between {delimiter!r}" if delimiter not in (given, usual) else ""
     header: list[str] | None = None
     for line, fields in _records(path, chain(first_lines, lines), delimiter, quotes):
         if header is None:
             try:
-                header = _checked_header(fields)
-                if len(header) == 1:
+                header = checked_header(fields)
+                if len(header) == 1 and given:
                     _require_one_column(first_lines, header[0], delimiter, quotes)
             except UserError as error:
                 raise error.at(file=path, row=line) from None
@@ -186,11 +255,8 @@ def _csv_rows(path: Path, delimiter: str, quotes: Quotes) -> Iterator[LocatedRow
             remedy = "Put a field that holds the delimiter in double quotes."
             if surplus and not any(map(str.strip, surplus)):
                 remedy = f"Delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end."
-            what, expected, found = (
-                "the row does not fit the header",
-                pluralized(len(header), "field"),
-                str(len(fields)),
-            )
+            what, found = "the row does not fit the header", str(len(fields))
+            expected = f"{pluralized(len(header), 'field')}{between}"
             code = "wrong_number_of_fields"
             raise UserError(code, what, expected=expected, found=found, remedy=remedy, file=path, row=line)
         else:
@@ -212,8 +278,8 @@ def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -
         raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
 
 
-def _checked_header(fields: list[str]) -> list[str]:
-    """Return the column names of a first line.
+def checked_header(fields: list[str]) -> list[str]:
+    """Return the names in the header of a table.
 
     Raises:
         UserError: If a name is empty or occurs twice.
@@ -228,18 +294,39 @@ def _checked_header(fields: list[str]) -> list[str]:
     return names
 
 
-def _require_one_column(lines: Iterable[str], name: str, delimiter: str, quotes: Quotes) -> None:
-    """Refuse a table of one column that another delimiter cuts into as many fields in each of its first records.
+def _delimiter_of(lines: Sequence[str], usual: str, quotes: Quotes) -> str:
+    """Return the usual delimiter, or where that leaves the header one field, the only other one that fits the table.
+
+    Raises:
+        UserError: If several fit.
+    """
+    header = next(filter(None, csv.reader(lines, delimiter=usual, quoting=_QUOTING[quotes])), [])
+    fitting = [other for other in _USUAL_DELIMITERS if other != usual and _fits(lines, other, quotes)]
+    if len(header) != 1 or not fitting:
+        return usual
+    if len(fitting) > 1:
+        what, found = "the delimiter of the table is not clear", " and ".join(map(repr, fitting))
+        remedy = f"Name it: {_DELIMITER_PLACES}."
+        raise UserError("several_delimiters", what, expected="one that fits", found=found, remedy=remedy)
+    return fitting[0]
+
+
+def _fits(lines: Iterable[str], delimiter: str, quotes: Quotes) -> bool:
+    """Tell whether a delimiter cuts each of the first records into as many fields, two or more.
 
     A name may hold such a character by itself, as ``"Question; if any"`` does, and queries are often in one column.
     """
+    records = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes])
+    nums_fields = {len(fields) for fields in islice(filter(None, records), 1 + _NUM_RECORDS_COMPARED)}
+    return len(nums_fields) == 1 and nums_fields != {1}
+
+
+def _require_one_column(lines: Iterable[str], name: str, delimiter: str, quotes: Quotes) -> None:
+    """Refuse a table of one column that another delimiter than the one the user named fits."""
     for other in filter(delimiter.__ne__, _USUAL_DELIMITERS):
-        records = csv.reader(lines, delimiter=other, quoting=_QUOTING[quotes])
-        nums_fields = {len(fields) for fields in islice(filter(None, records), 1 + _NUM_RECORDS_COMPARED)}
-        if len(nums_fields) == 1 and nums_fields != {1}:
-            quoted = " If it is one column, put its name in double quotes." if quotes == "csv" else ""
-            setting = f"Set `delimiter: {json.dumps(other)}` under `data` in a task.yaml (for queries: `--delimiter`)"
-            remedy = f"{setting}, or save the file with {delimiter!r}.{quoted}"
+        if _fits(lines, other, quotes):
+            note = " If it is one column, put its name in double quotes." if quotes == "csv" else ""
+            remedy = f"It is {other!r}, so it seems. Name that, or none: {_DELIMITER_PLACES}.{note}"
             what, expected = "the table has another delimiter", f"fields between {delimiter!r}"
             raise UserError("wrong_delimiter", what, expected=expected, found=f"the one column {name!r}", remedy=remedy)
 

@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, read_text, validated
+from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, read_text, require_encoding, validated
 from manyicl.errors import UserError, did_you_mean, quoted
-from manyicl.tasks.rows import Quotes
+from manyicl.tasks.rows import Quotes, RowFormat
 from manyicl.tasks.sandbox import MOST_CHARACTERS
 from manyicl.tasks.spec import Family, required_distinct
 
 Delimiter = Annotated[
     Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None,
     Field(description="One character between CSV fields, no double quote or line break."),
+]
+Encoding = Annotated[
+    Annotated[str, AfterValidator(require_encoding)] | None,
+    Field(description="Encoding of the text, such as cp1252 or utf-16; by default UTF-8."),
+]
+Sheet = Annotated[
+    str | None, Field(description="Sheet of an Excel workbook; by default the only one with content.", min_length=1)
 ]
 QuotesKey = Annotated[Quotes, Field(description="csv, or none where a double quote is an ordinary character.")]
 Count = Annotated[int, Field(ge=1, le=MOST_COUNTED)]
@@ -39,6 +46,11 @@ def fit_name(written: str) -> str:
     return _UNFIT_FOR_NAMES.sub("_", written)
 
 
+def row_format(data: TwoFiles | OneFile) -> RowFormat:
+    """Return how the files of a task are to be read."""
+    return {"delimiter": data.delimiter, "quotes": data.quotes, "encoding": data.encoding, "sheet": data.sheet}
+
+
 class TwoFiles(Section):
     """Rows in files of their own for each side."""
 
@@ -46,6 +58,8 @@ class TwoFiles(Section):
     test: tuple[str, ...] = Field((), description="Rows that are only test queries; may be omitted.")
     delimiter: Delimiter = None
     quotes: QuotesKey = "csv"
+    encoding: Encoding = None
+    sheet: Sheet = None
 
     @field_validator("train", "test", mode="before")
     @classmethod
@@ -64,6 +78,8 @@ class OneFile(Section):
     )
     delimiter: Delimiter = None
     quotes: QuotesKey = "csv"
+    encoding: Encoding = None
+    sheet: Sheet = None
 
 
 class HubData(Section):
