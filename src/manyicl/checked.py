@@ -14,7 +14,7 @@ import yaml
 from annotated_types import Le
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from manyicl.errors import UserError, did_you_mean, quoted
+from manyicl.errors import UserError, did_you_mean, located, quoted
 from manyicl.library_errors import lower_case_start, reason
 
 # No recipe or task file comes near these; a few lines of aliases of aliases amount to billions of values.
@@ -314,12 +314,11 @@ def validated(model: type[ModelT], values: Mapping[Any, Any] | str, place: str |
     Raises:
         UserError: If anything is wrong; it says the first.
     """
-    try:
-        return model.model_validate_json(values) if isinstance(values, str) else model.model_validate(dict(values))
-    except ValidationError as error:
-        raise _first_error(model, error, key).at(file=place) from error
-    except UserError as error:
-        raise error.at(file=place)  # noqa: B904
+    with located(file=place):
+        try:
+            return model.model_validate_json(values) if isinstance(values, str) else model.model_validate(dict(values))
+        except ValidationError as error:
+            raise _first_error(model, error, key) from error
 
 
 def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +34,18 @@ def exists(path: Path) -> bool:
     except OSError as error:
         what = f"cannot be looked for, {reason(error)}"
         raise UserError("bad_path", what, expected="the path of a file", file=shortened(str(path))) from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and in all folders in it, in order; links are followed, each folder is read once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def nearest_path(path: Path) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
 from manyicl.library_errors import reason
+from manyicl.paths import files_below
 from manyicl.tasks.task import Family
 
 RECORD_ENDING = ".result.json"
@@ -180,7 +180,9 @@ class ResultStore:
         if not self.folder.is_dir():
             raise UserError("not_a_folder", "not a folder of results", file=self.folder)
         records = []
-        for path in _record_files(self.folder):
+        for path in files_below(self.folder):
+            if not path.name.endswith(RECORD_ENDING):
+                continue
             records.append(_parsed(Result, path.read_bytes(), path))
             self._folders[records[-1].stem] = path.parent
         if not records:
@@ -213,18 +215,6 @@ def _parsed(kind: type[RecordT], content: bytes, path: Path, row: int | None = N
         what = f"not a complete record of this version, {reason(error)}"
         remedy = "Delete the result and evaluate again."
         raise UserError("broken_record", what, remedy=remedy, file=path, row=row) from error
-
-
-def _record_files(folder: Path) -> Iterator[Path]:
-    """Yield the record files of a folder and of those below it; links to folders are followed, each folder once."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in sorted(names) if name.endswith(RECORD_ENDING))
 
 
 def _lines(records: Iterable[_Record]) -> str:

@@ -134,13 +134,13 @@ class TaskBuilder:
                 examples.append(self._render(row))
             except UserError as error:
                 reason = _BAD_ROWS.get(error.code)
-                if reason is None:
-                    raise error.at(file=row.file, row=row.line)  # noqa: B904
-                if self.keys.bad_rows == "refuse":
+                if reason is not None and self.keys.bad_rows == "drop":
+                    self.dropped[reason] += 1
+                    continue
+                if reason is not None:
                     remedy = f"Fix the row, or set `bad_rows: drop` in a task.yaml for {self.name!r}."
                     error.remedy = f"{error.remedy or ''} {remedy}".strip()
-                    raise error.at(file=row.file, row=row.line)  # noqa: B904
-                self.dropped[reason] += 1
+                raise error.at(file=row.file, row=row.line)  # noqa: B904
         return tuple(examples)
 
     def _render(self, row: LocatedRow) -> Example:

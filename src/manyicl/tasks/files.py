@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Literal, NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import MachineError, UserError, did_you_mean, located, quoted
-from manyicl.paths import exists, expanded, nearest_path
+from manyicl.paths import exists, expanded, files_below, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
 from manyicl.tasks.hub import LoadDataset, find_split, read_hub_rows
@@ -157,19 +156,8 @@ def _refuse_missing(path: Path) -> NoReturn:
 
 
 def _task_files_below(folder: Path) -> list[Path]:
-    """Find the task files in a folder and all folders in it; each folder once, though links lead to it again."""
-    found: list[Path] = []
-    visited: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        if TASK_FILE in files:
-            found.append(Path(place) / TASK_FILE)
-    return sorted(found)
+    """Find the task files in a folder and all folders in it."""
+    return sorted(path for path in files_below(folder) if path.name == TASK_FILE)
 
 
 def _matching_places(pattern: str) -> list[str | Path]:
@@ -235,8 +223,8 @@ def _inferred_family(answers: Sequence[object]) -> Literal["classification", "ge
 
 def _column_template(column: str) -> str:
     """Write the template of a column alone, whatever its name."""
-    quoted = column.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{{{{ row['{quoted}'] }}}}"
+    escaped = column.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{{{{ row['{escaped}'] }}}}"
 
 
 def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:

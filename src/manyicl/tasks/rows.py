@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from manyicl.checked import SAVE_AS_UTF8, decoded_lines, text_lines
 from manyicl.errors import UserError, located, pluralized, shortened
-from manyicl.library_errors import reason
+from manyicl.library_errors import clause, reason
 from manyicl.paths import exists, nearest_path
 from manyicl.tasks.packed import unpacked_lines
 from manyicl.tasks.values import NumberText, as_text
@@ -198,7 +198,7 @@ def _parse_json(text: str) -> dict[str, Any]:
         )
         is_deep = text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS
     except json.JSONDecodeError as error:
-        what = f"broken JSON at character {error.colno}, {reason(ValueError(error.msg))}"
+        what = f"broken JSON at character {error.colno}, {clause(error.msg)}"
         remedy = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else None
         raise UserError("broken_json", what, expected="one object a line", remedy=remedy) from error
     except RecursionError:
