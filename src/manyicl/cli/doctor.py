@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.cli.options import Overrides
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,10 +23,7 @@ NAME_WIDTH = 14
 
 def doctor_command(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe, to see what it would use on this machine.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Show what this machine offers and, for a recipe, what it would use here and everything that is missing.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.cli.options import Overrides
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
 from manyicl.training.processes import end_processes, is_main_process, processes_per_machine
 from manyicl.training.stopping import taking_signals
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file that describes the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="Replace training.seed.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder.")
