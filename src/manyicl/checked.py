@@ -117,7 +117,9 @@ def decoded_lines(lines: Iterable[bytes], place: str | Path, encoding: str | Non
         except UnicodeError as error:
             raise _undecodable(error, content, encoding, place, number) from error
         if "\0" in text:
-            is_utf16 = piece == 0 and encoding is None and text[1::2] == "\0" * (len(text) // 2)
+            # Letters of Latin alone have a NUL byte as every second one there.
+            alternates = "\0" not in text[::2] and text[1::2] == "\0" * (len(text) // 2)
+            is_utf16 = piece == 0 and encoding is None and alternates
             remedy = f"It looks like UTF-16 (utf-16-le). {SAVE_AS_UTF8}" if is_utf16 else SAVE_AS_UTF8
             what = f"not text in {encoding or 'UTF-8'}"
             raise UserError("not_utf8", what, found="a NUL byte", remedy=remedy, file=place, row=number)

@@ -127,7 +127,7 @@ def this_machine() -> Machine:
         num_torch_threads=torch.get_num_threads(),
         gpus=gpus(),
         cuda=cuda_version(),
-        gpu_driver=_listed("driver/nvidia/version", r"^NVRM version:.*?\s(\d+\.\d+[.\d]*)\s") or None,
+        gpu_driver=_found_in_proc("driver/nvidia/version", r"^NVRM version:.*?\s(\d+\.\d+[.\d]*)\s") or None,
         libraries={name: library_version(name) for name in CORE_LIBRARIES},
         optional_libraries={name: library_version(name) for name in OPTIONAL_LIBRARIES},
         hub_offline=bool(constants.HF_HUB_OFFLINE),
@@ -186,10 +186,10 @@ def processor() -> Processor:
 
     logical = os.cpu_count() or 1
     # Nothing is listed outside Linux.
-    flags = set(_listed("cpuinfo", r"^(?:flags|Features)\s*:(.*)$").split())
+    flags = set(_found_in_proc("cpuinfo", r"^(?:flags|Features)\s*:(.*)$").split())
     features = tuple(name for flag, name in _FEATURES.items() if flag in flags)
     return Processor(
-        name=_listed("cpuinfo", r"^model name\s*:(.*)$") or platform.processor() or platform.machine(),
+        name=_found_in_proc("cpuinfo", r"^model name\s*:(.*)$") or platform.processor() or platform.machine(),
         num_physical_cores=psutil.cpu_count(logical=False),
         num_logical_cores=logical,
         num_usable_cores=_num_usable_cores(logical),
@@ -219,11 +219,11 @@ def _memory_bytes() -> tuple[int, int]:
 
 def _control_group_limit(name: str) -> str:
     """Return a limit of the control group (version 2) that a container runs in; ``max`` or nothing for none."""
-    own = CONTROL_GROUPS / _listed("self/cgroup", r"^0::/(.*)$")
+    own = CONTROL_GROUPS / _found_in_proc("self/cgroup", r"^0::/(.*)$")
     return (_text(own / name) or _text(CONTROL_GROUPS / name)).strip()
 
 
-def _listed(file: str, pattern: str) -> str:
+def _found_in_proc(file: str, pattern: str) -> str:
     """Return what a pattern captures in a file of the kernel; nothing where there is none."""
     match = re.search(pattern, _text(PROC / file), re.MULTILINE)
     return match[1].strip() if match else ""

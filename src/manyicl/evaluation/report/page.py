@@ -59,7 +59,7 @@ def write_report(
         store = ResultStore(results)
         results = store.load()
     store = store if examples else None
-    rendered = [_shown(part, store) for part in parts or (Part("", results),)]
+    rendered = [_content_of(part, store) for part in parts or (Part("", results),)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"score": _score, "signed": _signed, "family": family_title, "shortened": _shortened}
     source = files("manyicl.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def write_report(
     return output
 
 
-def _shown(part: Part, store: ResultStore | None) -> dict[str, object]:
+def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
     """Collect what the page says of one comparison; worked predictions only from a folder of results."""
     summary = part.summary
     names = {name for record in summary.records for name in record.versions}
