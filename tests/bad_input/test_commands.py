@@ -19,12 +19,50 @@ PREDICT = "predict --model MODEL --task t --input new.jsonl --output answers.jso
 EVALUATE = "evaluate --model MODEL --tasks t --output results"
 QUERIES = lines({"text": "film 3"}, {"text": "play 4"})
 FREE = spoilt("classification", "generation", KEYS) + DATA
-ANSWERED = ("answers.jsonl.part",)
+ANSWERED = ("answers.jsonl.part", "answers.jsonl.part.json")
 
 
 def asking(queries: str | bytes, name: str = "new.jsonl") -> dict[str, str | bytes]:
     """The task and a file of queries."""
     return {**task(), name: queries}
+
+
+BAD_ROWS: dict[str, tuple[list[dict[str, object]], int, str, str]] = {
+    "a query without its column": (
+        [{"text": "a"}, {"txt": "b"}],
+        2,
+        "missing_column",
+        "Template '{{ text }}' names the column 'text', which is missing; found the columns ['txt']. Did you mean",
+    ),
+    "an empty query among others": ([{"text": "a"}, {"text": " "}], 2, "empty_query", "it is empty"),
+    "a query that is null": ([{"text": None}], 1, "empty_query", "it is empty"),
+    "a query of half a character": (
+        [{"text": "a"}, {"text": "\ud83d"}, {"text": "c"}],
+        2,
+        "half_a_character",
+        "it holds '\\ud83d'",
+    ),
+    "a query of a megabyte": (
+        [{"text": "a"}, {"text": "film " * 200_000}, {"text": "c"}],
+        2,
+        "query_too_long",
+        " tokens are needed with 0 demonstrations and its answer; max_context_tokens is 512.",
+    ),
+    "a query of ten megabytes": (
+        [{"text": "film " * 2_000_000}, {"text": "b"}],
+        1,
+        "template_fails",
+        "Template '{{ text | trim }}' fails: ",
+    ),
+}
+
+
+def bad_row(name: str) -> dict[str, str | bytes]:
+    """The task and a file of queries, one of which cannot be answered."""
+    files = asking(lines(*BAD_ROWS[name][0]))
+    if name == "a query of ten megabytes":
+        files["t/task.yaml"] = spoilt("{{ text }}", "{{ text | trim }}", KEYS) + DATA
+    return files
 
 
 ASKED = [
@@ -42,50 +80,17 @@ ASKED = [
         task(),
     ),
     refused("no queries", PREDICT, "no_rows", file="new.jsonl", files=asking("\n\n")),
-    Case(
-        "a query without its column",
-        PREDICT,
-        ("new.jsonl:2: Template '{{ text }}' names the column 'text'", "Did you mean 'txt'?"),
-        asking(lines({"text": "a"}, {"txt": "b"})),
-    ),
-    refused(
-        "an empty query among others",
-        PREDICT,
-        "empty_query",
-        file="new.jsonl",
-        row=3,
-        files=asking(lines({"text": "a"}) + "\n" + lines({"text": " "})),
-    ),
-    refused(
-        "a query that is null", PREDICT, "empty_query", file="new.jsonl", row=1, files=asking(lines({"text": None}))
-    ),
-    refused(
-        "a query of half a character",
-        PREDICT,
-        "half_a_character",
-        file="new.jsonl",
-        row=2,
-        what="it holds '\\ud83d'",
-        files=asking(lines({"text": "a"}, {"text": "\ud83d"})),
-        leaves=ANSWERED,
-    ),
-    refused(
-        "a query of a megabyte",
-        PREDICT,
-        "query_too_long",
-        file="new.jsonl",
-        row=2,
-        files=asking(lines({"text": "a"}, {"text": "film " * 200_000})),
-        leaves=ANSWERED,
-    ),
-    Case(
-        "a query of ten megabytes",
-        PREDICT,
-        ("new.jsonl:1: ", "more than 4,000,000 characters"),
-        {
-            **asking(lines({"text": "film " * 2_000_000})),
-            "t/task.yaml": spoilt("{{ text }}", "{{ text | trim }}", KEYS) + DATA,
-        },
+    *(
+        refused(
+            name,
+            f"{PREDICT} --bad-rows refuse",
+            code,
+            file="new.jsonl",
+            row=row,
+            files=bad_row(name),
+            leaves=ANSWERED,
+        )
+        for name, (_, row, code, _) in BAD_ROWS.items()
     ),
     Case("queries of broken JSON", PREDICT, ("new.jsonl:2: broken JSON",), asking('{"text": "a"}\n{"text": \n')),
     Case(
@@ -134,7 +139,7 @@ ASKED = [
     ),
     Case(
         "a query without its column on standard input",
-        "predict --model MODEL --task t --input -",
+        "predict --model MODEL --task t --input - --bad-rows refuse",
         ("standard input:2: Template", "'text'"),
         task(),
         stdin='\n{"txt": "a"}\n',
@@ -171,13 +176,26 @@ ASKED = [
         file="answers.csv",
         files={**asking(QUERIES), "answers.csv": "text,label\na,good\n"},
     ),
-    refused(
-        "answers where an interrupted run left some",
+    accepted(
+        "answers where an interrupted run left some, of an earlier version",
         PREDICT,
-        "output_in_progress",
-        remedy="Give it another name, or remove it",
-        file="answers.jsonl.part",
+        "Starting anew: answers.jsonl.part is of an interrupted run with nothing that says what it was made of.",
         files={**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "answer": "good", "log_probability": -1})},
+    ),
+    refused(
+        "a file of somebody where answers are kept until they are complete",
+        PREDICT,
+        "output_exists",
+        remedy="Give another name",
+        file="answers.jsonl.part",
+        files={**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "label": "good"})},
+    ),
+    refused(
+        "a folder where answers are kept until they are complete",
+        PREDICT,
+        "output_exists",
+        file="answers.jsonl.part",
+        files={**asking(QUERIES), "answers.jsonl.part/x": ""},
     ),
     refused(
         "answers below a file",
@@ -230,7 +248,7 @@ ASKED = [
         row=2,
         remedy="Write to .jsonl, where rows may differ.",
         files=asking(lines({"text": "a"}, {"text": "b", "id": 1})),
-        leaves=("answers.csv.part",),
+        leaves=("answers.csv.part", "answers.csv.part.json"),
     ),
     Case(
         "more shots than rows",
@@ -582,6 +600,21 @@ def test_a_mistake_in_a_command_is_one_sentence(
     case: Case, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meet(case, tmp_path, monkeypatch, capsys, model_folder)
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_is_refused_is_reported_where_the_file_is_to_be_finished(
+    name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(name, PREDICT, files=bad_row(name), exit_code=3, leaves=("answers.jsonl",))
+    meet(case, tmp_path, monkeypatch, capsys, model_folder)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows, bad, _, problem = BAD_ROWS[name]
+    assert len(answers) == len(rows)
+    for row, answer in enumerate(answers, start=1):
+        assert (answer["answer"] is None) == (row == bad)
+        assert (problem if row == bad else "") in str(answer["problem"] or "")
+        assert bool(answer["problem"]) == (row == bad)
 
 
 @table_of(MEASURED)

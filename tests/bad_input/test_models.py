@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from manyicl.model.manifest import Manifest
 from tests.bad_input.case import Case, accepted, meet, refused, table_of
-from tests.bad_input.files import RECIPE, TRAIN, lines, recipe, spoilt, task, task_with
+from tests.bad_input.files import DATA, KEYS, RECIPE, TRAIN, lines, recipe, spoilt, task, task_with
 from tests.builders import byte_level_bpe, word_level
 from tests.model.exports import save_adapter, save_model
 
@@ -341,7 +341,7 @@ MODELS = [
     ),
     refused(
         "a context too small for the query",
-        f"{PREDICT} --max-context-tokens 3",
+        f"{PREDICT} --max-context-tokens 3 --bad-rows refuse",
         "query_too_long",
         what="8 tokens are needed with 0 demonstrations and its answer;",
         file="new.jsonl",
@@ -678,20 +678,34 @@ COMPILED = [
         expected="at most max_context_tokens, 20",
         files=QUERIES,
     ),
-    refused(
-        "a compiled task and a task",
+    accepted(
+        "a compiled task and its task",
         "predict --model m --task t --prefix t.prefix --input new.jsonl",
-        "conflicting_options",
-        what="demonstrations come from one place",
-        expected="either --task or --prefix",
         files=QUERIES,
+    ),
+    refused(
+        "a compiled task and its task with another row",
+        "predict --model m --task t --prefix t.prefix --input new.jsonl",
+        "compiled_task_outdated",
+        found="other rows; 0 demonstrations of ",
+        remedy="Run `manyicl compile --update`",
+        file="t.prefix",
+        files={**QUERIES, "t/train.jsonl": lines(*TRAIN, {"text": "one more", "label": "good"})},
+    ),
+    refused(
+        "a compiled task and its task with another instruction",
+        "predict --model m --task t --prefix t.prefix --input new.jsonl",
+        "compiled_task_outdated",
+        found="another instruction template",
+        file="t.prefix",
+        files={**QUERIES, "t/task.yaml": KEYS + DATA + "instruction: Judge.\n"},
     ),
     refused(
         "neither a compiled task nor a task",
         "predict --model m --input new.jsonl",
-        "conflicting_options",
-        what="demonstrations come from one place",
-        expected="either --task or --prefix",
+        "no_task_named",
+        what="nothing says where demonstrations come from",
+        expected="--task, --prefix or both",
         files=QUERIES,
     ),
     refused(

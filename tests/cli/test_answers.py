@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from manyicl.cli.answers import answers_written
+from manyicl.cli.unfinished import answers_written
 from manyicl.tasks.rows import iter_rows
 from manyicl.tasks.task import Task
 from tests.cli.test_predict import EARLIER, run
@@ -34,7 +34,7 @@ def test_half_a_character_in_a_carried_column_is_an_escape_in_both_kinds_of_outp
     assert row["note"] == "a \\ud83d b"
     assert predict(monkeypatch, model_folder, table, queries, tmp_path / "answers.jsonl") == 0
     assert json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))["note"] == "a \ud83d b"
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_numbers_and_truth_values_of_a_row_come_back_as_they_were(
@@ -42,10 +42,13 @@ def test_numbers_and_truth_values_of_a_row_come_back_as_they_were(
 ) -> None:
     row = {"id": 3, "share": 0.25, "code": "007", "done": True, "none": None, "ids": [1, "2", {"a": 3.5}]}
     queries = tmp_path / "new.jsonl"
-    queries.write_text(json.dumps({"text": "film", **row}) + "\n", encoding="utf-8")
+    numbers = '"sum": 1.10, "big": 12345678901234567890123, "tiny": 1E-7, "huge": 1e400, "more": [-0.0, {"a": 2.50}]'
+    queries.write_text(json.dumps({"text": "film", **row})[:-1] + f", {numbers}}}\n", encoding="utf-8")
     assert predict(monkeypatch, model_folder, table, queries, tmp_path / "answers.jsonl") == 0
-    answer = json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
+    written = (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+    answer = json.loads(written)
     assert {name: answer[name] for name in row} == row
+    assert numbers in written
     assert predict(monkeypatch, model_folder, table, queries, tmp_path / "answers.csv") == 0
     (fields,) = csv.DictReader(io.StringIO((tmp_path / "answers.csv").read_text(encoding="utf-8")))
     assert [fields[name] for name in row] == ["3", "0.25", "007", "true", "", '[1, "2", {"a": 3.5}]']
@@ -81,25 +84,27 @@ def test_an_empty_stream_replaces_no_earlier_answers(
     assert predict(monkeypatch, model_folder, table, "-", output) == 2
     assert "there is no row to answer" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == EARLIER
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_the_second_of_two_runs_on_one_output_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     rows: list[dict[str, Any]] = [{"text": "film", "answer": "good", "log_probability": -1.0}]
-    with answers_written(output, {}) as write:
-        with refused("output_in_progress", file=f"{output}.part"):
+    with answers_written(output, {}) as answers:
+        with refused("output_in_progress", file=str(output)):
             answers_written(output, {}).__enter__()
-        assert write(rows) == 1
+        answers.begin(None, print)
+        assert answers.write(rows) == 1
     assert json.loads(output.read_text(encoding="utf-8")) == rows[0]
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_an_ending_in_capitals_is_the_same_format(tmp_path: Path) -> None:
     output = tmp_path / "answers.CSV"
     for log_probability in (-1.0, -2.0):  # the second run replaces the first one's file
-        with answers_written(output, {}) as write:
-            write([{"answer": "good", "log_probability": log_probability}])
+        with answers_written(output, {}) as answers:
+            answers.begin(None, print)
+            answers.write([{"answer": "good", "log_probability": log_probability}])
     assert output.read_text(encoding="utf-8").split() == ["answer,log_probability", "good,-2.0"]
 
 
@@ -109,8 +114,13 @@ def test_whatever_ends_a_run_leaves_a_part_only_where_there_are_answers(tmp_path
         yield from [{"answer": "good", "log_probability": -1.0}] * num_rows
         raise RuntimeError("not expected")
 
-    with pytest.raises(RuntimeError), answers_written(tmp_path / "answers.jsonl", {}) as write:
-        write(rows())
+    def write() -> None:
+        with answers_written(tmp_path / "answers.jsonl", {}) as answers:
+            answers.begin(None, print)
+            answers.write(rows())
+
+    with pytest.raises(RuntimeError):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl.part"][: min(num_rows, 1)]
 
 

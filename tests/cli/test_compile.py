@@ -79,8 +79,8 @@ def test_nearest_rows_are_shown_to_each_query(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "either --task or --prefix"),
-        (["--task", "TABLE", "--prefix", "PREFIX"], "either --task or --prefix"),
+        ([], "--task, --prefix or both"),
+        (["--task", "TABLE", "--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
         (["--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
         (["--prefix", "PREFIX", "--nearest", 3], "--nearest goes with --task"),
         (["--prefix", "none.prefix"], "does not exist"),
@@ -184,6 +184,7 @@ def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "film"}\n{"text": " "}\n', encoding="utf-8")
     common = ["predict", "--task", f"{table}:text:label", "--shots", 2, "--output", tmp_path / "answers.jsonl"]
+    common += ["--bad-rows", "refuse"]
     assert run(monkeypatch, *common, "--model", "runs/nowhere", "--input", rows) == 2
     assert "rows.jsonl:2: it is empty" in capsys.readouterr().err
     rows.write_text("", encoding="utf-8")
@@ -194,7 +195,6 @@ def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late
     printed = capsys.readouterr().err
     assert "standard input:2: it holds" in printed
     assert "answers.jsonl.part" in printed
-    (tmp_path / "answers.jsonl.part").unlink()
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film", "note": "\\ud800"}\n'))
     assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 0
     assert answers(tmp_path / "answers.jsonl")[0]["note"] == "\ud800"

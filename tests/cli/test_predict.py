@@ -145,20 +145,15 @@ def test_earlier_answers_are_replaced_and_rows_of_a_person_are_not(
     assert "rows of task 'tickets'" in capsys.readouterr().err
 
 
-def test_answers_of_an_interrupted_run_are_left_alone_and_none_are_promised_where_there_are_none(
+def test_no_answers_are_promised_where_there_are_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "answers.csv"
-    part = tmp_path / "answers.csv.part"
     arguments = ["predict", "--model", model_folder, "--task", f"{table}:text:label", "--shots", 2, "--input", "-"]
     monkeypatch.setattr("sys.stdin", io.StringIO("broken\n"))
     assert run(monkeypatch, *arguments, "--output", output) == 2
     assert ".part" not in capsys.readouterr().err
-    assert not part.exists()
-    part.write_text(EARLIER, encoding="utf-8")
-    assert run(monkeypatch, *arguments, "--output", output) == 2
-    assert "answers.csv.part: it holds the answers of a run that was interrupted" in capsys.readouterr().err
-    assert part.read_text(encoding="utf-8") == EARLIER
+    assert not list(tmp_path.glob("answers.csv*"))
 
 
 def test_queries_are_read_as_the_rows_of_the_task_are(

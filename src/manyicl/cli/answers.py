@@ -1,21 +1,16 @@
-"""Where `manyicl predict` writes its answers: next to their queries, in a file that is complete or absent."""
+"""How `manyicl predict` writes answers next to their queries: JSON lines or CSV, rows as they come."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-import typer
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from manyicl.errors import UserError
-from manyicl.outputs import require_output_file
+from manyicl.outputs import require_ending
 from manyicl.tasks.values import NumberText, as_written
 
 if TYPE_CHECKING:
@@ -23,61 +18,156 @@ if TYPE_CHECKING:
 
 STANDARD_STREAM = Path("-")
 ANSWER_COLUMNS = frozenset({"answer", "log_probability"})
+_JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
 
 Row = dict[str, Any]
-Write = Callable[[Iterable[Row]], int]
+Columns = Callable[[], Sequence[str]]
 
 
-@contextmanager
-def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator[Write]:
-    """Check an output before anything is computed, and yield what writes rows to it and counts them.
+class Earlier(NamedTuple):
+    """Rows that are in a file before others are added.
 
-    Rows go to ``OUTPUT.part``, which belongs to this run from the check on, and take their name once all are there. A
-    mistake half-way leaves an earlier output as it was, and the answers so far in that file.
+    Attributes:
+        num_rows: Number of them.
+        columns: Columns that all of them have; none where rows may differ.
+    """
 
-    Args:
-        output: ``.jsonl`` or ``.csv`` file, or ``-`` for JSON lines on standard output.
-        inputs: Files that are read, by the option that names them.
+    num_rows: int = 0
+    columns: Sequence[str] = ()
+
+
+class Form(Protocol):
+    """A form of files with answers, which may be cut after any byte until they are complete."""
+
+    def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
+        """Write rows as they come.
+
+        Args:
+            stream: Opened without translation of line ends.
+            rows: Rows.
+            earlier: Rows that are there already.
+            columns_without_rows: Called for the columns of a table where no row comes, or to refuse that.
+
+        Returns:
+            Number of rows, the earlier ones among them.
+
+        Raises:
+            UserError: If rows differ in a form that does not allow it.
+        """
+
+    def complete_rows(self, path: Path) -> tuple[int, int]:
+        """Count the rows that are complete, and the bytes up to their end."""
+
+    def columns(self, path: Path) -> Sequence[str]:
+        """Return the columns that all rows have; none where rows may differ."""
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Read complete rows again; in CSV every value is text."""
+
+
+def form_of(output: Path) -> Form:
+    """Choose the form of a file by its ending.
 
     Raises:
-        UserError: If the output cannot be written, would replace another file, another run writes it or was
-            interrupted, or rows differ in a CSV file.
+        UserError: If it has another ending.
     """
-    if output == STANDARD_STREAM:
-        if sys.stdout is None:
-            raise UserError("closed_stream", "standard output is closed", remedy="Name a file with --output.")
-        yield partial(_write_json, sys.stdout)
-        return
-    require_output_file(output, endings=(".jsonl", ".csv"), is_ours=_is_ours, inputs=inputs)
-    part = output.with_name(f"{output.name}.part")
-    write = _write_csv if output.suffix.lower() == ".csv" else _write_json
+    require_ending(output, (".jsonl", ".csv"))
+    return CsvForm() if output.suffix.lower() == ".csv" else JsonLinesForm()
+
+
+class JsonLinesForm:
+    """One JSON object a line; columns may differ."""
+
+    def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
+        """Write rows as they come, and count them; see `Form`."""
+        num_rows = earlier.num_rows
+        for row in rows:
+            num_rows += 1
+            # Half a character, which UTF-8 cannot hold, is written as the escape that it came as.
+            stream.write(as_json(row).encode("utf-8", "backslashreplace").decode() + "\n")
+            stream.flush()
+        if not num_rows:
+            columns_without_rows()
+        return num_rows
+
+    def complete_rows(self, path: Path) -> tuple[int, int]:
+        """Count the lines that end."""
+        with path.open("rb") as file:
+            lengths = [len(line) for line in file if line.endswith(b"\n")]
+        return len(lengths), sum(lengths)
+
+    def columns(self, path: Path) -> Sequence[str]:
+        """Rows may differ."""
+        return ()
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Read the rows again."""
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+class CsvForm:
+    """Comma-separated values with a header, as Python's csv module writes them; all rows have the same columns."""
+
+    def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
+        """Write rows as they come, and count them; see `Form`."""
+        num_rows = earlier.num_rows
+        table = csv.DictWriter(stream, earlier.columns) if num_rows else None
+        for row in rows:
+            num_rows += 1
+            table = table or _with_header(stream, list(row))
+            if set(row) != set(table.fieldnames):
+                what, remedy = "it has other columns than the rows before it", "Write to .jsonl, where rows may differ."
+                expected, found = str(sorted(table.fieldnames)), str(sorted(row))
+                raise UserError("other_columns", what, expected=expected, found=found, remedy=remedy, row=num_rows)
+            table.writerow({column: _as_field(value) for column, value in row.items()})
+            stream.flush()
+        if table is None:
+            _with_header(stream, columns_without_rows())
+        return num_rows
+
+    def complete_rows(self, path: Path) -> tuple[int, int]:
+        """Count the lines at which no quote is open; the first is the header."""
+        num_records = num_bytes = position = num_quotes = 0
+        with path.open("rb") as file:
+            for line in file:
+                position += len(line)
+                num_quotes += line.count(b'"')
+                # A quote within a field is doubled, so a complete record has an even number of them.
+                if line.endswith(b"\n") and num_quotes % 2 == 0:
+                    num_records += 1
+                    num_bytes = position
+        return (num_records - 1, num_bytes) if num_records > 1 else (0, 0)
+
+    def columns(self, path: Path) -> Sequence[str]:
+        """Read the header."""
+        with path.open(encoding="utf-8", newline="") as file:
+            return next(csv.reader(file), ())
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Read the rows again, every value as text."""
+        # The limit of 131,072 characters a field is the csv module's own, and process-wide.
+        csv.field_size_limit(2**31 - 1)
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file)
+
+
+def _with_header(stream: IO[str], columns: Sequence[str]) -> csv.DictWriter[str]:
+    table = csv.DictWriter(stream, columns)
+    table.writeheader()
+    return table
+
+
+def has_answers(path: Path) -> bool:
+    """Tell whether the first row of a file has the columns of an answer."""
     try:
-        # It must not exist, so that two runs never write the same file. CSV has no escape for half a character.
-        stream = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
-    except FileExistsError as error:
-        what = "it holds the answers of a run that was interrupted, or of one that still writes them"
-        remedy = "Give it another name, or remove it; then start again."
-        raise UserError("output_in_progress", what, remedy=remedy, file=part) from error
-    with stream:
-        try:
-            yield partial(write, stream)
-        except BaseException as error:
-            stream.close()
-            _say_what_is_left(part, error)
-            raise
-    part.replace(output)
-
-
-def _say_what_is_left(part: Path, error: BaseException) -> None:
-    """Keep the answers so far and say where they are; remove a file without any."""
-    has_answers = part.stat().st_size > 0
-    if not has_answers:
-        part.unlink()
-    if isinstance(error, UserError) and has_answers:
-        error.remedy = " ".join(filter(None, [error.remedy, f"The answers before it are in {part}."]))
-    elif isinstance(error, KeyboardInterrupt):
-        left = f"the answers so far are in {part}" if has_answers else "no answer yet"
-        typer.echo(f"Stopped; {left}.", err=True)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.name.lower().removesuffix(".part").endswith(".csv"):
+                return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
+            row = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError, csv.Error):
+        return False
+    return isinstance(row, dict) and ANSWER_COLUMNS.issubset(row)
 
 
 def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path) -> None:
@@ -102,61 +192,20 @@ def with_answer(row: Row, answer: Row) -> Row:
     return {**kept, **answer}
 
 
-def _is_ours(path: Path) -> bool:
-    """Tell whether the first row of a file has the columns of an answer."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
-            row = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError, csv.Error):
-        return False
-    return isinstance(row, dict) and ANSWER_COLUMNS.issubset(row)
-
-
-def _write_json(stream: IO[str], rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines as they come, and count them."""
-    num_rows = 0
-    for row in rows:
-        num_rows += 1
-        line = json.dumps(_with_numbers(row), ensure_ascii=False)
-        # Half a character, which UTF-8 cannot hold, is written as the escape that it came as.
-        stream.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
-    return num_rows
-
-
-def _write_csv(stream: IO[str], rows: Iterable[Row]) -> int:
-    """Write rows as CSV as they come, and count them."""
-    num_rows = 0
-    table: csv.DictWriter[str] | None = None
-    for num_rows, row in enumerate(rows, start=1):
-        if table is None:
-            table = csv.DictWriter(stream, fieldnames=list(row))
-            table.writeheader()
-        if set(row) != set(table.fieldnames):
-            what, remedy = "it has other columns than the rows before it", "Write to .jsonl, where rows may differ."
-            expected, found = str(sorted(table.fieldnames)), str(sorted(row))
-            raise UserError("other_columns", what, expected=expected, found=found, remedy=remedy, row=num_rows)
-        table.writerow({column: _as_field(value) for column, value in row.items()})
-    return num_rows
-
-
 def _as_field(value: object) -> object:
-    if isinstance(value, list | dict):
-        return json.dumps(_with_numbers(value), ensure_ascii=False)
-    return as_written(value)
+    return as_json(value) if isinstance(value, list | dict) else as_written(value)
 
 
-def _with_numbers(value: Any) -> Any:
-    """Turn numbers that were read as text back into numbers, in lists and mappings too."""
+def as_json(value: object) -> str:
+    r"""Write a value as JSON; a number that was read as text is written as it was.
+
+    >>> as_json({"share": NumberText("1.50"), "ids": [NumberText("1e400"), "7"]})
+    '{"share": 1.50, "ids": [1e400, "7"]}'
+    """
     if isinstance(value, dict):
-        return {name: _with_numbers(part) for name, part in value.items()}
+        return "{" + ", ".join(f"{as_json(str(name))}: {as_json(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
-        return [_with_numbers(part) for part in value]
-    if not isinstance(value, NumberText):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        number = float(value)
-        return number if math.isfinite(number) else str(value)
+        return "[" + ", ".join(map(as_json, value)) + "]"
+    if isinstance(value, NumberText) and _JSON_NUMBER.fullmatch(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)

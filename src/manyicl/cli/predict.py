@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyicl.cli import options
-from manyicl.cli.answers import STANDARD_STREAM, answers_written, require_no_rows_of
+from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
+from manyicl.cli.unfinished import MadeOf, answers_written, hash_of_file
+from manyicl.engine.queries import BadRows
 from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from rich.console import Console
 
+    from manyicl.cli.demonstrations import Demonstrations
+    from manyicl.cli.queries import Queries
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.queries import AnswerOptions
     from manyicl.engine.task_prefix import TaskPrefix
+    from manyicl.tasks.task import Task
+
+BAD_ROWS_EXIT_CODE = 3
+# Parameters of the command that say where things are; what is there is compared by its content.
+_PLACES = ("model", "task", "prefix", "data_root", "input_path", "output")
+BadRowsOption = Annotated[
+    BadRows,
+    typer.Option(
+        help="What to do with a row that cannot be answered: report it in the column `problem` and go on, ending with "
+        "exit code 3, or refuse it with exit code 2."
+    ),
+]
 
 
 def predict_command(
+    context: typer.Context,
     model: options.Model,
     input_path: Annotated[
         Path,
@@ -59,6 +77,7 @@ def predict_command(
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the most probable tokens that together reach this probability.")
     ] = None,
+    bad_rows: BadRowsOption = "report",
     data_root: options.DataRoot = None,
     max_context_tokens: options.MaxContextTokens = None,
     activation_budget_mib: options.ActivationBudgetMib = None,
@@ -69,12 +88,18 @@ def predict_command(
 ) -> None:
     """Answer the queries in a file, given demonstrations of a task.
 
-    Every output row is the input row with `answer`, `log_probability` and `stopped` added. A free answer that
-    reached the length limit before it ended has `stopped: false`. Until all answers are complete they are in
-    `OUTPUT.part`; after an interrupted run, the next one does not overwrite that file, and says so.
+    Every output row is the input row with `answer`, `log_probability`, `stopped` and `problem` added. A free answer
+    that reached the length limit before it ended has `stopped: false`. A row that cannot be answered, because it is
+    empty, too long or lacks a value, has no answer, and `problem` says why; the command then ends with exit code 3.
+
+    Until all answers are complete they are in `OUTPUT.part`. A run that was interrupted is continued by the same
+    command, to the same answers; if input, model, task or options changed, it starts anew and says so.
 
     As many demonstrations are used as fit with the longest of the first 1,024 queries. If a later query needs more
     tokens, fewer demonstrations are used from there on, and a message says so.
+
+    With `--prefix`, `--task` may name the task that was compiled: if it changed since then, the command says so and
+    answers nothing.
 
     Examples:
 
@@ -85,68 +110,143 @@ def predict_command(
         cat new.jsonl | manyicl predict --model runs/one-model --task tickets.csv:text:label --shots 64 --input -
     """
     from rich.console import Console
-    from rich.progress import Progress
 
-    from manyicl.cli.queries import Queries, rows_of
-    from manyicl.engine.backend import Sampling
-    from manyicl.tasks.files import load_task
+    from manyicl.cli.demonstrations import Demonstrations
+    from manyicl.cli.queries import open_queries
 
     console = Console(stderr=True)
-    values = {"temperature": temperature, "top_p": top_p}
-    given = {name: value for name, value in values.items() if value is not None}
-    sampling = Sampling(**given, seed=seed or 0) if given else None
-    only_with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": data_root}
-    _require_one_source(task, prefix, only_with_task if sampling else {**only_with_task, "--seed": seed})
-    how: AnswerOptions = {"abstain_below": abstain_below, "sampling": sampling}
-    how["scores"] = "all" if scores or abstain_below is not None else "best"
-    with answers_written(output, {"--input": input_path, "--prefix": prefix}) as write:
-        loaded = None if task is None else load_task(task, data_root)
-        queries = Queries(input_path, rows_of(input_path, task, delimiter))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    how = _answer_options(temperature, top_p, seed or 0, scores, abstain_below, bad_rows)
+    with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": None if task else data_root}
+    _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
+    columns = partial(answer_columns, scores, abstain_below is not None, bad_rows == "report")
+    with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
+        queries = open_queries(input_path, task, delimiter, bad_rows)
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
-        if loaded is not None:
-            require_no_rows_of(loaded.name, chain(loaded.train, loaded.test), output)
-            demonstrations = loaded.demonstrations(len(loaded.train) if shots is None else shots, seed or 0)
-            first = [] if input_path == STANDARD_STREAM else queries.read_ahead(loaded)
+        examples = Demonstrations.of(task, data_root, shots, seed or 0, prefix)
+        examples.require_no_rows_of(output)
+        first = [] if examples.task is None or input_path == STANDARD_STREAM else queries.read_ahead(examples.task)
         engine = options.load_engine(
             model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
         )
-        tell = partial(describe, console, engine)
-        if loaded is None:
-            compiled = engine.load(prefix or "")
-            require_no_rows_of(compiled.task.name, compiled.demonstrations, output)
-            tell(compiled)
-            predictions = engine.predict(compiled, queries.rendered(compiled.task), **how)
-        else:
-            rows = chain(first, queries.rendered(loaded))
-            predictions = engine.answer(loaded, demonstrations, rows, num_nearest=nearest, on_prefix=tell, **how)
-        answered = queries.answered(predictions, _columns(scores, abstain_below is not None))
-        with Progress(console=console) as progress:
-            num_answers = write(progress.track(answered, description="Answering"))
+        examples.load_compiled(engine)
+        examples.require_no_rows_of(output)
+        tally = Tally()
+        made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, input_path, context.params)
+        tally.take(answers.begin(made_of, say))
+        how["num_answered"] = tally.num_rows
+        queries.skip(tally.num_rows)
+        stream = chain(first, queries.rendered(examples.queried_task))
+        predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
+        rows = tally.counting(_tracked(console, queries.answered(predictions, columns)))
+        answers.write(rows, partial(_columns_without_rows, queries, examples.queried_task, columns))
     if output != STANDARD_STREAM:
-        console.print(f"{pluralized(num_answers, 'answer')} written to {output}", markup=False, highlight=False)
+        say(f"{pluralized(tally.num_rows, 'answer')} written to {output}")
+    if bad_rows == "report" and tally.num_problems:
+        what = f"{tally.num_problems:,} of {pluralized(tally.num_rows, 'row')} could not be answered"
+        say(f"{what}; the column `problem` says why.")
+        raise typer.Exit(BAD_ROWS_EXIT_CODE)
+
+
+def _answer_options(
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    scores: bool,
+    abstain_below: float | None,
+    bad_rows: BadRows,
+) -> AnswerOptions:
+    """Turn options of the command into those of the engine."""
+    from manyicl.engine.backend import Sampling
+
+    values = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in values.items() if value is not None}
+    return {
+        "scores": "all" if scores or abstain_below is not None else "best",
+        "abstain_below": abstain_below,
+        "sampling": Sampling(**given, seed=seed) if given else None,
+        "bad_rows": bad_rows,
+    }
+
+
+@dataclass
+class Tally:
+    """Counts of the rows of an output.
+
+    Attributes:
+        num_rows: Rows that are written.
+        num_problems: Rows among them that could not be answered.
+    """
+
+    num_rows: int = 0
+    num_problems: int = 0
+
+    def counting(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on, and count them."""
+        for row in rows:
+            self.num_rows += 1
+            self.num_problems += bool(row.get("problem"))
+            yield row
+
+    def take(self, rows: Iterable[Row]) -> None:
+        """Count rows that are written already."""
+        for _ in self.counting(rows):
+            pass
+
+
+def _made_of(engine: Engine, examples: Demonstrations, queries: Path, options: Mapping[str, object]) -> MadeOf:
+    """Put down what answers depend on."""
+    from manyicl.model.manifest import library_versions
+
+    identity = engine.identity
+    model = (identity.fingerprint, identity.config_hash, identity.dtype, engine.encoder.text_hash)
+    return MadeOf(
+        input=hash_of_file(queries),
+        model=" ".join(model),
+        task=examples.content_hash(),
+        options={name: str(value) for name, value in options.items() if name not in _PLACES},
+        versions=library_versions(),
+    )
+
+
+def _tracked(console: Console, rows: Iterable[Row]) -> Iterator[Row]:
+    """Pass rows on, and show their progress."""
+    from rich.progress import Progress
+
+    with Progress(console=console) as progress:
+        yield from progress.track(rows, description="Answering")
+
+
+def _columns_without_rows(queries: Queries, task: Task, columns: Callable[[Prediction], Row]) -> list[str]:
+    """List the columns of an output without rows; refuse that where the queries have not even a header."""
+    from manyicl.engine.engine import Prediction
+
+    return list(with_answer(dict.fromkeys(queries.columns_without_rows(task)), columns(Prediction("", 0.0))))
 
 
 def _require_one_source(task: str | None, prefix: Path | None, only_with_task: Mapping[str, object]) -> None:
-    """Refuse a call that names the source of demonstrations twice, or not at all."""
-    if (task is None) == (prefix is None):
-        what = "demonstrations come from one place"
-        raise UserError("conflicting_options", what, expected="either --task or --prefix")
+    """Refuse a call that names no source of demonstrations, or options that a compiled task has settled."""
+    if task is None and prefix is None:
+        what = "nothing says where demonstrations come from"
+        raise UserError("no_task_named", what, expected="--task, --prefix or both")
     given = [name for name, value in only_with_task.items() if value is not None]
     if prefix is not None and given:
         what = f"{given[0]} goes with --task; a compiled task holds its demonstrations already"
         raise UserError("conflicting_options", what, field=given[0])
 
 
-def _columns(with_scores: bool, may_abstain: bool) -> Callable[[Prediction], dict[str, Any]]:
-    """Return a function that turns a prediction into the columns of an output row."""
-    kept = {"answer", "log_probability", "stopped"}
-    kept |= {"abstained"} if may_abstain else set()
-    kept |= {"scores", "probabilities"} if with_scores else set()
-
-    def columns(prediction: Prediction) -> dict[str, Any]:
-        known = {name: value for name, value in prediction.as_json().items() if name in kept}
-        return {**known, "log_probability": round(prediction.log_probability, 6)}
-
+def answer_columns(with_scores: bool, may_abstain: bool, may_have_problems: bool, prediction: Prediction) -> Row:
+    """Turn a prediction into the columns of an output row."""
+    known = prediction.as_json()
+    columns = {name: known[name] for name in ("answer", "log_probability", "stopped")}
+    if may_abstain:
+        columns["abstained"] = known["abstained"]
+    if with_scores:
+        columns |= {name: known.get(name) for name in ("scores", "probabilities")}
+    if may_have_problems:
+        columns["problem"] = known.get("problem")
+    if prediction.problem is None:
+        columns["log_probability"] = round(prediction.log_probability, 6)
     return columns
 
 

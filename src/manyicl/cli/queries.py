@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from manyicl.checked import decoded_lines
-from manyicl.cli.answers import STANDARD_STREAM, with_answer
+from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
 from manyicl.errors import UserError, located, shortened
 from manyicl.tasks.files import task_places
-from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, iter_rows, json_rows
+from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, column_names, has_header, iter_rows, json_rows
 from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Prediction
+    from manyicl.engine.queries import BadRows
     from manyicl.tasks.task import Query, Task
 
 STANDARD_INPUT = "standard input"
 
 
-def rows_of(path: Path, task: str | None, delimiter: str | None) -> Iterator[LocatedRow]:
+def open_queries(path: Path, task: str | None, delimiter: str | None, bad_rows: BadRows) -> Queries:
     """Read queries one after another, from a file of the kind of the task's own rows as these are read, or a stream.
 
     Args:
         path: File of queries; ``-`` for JSON lines on standard input.
         task: Reference of the task, whose file may name delimiter and quotes.
         delimiter: Character between fields; None for that of the task.
+        bad_rows: Whether a row that cannot be rendered is refused, or passed on with the reason.
 
     Raises:
         UserError: If the delimiter cannot be used, or standard input is closed.
@@ -42,12 +45,16 @@ def rows_of(path: Path, task: str | None, delimiter: str | None) -> Iterator[Loc
         if delimiter is not None:
             what = "--delimiter goes with queries in a .csv or .tsv file"
             raise UserError("useless_option", what, found=repr(str(path)), field="--delimiter")
-        return _standard_input() if path == STANDARD_STREAM else iter_rows(path)
+        if path == STANDARD_STREAM:
+            return Queries(path, _standard_input(), bad_rows)
+        return Queries(path, iter_rows(path), bad_rows, partial(column_names, path))
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         what, found = "--delimiter is not one character, or is a double quote or line break", shortened(repr(delimiter))
         raise UserError("bad_delimiter", what, found=found, field="--delimiter")
     of_task, quotes = _fields_of_task(task, path.suffix) if task is not None else (None, "csv")
-    return iter_rows(path, delimiter=delimiter or of_task, quotes=quotes)
+    delimiter = delimiter or of_task
+    rows = iter_rows(path, delimiter=delimiter, quotes=quotes)
+    return Queries(path, rows, bad_rows, partial(column_names, path, delimiter=delimiter, quotes=quotes))
 
 
 def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
@@ -76,35 +83,70 @@ class Queries:
     Attributes:
         source: File they come from.
         rows: Rows that are still to be read.
+        bad_rows: Whether a row that cannot be rendered is refused, or passed on with the reason.
+        header: Reads the columns that the file has even without rows; none of JSON lines.
         waiting: Rows that were read and not answered yet.
         num_answered: Rows that have their answers.
     """
 
     source: Path
     rows: Iterator[LocatedRow]
+    bad_rows: BadRows = "refuse"
+    header: Callable[[], Sequence[str]] = tuple
     waiting: deque[LocatedRow] = field(default_factory=deque)
     num_answered: int = 0
+    _num_read: int = 0
 
-    def rendered(self, task: Task) -> Iterator[Query]:
-        """Render the rows as they are needed; a mistake in one names its place."""
+    def rendered(self, task: Task) -> Iterator[Query | UserError]:
+        """Render the rows as they are needed; a mistake in one names its place, and one in the header is refused."""
         from manyicl.engine.queries import checked_query
 
         for row in self.rows:
-            with located(file=row.file, row=row.line):
-                query = checked_query(row.columns, task)
-            self.waiting.append(row)
+            if not self._num_read and self.source != STANDARD_STREAM and has_header(self.source):
+                require_columns(task, tuple(row.columns), self.source)
+            query: Query | UserError
+            try:
+                with located(file=row.file, row=row.line):
+                    query = checked_query(row.columns, task)
+            except UserError as error:
+                if self.bad_rows == "refuse":
+                    raise
+                query = error
+            self._num_read += 1
+            if self._num_read > self.num_answered:
+                self.waiting.append(row)
             yield query
 
-    def read_ahead(self, task: Task) -> list[Query]:
+    def read_ahead(self, task: Task) -> list[Query | UserError]:
         """Render the rows that demonstrations are fitted to, so that mistakes are found before a model is loaded."""
         from manyicl.engine.engine import FITTED_QUERIES
 
         queries = list(islice(self.rendered(task), FITTED_QUERIES))
         if not queries:
-            raise _no_rows(self.source)
+            self.columns_without_rows(task)
         return queries
 
-    def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Any]) -> Iterator[Any]:
+    def columns_without_rows(self, task: Task) -> Sequence[str]:
+        """Return the columns of a table without rows.
+
+        Raises:
+            UserError: If the file has not even a header, or one without a column of the task.
+        """
+        columns = self.header()
+        if not columns:
+            expected = "at least one query"
+            file = None if self.source == STANDARD_STREAM else self.source
+            raise UserError("no_rows", "there is no row to answer", expected=expected, field="--input", file=file)
+        require_columns(task, columns, self.source)
+        return columns
+
+    def skip(self, num_answered: int) -> None:
+        """Leave out first rows that have their answers, so that the next answer belongs to the row after them."""
+        self.num_answered = num_answered
+        for _ in range(min(num_answered, len(self.waiting))):
+            self.waiting.popleft()
+
+    def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Row]) -> Iterator[Row]:
         """Combine each prediction with the row that it answers; name the location of a query that does not fit."""
         while True:
             try:
@@ -118,10 +160,14 @@ class Queries:
                 break
             self.num_answered += 1
             yield with_answer(self.waiting.popleft().columns, columns(prediction))
-        # Nothing may take the place of earlier answers.
-        if not self.num_answered:
-            raise _no_rows()
 
 
-def _no_rows(file: Path | None = None) -> UserError:
-    return UserError("no_rows", "there is no row to answer", expected="at least one query", field="--input", file=file)
+def require_columns(task: Task, columns: Sequence[str], file: Path) -> None:
+    """Refuse a table whose header lacks a column of the task, which no row can have then.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    if not set(task.columns) <= set(columns):
+        with located(file=file, row=1):
+            task.query(dict.fromkeys(columns, ""))

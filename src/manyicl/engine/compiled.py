@@ -105,6 +105,12 @@ def _is_compiled(path: Path) -> bool:
         return False
 
 
+def content_hash(path: Path) -> str:
+    """Return the hash that a compiled task was written with, which loading it has compared with its content."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {})[HASH_KEY])
+
+
 def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
     """Read a compiled task for the model that it was compiled with.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +28,17 @@ from manyicl.engine.backend import (
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import answer_targets, observed_answers
-from manyicl.engine.queries import AnswerOptions, EncodedQuery, Row, checked_query, in_batches, require_options
+from manyicl.engine.queries import (
+    AnswerOptions,
+    EncodedQuery,
+    Numbered,
+    Row,
+    StreamedRow,
+    checked_query,
+    in_batches,
+    is_query,
+    require_options,
+)
 from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, longest_answer
 from manyicl.episodes.chat_template import require_rows_as_written
@@ -71,6 +83,8 @@ class Prediction:
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the given threshold.
         num_shots: Number of demonstrations before the query that all queries share.
+        problem: Why there is no answer, where bad rows are reported; ``answer`` is then empty, and
+            ``log_probability`` not a number.
 
     Examples:
         >>> prediction = Prediction("good", -0.25, num_shots=4)
@@ -86,11 +100,14 @@ class Prediction:
     stopped: bool = True
     abstained: bool = False
     num_shots: int = 0
+    problem: UserError | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as JSON holds it; the answer is null where it abstained."""
         names = ("answer", "log_probability", "stopped", "abstained", "num_shots")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.problem is not None:
+            return {**dict.fromkeys(names), "problem": str(replace(self.problem, file=None, row=None))}
         if self.abstained:
             known["answer"] = None
         if self.scores is not None:
@@ -387,24 +404,35 @@ class Engine:
         Raises:
             UserError: If a row lacks a column, is empty, or does not fit the task; ``row`` is its number.
         """
+        for _, query in self._encoded(task, enumerate(rows, start=1), after_shots, {}):
+            assert isinstance(query, EncodedQuery), "bad rows are refused"
+            yield query
+
+    def _encoded(
+        self, task: Task, numbered: Iterable[tuple[int, StreamedRow]], after_shots: bool, options: AnswerOptions
+    ) -> Iterator[Numbered]:
+        """Render and encode queries as `encode_queries` does; bad rows are refused or passed on, as the options say."""
         preceding = self.encoder.preceding("" if after_shots else task.instruction(), int(after_shots))
         label_ids = tuple(self.encoder.answer_ids(label) for label in task.labels or ())
-        for number, row in enumerate(rows, start=1):
+        for number, row in numbered:
             if isinstance(row, EncodedQuery) and row.preceding is preceding:
-                yield row
+                yield number, row
                 continue
             try:
+                if isinstance(row, UserError):
+                    raise row
                 query = row.query if isinstance(row, EncodedQuery) else checked_query(row, task)
                 option_ids = label_ids or tuple(self.encoder.answer_ids(choice) for choice in query.choices or ())
                 token_ids = self.encoder.query_ids_uncached(query.text, preceding)
             except UserError as error:
-                raise (error if error.file else error.at(row=number)) from None
-            yield EncodedQuery(query, preceding, token_ids, option_ids)
+                yield number, _refused_or_reported(error, number, options)
+                continue
+            yield number, EncodedQuery(query, preceding, token_ids, option_ids)
 
     def predict(
         self,
         prefix: TaskPrefix,
-        rows: Iterable[Row],
+        rows: Iterable[StreamedRow],
         *,
         nearest: Nearest | None = None,
         **options: Unpack[AnswerOptions],
@@ -413,11 +441,16 @@ class Engine:
 
         Args:
             prefix: From `prefill` or `extend`.
-            rows: Mappings with the task's columns, plain strings if the task has one column, or queries.
+            rows: Mappings with the task's columns, plain strings if the task has one column, or queries; an error in
+                place of a row that cannot be answered.
             nearest: Finds additional examples for each query, which come between the prefix and the query.
             **options: ``scores="best"`` finds the best label alone, ``"all"`` scores every label, at the cost of
                 processing them all; ``abstain_below`` marks answers whose probability among the labels is below it,
                 and needs all scores; ``sampling`` says how to sample free answers in place of greedy decoding.
+                ``bad_rows="report"`` gives a row that cannot be answered a prediction with a ``problem``, and all
+                others what they get without it; ``"refuse"`` raises. ``num_answered`` first rows have their answers
+                from an earlier call that was interrupted: they are prepared as they were then, so that the others get
+                the same answers to the last bit, and not answered.
 
         Raises:
             UserError: If a row lacks a column, or a query does not fit after the prefix, with the number of the row;
@@ -425,13 +458,15 @@ class Engine:
         """
         self._require_own(prefix)
         require_options(prefix.task, rows, options)
-        return self._predict(prefix, rows, nearest, options)
+        after_shots = bool(prefix.num_shots or nearest)
+        numbered = self._encoded(prefix.task, enumerate(rows, start=1), after_shots, options)
+        return self._predict(prefix, numbered, nearest, options)
 
     def answer(
         self,
         task: Task,
         demonstrations: Iterable[Example],
-        rows: Iterable[Row],
+        rows: Iterable[StreamedRow],
         *,
         num_nearest: int = 0,
         on_prefix: Callable[[TaskPrefix], None] | None = None,
@@ -476,53 +511,76 @@ class Engine:
         self,
         task: Task,
         demonstrations: tuple[Example, ...],
-        rows: Iterable[Row],
+        rows: Iterable[StreamedRow],
         num_nearest: int,
         on_prefix: Callable[[TaskPrefix], None] | None,
         options: AnswerOptions,
     ) -> Iterator[Prediction]:
         prefix, nearest = None, NearestExamples(task.train, num_nearest) if num_nearest else None
-        first = 1
+        numbered = self._encoded(task, enumerate(rows, start=1), bool(demonstrations), options)
+        if options.get("bad_rows") == "report":
+            # Before batches are made, so that these do not depend on them.
+            numbered = (self._fitting_alone(task, number, query) for number, query in numbered)
         most = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
-        for batch in in_batches(self.encode_queries(task, rows, after_shots=bool(demonstrations)), FITTED_QUERIES):
-            # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
-            possible = [query for query in batch if self.num_reserved_tokens(task, [query]) <= most]
-            earlier = prefix
-            while prefix is None or (prefix.num_shots and self._exceeds_context(prefix, possible, nearest)):
+        for batch in in_batches(numbered, FITTED_QUERIES, is_query):
+            earlier, queries = prefix, _queries_of(batch)
+            while queries:
+                # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
+                possible = [query for query in queries if self.num_reserved_tokens(task, [query], nearest) <= most]
+                if prefix and not (prefix.num_shots and self._exceeds_context(prefix, possible, nearest)):
+                    break
                 # Which rows are left to be the nearest is known once demonstrations are chosen, and how many of these
                 # fit depends on the nearest: so it is tried until both fit.
                 chosen = demonstrations if prefix is None else prefix.demonstrations
                 prefix = self.prefill(task, chosen, possible, nearest=nearest, reuse=prefix)
                 if num_nearest:
                     nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
+            if prefix is None:
+                yield from _merged(batch, iter(()), options)
+                continue
             if prefix is not earlier:
                 prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
                 if on_prefix is not None:
                     on_prefix(prefix)
-            yield from self._predict(prefix, batch, nearest, options, first)
-            first += len(batch)
+            after_shots = bool(prefix.num_shots or nearest)
+            yield from self._predict(prefix, self._encoded(task, batch, after_shots, options), nearest, options)
+
+    def _fitting_alone(self, task: Task, number: int, query: EncodedQuery | UserError) -> Numbered:
+        """Return a query that fits the context without any demonstration, or why it cannot be answered."""
+        room = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
+        if isinstance(query, UserError) or self.num_reserved_tokens(task, [query]) <= room:
+            return number, query
+        after_instruction = self.encoder.preceding(task.instruction(), 0)
+        num_query_tokens = len(self.encoder.query_ids_uncached(query.query.text, after_instruction))
+        needed = self.max_context_tokens - room + num_query_tokens + self._num_answer_tokens(task, query)
+        return number, self._too_long(needed, 0, 0) if needed > self.max_context_tokens else query
 
     def _exceeds_context(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], nearest: Nearest | None) -> bool:
         return prefix.num_tokens + self.num_reserved_tokens(prefix.task, queries, nearest) > self.max_context_tokens
 
     def _predict(
-        self, prefix: TaskPrefix, rows: Iterable[Row], nearest: Nearest | None, options: AnswerOptions, first: int = 1
+        self, prefix: TaskPrefix, numbered: Iterable[Numbered], nearest: Nearest | None, options: AnswerOptions
     ) -> Iterator[Prediction]:
-        """Answer queries, of which the first has this number in its stream."""
-        encoded = self.encode_queries(prefix.task, rows, after_shots=bool(prefix.num_shots or nearest))
-        numbered = enumerate(encoded, start=first)
-        fitting = (self._fitting_query(prefix, query, number, nearest) for number, query in numbered)
-        for batch in in_batches(fitting, READ_AHEAD_QUERIES):
-            if prefix.task.is_closed:
-                yield from self._choose(prefix, batch, options)
-            else:
-                yield from self._generate(prefix, batch, range(first, first + len(batch)), options)
-            first += len(batch)
+        """Answer the queries of a stream, in order."""
+        fitting = (self._fitting_query(prefix, number, query, nearest, options) for number, query in numbered)
+        answer = self._choose if prefix.task.is_closed else self._generate
+        for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
+            if batch[-1][0] <= options.get("num_answered", 0):
+                continue
+            with closing(answer(prefix, batch, options)) as answers:
+                yield from _merged(batch, answers, options)
 
     def _fitting_query(
-        self, prefix: TaskPrefix, query: EncodedQuery, number: int, nearest: Nearest | None
-    ) -> EncodedQuery:
+        self,
+        prefix: TaskPrefix,
+        number: int,
+        query: EncodedQuery | UserError,
+        nearest: Nearest | None,
+        options: AnswerOptions,
+    ) -> Numbered:
         """Put a query's own examples before it, and make sure that it fits after the prefix."""
+        if isinstance(query, UserError):
+            return number, query
         own_examples = tuple(nearest(query.query)) if nearest else ()
         if nearest is not None:
             # After a shot the instruction does not matter, and it would be rendered for every query.
@@ -535,22 +593,28 @@ class Engine:
             same = preceding is query.preceding
             ids = query.token_ids if same else self.encoder.query_ids_uncached(query.query.text, preceding)
             query = replace(query, token_ids=(*own_ids, *ids))
-        answer_tokens = max(map(len, query.option_ids), default=self.max_answer_tokens(prefix.task))
-        needed = prefix.num_tokens + len(query.token_ids) + answer_tokens
+        needed = prefix.num_tokens + len(query.token_ids) + self._num_answer_tokens(prefix.task, query)
         if needed > self.max_context_tokens:
-            own = f" and {len(own_examples)} nearest" if own_examples else ""
-            what = (
-                f"{needed:,} tokens are needed with {prefix.num_shots}{own} demonstrations and its answer; "
-                f"max_context_tokens is {self.max_context_tokens:,}"
-            )
-            remedy = "Use fewer demonstrations or a shorter query."
-            raise UserError("query_too_long", what, remedy=remedy, row=number)
-        return query
+            error = self._too_long(needed, prefix.num_shots, len(own_examples))
+            return number, _refused_or_reported(error, number, options)
+        return number, query
 
-    def _choose(
-        self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], options: AnswerOptions
-    ) -> Iterator[Prediction]:
+    def _num_answer_tokens(self, task: Task, query: EncodedQuery) -> int:
+        """Count the tokens to keep free for the answer to a query."""
+        return max(map(len, query.option_ids), default=self.max_answer_tokens(task))
+
+    def _too_long(self, num_tokens: int, num_shots: int, num_nearest: int) -> UserError:
+        """Make the error for a query that does not fit the context."""
+        own = f" and {num_nearest} nearest" if num_nearest else ""
+        what = (
+            f"{num_tokens:,} tokens are needed with {num_shots}{own} demonstrations and its answer; "
+            f"max_context_tokens is {self.max_context_tokens:,}"
+        )
+        return UserError("query_too_long", what, remedy="Use fewer demonstrations or a shorter query.")
+
+    def _choose(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
         """Find the best option of each query; the first among equals."""
+        queries = _queries_of(batch)
         scope, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
         token_ids, option_ids = [query.token_ids for query in queries], [query.option_ids for query in queries]
         found = self.backend.score(prefix.cache, token_ids, option_ids, scope)
@@ -565,10 +629,9 @@ class Engine:
                 abstained = label_scores.probabilities[answer] < abstain_below
             yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
 
-    def _generate(
-        self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], numbers: Sequence[int], options: AnswerOptions
-    ) -> Iterator[Prediction]:
+    def _generate(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
+        numbers, queries = [number for number, _ in filter(is_query, batch)], _queries_of(batch)
         limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
         ids = [query.token_ids for query in queries]
         written: list[list[GeneratedToken]] = [[] for _ in queries]
@@ -580,3 +643,35 @@ class Engine:
                 text, log_probability = self._end.text_of(tokens)
                 yield Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
                 next_query += 1
+
+
+def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:
+    return [query for _, query in batch if isinstance(query, EncodedQuery)]
+
+
+def _refused_or_reported(error: UserError, number: int, options: AnswerOptions) -> UserError:
+    """Return why a row cannot be answered, where bad rows are reported.
+
+    Raises:
+        UserError: The error, with the number of the row, where they are refused.
+    """
+    if options.get("bad_rows", "refuse") == "report":
+        return error
+    raise (error if error.file else error.at(row=number)) from None
+
+
+def _merged(
+    batch: Iterable[Numbered], predictions: Iterator[Prediction], options: AnswerOptions
+) -> Iterator[Prediction]:
+    """Yield the predictions of a batch and, between them, what its other rows have; rows answered before are omitted.
+
+    Args:
+        batch: Queries, and why other rows cannot be answered.
+        predictions: One for each query.
+        options: Say how many rows have their answers.
+    """
+    for number, query in batch:
+        unanswered = Prediction("", math.nan, problem=query) if isinstance(query, UserError) else None
+        prediction = unanswered or next(predictions)
+        if number > options.get("num_answered", 0):
+            yield prediction

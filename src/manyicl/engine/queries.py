@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 from manyicl.engine.backend import Sampling, ScoreScope, out_of_range
 from manyicl.episodes.text_format import Preceding
@@ -13,6 +12,9 @@ from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.task import Columns, Query, Task
 
 ItemT = TypeVar("ItemT")
+BadRows = Literal["refuse", "report"]
+# A batch may hold so many items for each that counts, so that a stream of bad rows alone takes no memory.
+MOST_ITEMS_PER_COUNTED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,15 @@ class EncodedQuery:
 
 
 Row = Columns | str | Query | EncodedQuery
+# A row of a stream, or why it cannot be answered, where that is known before.
+StreamedRow = Row | UserError
+# A query with its number in the stream, from 1, or why the row of that number cannot be answered.
+Numbered = tuple[int, EncodedQuery | UserError]
+
+
+def is_query(item: Numbered) -> bool:
+    """Tell whether a row of a stream can be answered, as far as is known."""
+    return isinstance(item[1], EncodedQuery)
 
 
 def checked_query(row: Columns | str | Query, task: Task) -> Query:
@@ -62,6 +73,8 @@ class AnswerOptions(TypedDict, total=False):
     scores: ScoreScope
     abstain_below: float | None
     sampling: Sampling | None
+    bad_rows: BadRows
+    num_answered: int
 
 
 def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
@@ -80,6 +93,11 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
     if scores not in ("best", "all"):
         what = "scores has no such value"
         raise UserError("unknown_value", what, expected="'best' or 'all'", found=repr(scores), field="scores")
+    if (bad_rows := options.get("bad_rows", "refuse")) not in ("refuse", "report"):
+        what = "bad_rows has no such value"
+        raise UserError("unknown_value", what, expected="'refuse' or 'report'", found=repr(bad_rows), field="bad_rows")
+    if (num_answered := options.get("num_answered", 0)) < 0:
+        raise out_of_range("num_answered", num_answered, "at least 0")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise out_of_range("abstain_below", abstain_below, "a probability among all labels, from 0 to 1")
     conflicts = {
@@ -92,19 +110,30 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
             raise UserError("conflicting_options", f"Task {task.name!r}: {what}", field=field)
 
 
-def in_batches(items: Iterator[ItemT], most: int) -> Iterator[list[ItemT]]:
-    """Yield lists of up to ``most`` items; where the iterator raises, those before come first, then the error."""
+def in_batches(
+    items: Iterable[ItemT], most: int, counts: Callable[[ItemT], bool] = lambda _: True
+) -> Iterator[list[ItemT]]:
+    """Yield lists of up to ``most`` items; where the iterable raises, those before come first, then the error.
+
+    Args:
+        items: The items.
+        most: Most items of a list that count.
+        counts: Tells whether an item counts. Others come along, so that which of those that count are together does
+            not depend on them, up to ``MOST_ITEMS_PER_COUNTED`` times as many items.
+    """
     batch: list[ItemT] = []
-    while True:
-        try:
-            # Not list.extend: nobody promises that it keeps the items of an iterator that raises.
-            for item in islice(items, most - len(batch)):
-                batch.append(item)
-        except UserError:
-            if batch:
+    num_counted = 0
+    try:
+        # Not list.extend: nobody promises that it keeps the items of an iterator that raises.
+        for item in items:
+            batch.append(item)
+            num_counted += counts(item)
+            if num_counted == most or len(batch) == MOST_ITEMS_PER_COUNTED * most:
                 yield batch
-            raise
-        if not batch:
-            return
+                batch, num_counted = [], 0
+    except UserError:
+        if batch:
+            yield batch
+        raise
+    if batch:
         yield batch
-        batch = []

@@ -154,6 +154,35 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
         raise
 
 
+def has_header(path: Path) -> bool:
+    """Tell whether a file of rows names its columns even where it has no rows, unlike JSON lines."""
+    return suffix_of(path).removesuffix(GZIP) not in JSON_LINES
+
+
+def column_names(path: Path, **how: Unpack[RowFormat]) -> list[str]:
+    """Return the columns of a table that may have no rows; none of JSON lines, and of an empty file.
+
+    Arguments and errors are those of `iter_rows`.
+    """
+    require_file(path)
+    suffix = suffix_of(path)
+    if suffix in PARQUET:
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(path).names)
+    if suffix in EXCEL:
+        from manyicl.tasks.workbook import workbook_header
+
+        return workbook_header(path, how.get("sheet"))
+    if not is_fielded(path):
+        return []
+    lines = list(islice(_lines(path, how.get("encoding")), _NUM_LINES_COMPARED))
+    quotes, usual = how.get("quotes", "csv"), DELIMITERS[suffix.removesuffix(GZIP)]
+    with located(file=path, row=1):
+        delimiter = how.get("delimiter") or _delimiter_of(lines, usual, quotes)
+        return next((checked_header(fields) for _, fields in _records(path, lines, delimiter, quotes)), [])
+
+
 def unknown_suffix(path: Path) -> UserError:
     """Make the error for a file that is no table."""
     expected, found = f"one of {_KINDS}", f"the suffix {path.suffix!r}"

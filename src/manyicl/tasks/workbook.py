@@ -65,6 +65,15 @@ def workbook_rows(path: Path, sheet: str | None = None) -> Iterator[LocatedRow]:
         raise UserError("broken_workbook", what, remedy=_BROKEN_REMEDY, file=path) from error
 
 
+def workbook_header(path: Path, sheet: str | None = None) -> list[str]:
+    """Return the columns of a sheet, which may have no rows; none of an empty one. Errors: see `workbook_rows`."""
+    require_openpyxl(path)
+    _require_bounded(path)
+    with _opened(path, with_formulas=True) as workbook:
+        number, texts = next(_values(path, _sheet_name(workbook, sheet, path), workbook), (1, []))
+    return _header(path, number, texts) if texts else []
+
+
 def _require_bounded(path: Path) -> None:
     """Refuse a workbook whose parts are far larger than the file; no part is read beyond the size that it states."""
     try:
@@ -170,8 +179,7 @@ def _located(path: Path, rows: Iterator[tuple[int, list[Any]]]) -> Iterator[Loca
     header: list[str] = []
     for number, texts in rows:
         if not header:
-            with located(file=path, row=number):
-                header = checked_header(["" if text is None else str(as_written(text)) for text in texts])
+            header = _header(path, number, texts)
         elif len(texts) > len(header):
             what, remedy = "the row does not fit the header", "Name the column in the header, or clear the cell."
             expected, found = pluralized(len(header), "column"), str(len(texts))
@@ -180,3 +188,9 @@ def _located(path: Path, rows: Iterator[tuple[int, list[Any]]]) -> Iterator[Loca
         else:
             texts += [None] * (len(header) - len(texts))
             yield LocatedRow(dict(zip(header, texts, strict=True)), str(path), number)
+
+
+def _header(path: Path, number: int, texts: Sequence[Any]) -> list[str]:
+    """Return the names in the first row with content."""
+    with located(file=path, row=number):
+        return checked_header(["" if text is None else str(as_written(text)) for text in texts])
