@@ -91,7 +91,47 @@ def test_check_counts_shots_in_all_positions_of_a_model_that_was_not_fine_tuned(
 def test_check_asks_one_place_for_what_a_model_remembers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manyicl.model.load.read_manifest", lambda path: Manifest(max_context_tokens=600))
     output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model").output
-    assert "shots in 600" in output
+    assert "shots in 32,768" in output  # as many as predict would use
+    assert "The model was fine-tuned with up to 600 tokens, and takes 32,768; --context 600 counts" in output
+    inside = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model", "--context", 600).output
+    assert "shots in 600" in inside
+    assert "fine-tuned" not in inside
+
+
+def test_check_counts_shots_in_the_positions_of_the_base_of_an_adapter(tmp_path: Path, folder: Path) -> None:
+    adapter = tmp_path / "adapter"
+    byte_level_bpe().save_pretrained(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "model")}))
+    Manifest(max_context_tokens=600, base=str(folder / "model")).write(adapter)
+    assert "shots in 32,768" in run("check", f"{folder}/tickets.csv:text:label", "--model", adapter).output
+    Manifest(max_context_tokens=600, base=str(tmp_path / "gone")).write(adapter)
+    assert "shots in 600" in run("check", f"{folder}/tickets.csv:text:label", "--model", adapter).output
+
+
+def test_check_names_rows_that_were_dropped_and_texts_with_two_labels(tmp_path: Path) -> None:
+    rows = [f"ticket {i},{'billing' if i % 2 else 'login'}" for i in range(40)]
+    rows += ["Refund please,billing", "unanswered,", "refund  PLEASE,login", "unanswered too,"]
+    (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows]))
+    output = run("check", f"{tmp_path}/tickets.csv:text:label").output
+    assert "Dropped: 2 (empty answer): tickets.csv:43, tickets.csv:45." in output
+    sentence = "'Refund please' has 2 different answers: 'billing' in tickets.csv:42 and 'login' in tickets.csv:44."
+    assert sentence in " ".join(output.split())
+    (check,) = json.loads(run("check", f"{tmp_path}/tickets.csv:text:label", "--json").stdout)
+    answers = {"billing": "tickets.csv:42", "login": "tickets.csv:44"}
+    assert check["contradictions"] == [{"query": "Refund please", "answers": answers}]
+    assert check["dropped_rows"] == {"empty answer": ["tickets.csv:43", "tickets.csv:45"]}
+
+
+def test_check_of_a_table_alone_proposes_its_columns(tmp_path: Path) -> None:
+    rows = [f'{i},c{i // 3},"Ticket {i};\nit is about something",{"ab"[i % 2]},{"xyz"[i % 3]}\n' for i in range(40)]
+    table = tmp_path / "my tickets.csv"
+    table.write_text("number,customer,body,priority,team\n" + "".join(rows))
+    with pytest.raises(UserError) as caught:
+        run("check", table)
+    assert caught.value.code == "table_without_columns"
+    assert f"as in '{table}:body:team', for queries from 'body', which has the longest texts" in str(caught.value)
+    assert "the 3 labels of 'team' as answers. Labels are in 'priority', too." in str(caught.value)
+    assert "classification" in run("check", f"{table}:body:team").output
 
 
 def test_check_as_json_holds_every_figure(folder: Path) -> None:

@@ -60,6 +60,9 @@ def test_repeats_and_contradictions_are_counted(encoder: Encoder) -> None:
     check = check_task(make_task(train=train), encoder, 2048)
     assert (check.num_repeated, check.num_contradictions) == (2, 1)
     assert "A query comes again with another answer in 1 training row." in said(*check.problems)
+    (found,) = check.contradictions
+    assert (found.query, list(found.answers)) == ("a b", ["good", "bad"])
+    assert str(found) in check.problems
 
 
 def test_labels_that_begin_one_another_are_paired_as_text_and_as_tokens(encoder: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from manyicl.episodes.sampling import (
     sequence_rng,
 )
 from manyicl.errors import UserError
+from manyicl.tasks.template import compiled
 from tests.builders import TEXTS as TRAINING_TEXTS
 from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, word_level
 from tests.odd_text import SCRIPTS, TEXTS, WITH_CARRIAGE_RETURNS
@@ -126,6 +128,25 @@ def test_words_that_a_tokenizer_does_not_know_are_refused_and_not_taught() -> No
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "template"),
+    [
+        ("Good", "good", "label | lower"),
+        ("not good", "not\u00a0good", "label.split() | join(' ')"),
+        ("Not good", "not  good", "label.lower().split() | join(' ')"),
+        ("STRASSE", "stra\u00dfe", None),
+        ("good", "good\u200b", None),
+    ],
+)
+def test_the_template_that_is_named_makes_one_label_of_two(first: str, second: str, template: str | None) -> None:
+    (sentence,) = look_alikes([first, second])
+    found = re.search(r'`answer: "\{\{ (.*?) \}\}"`', sentence)
+    assert (found and found[1]) == template
+    if template is not None:
+        source = f"{{{{ {template} }}}}"
+        assert len({compiled(source).render({"label": label}) for label in (first, second)}) == 1
+
+
+@pytest.mark.parametrize(
     ("first", "second", "difference"),
     [
         ("cafe\u0301", "caf\u00e9", "how letters are composed: U+0065 U+0301 and U+00E9"),
@@ -133,6 +154,7 @@ def test_words_that_a_tokenizer_does_not_know_are_refused_and_not_taught() -> No
         ("STRASSE", "stra\u00dfe", "case: U+0053 U+0054 U+0052 U+0041 U+0053 U+0053 U+0045 and"),
         ("good", "good\u200b", "invisible characters: nothing and U+200B"),
         ("good", "go\u200dod", "invisible characters: nothing and U+200D"),
+        ("Not good", "not  good", "case and white space: U+004E U+006F U+0074 and U+006E"),
         ("not good", "not\u00a0good", "white space: U+0020 and U+00A0"),
         ("A1", "\uff211", "the form of their characters: U+0041 and U+FF21"),
         ("\u2764", "\u2764\ufe0f", "invisible characters: nothing and U+FE0F"),

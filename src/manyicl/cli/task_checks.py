@@ -18,20 +18,32 @@ if TYPE_CHECKING:
     from manyicl.tasks.task import Task
 
 MOST_LABELS_SHOWN = 100
+MOST_ROWS_NAMED = 20
 _OF_TOKENS_ALONE = frozenset(
     {"labels_in_labels_as_tokens", "joined_share", "num_altered_answers", "num_examined", "shots_that_fit"}
 )
 
 
-def print_checks(checks: Sequence[TaskCheck], max_context_tokens: int | None, console: Console) -> None:
+def print_checks(
+    checks: Sequence[TaskCheck],
+    max_context_tokens: int | None,
+    console: Console,
+    trained_context_tokens: int | None = None,
+) -> None:
     """Print checks as a table, the details of one that is alone, and what to look at.
 
     Args:
         checks: From `check_task`.
         max_context_tokens: Context into which shots must fit; None where no model was named.
         console: Where they are printed.
+        trained_context_tokens: Context with which the model was fine-tuned; None if it was not.
     """
     console.print(_check_table(checks, max_context_tokens))
+    if max_context_tokens and trained_context_tokens and max_context_tokens > trained_context_tokens:
+        beyond = (
+            f"The model was fine-tuned with up to {trained_context_tokens:,} tokens, and takes {max_context_tokens:,}"
+        )
+        console.print(f"{beyond}; --context {trained_context_tokens} counts the shots within the former.")
     if len(checks) == 1:
         _print_details(checks[0], console)
     for check in checks:
@@ -111,7 +123,10 @@ def _print_details(check: TaskCheck, console: Console) -> None:
             more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
             console.print(f"As {kind}: {examples}{more}. The end of the answer keeps them apart.")
     for reason, count in check.dropped.items():
-        console.print(f"Dropped: {count:,} ({reason}).")
+        origins = check.dropped_rows.get(reason, ())
+        more = f" and {count - MOST_ROWS_NAMED:,} more" if count > MOST_ROWS_NAMED else ""
+        where = f": {', '.join(map(printable, origins[:MOST_ROWS_NAMED]))}{more}" if origins else ""
+        console.print(f"Dropped: {count:,} ({reason}){where}.")
 
 
 def _spread(lengths: Lengths) -> str:

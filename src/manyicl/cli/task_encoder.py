@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from manyicl.episodes.encoding import Encoder
@@ -15,25 +15,29 @@ if TYPE_CHECKING:
 
 def encoder_of(
     reference: str | None, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
-) -> tuple[Encoder, int | None]:
-    """Load a model's tokenizer and format, and the context it was fine-tuned with, or else all its positions."""
+) -> tuple[Encoder, int | None, int | None]:
+    """Load a model's tokenizer and format, the context that it takes, and that with which it was fine-tuned."""
     from manyicl.episodes.encoding import Encoder
-    from manyicl.model.load import load_tokenizer, model_config, read_manifest, resolve_reference
+    from manyicl.model.load import load_tokenizer, max_positions_of, read_manifest, resolve_reference
     from manyicl.model.manifest import format_to_ask_in
 
     if reference is None:
         if (kind, end_of_answer) != (None, None):
             what, remedy = "--format and --end-of-answer belong to a model", "Name it with --model, or leave them out."
             raise UserError("no_effect", what, remedy=remedy, field="--format")
-        return character_encoder(), None
+        return character_encoder(), None, None
     tokenizer = load_tokenizer(reference)
     manifest = read_manifest(resolve_reference(reference))
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
     for task in tasks:
         encoder.require_no_end_inside(task)
-    if manifest is not None:
-        return encoder, manifest.max_context_tokens
-    return encoder, getattr(model_config(reference).get_text_config(), "max_position_embeddings", None)
+    if manifest is None:
+        return encoder, max_positions_of(reference), None
+    try:
+        allowed = max_positions_of(reference)
+    except (UserError, MachineError):
+        allowed = None  # the base of an adapter is not here, and only its weights would need it
+    return encoder, allowed or manifest.max_context_tokens, manifest.max_context_tokens
 
 
 def character_encoder() -> Encoder:

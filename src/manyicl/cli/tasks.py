@@ -143,7 +143,7 @@ def check_tasks(
         int | None,
         typer.Option(
             min=8,
-            help="Context in tokens into which shots must fit; by default that of fine-tuning, or the model's maximum.",
+            help="Context in tokens into which shots must fit; by default all that the model takes, as in predict.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -165,7 +165,7 @@ def check_tasks(
         remedy = "Name the model that counts them with --model."
         raise UserError("no_effect", "--context is in tokens", remedy=remedy, field="--context")
     loaded = load_tasks(tasks, data_root)
-    encoder, context_of_model = encoder_of(model, text_format, end_of_answer, loaded)
+    encoder, context_of_model, trained = encoder_of(model, text_format, end_of_answer, loaded)
     max_context_tokens = None if model is None else context or context_of_model or DEFAULT_CONTEXT_TOKENS
     checks = [check_task(task, encoder, max_context_tokens or sys.maxsize) for task in loaded]
     if model is None:
@@ -173,7 +173,7 @@ def check_tasks(
     if as_json:
         typer.echo(checks_as_json(checks, in_characters=model is None))
     else:
-        print_checks(checks, max_context_tokens, plain_console())
+        print_checks(checks, max_context_tokens, plain_console(), trained)
 
 
 @app.command("nano")
@@ -241,7 +241,7 @@ def show_task(
     from manyicl.tasks.files import load_task
 
     loaded = load_task(task, data_root)
-    encoder, _ = encoder_of(model, text_format, end_of_answer, [loaded])
+    encoder, _, _ = encoder_of(model, text_format, end_of_answer, [loaded])
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
     encoded = encoder.encode_episode(episode)
     console = plain_console()

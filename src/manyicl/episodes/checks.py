@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import median_low
@@ -13,7 +13,7 @@ from statistics import median_low
 from manyicl.episodes.budget import num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.errors import differing_parts, pluralized
+from manyicl.errors import differing_parts, pluralized, shortened
 from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.leakage import ON_BOTH_SIDES, normalised
 from manyicl.tasks.task import Example, Task
@@ -60,6 +60,24 @@ class ShotsThatFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Contradiction:
+    """A query that has several answers.
+
+    Attributes:
+        query: Its text where it comes first.
+        answers: Each answer, with the origin of the first row that gives it.
+    """
+
+    query: str
+    answers: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """Say it in a sentence."""
+        given = " and ".join(f"{shortened(answer, 60)!r} in {origin}" for answer, origin in self.answers.items())
+        return f"The query {shortened(self.query, 60)!r} has {len(self.answers)} different answers: {given}."
+
+
+@dataclass(frozen=True, slots=True)
 class TaskCheck:
     """What is known of a task before anything is trained.
 
@@ -74,8 +92,10 @@ class TaskCheck:
         answer_tokens: Lengths of answers with their end-of-answer text, both sides.
         num_repeated: Training rows whose query came before in training.
         num_contradictions: Of these, rows with another answer than before.
+        contradictions: Queries that have several answers, on either side.
         num_on_both_sides: Training rows dropped because their query is in test.
         dropped: Reason -> number of rows dropped when the task was read.
+        dropped_rows: Reason -> origins of the first of these rows.
         labels_in_labels: Pairs of labels of which the first begins the second, as text.
         labels_in_labels_as_tokens: The same among their tokens, which only the end-of-answer text keeps apart.
         joined_share: Share of examined examples whose segments equal the tokens of the joined text.
@@ -95,8 +115,10 @@ class TaskCheck:
     answer_tokens: Lengths
     num_repeated: int
     num_contradictions: int
+    contradictions: tuple[Contradiction, ...]
     num_on_both_sides: int
     dropped: Mapping[str, int]
+    dropped_rows: Mapping[str, tuple[str, ...]]
     labels_in_labels: tuple[tuple[str, str], ...]
     labels_in_labels_as_tokens: tuple[tuple[str, str], ...]
     joined_share: float
@@ -140,8 +162,10 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         answer_tokens=_lengths(answer_lengths),
         num_repeated=num_repeated,
         num_contradictions=num_contradictions,
+        contradictions=_contradictions(everything),
         num_on_both_sides=task.dropped.get(ON_BOTH_SIDES, 0),
         dropped=task.dropped,
+        dropped_rows=task.dropped_rows,
         labels_in_labels=_beginnings({label: label for label in labels}),
         labels_in_labels_as_tokens=tuple(sorted(set(in_tokens) - set(alike))),
         joined_share=_joined_share(task, examined, encoder),
@@ -193,6 +217,7 @@ def _problems(
         yield f"There {verb} only {pluralized(check.num_test, 'test row')}; scores will have wide intervals."
     if check.num_contradictions:
         yield f"A query comes again with another answer in {pluralized(check.num_contradictions, 'training row')}."
+    yield from _first_of(list(map(str, check.contradictions)), "queries have several answers")
     if check.num_altered_answers:
         yield (
             f"Of {pluralized(check.num_examined, 'answer')}, {check.num_altered_answers} would come back altered from "
@@ -208,16 +233,33 @@ def _problems(
 def look_alikes(labels: Iterable[str]) -> list[str]:
     """Say which labels are easily confused: two that differ in nothing that is easily seen.
 
-    They stay two labels; only the user knows which is meant.
+    They stay two labels; only the user knows which is meant, and how to write them as one.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for label in labels:
         groups[" ".join(folded(label).split())].append(label)
     return [
         f"The labels {first!r} and {second!r} are two, and differ only in {_difference(first, second)}."
+        f"{_one_label(first, second)}"
         for group in groups.values()
         for first, second in pairwise(sorted(group))
     ]
+
+
+# Answer templates that unite labels, and what they do.
+_UNITING: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("label | lower", str.lower),
+    ("label.split() | join(' ')", lambda label: " ".join(label.split())),
+    ("label.lower().split() | join(' ')", lambda label: " ".join(label.lower().split())),
+)
+
+
+def _one_label(first: str, second: str) -> str:
+    """Name the answer template that makes two labels one, if one of a few does."""
+    template = next((source for source, unite in _UNITING if unite(first) == unite(second)), None)
+    if template is None:
+        return ""
+    return f' If they are one, write `answer: "{{{{ {template} }}}}"` in a task.yaml, with your column for `label`.'
 
 
 def _difference(first: str, second: str) -> str:
@@ -227,6 +269,7 @@ def _difference(first: str, second: str) -> str:
         "how letters are composed": (unicodedata.normalize("NFC", first), unicodedata.normalize("NFC", second)),
         "invisible characters": (without_invisible(first), without_invisible(second)),
         "white space": (" ".join(first.split()), " ".join(second.split())),
+        "case and white space": (" ".join(first.casefold().split()), " ".join(second.casefold().split())),
     }
     kind = next((name for name, (one, other) in kinds.items() if one == other), "the form of their characters")
     one, other = map(_code_points, differing_parts(first, second))
@@ -275,6 +318,18 @@ def _repeats(examples: Iterable[Example]) -> tuple[int, int]:
             num_contradictions += example.answer not in answers_of[key]
         answers_of.setdefault(key, set()).add(example.answer)
     return num_repeated, num_contradictions
+
+
+def _contradictions(examples: Iterable[Example]) -> tuple[Contradiction, ...]:
+    """Find queries with several answers, in the order in which they come first."""
+    first_of: dict[str, Example] = {}
+    answers_of: dict[str, dict[str, str]] = {}
+    for example in examples:
+        key = normalised(example.query.text)
+        first = first_of.setdefault(key, example)
+        if example.answer != first.answer:
+            answers_of.setdefault(key, {first.answer: first.origin}).setdefault(example.answer, example.origin)
+    return tuple(Contradiction(first_of[key].query.text, answers) for key, answers in answers_of.items())
 
 
 def _beginnings(spelled: Mapping[str, Sequence[object]]) -> tuple[tuple[str, str], ...]:

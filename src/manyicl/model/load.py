@@ -319,23 +319,10 @@ def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     manifest = Manifest.read(folder)
-    adapter_config = folder / "adapter_config.json"
-    with _as_user_error(reference, "adapter configuration"):
-        named = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base_reference = _base_of(reference, folder, manifest)
     _require_weights(reference, folder)
     if not any(folder.glob("adapter_model*.safetensors")):
         raise UserError("no_weights", f"The adapter {reference!r} holds no adapter_model.safetensors", remedy=RESTORE)
-    base_reference = (manifest.base if manifest else None) or named
-    if not base_reference or not isinstance(base_reference, str):
-        what = f"The adapter {reference!r} names no base model, and cannot be loaded without one"
-        expected, found = "a folder or hf:owner/name", quoted(base_reference)
-        field = "base_model_name_or_path"
-        raise UserError("no_base", what, expected=expected, found=found, file=adapter_config, field=field)
-    if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
-        base_reference = HUB_PREFIX + base_reference
-    if (Path(base_reference) / "adapter_config.json").is_file():
-        what = f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself"
-        raise UserError("base_is_adapter", what, remedy="Merge that one first: `manyicl export --merge`.")
     # The base's fingerprint was taken in the precision of the recipe, and rounding changes it.
     trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
     base = load_model(base_reference, dtype=trained_in, device="cpu", check_isolation=False)
@@ -350,6 +337,25 @@ def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
         adapter = PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False)
         _require_adapter_tensors(reference, folder, adapter)
     return cast(PreTrainedModel, adapter)
+
+
+def _base_of(reference: str, folder: Path, manifest: Manifest | None) -> str:
+    """Return the reference of the base that the manifest or the configuration of an adapter names."""
+    adapter_config = folder / "adapter_config.json"
+    with _as_user_error(reference, "adapter configuration"):
+        named = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base_reference = (manifest.base if manifest else None) or named
+    if not base_reference or not isinstance(base_reference, str):
+        what = f"The adapter {reference!r} names no base model, and cannot be loaded without one"
+        expected, found = "a folder or hf:owner/name", quoted(base_reference)
+        field = "base_model_name_or_path"
+        raise UserError("no_base", what, expected=expected, found=found, file=adapter_config, field=field)
+    if manifest is None and HUB_ID.fullmatch(base_reference) and not Path(base_reference).is_dir():
+        base_reference = HUB_PREFIX + base_reference
+    if (Path(base_reference) / "adapter_config.json").is_file():
+        what = f"The adapter {reference!r} names {base_reference!r} as its base, which is an adapter itself"
+        raise UserError("base_is_adapter", what, remedy="Merge that one first: `manyicl export --merge`.")
+    return base_reference
 
 
 def _require_adapter_tensors(reference: str, folder: Path, adapter: PeftModel) -> None:
@@ -395,6 +401,19 @@ def _config_of(reference: str | Path, path: str) -> PreTrainedConfig:
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions the architecture allows; None if it does not say."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def max_positions_of(reference: str | Path) -> int | None:
+    """Return how many positions a model allows, or the base of an adapter, without loading weights.
+
+    Raises:
+        UserError: If its configuration, or that of its base, cannot be read.
+    """
+    folder = Path(resolve_reference(reference))
+    if (folder / "adapter_config.json").is_file():
+        reference = _base_of(str(reference), folder, read_manifest(str(folder)))
+    value = getattr(model_config(reference).get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +23,7 @@ from manyicl.tasks.template import Template, compiled
 from manyicl.tasks.values import as_option, as_written, columns_in, missing_column, num_characters, value_at
 
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
+MOST_DROPPED_NOTED = 1_000
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
 _BAD_ROWS = {
     "empty_query": "empty query",
@@ -64,6 +65,7 @@ class TaskBuilder:
         self.file = file
         self.name = keys.name or fit_name(default_name)
         self.dropped: Counter[str] = Counter()
+        self.dropped_rows: defaultdict[str, list[str]] = defaultdict(list)
         with located(file=file):
             query_template = self._template(keys.query, "query")
             self.answer_template = self._template(keys.answer, "answer")
@@ -100,6 +102,13 @@ class TaskBuilder:
                 remedy, expected = did_you_mean(column, read) or "Leave it out.", f"one of {sorted(read)}"
                 raise UserError("no_effect", what, expected=expected, remedy=remedy, field="class_names")
 
+    def drop(self, reason: str, origins: Iterable[str]) -> None:
+        """Count rows that are dropped, and note where the first ones are."""
+        for origin in origins:
+            self.dropped[reason] += 1
+            if len(self.dropped_rows[reason]) < MOST_DROPPED_NOTED:
+                self.dropped_rows[reason].append(origin)
+
     def two_sided_task(self, train: Sequence[LocatedRow], test: Sequence[LocatedRow]) -> Task:
         """Make the task of rows that come with their sides."""
         with located(file=self.file):
@@ -135,7 +144,7 @@ class TaskBuilder:
             except UserError as error:
                 reason = _BAD_ROWS.get(error.code)
                 if reason is not None and self.keys.bad_rows == "drop":
-                    self.dropped[reason] += 1
+                    self.drop(reason, [row.origin])
                     continue
                 if reason is not None:
                     remedy = f"Fix the row, or set `bad_rows: drop` in a task.yaml for {self.name!r}."
@@ -241,7 +250,8 @@ class TaskBuilder:
                 raise UserError("one_label", what, expected="two labels at least")
             test = self._with_known_labels(test, labels)
         spec = TaskSpec(**{**self.spec.model_dump(exclude_unset=True), "labels": labels})
-        task = Task(spec, train, test, dropped=dict(self.dropped))
+        dropped_rows = {reason: tuple(origins) for reason, origins in self.dropped_rows.items()}
+        task = Task(spec, train, test, dropped=dict(self.dropped), dropped_rows=dropped_rows)
         with _within_key("instruction"):  # which alone is rendered here: it needs all labels
             return replace(task, data_hash=hash_content(task))
 
@@ -256,7 +266,7 @@ class TaskBuilder:
                 "Take such rows off one side, or set `on_both_sides: drop`, which takes them off the training side."
             )
             raise UserError("on_both_sides", what, remedy=remedy)
-        self.dropped[ON_BOTH_SIDES] += len(pairs)
+        self.drop(ON_BOTH_SIDES, (example.origin for example, _ in pairs))
         leaks = {id(example) for example, _ in pairs}
         return tuple(example for example in train if id(example) not in leaks)
 
@@ -271,7 +281,7 @@ class TaskBuilder:
             remedy = "List all labels under `labels:` in a task.yaml, take another family if answers are free"
             remedy = f"{did_you_mean(label, labels)} {remedy}, or set `bad_rows: drop`."
             raise UserError("label_only_in_test", what, found=f"{rows} with such labels", remedy=remedy)
-        self.dropped["label that no training row has"] += len(unknown)
+        self.drop("label that no training row has", (example.origin for example in unknown))
         if len(unknown) == len(test):
             self._refuse_no_rows("test")
         return tuple(example for example in test if example.answer in label_set)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -16,12 +16,14 @@ from manyicl.paths import exists, expanded, files_below, nearest_path
 from manyicl.tasks.building import TaskBuilder, require_column
 from manyicl.tasks.catalog import CATALOG_PREFIX, catalog_files, catalog_hint
 from manyicl.tasks.hub import LoadDataset, find_split, read_hub_rows
+from manyicl.tasks.proposal import NUM_ROWS_EXAMINED, are_labels, proposal
 from manyicl.tasks.rows import (
     EXCEL,
     SUFFIXES,
     LocatedRow,
     is_fielded,
     is_text,
+    iter_rows,
     read_rows,
     require_file,
     suffix_of,
@@ -37,7 +39,6 @@ _TABLE_FORM = (
     "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
     "[,delimiter=;][,encoding=cp1252][,sheet=NAME]"
 )
-_MOST_LABELS_INFERRED = 100
 
 
 class _Table(OneFile):
@@ -140,8 +141,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     if not path.is_file():
         _refuse_missing(path)
     if suffix_of(path) in SUFFIXES:
-        named = f"{path.name}:text:label for a query column `text` and an answer column `label`"
-        remedy = f"Name its columns too, as in {named}."
+        remedy = f"Name its columns too, as in {proposal(path, list(islice(iter_rows(path), NUM_ROWS_EXAMINED)))}"
         raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
     return [path]
 
@@ -209,16 +209,14 @@ def _task_from_table(path: str, columns: str) -> Task:
         "data": table,
     }
     builder = TaskBuilder(validated(TaskFile, values, file), path)
-    if len(kept) < len(rows):
-        builder.dropped["empty answer"] = len(rows) - len(kept)
+    has_answer = {row.origin for row in kept}
+    builder.drop("empty answer", (row.origin for row in rows if row.origin not in has_answer))
     return builder.split_task(kept, table)
 
 
 def _inferred_family(answers: Sequence[object]) -> Literal["classification", "generation"]:
     """Tell labels from free answers; ``_task_from_table`` states the rule."""
-    counts = Counter(str(as_written(answer)).strip() for answer in answers)
-    closed = 2 <= len(counts) <= _MOST_LABELS_INFERRED and len(answers) >= 5 * len(counts)
-    return "classification" if closed and not any("\n" in answer for answer in counts) else "generation"
+    return "classification" if are_labels([str(as_written(answer)).strip() for answer in answers]) else "generation"
 
 
 def _column_template(column: str) -> str:

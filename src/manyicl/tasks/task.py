@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +32,7 @@ class Task:
         test: Examples that are used only as test queries. Disjoint from ``train`` in content.
         data_hash: Hash of the rendered instruction, the labels and the examples of both sides.
         dropped: Reason -> number of rows dropped when the task was read.
+        dropped_rows: Reason -> origins of the first of these rows; not stored with a task.
 
     Examples:
         >>> task = Task.from_examples("mood", [("what a film", "good"), ("so dull", "bad")], labels=("good", "bad"))
@@ -46,6 +47,7 @@ class Task:
     test: Sequence[Example] = ()
     data_hash: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_examples(
@@ -170,7 +172,7 @@ class Task:
             UserError: If the spec has no such field, or the field no such value.
         """
         spec = validated(TaskSpec, {**self.spec.model_dump(), **changes}, None)
-        return Task(spec, self.train, self.test, self.data_hash, self.dropped)
+        return replace(self, spec=spec)
 
     def demonstrations(self, num_shots: int, seed: int = 0, sampling: ShotSampling = "balanced") -> tuple[Example, ...]:
         """Choose demonstrations from the training examples; with one seed, the first 32 of 64 are the same 32.
