@@ -107,8 +107,8 @@ ASKED = [
     ),
     Case(
         "queries between semicolons",
-        "predict --model MODEL --task t --input new.csv",
-        ("new.csv:1: ", "expected fields between ','", "`--delimiter`", "save the file with ','"),
+        "predict --model MODEL --task t --input new.csv --delimiter ,",
+        ("new.csv:1: ", "expected fields between ','", "It is ';', so it seems.", "`--delimiter` for queries"),
         asking("id;text\n1;a\n", "new.csv"),
     ),
     Case(
@@ -118,10 +118,10 @@ ASKED = [
         asking("id,text\n1,a\n2,b,c\n", "new.csv"),
     ),
     Case(
-        "queries in a spreadsheet",
-        "predict --model MODEL --task t --input new.xlsx",
-        ("found the suffix '.xlsx'",),
-        asking("", "new.xlsx"),
+        "queries in an old spreadsheet",
+        "predict --model MODEL --task t --input new.xls",
+        ("found the suffix '.xls'",),
+        asking("", "new.xls"),
     ),
     Case(
         "a list on standard input",

@@ -37,7 +37,7 @@ TABLE = "text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for 
 NOT_FOUND = [
     *(
         refused(f"columns of {name}", f"tasks check {name}:text:label", "unknown_suffix", files={name: "PK"})
-        for name, what_to_do in (("x.xlsx", "Export"), ("n.txt", "Export"), ("x.csv.gz", "Unpack"))
+        for name, what_to_do in (("x.xls", "Export"), ("n.txt", "Export"), ("x.csv.zip", "Unpack"))
     ),
     refused(
         "an option of a table twice",
