@@ -91,6 +91,12 @@ def test_a_recipe_builds_and_trains_a_step_at_toy_size(path: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_drops_inputs_of_an_adapter_as_long_as_no_measurement_speaks_for_it(path: Path) -> None:
+    lora = Recipe.parse(path.read_text(encoding="utf-8").replace("train: []", "train: [given]"), path.name).model.lora
+    assert lora is None or lora.dropout == 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_headed_by_its_command(path: Path) -> None:
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("manyicl " in line for line in head)
