@@ -136,7 +136,10 @@ def time_step(setting: Setting, rate: float, *, profiled: bool = False) -> None:
         step.run()
     seconds = (time.perf_counter() - started) / NUM_TIMED
     memory = torch.cuda.max_memory_allocated() / 2**30
-    flops, repeated = step.flops(step.lengths, len(step.positions)), step.flops.recomputed(step.lengths)
+    flops, repeated = (
+        step.flops(step.lengths, len(step.positions)),
+        step.flops.recomputed(step.lengths, len(step.positions)),
+    )
     shares = f"{flops / seconds / rate:.1%} of the matrix rate, {(flops + repeated) / seconds / rate:.1%} with repeated"
     speed = f"{setting.num_tokens / seconds:,.0f} tokens/s"
     print(f"{setting.name:40} {seconds:.3f} s  {speed}  {shares}  {memory:.1f} GiB", flush=True)

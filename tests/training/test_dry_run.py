@@ -14,10 +14,10 @@ from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.dry_run import dry_run
 from manyicl.training.estimate import measured_cost, sample_sequences
 from manyicl.training.loss import sequence_loss
-from manyicl.training.recipe import LoraSettings, Recipe
-from manyicl.training.start import starting_point, with_adapter
+from manyicl.training.recipe import Recipe
+from manyicl.training.start import starting_point
 from manyicl.training.train import packed_sequences, prepare_run
-from tests.builders import byte_level_bpe, tiny_model
+from tests.builders import byte_level_bpe
 from tests.training.recipes import small_recipe, small_tasks
 
 
@@ -43,7 +43,7 @@ def test_a_large_new_model_is_estimated_instead(tmp_path: Path, monkeypatch: pyt
 def test_on_a_slow_machine_fewer_tokens_are_timed_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
 
-    def slow(recipe: Recipe, model: object, batch: Batch, device: object) -> float:
+    def slow(recipe: Recipe, model: object, batch: Batch, device: object, most_logits: int | None) -> float:
         timed.append(batch["input_ids"].shape[1])
         assert sum(batch["segment_lengths"]) == timed[-1] == batch["packed"]["position_ids"].shape[1]
         assert all(batch["supervised_positions"] < timed[-1])
@@ -149,8 +149,3 @@ def test_a_model_that_is_not_at_hand_says_what_cannot_be_known(tmp_path: Path, m
         *_, last = dry_run(small_recipe(tmp_path, *changes), small_tasks())
         assert last.startswith("Tokens: at most 960. Answers, unused share, hours and memory cannot be known")
         assert reason in last
-
-
-def test_an_adapter_over_layers_that_are_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"\['attn'\] match no layer; expected names of linear layers, \['down_proj'"):
-        with_adapter(tiny_model(), LoraSettings(target_modules=("attn",)))

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from manyicl.model.attention import ATTENTION
 from manyicl.training import loss as module
 from manyicl.training.batch import Batch, sequence_tensors
-from manyicl.training.loss import head_is_separable, most_logits_at_once, sequence_loss
+from manyicl.training.loss import caps_or_scales_logits, head_is_separable, most_logits_at_once, sequence_loss
 from manyicl.training.recipe import LoraSettings, ObjectiveSettings
 from manyicl.training.start import recompute_activations, with_adapter
 from manyicl.training.train import prepare_run
@@ -141,3 +141,34 @@ def test_a_run_says_whether_logits_are_made_in_chunks_and_trains_alike(
         "Logits are made for all supervised positions of a sequence at once, because the model caps or scales them."
     )
     assert capped.most_logits is None
+
+
+def test_the_head_is_compared_on_tokens_that_are_not_supervised_too(batch: Batch) -> None:
+    """A sequence may begin with a query that is longer than what is compared."""
+    late = batch["supervised_positions"] >= batch["input_ids"].shape[1]
+    assert not late.any()
+    nothing: Any = {name: batch[name][late] for name in ("supervised_positions", "targets", "weights")}
+    assert head_is_separable(network(), cast(Batch, {**batch, **nothing}))
+    assert not head_is_separable(
+        network("cohere", logit_scale=0.0625, pad_token_id=0), cast(Batch, {**batch, **nothing})
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("granite", {"logits_scaling": 1.0}),
+    ],
+)
+def test_models_without_caps_and_scales_are_known_by_their_configuration(
+    architecture: str, changes: dict[str, Any]
+) -> None:
+    assert not caps_or_scales_logits(AutoConfig.for_model(architecture, **changes))
+
+
+def test_a_scale_under_an_unknown_name_shows_in_the_comparison(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPS_AND_SCALES", {})
+    assert not head_is_separable(network("granite", logits_scaling=8.0), batch)
+    assert head_is_separable(network("granite", logits_scaling=1.0), batch)

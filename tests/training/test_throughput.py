@@ -7,12 +7,17 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from manyicl.model.attention import packed_arguments
+from manyicl.model.decoder_layers import decoder_layers
 from manyicl.training import throughput
-from manyicl.training.batch import sequence_tensors
+from manyicl.training.batch import Batch, sequence_tensors
+from manyicl.training.counts import SequenceCounts
 from manyicl.training.job import ensure_trained
+from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.run_folder import RunFolder
 from manyicl.training.start import recompute_activations, starting_point, with_adapter
@@ -24,7 +29,9 @@ from tests.training.recipes import small_recipe, small_tasks
 NUM_TOKENS, NUM_TARGETS, NUM_LAYERS = 47, 7, 3
 
 
-def small_network(*, adapter: bool = False, tied: bool = False) -> PreTrainedModel:
+def small_network(
+    *, adapter: bool = False, tied: bool = False, layers: int | None = None, names: tuple[str, ...] | None = None
+) -> PreTrainedModel:
     config = AutoConfig.for_model(
         "llama",
         hidden_size=64,
@@ -37,10 +44,16 @@ def small_network(*, adapter: bool = False, tied: bool = False) -> PreTrainedMod
     )
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if adapter:
-        model = with_adapter(model, LoraSettings(rank=4, dropout=0.0))
-    # As checkpointing needs it, and as the formula counts: gradients reach the first layer's input.
-    model.enable_input_require_grads()
+        model = with_adapter(model, LoraSettings(rank=4, layers=layers, target_modules=names or "all-linear"))
+    # As the formula counts: gradients reach the input of the lowest layer with a trained weight.
+    found = decoder_layers(model)
+    assert found is not None
+    found.layers[NUM_LAYERS - (layers or NUM_LAYERS)].register_forward_pre_hook(needs_gradient)
     return cast(PreTrainedModel, model.train())
+
+
+def needs_gradient(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    inputs[0].requires_grad_(True)
 
 
 def counted_flops(model: PreTrainedModel) -> int:
@@ -55,38 +68,70 @@ def counted_flops(model: PreTrainedModel) -> int:
     return int(counter.get_total_flops())
 
 
-def masked_flops(formula: TrainingFlops) -> int:
-    """Operations of a forward pass for pairs that a causal mask hides."""
-    return formula.forward_per_pair * NUM_LAYERS * NUM_TOKENS * (NUM_TOKENS - 1) // 2
+def masked_flops(formula: TrainingFlops, num_layers: int) -> int:
+    """Operations of a forward pass through so many layers for pairs that a causal mask hides."""
+    return formula.forward_per_pair * num_layers * NUM_TOKENS * (NUM_TOKENS - 1) // 2
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "adapter"])
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "tied": {"tied": True},
+    "adapter": {"adapter": True},
+    "upper two layers": {"adapter": True, "layers": 2},
+    "uppermost layer": {"adapter": True, "layers": 1},
+    "parts of the uppermost layer": {"adapter": True, "layers": 1, "names": ("q_proj",)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_counts_the_operations_that_torch_counts(kind: str) -> None:
-    model = small_network(adapter=kind == "adapter", tied=kind == "tied")
+    model, num_reached = small_network(**KINDS[kind]), KINDS[kind].get("layers", NUM_LAYERS)
     formula = TrainingFlops.of(model)
-    expected = counted_flops(model) - 3 * masked_flops(formula)
-    assert formula([NUM_TOKENS], NUM_TARGETS) == pytest.approx(expected, rel=1e-3)
-    assert formula.recomputed([NUM_TOKENS]) == 0
+    masked = masked_flops(formula, NUM_LAYERS) + 2 * masked_flops(formula, num_reached)
+    assert formula([NUM_TOKENS], NUM_TARGETS) == pytest.approx(counted_flops(model) - masked, rel=1e-3)
+    assert formula.recomputed([NUM_TOKENS], NUM_TARGETS) == 0
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_recomputed_operations_are_those_that_checkpointing_adds(adapter: bool) -> None:
-    model = small_network(adapter=adapter)
+@pytest.mark.parametrize("kind", ["full", "adapter", "upper two layers"])
+def test_recomputed_operations_are_those_that_checkpointing_adds(kind: str) -> None:
+    model, num_reached = small_network(**KINDS[kind]), KINDS[kind].get("layers", NUM_LAYERS)
     formula = TrainingFlops.of(model, recomputes=True)
     without = counted_flops(model)
     recompute_activations(model)
-    added = counted_flops(model) - without - masked_flops(formula)
+    added = counted_flops(model) - without - masked_flops(formula, num_reached)
     # torch stops before the last product of a layer, whose result nothing needs; with an adapter that is a small one.
-    skipped = 2 * NUM_LAYERS * NUM_TOKENS * (4 if adapter else 96) * 64
-    assert formula.recomputed([NUM_TOKENS]) == pytest.approx(added + skipped, rel=1e-3)
+    skipped = 2 * num_reached * NUM_TOKENS * (96 if kind == "full" else 4) * 64
+    assert formula.recomputed([NUM_TOKENS], NUM_TARGETS) == pytest.approx(added + skipped, rel=1e-3)
+
+
+def test_logits_in_chunks_repeat_the_forward_pass_of_the_head() -> None:
+    model, counts = small_network(), []
+    formula = TrainingFlops.of(model, most_logits=3)
+    batch = Batch(
+        input_ids=torch.randint(300, (1, NUM_TOKENS)),
+        packed=packed_arguments([NUM_TOKENS]),
+        segment_lengths=(NUM_TOKENS,),
+        supervised_positions=torch.arange(NUM_TARGETS),
+        targets=torch.arange(NUM_TARGETS),
+        weights=torch.ones(NUM_TARGETS),
+        counts=SequenceCounts(),
+        task_names=(),
+    )
+    for most_logits in (None, 3):
+        with FlopCounterMode(display=False) as counter:
+            sequence_loss(model, batch, 1.0, most_logits).backward()
+        counts.append(int(counter.get_total_flops()))
+    assert formula.recomputed([NUM_TOKENS], NUM_TARGETS) == counts[1] - counts[0] > 0
+    assert formula.recomputed([NUM_TOKENS], 3) == 0
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 47])
 def test_attention_counts_the_pairs_that_see_each_other(window: int | None) -> None:
     lengths = (3, 47, 31)
     pairs = sum(1 for n in lengths for i in range(n) for j in range(i + 1) if window is None or i - j < window)
-    formula = TrainingFlops(0, 0, 0, 4, {window: 2})
-    assert formula(lengths, 5) == 3 * 4 * 2 * pairs
+    formula = TrainingFlops(0, 0, 0, 0, 0, 4, windows=(None, window, window), num_reached=2)
+    below = sum(n * (n + 1) // 2 for n in lengths)
+    assert formula(lengths, 5) == 3 * 4 * 2 * pairs + 4 * below
 
 
 def test_only_layers_with_a_window_are_counted_with_it() -> None:
@@ -96,7 +141,7 @@ def test_only_layers_with_a_window_are_counted_with_it() -> None:
     config.head_dim, config.num_key_value_heads, config.sliding_window = 16, 1, 8
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert TrainingFlops.of(model).windows == {8: 2, None: 1}
+    assert TrainingFlops.of(model).windows == [8, None, 8]
 
 
 def trainer_for(folder: Path, *overrides: str) -> ManyShotTrainer:

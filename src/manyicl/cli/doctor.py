@@ -114,6 +114,10 @@ def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
         refusals.append(str(error))
     products = "bfloat16" if training.bf16 or model.dtype == "bfloat16" else "float32"
     in_4_bits = " in 4 bits" if model.quantize else ""
+    adapter = "all weights"
+    if model.lora is not None:
+        upper = f"the {model.lora.layers} uppermost layers of " if model.lora.layers else ""
+        adapter = f"an adapter of rank {model.lora.rank} over {upper}the base{in_4_bits}"
     return {
         "base": _base_sentence(recipe),
         "device": f"GPU, {here.gpus[0].name}" if here.gpus else "CPU",
@@ -121,7 +125,7 @@ def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
         "num_threads": training.num_threads or here.num_torch_threads,
         "precision": f"weights in {model.dtype}, products in {products}",
         "attention": "flash-attn, a sequence at once" if model.attention == "flash" else "torch, one episode at a time",
-        "adapter": f"an adapter of rank {model.lora.rank} over the base{in_4_bits}" if model.lora else "all weights",
+        "adapter": adapter,
         "kernels": "Liger: norms, rotary positions, gates" if training.liger else "torch",
         "refusals": refusals,
         "remarks": list(_remarks(recipe, here, world_size())),

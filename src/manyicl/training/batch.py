@@ -70,7 +70,7 @@ def first_tokens(batch: Batch, length: int) -> Batch:
     lengths = tuple(min(tokens, length - end + tokens) for tokens, end in ends if end - tokens < length)
     kept = batch["supervised_positions"] < length
     cut: dict[str, object] = {name: batch[name][kept] for name in ("supervised_positions", "targets", "weights")}
-    cut |= {"input_ids": batch["input_ids"][:, :length], "packed": packed_arguments(lengths)}
+    cut |= {"input_ids": batch["input_ids"][:, :length], "packed": packed_arguments(lengths, batch["input_ids"].device)}
     return cast(Batch, {**batch, **cut, "segment_lengths": lengths})
 
 

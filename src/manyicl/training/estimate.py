@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, first_tokens, sequence_tensors
-from manyicl.training.loss import sequence_loss
+from manyicl.training.loss import caps_or_scales_logits, head_is_separable, most_logits_at_once, sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint, with_adapter
 from manyicl.training.throughput import TrainingFlops, matrix_rate, peak_bytes
@@ -62,7 +62,8 @@ class SequenceStatistics(NamedTuple):
 
     def flops(self, formula: TrainingFlops) -> float:
         """Return the operations per sequence, with those that are repeated."""
-        return fmean(formula(lengths, self.targets) + formula.recomputed(lengths) for lengths in self.segment_lengths)
+        targets = self.targets
+        return fmean(formula(each, targets) + formula.recomputed(each, targets) for each in self.segment_lengths)
 
     def sentence(self) -> str:
         """Say what a sequence holds, and what is dropped."""
@@ -159,13 +160,18 @@ def measured_cost(
     device, name = measuring_device()
     nn.Module.to(model, device)
     model.train()
-    formula = TrainingFlops.of(model, recomputes=recipe.training.gradient_checkpointing)
     whole = sequence_tensors(sequences[0], recipe.objective)
+    most_logits = _most_logits(recipe, model.config)
+    if most_logits is not None and not _has_separable_head(recipe, model, whole, device):
+        most_logits = None
+    recomputes = recipe.training.gradient_checkpointing
+    formula = TrainingFlops.of(model, recomputes=recomputes, most_logits=most_logits)
     num_tokens, length, left = whole["input_ids"].shape[1], FEWEST_TOKENS_MEASURED, SECONDS_MEASURED
     while True:
         batch = first_tokens(whole, length)
-        flops = formula(batch["segment_lengths"], len(batch["targets"])) + formula.recomputed(batch["segment_lengths"])
-        seconds = _forward_and_backward(recipe, model, batch, device)
+        held = batch["segment_lengths"], len(batch["targets"])
+        flops = formula(*held) + formula.recomputed(*held)
+        seconds = _forward_and_backward(recipe, model, batch, device, most_logits)
         left -= seconds
         # Attention grows faster than the length, all else as fast.
         if length >= num_tokens or 2.5 * seconds > left:
@@ -173,13 +179,13 @@ def measured_cost(
         length *= 2
     if seconds < left:
         # Once more, with warm caches.
-        seconds = min(seconds, _forward_and_backward(recipe, model, batch, device))
+        seconds = min(seconds, _forward_and_backward(recipe, model, batch, device, most_logits))
     model.zero_grad(set_to_none=True)
     num_parameters, num_trainable = num_weights(model)
     memory = peak_bytes(device) + 8 * num_trainable
     if length < num_tokens:
-        memory += int(_activation_bytes(recipe, model.config, statistics.tokens, statistics.targets))
-        memory -= int(_activation_bytes(recipe, model.config, length, len(batch["targets"])))
+        memory += activation_bytes(recipe, model.config, statistics.tokens, statistics.targets, most_logits)
+        memory -= activation_bytes(recipe, model.config, length, len(batch["targets"]), most_logits)
     dtype = str(computing_dtype(recipe)).removeprefix("torch.")
     return Cost(
         hours=seconds * statistics.flops(formula) / flops * recipe.num_sequences / 3600,
@@ -191,12 +197,29 @@ def measured_cost(
     )
 
 
-def _forward_and_backward(recipe: Recipe, model: nn.Module, batch: Batch, device: torch.device) -> float:
+def _most_logits(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    """Return how many positions have logits at the same time, as the trainer chooses it; None for all.
+
+    Whether the head may really be called by itself shows in a comparison of logits alone.
+    """
+    most = most_logits_at_once(config.get_text_config().vocab_size)
+    makes_all = recipe.sequences.max_context_tokens <= most or caps_or_scales_logits(config)
+    return None if makes_all else most
+
+
+def _has_separable_head(recipe: Recipe, model: nn.Module, batch: Batch, device: torch.device) -> bool:
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.bf16):
+        return head_is_separable(model, cast(Batch, send_to_device(batch, device)))
+
+
+def _forward_and_backward(
+    recipe: Recipe, model: nn.Module, batch: Batch, device: torch.device, most_logits: int | None
+) -> float:
     """Return the seconds of both passes."""
     batch = cast(Batch, send_to_device(batch, device))
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.bf16):
-        loss = sequence_loss(model, batch, 1.0)
+        loss = sequence_loss(model, batch, 1.0, most_logits)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -232,13 +255,14 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTr
         if recipe.model.lora is not None:
             model = with_adapter(model, recipe.model.lora)
     num_parameters, num_trainable = num_weights(model)
-    formula = TrainingFlops.of(model, recomputes=recipe.training.gradient_checkpointing)
+    most_logits = _most_logits(recipe, config)
+    formula = TrainingFlops.of(model, recomputes=recipe.training.gradient_checkpointing, most_logits=most_logits)
     rate = matrix_rate(computing_dtype(recipe), measuring_device()[0])
     seconds = statistics.flops(formula) * recipe.num_sequences / (rate * ASSUMED_EFFICIENCY)
     bytes_per_weight = DTYPES[recipe.model.dtype].itemsize
     weights = float(num_parameters * bytes_per_weight + num_trainable * (4 + 8))
     weights -= num_in_4_bits * (bytes_per_weight - BYTES_PER_4_BIT_WEIGHT)
-    activations = _activation_bytes(recipe, config, statistics.tokens, statistics.targets)
+    activations = activation_bytes(recipe, config, statistics.tokens, statistics.targets, most_logits)
     return Cost(
         hours=seconds / 3600,
         memory_gib=(weights + activations) / 2**30,
@@ -249,14 +273,26 @@ def estimated_cost(recipe: Recipe, statistics: SequenceStatistics, config: PreTr
     )
 
 
-def _activation_bytes(recipe: Recipe, config: PreTrainedConfig, num_tokens: float, num_targets: float) -> float:
-    """Estimate the memory of what a sequence's forward pass keeps."""
+def activation_bytes(
+    recipe: Recipe, config: PreTrainedConfig, num_tokens: float, num_targets: float, most_logits: int | None
+) -> int:
+    """Estimate the memory of what the forward pass over a sequence keeps, and of its logits.
+
+    Args:
+        recipe: The run.
+        config: Configuration of the model.
+        num_tokens: Tokens of the sequence.
+        num_targets: Supervised positions in it.
+        most_logits: How many of these have logits at the same time; None for all.
+    """
     text_config: Any = config.get_text_config()
     # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:
-    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work.
-    num_layers: int = text_config.num_hidden_layers
+    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work. Nothing is kept of layers
+    # below the lowest with an adapter.
+    lora = recipe.model.lora
+    num_layers: int = (lora.layers if lora else None) or text_config.num_hidden_layers
     num_kept = num_layers + 17 if recipe.training.gradient_checkpointing else 17 * num_layers
     kept: float = num_kept * text_config.hidden_size * num_tokens * computing_dtype(recipe).itemsize
     # Logits, their softmax and its gradient, in float32.
-    logits: float = 3 * 4 * num_targets * text_config.vocab_size
-    return kept + logits
+    logits: float = 3 * 4 * min(num_targets, most_logits or num_targets) * text_config.vocab_size
+    return int(kept + logits)

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
-from manyicl.training.batch import Batch
+from manyicl.training.batch import Batch, first_tokens
 
 # Logits of so many bytes in float32 are made at once; their softmax and its gradient are as large.
 BYTES_OF_LOGITS = 512 * 2**20
+# Logits of so many tokens are compared before they are made in another way.
+NUM_TOKENS_COMPARED = 64
+# Keys of configurations by which models cap or scale their logits, and the value that does nothing.
+CAPS_AND_SCALES = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
 # Relative differences between logits made in two ways, by rounding alone.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -88,14 +99,23 @@ def most_logits_at_once(vocabulary_size: int) -> int:
     return max(1, BYTES_OF_LOGITS // (4 * vocabulary_size))
 
 
+def caps_or_scales_logits(config: PreTrainedConfig) -> bool:
+    """Tell from a configuration whether a model caps or scales its logits, under the names that are known."""
+    values = {name: getattr(config.get_text_config(), name, None) for name in CAPS_AND_SCALES}
+    return any(value not in (None, CAPS_AND_SCALES[name]) for name, value in values.items())
+
+
 @torch.no_grad()
 def head_is_separable(model: nn.Module, batch: Batch) -> bool:
-    """Tell whether what the head returns are the model's own logits on this sequence.
+    """Tell whether what the head returns are the model's own logits.
 
-    They are not where a model scales or caps them afterwards. A cap is looked up, because small logits hardly show it.
+    They are not where a model scales or caps them afterwards. That is also looked up, because small logits hardly show
+    a cap. Compared are the first tokens of a sequence, whether or not they are supervised.
     """
-    if getattr(cast(Any, model).config.get_text_config(), "final_logit_softcapping", None):
+    if caps_or_scales_logits(cast(Any, model).config):
         return False
+    first = first_tokens(batch, NUM_TOKENS_COMPARED)
+    first["supervised_positions"] = torch.arange(first["input_ids"].shape[1], device=first["input_ids"].device)
     was_training, head, returned = model.training, _head(model), list[Tensor]()
     make_logits = head.forward
 
@@ -106,7 +126,7 @@ def head_is_separable(model: nn.Module, batch: Batch) -> bool:
     model.eval()
     try:
         with _head_replaced(head, noted):
-            expected = _logits(model, batch).float()
+            expected = _logits(model, first).float()
     finally:
         model.train(was_training)
     if len(returned) != 1 or returned[0].shape[1:] != expected.shape:

@@ -35,6 +35,12 @@ class LoraSettings(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="Names of the linear layers that get an update; all but the head by default."
     )
+    layers: int | None = Field(
+        None,
+        ge=1,
+        description="Number of uppermost decoder layers that get an update; unset: all. Nothing is kept of the layers "
+        "below, and no gradient is computed there: less time and memory, another result.",
+    )
 
 
 class TokenizerSettings(Section):

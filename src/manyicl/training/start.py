@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from manyicl.errors import UserError
+from manyicl.model.decoder_layers import decoder_layers
 from manyicl.model.kernels import use_flash_attention, use_liger_kernels
 from manyicl.model.load import DTYPES, cast_weights, load_model, load_quantized, max_positions
 from manyicl.model.manifest import TrainedTask
@@ -60,9 +64,14 @@ def starting_point(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only the inputs of each layer for the backward pass, under the name of this transformers (5.17, 5.23)."""
+    """Keep only the inputs of each layer for the backward pass, under the name of this transformers (5.17, 5.23).
+
+    transformers also asks for the gradient of the embeddings, which checkpointing needs only in its older, reentrant
+    form. It would let the backward pass go through all layers below the lowest with an adapter.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
@@ -129,9 +138,11 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
     """Put a fresh low-rank adapter over a model; only the adapter is trainable.
 
     Raises:
-        UserError: If the model has no layer of a name in ``target_modules``.
+        UserError: If the model has no linear layer of a name in ``target_modules`` where an adapter is to be, or fewer
+            layers than ``layers``.
     """
     target = lora.target_modules
+    names = {name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -139,16 +150,47 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
         target_modules=target if isinstance(target, str) else list(target),
         task_type="CAUSAL_LM",
     )
+    if lora.layers is not None:
+        path, chosen = _uppermost(model, lora.layers)
+        # peft takes layers by their number only together with names of parts.
+        within = rf"{re.escape(path)}\.\d+\.(.+)"
+        names = {found[1] for name in names if (found := re.fullmatch(within, name))}
+        config.target_modules = sorted(names) if isinstance(target, str) else list(target)
+        config.layers_to_transform, config.layers_pattern = chosen, path.rpartition(".")[2]
     try:
         # peft 0.21 asks transformers 5.23 for a property by its deprecated name.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            return cast(PreTrainedModel, get_peft_model(model, config))
+            adapted = get_peft_model(model, config)
     except ValueError as error:
-        linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
-        names = sorted({name.rpartition(".")[2] for name in linear})
-        key, expected = "model.lora.target_modules", f"names of linear layers, {names}"
-        what = f"{key}: {list(target)} match no layer"
-        raise UserError("unknown_layer", what, expected=expected, field=key) from error
+        raise _unknown_layer(target, names) from error
+    changed = cast(Any, adapted).targeted_module_names
+    unknown = [] if isinstance(target, str) else [name for name in target if not _matches(name, changed)]
+    if unknown:
+        raise _unknown_layer(unknown, names)
+    return cast(PreTrainedModel, adapted)
+
+
+def _uppermost(model: PreTrainedModel, num_layers: int) -> tuple[str, list[int]]:
+    """Return the path of the decoder's layers, and the numbers of so many of the uppermost."""
+    found, key = decoder_layers(model), "model.lora.layers"
+    if found is None:
+        what = f"The layers of a {model.config.model_type} are not in a list, so that {key} cannot choose among them"
+        raise UserError("no_list_of_layers", what, remedy=f"Leave out {key}.", field=key)
+    num_all = len(found.layers)
+    if num_layers > num_all:
+        what = "The model has fewer layers than are to get an update"
+        raise UserError("too_few_layers", what, expected=f"at most {num_all}", found=str(num_layers), field=key)
+    return found.path, list(range(num_all - num_layers, num_all))
+
+
+def _matches(name: str, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _unknown_layer(target: str | Sequence[str], linear: Iterable[str]) -> UserError:
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    key, expected = "model.lora.target_modules", f"names of linear layers, {names}"
+    return UserError("unknown_layer", f"{key}: {list(target)} match no layer", expected=expected, field=key)
 
 
 def training_device() -> str:

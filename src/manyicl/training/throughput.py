@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from manyicl.model.decoder_layers import decoder_layers
 from manyicl.training.counts import SequenceCounts
 
 # Sides of the square matrices that are multiplied: from what the slowest machine can do to what fills the fastest.
@@ -26,45 +27,68 @@ class TrainingFlops:
     A product with a matrix of n weights costs 2n operations per token forward, 2n for the gradient of its input and, if
     it is trained, 2n for its own. Only supervised positions meet the head. Attention costs 4 x heads x head size for
     each pair of a token and one that it sees, and twice that backward; other segments are not seen, nor what lies
-    outside a window. Gradients of inputs are counted down to the first layer, even where only upper layers are trained.
+    outside a window. The backward pass reaches the input of the lowest layer with a trained weight; what is below it
+    costs a forward pass alone.
 
     Attributes:
         forward_per_token: Operations per token in all layers, attention aside.
-        backward_per_token: The same for the backward pass.
-        per_target: Operations of the head per supervised position, forward and backward.
+        reached_per_token: Those of the forward pass in layers that the backward pass reaches.
+        backward_per_token: Those of the backward pass.
+        forward_per_target: Operations of the head per supervised position.
+        backward_per_target: The same for the backward pass.
         forward_per_pair: Operations of attention in one layer for a token and one that it sees.
-        windows: Number of layers by how many tokens one of theirs sees, itself included; None for all before it.
+        windows: How many tokens one of theirs sees in each layer, itself included, the lowest first; None for all
+            before it.
+        num_reached: Number of layers that the backward pass reaches, the uppermost.
         recomputes: Whether gradient checkpointing repeats the forward pass of the layers.
+        most_logits: Where more positions are supervised, the backward pass repeats the forward pass of the head; None:
+            never.
     """
 
     forward_per_token: int
+    reached_per_token: int
     backward_per_token: int
-    per_target: int
+    forward_per_target: int
+    backward_per_target: int
     forward_per_pair: int
-    windows: Mapping[int | None, int]
+    windows: Sequence[int | None]
+    num_reached: int
     recomputes: bool = False
+    most_logits: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, *, recomputes: bool = False) -> TrainingFlops:
+    def of(cls, model: PreTrainedModel, *, recomputes: bool = False, most_logits: int | None = None) -> TrainingFlops:
         """Count the weights of a model, which may be on the meta device or have an adapter."""
         output = model.get_output_embeddings()
         head = set(output.modules()) if isinstance(output, nn.Module) else set()
         config = model.config.get_text_config()
-        counts: Counter[tuple[bool, bool]] = Counter()
+        windows, found = _windows(config), decoder_layers(model)
+        # Where they are not found, all are taken for reached.
+        layers = list(found.layers) if found else []
+        num_reached = _num_reached(model, layers) if layers else len(windows)
+        below = {part for layer in layers[: len(layers) - num_reached] for part in layer.modules()}
+        forward: Counter[str] = Counter()
+        backward: Counter[str] = Counter()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 continue
+            where = "head" if module in head else "below" if module in below else "reached"
             for weights in module.parameters(recurse=False):
-                counts[module in head, weights.requires_grad] += _num_multiplied(module, weights, config)
-        frozen, trained = counts[False, False], counts[False, True]
+                operations = 2 * _num_multiplied(module, weights, config)
+                forward[where] += operations
+                backward[where] += operations * (1 + weights.requires_grad)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            forward_per_token=2 * (frozen + trained),
-            backward_per_token=2 * frozen + 4 * trained,
-            per_target=4 * counts[True, False] + 6 * counts[True, True],
+            forward_per_token=forward["below"] + forward["reached"],
+            reached_per_token=forward["reached"],
+            backward_per_token=backward["reached"],
+            forward_per_target=forward["head"],
+            backward_per_target=backward["head"],
             forward_per_pair=4 * config.num_attention_heads * head_size,
-            windows=_windows(config),
+            windows=windows,
+            num_reached=num_reached,
             recomputes=recomputes,
+            most_logits=most_logits,
         )
 
     def __call__(self, segment_lengths: Sequence[int], num_targets: float) -> int:
@@ -74,23 +98,48 @@ class TrainingFlops:
             segment_lengths: Tokens of each isolated episode.
             num_targets: Supervised positions.
         """
-        attention = 3 * self._forward_attention(segment_lengths)
-        per_token = self.forward_per_token + self.backward_per_token
-        return per_token * sum(segment_lengths) + int(self.per_target * num_targets) + attention
+        per_token, per_target = (
+            self.forward_per_token + self.backward_per_token,
+            self.forward_per_target + self.backward_per_target,
+        )
+        attention = self._forward_attention(segment_lengths, len(self.windows))
+        attention += 2 * self._forward_attention(segment_lengths, self.num_reached)
+        return per_token * sum(segment_lengths) + int(per_target * num_targets) + attention
 
-    def recomputed(self, segment_lengths: Sequence[int]) -> int:
-        """Count the operations that gradient checkpointing repeats: the forward pass of the layers, to its end."""
-        if not self.recomputes:
-            return 0
-        return self.forward_per_token * sum(segment_lengths) + self._forward_attention(segment_lengths)
+    def recomputed(self, segment_lengths: Sequence[int], num_targets: float) -> int:
+        """Count the operations that the backward pass repeats.
 
-    def _forward_attention(self, segment_lengths: Sequence[int]) -> int:
+        With gradient checkpointing these are the forward pass of the layers that it reaches, to its end, and where
+        logits are made in chunks that of the head.
+        """
+        repeated = 0
+        if self.recomputes:
+            repeated += self.reached_per_token * sum(segment_lengths)
+            repeated += self._forward_attention(segment_lengths, self.num_reached)
+        if self.most_logits is not None and num_targets > self.most_logits:
+            repeated += int(self.forward_per_target * num_targets)
+        return repeated
+
+    def _forward_attention(self, segment_lengths: Sequence[int], num_layers: int) -> int:
+        """Count the operations of attention in so many of the uppermost layers."""
         pairs = 0
-        for window, num_layers in self.windows.items():
+        for window, count in Counter(self.windows[len(self.windows) - num_layers :]).items():
             for length in segment_lengths:
                 seen = min(length, window or length)
-                pairs += num_layers * (seen * (seen + 1) // 2 + (length - seen) * seen)
+                pairs += count * (seen * (seen + 1) // 2 + (length - seen) * seen)
         return self.forward_per_pair * pairs
+
+
+def _num_reached(model: PreTrainedModel, layers: Sequence[nn.Module]) -> int:
+    """Count the layers that the backward pass reaches: all from the lowest with a trained weight."""
+    if _is_trained(model.get_input_embeddings()):
+        return len(layers)
+    lowest = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers))
+    return len(layers) - lowest
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(weights.requires_grad for weights in module.parameters())
 
 
 def _num_multiplied(module: nn.Module, weights: nn.Parameter, config: PreTrainedConfig) -> int:
@@ -105,13 +154,13 @@ def _num_multiplied(module: nn.Module, weights: nn.Parameter, config: PreTrained
     return weights.numel()
 
 
-def _windows(config: PreTrainedConfig) -> dict[int | None, int]:
-    """Count the layers of each attention window."""
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Return the attention window of each layer."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", None) is False:
         window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return Counter(window if kind == "sliding_attention" else None for kind in kinds)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -121,7 +170,7 @@ class Throughput:
     Attributes:
         counts: What the packed sequences held.
         flops: The model's own operations.
-        recomputed_flops: Operations that gradient checkpointing repeated.
+        recomputed_flops: Operations that the backward pass repeated.
         seconds: Time of the steps.
         seconds_waiting: Part of it spent waiting for packed sequences.
     """

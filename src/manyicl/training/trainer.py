@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError
 from manyicl.library_errors import reason
-from manyicl.training.batch import Batch, Collator, first_tokens
+from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
 from manyicl.training.loss import head_is_separable, most_logits_at_once, sequence_loss
@@ -45,9 +45,6 @@ STOPPING = b"\nStopping once this step, and its evaluation if one is due, is sav
 
 # Under torchrun one Ctrl-C arrives twice: from the terminal, and handed on by torchrun.
 SECONDS_OF_ONE_REQUEST = 2.0
-
-# Logits of so many tokens are compared before they are made in another way.
-NUM_TOKENS_COMPARED = 256
 
 LOWER_THE_RATE = "lower training.learning_rate or lengthen the warm-up and start anew with --overwrite"
 
@@ -125,10 +122,11 @@ class ManyShotTrainer(Trainer):
         waited = time.perf_counter() - self._step_started
         self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
+        held = [(batch["segment_lengths"], len(batch["targets"])) for batch in batches]
         work = Throughput(
             counts=sum((batch["counts"] for batch in batches), SequenceCounts()),
-            flops=sum(self.floating_point_ops(batch) for batch in batches),
-            recomputed_flops=sum(self._flops.recomputed(batch["segment_lengths"]) for batch in batches),
+            flops=sum(self._flops(*each) for each in held),
+            recomputed_flops=sum(self._flops.recomputed(*each) for each in held),
             seconds_waiting=waited,
         )
         of_processes = gather_object([(weight, work)])
@@ -148,11 +146,12 @@ class ManyShotTrainer(Trainer):
         most = most_logits_at_once(model.config.get_text_config().vocab_size)
         if sequences.max_context_tokens <= most:
             return None
-        first = first_tokens(cast(Collator, self.data_collator)([sequences[0]]), NUM_TOKENS_COMPARED)
+        first = cast(Collator, self.data_collator)([sequences[0]])
         with self.accelerator.autocast():
             # Before the first step, a model that FSDP will shard is still on the CPU.
             if head_is_separable(model, cast(Batch, send_to_device(first, model.device))):
                 self.most_logits = most
+                self._flops = replace(self._flops, most_logits=most)
                 return f"Logits are made for at most {most:,} supervised positions at a time."
         return (
             "Logits are made for all supervised positions of a sequence at once, because the model caps or scales them."
