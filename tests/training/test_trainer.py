@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
+from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import MachineError, UserError
+from manyicl.training.batch import Collator
 from manyicl.training.recipe import Recipe
 from manyicl.training.requirements import check_recipe
 from manyicl.training.run_folder import RunFolder
@@ -16,6 +21,7 @@ from manyicl.training.trainer import ManyShotTrainer
 from tests.reference.one_step import slow_loss
 from tests.training.first_step import first_step, first_step_recipe
 from tests.training.recipes import small_recipe, small_tasks
+from tests.training.test_throughput import trainer_for
 
 
 def slow_first_step(recipe: Recipe) -> tuple[list[Tensor], float]:
@@ -74,3 +80,32 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_step_and_tasks(tmp_p
         MachineError, match=r"became nan in step 1, in a sequence with tasks (one|two|one, two)\. There is no"
     ):
         trainer.train()
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a device must have finished: a number is read from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sequence_of_a_step_waits_for_the_device(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    sequences = cast(PackedSequences, trainer.train_dataset)
+    model, collate = cast(PreTrainedModel, trainer.model), cast(Collator, trainer.data_collator)
+    for trainer.most_logits in (None, 3):
+        _, weight = trainer.get_batch_samples(iter([collate([sequences[0]])]), 1, model.device)
+        for index in (0, 1):
+            batch = collate([sequences[index]])
+            with Waits() as waits:
+                trainer.compute_loss(model, batch, num_items_in_batch=weight).backward()
+            assert waits.names == []
+        with Waits() as waits:
+            assert trainer._get_grad_norm(model) > 0
+        assert waits.names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -105,10 +106,15 @@ class SegmentTokenizer:
         )
 
     def _decode_after_lead(self, token_ids: list[int]) -> str:
-        lead = self._inner.encode("\n", add_special_tokens=False).ids
-        lead_text = self._inner.decode(lead, skip_special_tokens=False)
+        lead, lead_text = self._lead
         text = self._inner.decode([*lead, *token_ids], skip_special_tokens=False)
         return text[len(lead_text) :]
+
+    @cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """Tokens before those that are decoded, and their text; each generated token is decoded by itself."""
+        token_ids = self._inner.encode("\n", add_special_tokens=False).ids
+        return token_ids, self._inner.decode(token_ids, skip_special_tokens=False)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:

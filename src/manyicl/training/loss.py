@@ -40,7 +40,8 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor, total_weight: 
         logits: Scores at the supervised positions only, (S, V).
         targets: Next-token id at each of them, (S,).
         weights: Share of each in the loss, (S,); 1 per token, or 1 per answer spread over its tokens.
-        total_weight: Sum of weights in the step, over all processes; 0 only where nothing is supervised.
+        total_weight: Sum of weights in the step, over all processes; a number may be 0, where nothing is supervised,
+            but no tensor, which is not looked at, since its device would have to be waited for.
 
     Returns:
         Scalar. Zero, still connected to the graph, when nothing is supervised.
@@ -56,7 +57,8 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor, total_weight: 
             "take all three from the same sequence."
         )
     token_nats = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (token_nats * weights).sum() / (total_weight or 1.0)
+    divisor = total_weight if isinstance(total_weight, Tensor) else total_weight or 1.0
+    return (token_nats * weights).sum() / divisor
 
 
 def sequence_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -100,7 +101,7 @@ class ManyShotTrainer(Trainer):
         self.most_logits: int | None = None
         self._evaluation = evaluation
         self.run_counts = run
-        self._failure: MachineError | None = None
+        self._step_losses: list[tuple[Tensor, tuple[str, ...]]] = []
         self._run_loss = loss
         self._step_tasks: set[str] = set()
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -120,6 +121,7 @@ class ManyShotTrainer(Trainer):
         self._step_started = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         waited = time.perf_counter() - self._step_started
+        self._step_losses.clear()
         self._step_tasks = {name for batch in batches for name in batch["task_names"]}
         weight = sum(float(batch["weights"].sum(dtype=torch.float64)) for batch in batches)
         held = [(batch["segment_lengths"], len(batch["targets"])) for batch in batches]
@@ -134,7 +136,7 @@ class ManyShotTrainer(Trainer):
         work = sum((work for _, work in of_processes), Throughput())
         self._since_log += work
         self.run_counts.total += work.counts
-        return batches, torch.tensor(weight, device=device, dtype=torch.float32)
+        return batches, torch.tensor(weight or 1.0, device=device, dtype=torch.float32)
 
     def chunk_logits(self) -> str | None:
         """Let the head make the logits of many positions in chunks, where nothing changes them afterwards.
@@ -188,7 +190,8 @@ class ManyShotTrainer(Trainer):
         """Return one sequence's part of the step's loss, times the number of processes.
 
         Where it is not a finite number, all processes end together before the optimizer's step: those whose loss is
-        finite would wait forever for the gradients of one that ended by itself.
+        finite would wait forever for the gradients of one that ended by itself. It is looked at only then, because a
+        device would have to be waited for at each sequence.
         """
         assert num_items_in_batch is not None
         assert not return_outputs
@@ -196,8 +199,7 @@ class ManyShotTrainer(Trainer):
         # accelerate's autocast is around the model's forward alone, and chunks call its parts.
         with self.accelerator.autocast():
             loss = sequence_loss(model, batch, num_items_in_batch, self.most_logits)
-        if not torch.isfinite(loss):
-            self._failure = self._not_a_number(f"The loss became {loss.item()}", "a sequence", batch["task_names"])
+        self._step_losses.append((loss.detach(), batch["task_names"]))
         return cast(Tensor, loss * self.accelerator.num_processes)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -206,12 +208,21 @@ class ManyShotTrainer(Trainer):
         Raises:
             MachineError: In all processes, if the loss of one of them or the gradient is not a finite number.
         """
-        if any_process(self._failure is not None, self.args.device):
-            raise next(failure for failure in gather_object([self._failure]) if failure is not None)
+        failure = self._failure_of_step()
+        if any_process(failure is not None, self.args.device):
+            raise_in_all(failure)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "sequences", self._step_tasks)
         return norm
+
+    def _failure_of_step(self) -> MachineError | None:
+        """Look at the losses of the step, all at once; describe the first that is not a finite number."""
+        values = torch.stack([loss for loss, _ in self._step_losses]).tolist()
+        for value, (_, tasks) in zip(values, self._step_losses, strict=True):
+            if not math.isfinite(value):
+                return self._not_a_number(f"The loss became {value}", "a sequence", tasks)
+        return None
 
     def _not_a_number(self, what: str, where: str, tasks: Iterable[str]) -> MachineError:
         """Say in which step and tasks, to which checkpoint the run can go back, and what to change."""
