@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from manyicl.cli.main import app
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.schema import Metric, TaskFile, read_task_file
-from manyicl.tasks.task import Family
+from manyicl.tasks.task import FAMILIES
 from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import FREE_TO_CHANGE
 from tests.builders import byte_level_bpe, tiny_model
@@ -242,7 +242,7 @@ def test_every_key_of_a_task_file_is_documented_and_none_is_invented() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", keys, re.MULTILINE)) == sorted(TaskFile.model_fields)
     documented = {path.rpartition(".")[2] for path, _ in documented_fields("tasks.md")}
     assert documented == {data.__name__ for data in get_args(TaskFile.model_fields["data"].annotation)}
-    for value in (*get_args(Family), *get_args(Metric)):
+    for value in (*FAMILIES, *get_args(Metric)):
         assert f"`{value}`" in page, value
 
 

@@ -31,7 +31,9 @@ _NO_UTF8 = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it, or let the name of an Excel workbook end in .xlsx."),
     (b"\xd0\xcf\x11\xe0", "an old or a protected Office file", "Save it as .xlsx without a password, or as CSV."),
 )
-_WESTERN = ("cp1252", "iso8859-1", "iso8859-15")
+# Encodings in which hardly any text is valid UTF-8 by chance: accents are among plain letters, or the letters of an
+# alphabet beside each other.
+_ALPHABETS = re.compile(r"cp125\d|iso8859-(?!11)\d+|koi8-[rtu]")
 # What torch takes as a number of threads, rows or steps.
 MOST_COUNTED = 2**31 - 1
 
@@ -105,13 +107,13 @@ def decoded_lines(lines: Iterable[bytes], place: str | Path, encoding: str | Non
     # Only line feeds end a line in JSON: str.splitlines would also cut at U+2028 and others.
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding or "utf-8")(), translate=True)
     number, rest = 1, ""
-    is_western = encoding is not None and codecs.lookup(encoding).name in _WESTERN
+    may_be_utf8 = encoding is not None and _ALPHABETS.fullmatch(codecs.lookup(encoding).name) is not None
     for piece, content in enumerate(chain(lines, [b""])):
         if piece == 0:
             _require_text(content, encoding, place)
-        if is_western and not content.isascii():
+        if may_be_utf8 and not content.isascii():
             _require_no_utf8(content, str(encoding), place)
-            is_western = False
+            may_be_utf8 = False
         try:
             text = decoder.decode(content, final=not content)
         except UnicodeError as error:
@@ -139,7 +141,7 @@ def _require_text(beginning: bytes, encoding: str | None, place: str | Path) -> 
 
 
 def _require_no_utf8(content: bytes, encoding: str, place: str | Path) -> None:
-    """Refuse UTF-8 that is named a Western encoding: reading would not fail, and make each accent two wrong letters."""
+    """Refuse UTF-8 that is named an older encoding: reading might not fail, and make each accent two wrong letters."""
     try:
         content.decode()
     except UnicodeDecodeError:

@@ -368,8 +368,8 @@ NAMED_KEYS = [
         found="'clasification'",
         remedy="Did you mean 'classification'?",
         says=(
-            "t/task.yaml: family: input should be 'classification', 'nli', 'qa', 'summarization',",
-            "'generation' or 'math'; found 'clasification'. Did you mean 'classification'?",
+            "t/task.yaml: family: no metric is usual for it; expected one of classification, nli, qa, summarization,",
+            "generation, math, or any other name together with a metric, found 'clasification'. Did you mean",
         ),
         files=task(spoilt("classification", "clasification", KEYS) + DATA),
     ),

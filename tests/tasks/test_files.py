@@ -15,6 +15,7 @@ from manyicl.errors import UserError
 from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.leakage import ON_BOTH_SIDES
 from manyicl.tasks.schema import OneFile
+from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Query, Task
 
@@ -74,6 +75,22 @@ def test_a_folder_becomes_a_task(tmp_path: Path) -> None:
 def test_the_metric_follows_from_family_and_labels(tmp_path: Path, keys: str, metric: str) -> None:
     folder = write_task(tmp_path / "t", f"{keys}\nquery: '{{{{ text }}}}'\nanswer: '{{{{ label }}}}'\n")
     assert load_task(folder).metric == metric
+
+
+def test_a_family_may_have_any_name_where_a_metric_is_given(tmp_path: Path) -> None:
+    keys = CLASSIFICATION.replace("classification", "triage")
+    task = load_task(write_task(tmp_path / "t", f"{keys}metric: macro_f1\nlabels: [positive, negative]\n"))
+    assert (task.family, task.metric, task.labels) == ("triage", "macro_f1", ("positive", "negative"))
+    assert TaskSpec.model_validate_json(task.spec.model_dump_json()) == task.spec
+    with pytest.raises(UserError) as caught:
+        load_task(write_task(tmp_path / "t", keys))
+    assert (caught.value.code, caught.value.field) == ("wrong_value", "family")
+    assert "or any other name together with a metric, found 'triage'" in str(caught.value)
+    path = write_tickets(tmp_path / "tickets.csv")
+    assert load_task(f"{path}:text:label,family=triage,metric=exact_match").family == "triage"
+    assert Task.from_examples("t", [("a", "b")], family="triage", metric="exact_match").family == "triage"
+    with pytest.raises(UserError, match="Did you mean 'classification'"):
+        Task.from_examples("t", [("a", "b")], family="clasification")
 
 
 def test_metrics_that_a_task_file_may_name_are_those_that_exist() -> None:

@@ -246,10 +246,11 @@ def test_sides_are_replaced_and_the_spec_changed_without_touching_the_rest() -> 
     assert replace(task, test=task.train[:1], train=task.train[1:]).labels == task.labels
     changed = task.with_spec(metric="macro_f1")
     assert (changed.metric, changed.train, changed.data_hash) == ("macro_f1", task.train, task.data_hash)
-    for changes, code in (({"family": "poem"}, "wrong_value"), ({"metrc": "macro_f1"}, "unknown_key")):
+    for changes, code in (({"family": "a poem"}, "wrong_value"), ({"metrc": "macro_f1"}, "unknown_key")):
         with pytest.raises(UserError) as caught:
             task.with_spec(**changes)
         assert (caught.value.code, caught.value.field) == (code, *changes)
+    assert task.with_spec(family="poem").family == "poem"  # its metric is known
 
 
 def test_the_package_exports_tasks() -> None:

@@ -46,7 +46,9 @@ def predict_command(
     input_path: Annotated[
         Path,
         typer.Option(
-            "--input", help="Queries, one row each: .jsonl, .csv, .tsv, .parquet; - for JSON lines on standard input."
+            "--input",
+            help="Queries, one row each: .jsonl, .csv, .tsv, these packed as .gz, .parquet, .xlsx; - for JSON lines on "
+            "standard input.",
         ),
     ],
     task: Annotated[str | None, options.TASK_OPTION] = None,
@@ -58,6 +60,13 @@ def predict_command(
         typer.Option(
             help="Field separator of a .csv or .tsv file of queries. [default: that of the task's own rows in such a "
             "file, or a comma, in .tsv a tab]"
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoding of a text file of queries, such as cp1252. [default: that of the task's own rows in such a "
+            "file, or UTF-8]"
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="File of answers: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
@@ -121,7 +130,7 @@ def predict_command(
     _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
     columns = partial(answer_columns, scores, abstain_below is not None, bad_rows == "report")
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
-        queries = open_queries(input_path, task, delimiter, bad_rows)
+        queries = open_queries(input_path, task, delimiter, encoding, bad_rows)
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
         examples = Demonstrations.of(task, data_root, shots, seed or 0, prefix)
         examples.require_no_rows_of(output)

@@ -11,12 +11,23 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manyicl.checked import decoded_lines
+from manyicl.checked import decoded_lines, require_encoding
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
 from manyicl.errors import UserError, located, shortened
-from manyicl.tasks.files import task_places
-from manyicl.tasks.rows import DELIMITERS, LocatedRow, Quotes, column_names, has_header, iter_rows, json_rows
-from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file
+from manyicl.tasks.files import table_of_short_form, task_places
+from manyicl.tasks.rows import (
+    GZIP,
+    LocatedRow,
+    RowFormat,
+    column_names,
+    has_header,
+    is_fielded,
+    is_text,
+    iter_rows,
+    json_rows,
+    suffix_of,
+)
+from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file, row_format
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Prediction
@@ -26,47 +37,61 @@ if TYPE_CHECKING:
 STANDARD_INPUT = "standard input"
 
 
-def open_queries(path: Path, task: str | None, delimiter: str | None, bad_rows: BadRows) -> Queries:
+def open_queries(
+    path: Path, task: str | None, delimiter: str | None, encoding: str | None, bad_rows: BadRows
+) -> Queries:
     """Read queries one after another, from a file of the kind of the task's own rows as these are read, or a stream.
 
     Args:
         path: File of queries; ``-`` for JSON lines on standard input.
-        task: Reference of the task, whose file may name delimiter and quotes.
+        task: Reference of the task, which may name delimiter, quotes and encoding.
         delimiter: Character between fields; None for that of the task.
+        encoding: Encoding of the text; None for that of the task.
         bad_rows: Whether a row that cannot be rendered is refused, or passed on with the reason.
 
     Raises:
-        UserError: If the delimiter cannot be used, or standard input is closed.
+        UserError: If delimiter or encoding cannot be used, or standard input is closed.
     """
     if path == STANDARD_STREAM and sys.stdin is None:
         remedy = "Send JSON lines to it, or name a file."
         raise UserError("closed_stream", "standard input is closed", remedy=remedy, field="--input")
-    if path.suffix.lower() not in DELIMITERS:
-        if delimiter is not None:
-            what = "--delimiter goes with queries in a .csv or .tsv file"
-            raise UserError("useless_option", what, found=repr(str(path)), field="--delimiter")
-        if path == STANDARD_STREAM:
-            return Queries(path, _standard_input(), bad_rows)
-        return Queries(path, iter_rows(path), bad_rows, partial(column_names, path))
+    _require_usable(path, delimiter, encoding)
+    if path == STANDARD_STREAM:
+        return Queries(path, _standard_input(), bad_rows)
+    how = _format_of_task(task, path) if task is not None else RowFormat()
+    how["delimiter"] = delimiter or how.get("delimiter")
+    how["encoding"] = encoding or how.get("encoding")
+    return Queries(path, iter_rows(path, **how), bad_rows, partial(column_names, path, **how))
+
+
+def _require_usable(path: Path, delimiter: str | None, encoding: str | None) -> None:
+    """Refuse options that say nothing of a file of this kind, or that no file can have."""
+    if delimiter is not None and not is_fielded(path):
+        what = "--delimiter goes with queries in a .csv or .tsv file"
+        raise UserError("useless_option", what, found=repr(str(path)), field="--delimiter")
+    if encoding is not None and not is_text(path):
+        what = "--encoding goes with queries in a text file"
+        raise UserError("useless_option", what, found=repr(str(path)), field="--encoding")
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         what, found = "--delimiter is not one character, or is a double quote or line break", shortened(repr(delimiter))
         raise UserError("bad_delimiter", what, found=found, field="--delimiter")
-    of_task, quotes = _fields_of_task(task, path.suffix) if task is not None else (None, "csv")
-    delimiter = delimiter or of_task
-    rows = iter_rows(path, delimiter=delimiter, quotes=quotes)
-    return Queries(path, rows, bad_rows, partial(column_names, path, delimiter=delimiter, quotes=quotes))
+    try:
+        require_encoding(encoding or "utf-8")
+    except ValueError as error:
+        raise UserError("bad_encoding", f"--encoding: {error}", field="--encoding") from error
 
 
-def _fields_of_task(task: str, suffix: str) -> tuple[str | None, Quotes]:
-    """Return delimiter and quotes that a task file names for local rows in files of this suffix."""
+def _format_of_task(task: str, path: Path) -> RowFormat:
+    """Return how a task says that local rows are read, in files of the kind of this one."""
     place = task_places(task)[0]
-    data = read_task_file(place).data if isinstance(place, Path) else None
+    data = read_task_file(place).data if isinstance(place, Path) else table_of_short_form(place)[0]
     if not isinstance(data, OneFile | TwoFiles):
-        return None, "csv"
+        return {}
     files = (data.file,) if isinstance(data, OneFile) else data.train + data.test
-    if not any(Path(file).suffix.lower() == suffix.lower() for file in files):
-        return None, "csv"
-    return data.delimiter, data.quotes
+    if not any(suffix_of(Path(file)).removesuffix(GZIP) == suffix_of(path).removesuffix(GZIP) for file in files):
+        return {}
+    # A sheet has the name that its file gives it, and a file of queries is another one.
+    return {**row_format(data), "sheet": None}
 
 
 def _standard_input() -> Iterator[LocatedRow]:

@@ -20,7 +20,8 @@ from manyicl.evaluation.uncertainty import (
     paired_difference,
     spread,
 )
-from manyicl.tasks.task import FAMILIES, Family
+from manyicl.tasks.spec import family_order
+from manyicl.tasks.task import Family
 
 OVERALL = "mean over families"
 
@@ -55,8 +56,7 @@ class Summary:
     @property
     def groups(self) -> tuple[str, ...]:
         """Families of the compared tasks, in the usual order."""
-        present = {self.families[task] for task in self.compared}
-        return tuple(family for family in FAMILIES if family in present)
+        return tuple(sorted({self.families[task] for task in self.compared}, key=family_order))
 
     @property
     def not_compared(self) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def summarise(records: Iterable[Result]) -> Summary:
             groups[model, record.task, record.num_shots][record.seed] = record
     by_point = {point: tuple(seeds[seed] for seed in sorted(seeds)) for point, seeds in groups.items()}
     records = tuple(record for seeds in by_point.values() for record in seeds)
-    families = dict(sorted({r.task: r.family for r in records}.items(), key=lambda i: (FAMILIES.index(i[1]), i[0])))
+    families = dict(sorted({r.task: r.family for r in records}.items(), key=lambda i: (family_order(i[1]), i[0])))
     measured = {(model, shots) for model, _, shots in by_point}
     return Summary(
         records=records,

@@ -29,14 +29,14 @@ from manyicl.tasks.rows import (
     suffix_of,
     unknown_suffix,
 )
-from manyicl.tasks.schema import HubData, OneFile, TaskFile, TwoFiles, fit_name, read_task_file, row_format
+from manyicl.tasks.schema import HubData, Metric, OneFile, TaskFile, TwoFiles, fit_name, read_task_file, row_format
 from manyicl.tasks.task import Family, Task
 from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
 _TABLE = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(?P<columns>.+)", re.IGNORECASE)
 _TABLE_FORM = (
-    "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,name=NAME]"
+    "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,metric=NAME][,name=NAME]"
     "[,delimiter=;][,encoding=cp1252][,sheet=NAME]"
 )
 
@@ -45,6 +45,7 @@ class _Table(OneFile):
     """A table in the short form: where it is, and the options that may follow its columns."""
 
     family: Family | None = None
+    metric: Metric | None = None
     name: str | None = None
 
 
@@ -174,14 +175,16 @@ def _matching_places(pattern: str) -> list[str | Path]:
     return places
 
 
-def _task_from_table(path: str, columns: str) -> Task:
-    """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``.
+def table_of_short_form(reference: str) -> tuple[OneFile, str, str]:
+    """Return the table that a reference such as ``tickets.csv:text:label`` names, its query and its answer column.
 
-    Where no family is given, answers decide it. They are *labels* (classification, labels from the training
-    rows) if there are at least two and at most 100 different ones, without line breaks, and each is in
-    five rows or more on average; any other answers are *free* (generation). Rows without an answer are
-    dropped and counted, because tables of labelled and unlabelled rows are common.
+    Raises:
+        UserError: If no answer column is named, or an option is wrong.
     """
+    return _read_short_form(*_TABLE.findall(reference)[0])
+
+
+def _read_short_form(path: str, columns: str) -> tuple[_Table, str, str]:
     pair, *options = columns.split(",")
     query_column, _, answer_column = map(str.strip, pair.partition("->" if "->" in pair else ":"))
     if not query_column or not answer_column:
@@ -195,6 +198,18 @@ def _task_from_table(path: str, columns: str) -> Task:
             raise UserError("bad_table", what, expected=_TABLE_FORM)
         settings[key] = value
     table = validated(_Table, {**settings, "file": path}, path)
+    return table, query_column, answer_column
+
+
+def _task_from_table(path: str, columns: str) -> Task:
+    """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``.
+
+    Where no family is given, answers decide it. They are *labels* (classification, labels from the training
+    rows) if there are at least two and at most 100 different ones, without line breaks, and each is in
+    five rows or more on average; any other answers are *free* (generation). Rows without an answer are
+    dropped and counted, because tables of labelled and unlabelled rows are common.
+    """
+    table, query_column, answer_column = _read_short_form(path, columns)
     file = Path(expanded(path))
     _require_of_use(table, (path,), path)
     rows = read_rows(file, **row_format(table))
@@ -204,6 +219,7 @@ def _task_from_table(path: str, columns: str) -> Task:
     values = {
         "name": table.name or fit_name(file.name[: -len(suffix_of(file))]),
         "family": table.family or _inferred_family([row.columns[answer_column] for row in kept]),
+        "metric": table.metric,
         "query": _column_template(query_column),
         "answer": _column_template(answer_column),
         "data": table,

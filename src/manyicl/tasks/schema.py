@@ -14,7 +14,7 @@ from manyicl.checked import MOST_COUNTED, Section, UniqueKeyLoader, parse_yaml, 
 from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.rows import Quotes, RowFormat
 from manyicl.tasks.sandbox import MOST_CHARACTERS
-from manyicl.tasks.spec import Family, required_distinct
+from manyicl.tasks.spec import Family, require_metric, required_distinct
 
 Delimiter = Annotated[
     Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None,
@@ -102,7 +102,7 @@ class TaskFile(Section):
     """
 
     name: str | None = Field(None, description="Unique in a run; by default the name of the folder.")
-    family: Family = Field(description="Kind of task.")
+    family: Family = Field(description="Kind of task; any name where a metric is given.")
     description: str | None = Field(None, description="One line for those who look for a task; no model sees it.")
     metric: Metric | None = Field(None, description="By default the usual one of the family.")
     query: str = Field(description="Template of the query.")
@@ -184,6 +184,11 @@ class TaskFile(Section):
         found = quoted(sorted(map(str, keys)) or data)
         what, expected = "data: it does not say where the rows are", "`train` and `test`, or `file`, or `hf`"
         raise UserError("wrong_value", what, expected=expected, found=found, remedy=remedy, field="data")
+
+    @model_validator(mode="after")
+    def _has_a_metric(self) -> Self:
+        require_metric(self.family, self.metric)
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:

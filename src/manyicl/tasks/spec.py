@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from manyicl.errors import UserError, quoted
+from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.example import Query
 from manyicl.tasks.template import compiled
 from manyicl.tasks.values import as_option, value_at
 
-Family = Literal["classification", "nli", "qa", "summarization", "generation", "math"]
-FAMILIES: tuple[str, ...] = get_args(Family)
+FAMILIES: tuple[str, ...] = ("classification", "nli", "qa", "summarization", "generation", "math")
+Family = Annotated[str, Field(pattern=r"^[^\s/\\,:]+$")]  # one of these, or any other name together with a metric
 
 Columns = Mapping[str, object]
 _METRIC_OF_FREE_ANSWERS = {"summarization": "rougeL", "generation": "rougeL", "math": "numeric_match"}
@@ -23,6 +23,23 @@ _METRIC_OF_FREE_ANSWERS = {"summarization": "rougeL", "generation": "rougeL", "m
 def _usual_metric(known: dict[str, Any]) -> str:
     is_closed = known.get("labels") is not None or known.get("choices_column") is not None
     return "accuracy" if is_closed else _METRIC_OF_FREE_ANSWERS.get(known.get("family", ""), "exact_match")
+
+
+def require_metric(family: str, metric: str | None) -> None:
+    """Refuse a family of the user's own, or a misspelt one, without a metric: only the known ones have a usual one.
+
+    Raises:
+        UserError: If it has none.
+    """
+    if family not in FAMILIES and metric is None:
+        expected = f"one of {', '.join(FAMILIES)}, or any other name together with a metric"
+        what, remedy = "family: no metric is usual for it", did_you_mean(family, FAMILIES)
+        raise UserError("wrong_value", what, expected=expected, found=repr(family), remedy=remedy, field="family")
+
+
+def family_order(family: str) -> tuple[int, str]:
+    """Return the place of a family among others: the known ones in their order, then those of the user's own."""
+    return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), family)
 
 
 def required_distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,6 +100,14 @@ class TaskSpec(BaseModel):
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return labels and required_distinct(labels)
+
+    @model_validator(mode="after")
+    def _has_a_metric(self) -> Self:
+        try:
+            require_metric(self.family, self.metric if "metric" in self.model_fields_set else None)
+        except UserError as error:  # pydantic collects the other kind
+            raise ValueError(str(error)) from error
+        return self
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -71,7 +71,8 @@ class Task:
             labels: Closed answer set, or ``from_train`` for the answers that occur; None for free answers.
             test: Test examples, as pairs; training examples with one of their queries are dropped and counted.
             instruction: Template of the instruction, with ``labels`` in scope.
-            family: Kind of task; by default classification with labels, generation without.
+            family: Kind of task, any name where a metric is given; by default classification with labels, generation
+                without.
             metric: Name of the metric; by default the usual one of the family.
             source: Origin of the data; by default the task's name.
             max_answer_tokens: Limit for free answers, in tokens.
