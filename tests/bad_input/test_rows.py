@@ -992,7 +992,7 @@ BAD_ROWS = [
     accepted(
         "rows without an option that are to be dropped",
         CHECK,
-        "Dropped: 2 (empty option).",
+        "Dropped: 2 (empty option): train.jsonl:2, train.jsonl:3.",
         files=task(
             f"{CHOICES.replace(', test: test.jsonl', '')}bad_rows: drop\n",
             train=[{"text": text, "label": "a", "options": options} for text, options in OPTIONS.items()],
@@ -1002,7 +1002,7 @@ BAD_ROWS = [
     accepted(
         "bad rows that are to be dropped",
         CHECK,
-        "Dropped: 1 (empty answer).",
+        "Dropped: 1 (empty answer): train.jsonl:9.",
         files=task_with("bad_rows: drop\n", train=[*TRAIN, {"text": "x", "label": ""}]),
     ),
 ]
@@ -1079,13 +1079,13 @@ LONG_AND_BOTH = [
     accepted(
         "a field of ten megabytes to be dropped",
         CHECK,
-        f"Dropped: 1 ({LONG}).",
+        f"Dropped: 1 ({LONG}): rows.csv:22.",
         files=table_task(f"{CSV}{MEGABYTE * 10},good\n", more="bad_rows: drop\n"),
     ),
     accepted(
         "a query of a megabyte to be dropped",
         CHECK,
-        f"Dropped: 1 ({LONG}).",
+        f"Dropped: 1 ({LONG}): train.jsonl:9.",
         files=task_with("bad_rows: drop\n", train=[*TRAIN, {"text": MEGABYTE, "label": "good"}]),
     ),
     accepted(
