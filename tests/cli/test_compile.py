@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from manyicl.engine.engine import Engine
+from manyicl.engine.task_prefix import TaskPrefix
+from tests.builders import tiny_loaded
 from tests.cli.test_predict import run
 
 
@@ -198,3 +202,73 @@ def test_a_wrong_row_is_found_before_a_model_is_loaded_and_answers_before_a_late
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "film", "note": "\\ud800"}\n'))
     assert run(monkeypatch, *common, "--model", model_folder, "--input", "-") == 0
     assert answers(tmp_path / "answers.jsonl")[0]["note"] == "\ud800"
+
+
+def test_an_update_encodes_what_follows_the_first_change_and_gives_what_a_new_compilation_gives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    task, prefix = f"{table}:text:label,test_fraction=0", tmp_path / "t.prefix"
+    arguments = ["compile", "-m", model_folder, "-t", task, "-o", prefix, "--update"]
+    queries = tmp_path / "new.jsonl"
+    queries.write_text('{"text": "film"}\n', encoding="utf-8")
+    predict = ["predict", "-m", model_folder, "-t", task, "--prefix", prefix, "--input", queries]
+    # The first update finds nothing and compiles everything.
+    assert run(monkeypatch, *arguments) == 0
+    assert "encoded; the others were kept" not in capsys.readouterr().out
+    first = loaded(model_folder, prefix)
+    assert run(monkeypatch, *arguments) == 0
+    assert f"0 of {first.num_tokens:,} tokens encoded" in capsys.readouterr().out
+    again = loaded(model_folder, prefix)
+    assert (again.token_ids, again.demonstrations, again.answers) == (
+        first.token_ids,
+        first.demonstrations,
+        first.answers,
+    )
+    with table.open("a", encoding="utf-8") as file:
+        file.write("one more row,good\n")
+    assert run(monkeypatch, *predict) == 2
+    assert "other rows; 0 demonstrations of 40 no longer among them" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments) == 0
+    longer = loaded(model_folder, prefix)
+    found = re.search(r"(\d+) of (\d+) tokens encoded", capsys.readouterr().out)
+    assert found is not None
+    # The last tokens before an answer's first are read again for its score.
+    assert longer.num_tokens - first.num_tokens <= int(found[1]) + 1 < 30
+    assert longer.demonstrations[:40] == first.demonstrations
+    assert longer.answers[:40] == first.answers
+    assert run(monkeypatch, *predict) == 0
+    gone = first.demonstrations[17]
+    content = table.read_text(encoding="utf-8")
+    assert content.count(f"{gone.query.text},{gone.answer}\n") == 1
+    table.write_text(content.replace(f"{gone.query.text},{gone.answer}\n", ""), encoding="utf-8")
+    assert run(monkeypatch, *arguments) == 0
+    shorter = loaded(model_folder, prefix)
+    contents = [(one.query.text, one.answer) for one in longer.demonstrations if one != gone]
+    assert [(one.query.text, one.answer) for one in shorter.demonstrations] == contents
+    assert shorter.answers[:17] == longer.answers[:17]
+    engine = Engine.from_pretrained(model_folder)
+    anew = engine.compile(shorter.task, shorter.demonstrations)
+    assert anew.token_ids == shorter.token_ids
+    for one, other in zip(shorter.answers, anew.answers, strict=True):
+        assert (one.num_shots, one.is_right) == (other.num_shots, other.is_right)
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+    (updated,), (expected,) = (list(engine.predict(some, ["film"], scores="all")) for some in (shorter, anew))
+    assert updated.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+
+
+def test_an_update_of_another_model_compiles_everything_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    task, prefix = f"{table}:text:label", tmp_path / "t.prefix"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4) == 0
+    other = tiny_loaded(seed=5)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    arguments = ["compile", "-m", tmp_path / "other", "-t", task, "-o", prefix, "--shots", 4, "--update"]
+    assert run(monkeypatch, *arguments) == 0
+    assert "Compiling everything: " in capsys.readouterr().err
+    assert len(loaded(tmp_path / "other", prefix).answers) == 4
+
+
+def loaded(model: Path, prefix: Path) -> TaskPrefix:
+    return Engine.from_pretrained(model).load(prefix)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyicl.cli import options
-from manyicl.errors import pluralized
+from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
+    from manyicl.engine.engine import Engine
     from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.evaluation.uncertainty import Estimate
+    from manyicl.tasks.task import Example, Query
 
 BAR_CHARACTERS = 20
 # Groups of fewer demonstrations are too small to be compared.
@@ -32,6 +34,12 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
     shots: options.Shots = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice and order of demonstrations.")] = 0,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Keep what OUTPUT holds of the task, and encode only what follows the first change."
+        ),
+    ] = False,
     data_root: options.DataRoot = None,
     max_context_tokens: options.MaxContextTokens = None,
     text_format: options.TextFormat = None,
@@ -44,6 +52,10 @@ def compile_command(
     From the same pass it reports how well the model predicts each demonstration given those before it: whether the
     answer, chosen token by token among the labels (among all tokens, for free answers), is right. So it shows before
     the first query whether the task will work, and whether more examples would help.
+
+    `--update` brings a compiled task up to date: demonstrations that are still rows of the task stay in their order,
+    new rows come after them, and only what follows the first change is encoded. Without such a file, or where it is of
+    another model, everything is compiled.
 
     The file contains the demonstrations in recoverable form: anyone who has it can read them. It works only with the
     model it was made with.
@@ -65,15 +77,45 @@ def compile_command(
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
     engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
+    earlier = _earlier(engine, output, console) if update else None
+    if earlier is not None:
+        in_order = loaded_task.demonstrations(len(loaded_task.train), seed)
+        demonstrations = kept_first(earlier.demonstrations, in_order)[: len(demonstrations)]
     with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
-        compiled = engine.compile(loaded_task, demonstrations)
+        compiled = engine.compile(loaded_task, demonstrations, reuse=earlier)
         engine.save(compiled, output)
     out = Console(highlight=False)
+    if earlier is not None:
+        num_encoded = compiled.num_tokens - compiled.num_reused_tokens
+        out.print(f"{num_encoded:,} of {pluralized(compiled.num_tokens, 'token')} encoded; the others were kept")
     describe(out, engine, compiled)
     if compiled.answers:
         print_observed(compiled, out)
     size = f"{output.stat().st_size / 2**20:,.1f} MiB"
     typer.echo(f"{output}, {size}. It contains the demonstrations in recoverable form.")
+
+
+def _earlier(engine: Engine, path: Path, console: Console) -> TaskPrefix | None:
+    """Load what is to be brought up to date; None, and a line that says why, where everything is to be compiled."""
+    if not path.exists():
+        return None
+    try:
+        return engine.load(path)
+    except UserError as error:
+        say = f"Compiling everything: {error}"
+        console.print(say, markup=False, highlight=False, soft_wrap=True)
+        return None
+
+
+def kept_first(earlier: Sequence[Example], examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Order examples so that those of an earlier prefix come first, in its order, and new ones after them."""
+    new: dict[tuple[Query, str], deque[Example]] = {}
+    for example in examples:
+        new.setdefault((example.query, example.answer), deque()).append(example)
+    contents = [(example.query, example.answer) for example in earlier]
+    kept = [new[content].popleft() for content in contents if new.get(content)]
+    of_prefix = set(map(id, kept))  # examples may be equal
+    return (*kept, *(example for example in examples if id(example) not in of_prefix))
 
 
 def print_observed(prefix: TaskPrefix, console: Console) -> None:

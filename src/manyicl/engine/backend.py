@@ -255,12 +255,15 @@ class TargetScore:
 class ObservingBackend(Backend, Protocol):
     """A backend that can tell from a prefill how it predicted some of the tokens; `Engine.compile` needs one."""
 
-    def observe(self, token_ids: Sequence[int], targets: Sequence[Target]) -> tuple[Prefix, list[TargetScore]]:
+    def observe(
+        self, token_ids: Sequence[int], targets: Sequence[Target], reuse: Prefix | None = None
+    ) -> tuple[Prefix, list[TargetScore]]:
         """Prefill, and score some of the tokens in the same pass.
 
         Args:
             token_ids: The whole prefix, (P,).
             targets: Tokens of it, by rising position.
+            reuse: Another prefix; what both begin with before the first target is taken over. It stays as it is.
         """
 
 

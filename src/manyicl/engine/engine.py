@@ -27,7 +27,7 @@ from manyicl.engine.backend import (
 )
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
-from manyicl.engine.observed import answer_targets, observed_answers
+from manyicl.engine.observed import ObservedAnswer, answer_targets, observed_answers
 from manyicl.engine.queries import (
     AnswerOptions,
     EncodedQuery,
@@ -287,18 +287,37 @@ class Engine:
         return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens)
 
     def compile(
-        self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None = None
+        self,
+        task: Task,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Row] | None = None,
+        *,
+        reuse: TaskPrefix | None = None,
     ) -> TaskPrefix:
         """Encode demonstrations once, and record from the same pass how well each is predicted given those before it.
 
-        Arguments and errors are those of `prefill`; `save` and `load` keep the result on disk.
+        ``reuse`` is a compiled task whose first demonstrations may be the same: these are taken over with their records
+        and not encoded again. Other arguments and errors are those of `prefill`; `save` and `load` keep the result on
+        disk.
         """
         if not isinstance(self.backend, ObservingBackend):
             raise backend_cannot_compile(self.identity)
+        if reuse is not None:
+            self._require_own(reuse)
         fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, None)
         targets = answer_targets(task, fitting, self.encoder)
-        cache, scores = self.backend.observe(token_ids, list(chain(*targets)))
-        return replace(self._prefix(task, fitting, num_dropped, cache), answers=observed_answers(targets, scores))
+        kept: tuple[ObservedAnswer, ...] = ()
+        num_reused = 0
+        if reuse is not None:
+            num_reused = num_shared_tokens(token_ids, reuse.token_ids)
+            kept = _kept_answers(reuse, task, fitting, [tokens[-1].position < num_reused for tokens in targets])
+        observed = targets[len(kept) :]
+        if observed:
+            num_reused = min(num_reused, observed[0][0].position - 1)
+        cache, scores = self.backend.observe(token_ids, list(chain(*observed)), reuse.cache if reuse else None)
+        answers = (*kept, *observed_answers(observed, scores, len(kept)))
+        prefix = self._prefix(task, fitting, num_dropped, cache)
+        return replace(prefix, num_reused_tokens=num_reused, answers=answers)
 
     def save(self, prefix: TaskPrefix, path: str | Path) -> None:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
@@ -643,6 +662,22 @@ class Engine:
                 text, log_probability = self._end.text_of(tokens)
                 yield Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
                 next_query += 1
+
+
+def _kept_answers(
+    reuse: TaskPrefix, task: Task, demonstrations: Sequence[Example], are_shared: Sequence[bool]
+) -> tuple[ObservedAnswer, ...]:
+    """Take over the records of first demonstrations that are the same, and whose tokens are shared."""
+    if reuse.task.labels != task.labels:
+        return ()
+    kept: list[ObservedAnswer] = []
+    for answer, then, now, is_shared in zip(
+        reuse.answers, reuse.demonstrations, demonstrations, are_shared, strict=False
+    ):
+        if (then.query, then.answer) != (now.query, now.answer) or not is_shared:
+            break
+        kept.append(answer)
+    return tuple(kept)
 
 
 def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:

@@ -84,9 +84,18 @@ class LocalBackend:
         blocks = extend_blocks(self.model, shared, added, chunk_tokens=chunk_tokens, between_chunks=between_chunks)
         return PrefixCache(self.identity, tuple(token_ids), blocks)
 
-    def observe(self, token_ids: Sequence[int], targets: Sequence[Target]) -> tuple[PrefixCache, list[TargetScore]]:
-        """Prefill, and score some of the tokens in the same pass."""
-        blocks, scores = self._observe((), token_ids, targets, OBSERVED_CHUNK_TOKENS)
+    def observe(
+        self, token_ids: Sequence[int], targets: Sequence[Target], reuse: Prefix | None = None
+    ) -> tuple[PrefixCache, list[TargetScore]]:
+        """Prefill, and score some of the tokens in the same pass; see `ObservingBackend.observe`."""
+        shared: tuple[Block, ...] = ()
+        if reuse is not None:
+            # A token is predicted from the one before it, so that is not taken over.
+            most = targets[0].position - 1 if targets else len(token_ids)
+            shared = shared_beginning(self._blocks(reuse), min(most, num_shared_tokens(token_ids, reuse.token_ids)))
+        start = shared[-1].end if shared else 0
+        moved = [Target(target.position - start, target.allowed) for target in targets]
+        blocks, scores = self._observe(shared, token_ids[start:], moved, OBSERVED_CHUNK_TOKENS)
         return PrefixCache(self.identity, tuple(token_ids), blocks), scores
 
     def _observe(

@@ -49,11 +49,13 @@ def answer_targets(task: Task, demonstrations: Sequence[Example], encoder: Encod
     return targets
 
 
-def observed_answers(targets: Sequence[Sequence[Target]], scores: Iterable[TargetScore]) -> tuple[ObservedAnswer, ...]:
-    """Put the scores of the tokens together to those of the answers."""
+def observed_answers(
+    targets: Sequence[Sequence[Target]], scores: Iterable[TargetScore], first_shot: int = 0
+) -> tuple[ObservedAnswer, ...]:
+    """Put the scores of the tokens together to those of the answers, the first after ``first_shot`` demonstrations."""
     remaining = iter(scores)
     answers = []
-    for shot, own in enumerate(targets):
+    for shot, own in enumerate(targets, start=first_shot):
         of_answer = list(islice(remaining, len(own)))
         log_probability = sum(score.log_probability for score in of_answer)
         answers.append(ObservedAnswer(shot, log_probability, all(score.is_best for score in of_answer)))
