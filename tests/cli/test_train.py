@@ -64,7 +64,11 @@ def test_the_command_that_resumes_repeats_what_was_set(monkeypatch: pytest.Monke
     assert command == "manyicl train 'my recipe.yaml' --set 'output=a b' --set training.seed=1 --resume"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     command = resume_command(Path("recipe.yaml"), [])
-    assert command == "torchrun --nproc-per-node 2 --no-python manyicl train recipe.yaml --resume"
+    assert command == "torchrun --nproc-per-node 2 -m manyicl train recipe.yaml --resume"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    command = resume_command(Path("recipe.yaml"), [])
+    launcher = "accelerate launch --config_file CONFIG --num_processes 2 -m"
+    assert command == f"{launcher} manyicl train recipe.yaml --resume"
 
 
 def command(recipe: Path, *arguments: str) -> subprocess.Popen[bytes]:

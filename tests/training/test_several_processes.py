@@ -138,6 +138,11 @@ def test_a_run_of_two_that_failed_in_one_ends_in_both_and_is_resumed_by_two_alon
         assert type(of_process[1].error) in (ArithmeticError, MachineError)
         assert "seven times eight" in str(of_process[1].error)
     assert "of the first of 2 processes" in ended[0][0].screen or sharded
+    checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
+    with pytest.raises(UserError, match=r"weights shared out over processes.*Resume with the launcher") as other:
+        checkpoints.resume_point(2, is_sharded=not sharded)
+    assert other.value.code == "other_sharding"
+    assert checkpoints.resume_point(2, is_sharded=sharded).checkpoint == checkpoints.path(1)
     assert shared_runs.train(alone, fails_at=2).error is not None
     refused = shared_runs.train(parts, "resume").error
     assert isinstance(refused, UserError)

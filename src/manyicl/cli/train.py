@@ -11,7 +11,7 @@ import typer
 
 from manyicl.cli.options import Overrides
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
-from manyicl.training.processes import end_processes, is_main_process, processes_per_machine
+from manyicl.training.processes import end_processes, is_main_process, is_sharded, processes_per_machine
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ def _after_interruption(
 def resume_command(recipe: Path, overrides: list[str]) -> str:
     """Return the command that resumes where a run was stopped, with as many processes."""
     num_processes = processes_per_machine()
-    launcher = ["torchrun", "--nproc-per-node", str(num_processes), "--no-python"] if num_processes > 1 else []
+    if is_sharded():
+        config = ["--config_file", "CONFIG", "--num_processes", str(num_processes)]
+        launcher = ["accelerate", "launch", *config, "-m"]
+    else:
+        launcher = ["torchrun", "--nproc-per-node", str(num_processes), "-m"] if num_processes > 1 else []
     changes = [part for override in overrides for part in ("--set", override)]
     return shlex.join([*launcher, "manyicl", "train", str(recipe), *changes, "--resume"])

@@ -62,6 +62,11 @@ class CheckpointManifest(BaseModel):
     best_step: int | None
     files: dict[str, int] = Field(description="Path of each file in the checkpoint -> its size in bytes.")
 
+    @property
+    def is_sharded(self) -> bool:
+        """Tell whether the weights were shared out over processes, by the folder that accelerate then writes."""
+        return any(name.startswith("pytorch_model_fsdp") for name in self.files)
+
 
 class ResumePoint(NamedTuple):
     """Where a run resumes.
@@ -152,11 +157,16 @@ class Checkpoints:
                 return f"differs from its manifest in the size of {name}"
         return None
 
-    def resume_point(self, num_processes: int) -> ResumePoint:
+    def resume_point(self, num_processes: int, *, is_sharded: bool = False) -> ResumePoint:
         """Find the newest checkpoint from which a run resumes exactly, and remove incomplete ones.
 
+        Args:
+            num_processes: Processes that resume.
+            is_sharded: Whether they share the weights (FSDP); transformers does not read the other kind.
+
         Raises:
-            UserError: If there are checkpoints and none can be used, or another number of processes saved it.
+            UserError: If there are checkpoints and none can be used, or another number of processes saved it, or such
+                that share their weights otherwise.
         """
         manifests = self._manifests()
         unusable: dict[int, str] = {}
@@ -180,6 +190,12 @@ class Checkpoints:
             expected, found = str(saved_by), str(num_processes)
             remedy = "Resume with as many, or start anew with --overwrite."
             raise UserError("other_num_processes", what, expected=expected, found=found, remedy=remedy, file=chosen)
+        if chosen is not None and (was_sharded := manifests[step].is_sharded) != is_sharded:
+            kinds = {True: "weights shared out over processes (FSDP)", False: "the whole model in each process"}
+            what = "the checkpoint was saved by processes that hold the model in another way"
+            remedy = "Resume with the launcher that started the run, or start anew with --overwrite."
+            expected, found = kinds[was_sharded], kinds[is_sharded]
+            raise UserError("other_sharding", what, expected=expected, found=found, remedy=remedy, file=chosen)
         cut_off = [f"{path.name} was cut off while it was saved" for path in sorted(self.partial.glob("checkpoint-*"))]
         self.clear_partial()
         # One without a manifest is another version's; it stays.

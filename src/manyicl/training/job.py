@@ -154,7 +154,7 @@ def _enter_folder(folder: RunFolder, run: PreparedRun, plan: _Plan, files: str |
     if plan == "resume":
         folder.require_same_start(run.manifest)
         folder.clean_up()
-        point = Checkpoints(folder.checkpoints).resume_point(world_size())
+        point = Checkpoints(folder.checkpoints).resume_point(world_size(), is_sharded=is_sharded())
     else:
         folder.begin(run.recipe, run.manifest, overwrite=plan == "replace")
         point = ResumePoint(None, [])
