@@ -1140,7 +1140,7 @@ LONG_AND_BOTH = [
     accepted(
         "training rows that are test rows, by default",
         CHECK,
-        "Dropped: 1 (training row whose query is in test too).",
+        "Dropped: 1 (training row whose query is in test too): train.jsonl:9.",
         files=task(train=[*TRAIN, TEST[1]]),
     ),
     accepted(
