@@ -66,6 +66,26 @@ def test_answers_below_the_threshold_are_left_empty_and_marked(
     assert run(monkeypatch, "predict", *common, "--abstain-below", 1, "--output", output) == 0
     rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
     assert {(row["answer"], row["abstained"]) for row in rows} == {("", "true")}
+    assert {row["guess"] for row in rows} <= {"good", "bad"}
+    assert run(monkeypatch, "predict", *common, "--abstain-below", 0, "--output", output) == 0
+    rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
+    assert {(bool(row["answer"]), row["abstained"], row["guess"]) for row in rows} == {(True, "false", "")}
+
+
+def test_scores_in_csv_are_a_column_for_each_label(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries, output = tmp_path / "some.jsonl", tmp_path / "answers.csv"
+    queries.write_text('{"text": "film", "score:good": "mine"}\n{"text": "", "score:good": 3}\n', encoding="utf-8")
+    common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
+    assert run(monkeypatch, "predict", *common, "--scores", "--output", output) == 3
+    answered, unanswered = csv.DictReader(io.StringIO(output.read_text(encoding="utf-8")))
+    assert answered["input_score:good"] == "mine"
+    scores = {label: answered[f"score:{label}"] for label in ("good", "bad")}
+    assert all(re.fullmatch(r"[01]\.\d{4}", score) for score in scores.values())
+    assert sum(map(float, scores.values())) == pytest.approx(1, abs=1e-3)
+    assert max(scores, key=lambda label: float(scores[label])) == answered["answer"]
+    assert (unanswered["score:good"], unanswered["score:bad"]) == ("", "")
 
 
 def test_nearest_rows_are_shown_to_each_query(

@@ -17,7 +17,7 @@ from manyicl.engine.queries import BadRows
 from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console
 
@@ -128,7 +128,6 @@ def predict_command(
     how = _answer_options(temperature, top_p, seed or 0, scores, abstain_below, bad_rows)
     with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": None if task else data_root}
     _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
-    columns = partial(answer_columns, scores, abstain_below is not None, bad_rows == "report")
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
         queries = open_queries(input_path, task, delimiter, encoding, bad_rows)
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
@@ -145,6 +144,8 @@ def predict_command(
         tally.take(answers.begin(made_of, say))
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
+        labels = examples.queried_task.labels if output.suffix.lower() == ".csv" else None
+        columns = partial(answer_columns, scores, abstain_below is not None, bad_rows == "report", labels)
         stream = chain(first, queries.rendered(examples.queried_task))
         predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
         rows = tally.counting(_tracked(console, queries.answered(predictions, columns)))
@@ -244,13 +245,33 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
         raise UserError("conflicting_options", what, field=given[0])
 
 
-def answer_columns(with_scores: bool, may_abstain: bool, may_have_problems: bool, prediction: Prediction) -> Row:
-    """Turn a prediction into the columns of an output row."""
+def answer_columns(
+    with_scores: bool,
+    may_abstain: bool,
+    may_have_problems: bool,
+    score_columns: Sequence[str] | None,
+    prediction: Prediction,
+) -> Row:
+    """Turn a prediction into the columns of an output row.
+
+    Args:
+        with_scores: Whether to write the scores of all labels.
+        may_abstain: Whether to write if it abstained, and what it would have answered.
+        may_have_problems: Whether to write why there is no answer.
+        score_columns: Labels of which each gets a column of its own; None for one column with all.
+        prediction: The prediction.
+    """
     known = prediction.as_json()
     columns = {name: known[name] for name in ("answer", "log_probability", "stopped")}
     if may_abstain:
         columns["abstained"] = known["abstained"]
-    if with_scores:
+        columns["guess"] = prediction.answer if prediction.abstained else None
+    if with_scores and score_columns is not None:
+        probabilities = prediction.scores.probabilities if prediction.scores else {}
+        columns |= {
+            f"score:{label}": f"{probabilities[label]:.4f}" if probabilities else None for label in score_columns
+        }
+    elif with_scores:
         columns |= {name: known.get(name) for name in ("scores", "probabilities")}
     if may_have_problems:
         columns["problem"] = known.get("problem")
