@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.episode import Episode
+from manyicl.episodes.episode import EncodedEpisode, EncodedShot
 from manyicl.episodes.sampling import DrawnEpisode
+from manyicl.episodes.task_shots import TaskShots
 from manyicl.episodes.text_format import Preceding
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
@@ -19,38 +20,43 @@ class FittingShots(NamedTuple):
     """The beginning of a drawn episode that fits.
 
     Attributes:
-        episode: Whole shots only.
+        episode: Whole shots only; None where not even one fits.
         num_left_out: Shots that were drawn and did not fit; 0 where the episode was to fill the context.
         num_too_long: Shots skipped because they are longer than a whole context.
     """
 
-    episode: Episode
+    episode: EncodedEpisode | None
     num_left_out: int
     num_too_long: int
 
 
-def whole_shots_within(drawn: DrawnEpisode, encoder: Encoder, budget: int, max_context_tokens: int) -> FittingShots:
+def whole_shots_within(
+    drawn: DrawnEpisode, task_shots: TaskShots, encoder: Encoder, budget: int, max_context_tokens: int
+) -> FittingShots:
     """Take shots of a drawn episode while they fit in ``budget`` tokens.
 
     Nothing is truncated: a shot that is longer than the whole context is passed over and counted; the first
     other shot that does not fit ends the episode, so that short examples are not preferred within it.
     """
-    num_preamble_tokens = num_tokens = encoder.num_preamble_tokens(drawn.instruction)
-    examples: list[Example] = []
+    preamble_ids = task_shots.preamble_ids(drawn.instruction)
+    num_tokens = len(preamble_ids)
+    shots: list[EncodedShot] = []
     num_left_out = num_too_long = 0
-    for example in drawn.examples:
-        if len(examples) == drawn.num_examples:
+    for position in drawn.positions:
+        if len(shots) == drawn.num_examples:
             break
-        num_shot_tokens = encoder.num_shot_tokens(example, encoder.preceding(drawn.instruction, len(examples)))
-        if num_preamble_tokens + num_shot_tokens > max_context_tokens:
+        shot = task_shots.shot(position, encoder.preceding(drawn.instruction, len(shots)), drawn.new_names)
+        num_shot_tokens = encoder.num_tokens_of(shot)
+        if len(preamble_ids) + num_shot_tokens > max_context_tokens:
             num_too_long += 1
         elif num_tokens + num_shot_tokens > budget:
-            num_left_out = 0 if drawn.num_examples is None else drawn.num_examples - len(examples)
+            num_left_out = 0 if drawn.num_examples is None else drawn.num_examples - len(shots)
             break
         else:
-            examples.append(example)
+            shots.append(shot)
             num_tokens += num_shot_tokens
-    return FittingShots(Episode(drawn.task_name, drawn.instruction, tuple(examples)), num_left_out, num_too_long)
+    episode = encoder.join(drawn.task.name, preamble_ids, shots) if shots else None
+    return FittingShots(episode, num_left_out, num_too_long)
 
 
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:

@@ -11,7 +11,7 @@ from itertools import chain, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from manyicl.episodes.episode import EncodedEpisode, Episode
+from manyicl.episodes.episode import EncodedEpisode, EncodedShot, Episode
 from manyicl.episodes.segment_tokenizer import REPLACEMENT, SegmentTokenizer, bos_ids, control_tokens
 from manyicl.episodes.text_format import AnyFormat, PlainFormat, Preceding, Segment, text_of
 from manyicl.episodes.token_cache import TokenCache
@@ -134,9 +134,13 @@ class Encoder:
         """
         return self._answer_ids(answer)
 
+    def encode_shot(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> EncodedShot:
+        """Encode query and answer of a demonstration."""
+        return EncodedShot(self.query_ids(example.query.text, preceding), self.answer_ids(example.answer))
+
     def shot_ids(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a demonstration: a query, its answer, and the inter-turn text after it."""
-        query_ids, answer_ids = self.query_ids(example.query.text, preceding), self.answer_ids(example.answer)
+        query_ids, answer_ids = self.encode_shot(example, preceding)
         return (*query_ids, *answer_ids, *self._inter_turn_ids)
 
     def require_encodable(self, task: Task) -> None:
@@ -216,23 +220,39 @@ class Encoder:
             <bos> instruction ⏎⏎ query ⏎ answer ⏎⏎ query ⏎ answer ⏎⏎
                                          └───span──┘         └───span──┘
         """
-        token_ids = [*self.bos_ids, *self._encode(self.format.preamble(episode.instruction), True)]
+        shots = (
+            self.encode_shot(example, self.preceding(episode.instruction, shot))
+            for shot, example in enumerate(episode.examples)
+        )
+        return self.join(episode.task_name, self.preamble_ids(episode.instruction), shots)
+
+    def join(self, task_name: str, preamble_ids: Sequence[int], shots: Iterable[EncodedShot]) -> EncodedEpisode:
+        """Join the tokens of a preamble and of demonstrations to an episode."""
+        token_ids = list(preamble_ids)
         spans = []
-        for shot, example in enumerate(episode.examples):
-            token_ids += self.query_ids(example.query.text, self.preceding(episode.instruction, shot))
+        for query_ids, answer_ids in shots:
+            token_ids += query_ids
             start = len(token_ids)
-            token_ids += self.answer_ids(example.answer)
+            token_ids += answer_ids
             spans.append((start, len(token_ids)))
             token_ids += self._inter_turn_ids
-        return EncodedEpisode(episode.task_name, tuple(token_ids), tuple(spans))
+        return EncodedEpisode(task_name, tuple(token_ids), tuple(spans))
+
+    def preamble_ids(self, instruction: str) -> tuple[int, ...]:
+        """Encode all that stands before the first query."""
+        return (*self.bos_ids, *self._encode(self.format.preamble(instruction), True))
 
     def num_preamble_tokens(self, instruction: str) -> int:
         """Count the tokens that stand before the first query."""
-        return len(self.encode_prefix(instruction, ()))
+        return len(self.preamble_ids(instruction))
+
+    def num_tokens_of(self, shot: EncodedShot) -> int:
+        """Count the tokens of an encoded demonstration, the inter-turn text after it included."""
+        return len(shot.query_ids) + len(shot.answer_ids) + len(self._inter_turn_ids)
 
     def num_shot_tokens(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> int:
         """Count the tokens of one demonstration."""
-        return len(self.shot_ids(example, preceding))
+        return self.num_tokens_of(self.encode_shot(example, preceding))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn tokens back into text, special tokens included."""

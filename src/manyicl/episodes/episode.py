@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from manyicl.tasks.task import Example
 
@@ -14,6 +16,18 @@ class Episode:
     task_name: str
     instruction: str
     examples: tuple[Example, ...]
+
+
+class EncodedShot(NamedTuple):
+    """A demonstration as tokens.
+
+    Attributes:
+        query_ids: Tokens of the query, up to where its answer begins.
+        answer_ids: Tokens of the answer, with its end-of-answer text.
+    """
+
+    query_ids: Sequence[int]
+    answer_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

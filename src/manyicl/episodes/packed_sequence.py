@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from manyicl.episodes.budget import whole_shots_within
 from manyicl.episodes.encoding import Encoder
@@ -12,12 +12,11 @@ from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.sampling import (
     EpisodeSettings,
     Mixture,
-    answers_of,
     draw_episode,
-    label_replacement_words,
     require_replacement_words,
     sequence_rng,
 )
+from manyicl.episodes.task_shots import ShotsInMemory, TaskShots
 from manyicl.errors import UserError
 from manyicl.tasks.task import Task
 
@@ -70,8 +69,19 @@ class PackedSequences(Sequence[PackedSequence]):
         seed: int,
         episodes: EpisodeSettings | None = None,
         mixture: Mixture | None = None,
+        shots: Sequence[TaskShots] | None = None,
     ) -> None:
         """Check that every sequence can be drawn.
+
+        Args:
+            tasks: Tasks to draw from.
+            encoder: Encoder of the model.
+            max_context_tokens: Tokens that a sequence may hold.
+            num_sequences: Number of sequences.
+            seed: Fixes all sequences, together with their index.
+            episodes: How many examples an episode holds, and in what order.
+            mixture: How often each task is drawn.
+            shots: The tokens of each task's demonstrations; encoded when they are drawn by default.
 
         Raises:
             UserError: If there is no task, a task has no example that fits the context or more labels than there
@@ -85,17 +95,15 @@ class PackedSequences(Sequence[PackedSequence]):
         self.num_sequences = num_sequences
         self.seed = seed
         self.episodes = episodes or EpisodeSettings()
-        self._task_weights = (mixture or Mixture()).task_weights(self.tasks)
-        self._instructions = [task.instruction() for task in self.tasks]
-        is_balanced = self.episodes.sampling == "balanced"
-        self._answers = [answers_of(task) if is_balanced else None for task in self.tasks]
+        # Summed once: a draw is then a search, and takes no longer with more tasks.
+        self._cumulative_weights = list(accumulate((mixture or Mixture()).task_weights(self.tasks)))
+        self._shots = [ShotsInMemory(task, encoder) for task in tasks] if shots is None else list(shots)
         self._replacement_words: list[str] = []
         if self.episodes.rename_labels:
-            self._replacement_words = label_replacement_words(tasks)
+            self._replacement_words = sorted(set[str]().union(*(each.plain_words() for each in self._shots)))
             require_replacement_words(tasks, self._replacement_words)
-        for task, instruction in zip(self.tasks, self._instructions, strict=True):
-            encoder.require_encodable(task)
-            _require_one_shot_fits(task, instruction, encoder, max_context_tokens)
+        for each in self._shots:
+            _require_one_shot_fits(each, max_context_tokens)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -113,21 +121,15 @@ class PackedSequences(Sequence[PackedSequence]):
         episodes: list[EncodedEpisode] = []
         num_dropped = num_too_long = num_draws_that_do_not_fit = 0
         while budget > 0 and num_draws_that_do_not_fit < NUM_DRAWS_THAT_DO_NOT_FIT:
-            number = rng.choices(range(len(self.tasks)), self._task_weights)[0]
-            drawn = draw_episode(
-                self.tasks[number],
-                self.episodes,
-                rng,
-                self._replacement_words,
-                self._instructions[number],
-                self._answers[number],
-            )
-            fitting = whole_shots_within(drawn, self.encoder, budget, self.max_context_tokens)
+            (number,) = rng.choices(range(len(self.tasks)), cum_weights=self._cumulative_weights)
+            shots = self._shots[number]
+            answers = shots.answers() if self.episodes.sampling == "balanced" else None
+            drawn = draw_episode(shots.task, self.episodes, rng, self._replacement_words, shots.instruction(), answers)
+            fitting = whole_shots_within(drawn, shots, self.encoder, budget, self.max_context_tokens)
             num_too_long += fitting.num_too_long
-            if fitting.episode.examples:
-                encoded = self.encoder.encode_episode(fitting.episode)
-                episodes.append(encoded)
-                budget -= len(encoded.token_ids)
+            if fitting.episode:
+                episodes.append(fitting.episode)
+                budget -= len(fitting.episode.token_ids)
                 num_dropped += fitting.num_left_out
                 num_draws_that_do_not_fit = 0
             else:
@@ -135,18 +137,15 @@ class PackedSequences(Sequence[PackedSequence]):
         return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long)
 
 
-def _require_one_shot_fits(task: Task, instruction: str, encoder: Encoder, max_context_tokens: int) -> None:
+def _require_one_shot_fits(shots: TaskShots, max_context_tokens: int) -> None:
     """Refuse a task of which no example fits the context together with its instruction."""
-    if not task.train:
-        raise UserError("no_training_rows", f"task {task.name!r} has no training example")
-    opening = encoder.num_preamble_tokens(instruction)
-    shortest = sys.maxsize
-    for example in task.train:
-        num_tokens = opening + encoder.num_shot_tokens(example, encoder.preceding(instruction, 0))
-        if num_tokens <= max_context_tokens:
-            return
-        shortest = min(shortest, num_tokens)
-    what = f"the shortest example of task {task.name!r} does not fit the context with its instruction"
+    name = shots.task.name
+    if not shots.task.train:
+        raise UserError("no_training_rows", f"task {name!r} has no training example")
+    num_tokens = shots.fewest_tokens(max_context_tokens)
+    if num_tokens <= max_context_tokens:
+        return
+    what = f"the shortest example of task {name!r} does not fit the context with its instruction"
     expected, remedy = f"at most {max_context_tokens:,} tokens (max_context_tokens)", "Raise it, or leave the task out."
     field = "sequences.max_context_tokens"
-    raise UserError("no_shot_fits", what, expected=expected, found=f"{shortest:,}", remedy=remedy, field=field)
+    raise UserError("no_shot_fits", what, expected=expected, found=f"{num_tokens:,}", remedy=remedy, field=field)

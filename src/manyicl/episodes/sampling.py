@@ -17,6 +17,8 @@ from manyicl.errors import UserError, did_you_mean
 from manyicl.tasks.demonstrations import ShotSampling, demonstrations_in_order
 from manyicl.tasks.task import Example, Task
 
+# Queries of a task from which words are taken that may replace labels.
+NUM_QUERIES_READ = 200
 # Letters and their marks, between white space; without the marks, Hindi would have no words.
 _PLAIN_WORD = regex.compile(r"(?<!\S)\p{L}[\p{L}\p{M}]{1,13}(?!\S)")
 
@@ -111,16 +113,26 @@ class DrawnEpisode:
     """An episode before it is known how much of it fits.
 
     Attributes:
-        task_name: Name of the task from which it was drawn.
+        task: Task from whose training side it is drawn.
         instruction: Rendered instruction, with the episode's own label names.
         num_examples: Number of examples it should hold; None to fill the context.
-        examples: Examples in order, drawn lazily, without repetition.
+        positions: Positions of its examples in the training side, drawn lazily, without repetition.
+        new_names: The label -> the word that replaces it in this episode; None where labels keep their names.
     """
 
-    task_name: str
+    task: Task
     instruction: str
     num_examples: int | None
-    examples: Iterator[Example]
+    positions: Iterator[int]
+    new_names: Mapping[str, str] | None = None
+
+    @property
+    def examples(self) -> Iterator[Example]:
+        """The examples at these positions, under the episode's own label names; drawn when they are taken."""
+        examples = (self.task.train[position] for position in self.positions)
+        if (names := self.new_names) is None:
+            return examples
+        return (rename_answer(example, names) for example in examples)
 
 
 def sequence_rng(seed: int, index: int) -> random.Random:
@@ -148,21 +160,18 @@ def draw_episode(
     """
     number = settings.examples_per_episode
     num_examples = rng.randint(*number) if isinstance(number, tuple) else None if number == "fill" else number
-    order: Iterator[int]
+    positions: Iterator[int]
     if settings.sampling == "balanced":
         if answers is None:
             answers = answers_of(task)
-        order = demonstrations_in_order(answers, rng.getrandbits(32), "balanced")
+        positions = demonstrations_in_order(answers, rng.getrandbits(32), "balanced")
     else:
-        order = shuffled_lazily(len(task.train), rng)
-    examples = (task.train[position] for position in order)
-    if instruction is None:
-        instruction = task.instruction()
+        positions = shuffled_lazily(len(task.train), rng)
     if task.labels and settings.rename_labels and rng.random() < settings.rename_labels:
         new_names = draw_label_names(task.labels, replacement_words, rng)
-        examples = (rename_answer(example, new_names) for example in examples)
         instruction = task.instruction(tuple(new_names[label] for label in task.labels))
-    return DrawnEpisode(task.name, instruction, num_examples, examples)
+        return DrawnEpisode(task, instruction, num_examples, positions, new_names)
+    return DrawnEpisode(task, task.instruction() if instruction is None else instruction, num_examples, positions)
 
 
 def answers_of(task: Task) -> list[str]:
@@ -179,13 +188,14 @@ def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:
         moved[chosen] = moved.pop(last, last)
 
 
-def label_replacement_words(tasks: Sequence[Task], num_queries_per_task: int = 200) -> list[str]:
+def label_replacement_words(tasks: Sequence[Task]) -> list[str]:
     """Collect the words that may replace labels: plain words of the training queries, sorted."""
-    words: set[str] = set()
-    for task in tasks:
-        for example in task.train[:num_queries_per_task]:
-            words.update(_PLAIN_WORD.findall(example.query.text))
-    return sorted(words)
+    return sorted(set[str]().union(*map(plain_words, tasks)))
+
+
+def plain_words(task: Task) -> set[str]:
+    """Return the plain words of a task's first training queries."""
+    return {word for example in task.train[:NUM_QUERIES_READ] for word in _PLAIN_WORD.findall(example.query.text)}
 
 
 def require_replacement_words(tasks: Sequence[Task], replacement_words: Sequence[str]) -> None:
