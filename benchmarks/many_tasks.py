@@ -112,17 +112,28 @@ def measure(folder: Path, with_workers: bool) -> None:
     text = RECIPE.format(base=folder / "base", tasks=folder / "tasks", context=CONTEXT, output=output)
     recipe = Recipe.parse(text, overrides=[])
     figures: dict[str, float] = {}
-    runs = []
-    ends = []
-    job.load_recipe_tasks = timed(figures, "load tasks", job.load_recipe_tasks)
-    job.check_recipe = timed(figures, "check recipe", job.check_recipe)
-    train.starting_point = timed(figures, "load model", train.starting_point)
-    train.packed_sequences = timed(figures, "packed sequences", train.packed_sequences)
-    train.sample_sequences = timed(figures, "sample 32", train.sample_sequences)
-    prepare = job.prepare_run
-    job.prepare_run = lambda *arguments: runs.append(prepare(*arguments)) or runs[-1]
-    count = ManyShotTrainer.count_step_time
-    ManyShotTrainer.count_step_time = lambda self: (ends.append(time.perf_counter()), count(self))[1]
+    runs: list[train.PreparedRun] = []
+    ends: list[float] = []
+    for name, module, function in (
+        ("check recipe", job, "check_recipe"),
+        ("load tasks", job, "load_recipe_tasks"),
+        ("load model", train, "starting_point"),
+        ("packed sequences", train, "packed_sequences"),
+        ("sample 32", train, "sample_sequences"),
+    ):
+        setattr(module, function, timed(figures, name, getattr(module, function)))
+    prepare, end_step = train.prepare_run, ManyShotTrainer.count_step_time
+
+    def kept(*arguments: Any) -> train.PreparedRun:
+        runs.append(prepare(*arguments))
+        return runs[-1]
+
+    def end_seen(trainer: ManyShotTrainer) -> None:
+        ends.append(time.perf_counter())
+        end_step(trainer)
+
+    for owner, function, replacement in (job, "prepare_run", kept), (ManyShotTrainer, "count_step_time", end_seen):
+        setattr(owner, function, replacement)
     bare = memory_bytes()
     started = time.perf_counter()
     job.ensure_trained(recipe, existing="replace")

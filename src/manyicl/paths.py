@@ -1,4 +1,4 @@
-"""Paths given by a user: expand the home folder, test for existence, and suggest the nearest existing name."""
+"""Paths given by a user (home folder, existence, nearest existing name), and the cache folder of this machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import platformdirs
+
 from manyicl.errors import UserError, did_you_mean, quoted, shortened
 from manyicl.library_errors import reason
+
+CACHE_VARIABLE = "MANYICL_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return where files are kept that can be made again: ``MANYICL_CACHE``, or this system's folder for such files."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("manyicl")
 
 
 def required_path(value: str | Path, what: str) -> Path:

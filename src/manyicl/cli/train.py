@@ -29,6 +29,10 @@ def train_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing run in the output folder.")
     ] = False,
+    rehash: Annotated[
+        bool,
+        typer.Option("--rehash", help="Read all rows again, even of files with the sizes and times of the last run."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what the run will do and cost, without training.")
     ] = False,
@@ -54,28 +58,29 @@ def train_command(
     with taking_signals(signal.default_int_handler):
         try:
             if dry_run:
-                _describe(recipe, changes, overwrite=overwrite)
+                _describe(recipe, changes, overwrite=overwrite, rehash=rehash)
             else:
-                _train(recipe, changes, "resume" if resume else "replace" if overwrite else "refuse")
+                existing: Existing = "resume" if resume else "replace" if overwrite else "refuse"
+                _train(recipe, changes, existing, rehash=rehash)
         except KeyboardInterrupt as interruption:
             _tell(_after_interruption(interruption, recipe, changes, resume=resume, dry_run=dry_run))
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
-def _describe(recipe: Path, changes: list[str], *, overwrite: bool) -> None:
+def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool) -> None:
     from manyicl.training.dry_run import dry_run
 
-    for line in dry_run(_read(recipe, changes), overwrite=overwrite):
+    for line in dry_run(_read(recipe, changes), overwrite=overwrite, rehash=rehash):
         typer.echo(line)
 
 
-def _train(recipe: Path, changes: list[str], existing: Existing) -> None:
+def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool) -> None:
     from manyicl.evaluation.held_out import held_out_measure
     from manyicl.training.checkpoint import SavingFailedError
     from manyicl.training.job import ensure_trained
 
     try:
-        run = ensure_trained(_read(recipe, changes), measure=held_out_measure, existing=existing)
+        run = ensure_trained(_read(recipe, changes), measure=held_out_measure, existing=existing, rehash=rehash)
     except SavingFailedError as error:
         raise SavingFailedError(f"{error} Resume with\n\n  {resume_command(recipe, changes)}") from error
     finally:

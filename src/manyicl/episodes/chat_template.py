@@ -7,6 +7,7 @@ turn alone, write today's date, or trim some turns and not others. Such template
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -94,6 +95,14 @@ def require_rows_as_written(
         template = ChatTemplate(tokenizer, settings.template_arguments)
         for task in tasks:
             template.require_same_rows(text_format, task)
+
+
+def template_identity(settings: FormatSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return all that decides whether `require_rows_as_written` accepts a row, beside the fixed parts; as JSON."""
+    if settings.kind == "plain":
+        return ""
+    parts = [tokenizer.chat_template, settings.template_arguments, tokenizer.special_tokens_map]
+    return json.dumps(parts, default=str)
 
 
 class ChatTemplate:

@@ -123,8 +123,17 @@ class Encoder:
 
     def query_ids_uncached(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query that will not come again, as `query_ids` without remembering it; streams have no end."""
-        opens_sequence = preceding is Preceding.NOTHING and not self.format.preamble("")
-        return self._encode(self.format.query(query, preceding), opens_sequence)
+        return self._encode(self.format.query(query, preceding), self._opens_sequence(preceding))
+
+    def _opens_sequence(self, preceding: Preceding) -> bool:
+        """Tell whether no text comes before a query."""
+        return preceding is Preceding.NOTHING and not self.format.preamble("")
+
+    def is_like_later_query(self, query: str, preceding: Preceding) -> bool:
+        """Tell, without encoding it, whether a query has the tokens here that it has after a demonstration."""
+        if self._opens_sequence(preceding) and self._segments.marks_first:
+            return False
+        return self.format.query(query, preceding) == self.format.query(query)
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Encode an answer with the end-of-answer text.

@@ -24,6 +24,9 @@ class SegmentTokenizer:
     SentencePiece-style tokenizers put a leading space marker before every text they are given. Here only the first
     segment of a sequence gets one, which a copy of the backend tokenizer with that marker switched off takes care of.
     Control tokens are recognised in control segments alone: a row that spells out ``</s>`` means these characters.
+
+    Attributes:
+        marks_first: Whether a text may have other tokens where it opens a sequence.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, constants: Sequence[Segment]) -> None:
@@ -42,8 +45,10 @@ class SegmentTokenizer:
             raise UserError("slow_tokenizer", what, expected="a tokenizer with a tokenizer.json")
         written = "".join(segment.text for segment in constants if segment.is_control)
         description = _with_special_tokens(json.loads(backend.to_str()), written)
+        without_marker = _without_leading_marker(description)
+        self.marks_first = without_marker != description
         self._first = _copy(description)
-        self._inner = _copy(_without_leading_marker(description))
+        self._inner = _copy(without_marker)
         self._added = tuple(token["content"] for token in description["added_tokens"])
         control = [token for token in description["added_tokens"] if token["content"] in written]
         self._control_ids = {token["content"]: token["id"] for token in control}
@@ -51,7 +56,7 @@ class SegmentTokenizer:
         self._byte_of_token = _byte_of_token(backend, description)
         if written:
             self._control_first = _copy(description, with_control_tokens=True)
-            self._control_inner = _copy(_without_leading_marker(description), with_control_tokens=True)
+            self._control_inner = _copy(without_marker, with_control_tokens=True)
         for segment in constants:
             self._require_kept(segment)
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
 
 from manyicl.atomic import folder_written_atomically, is_leftover
 from manyicl.errors import MachineError
 from manyicl.library_errors import reason
+from manyicl.paths import CACHE_VARIABLE, cache_folder
 
-CACHE_VARIABLE = "MANYICL_CACHE"
 MB = 1_000_000
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: ``MANYICL_CACHE``, or this system's folder for such files."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("manyicl")
 
 
 def cached_folder(name: str, num_bytes: int, fill: Callable[[Path], None]) -> Path:

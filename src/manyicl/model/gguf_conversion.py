@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from manyicl.errors import UserError, quoted
 from manyicl.library_errors import reason
-from manyicl.model.cache import MB, cache_folder, cached_folder
+from manyicl.model.cache import MB, cached_folder
+from manyicl.paths import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from manyicl.errors import UserError, shortened
 from manyicl.library_errors import clause
-from manyicl.model.cache import MB, cache_folder, cached_folder
+from manyicl.model.cache import MB, cached_folder
 from manyicl.model.gguf_conversion import ENDING, FETCH_AGAIN, GgufFile, folder_name, sha256_of
+from manyicl.paths import cache_folder
 
 PACKAGED = {"nano": "nano_base", "one": "one"}
 

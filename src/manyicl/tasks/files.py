@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,8 @@ from manyicl.tasks.task import Family, Task
 from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
-_TABLE = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(?P<columns>.+)", re.IGNORECASE)
+OnProgress = Callable[[int, int], None]
+TABLE = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(?P<columns>.+)", re.IGNORECASE)
 _TABLE_FORM = (
     "PATH:QUERY_COLUMN:ANSWER_COLUMN[,group=COLUMN][,test_fraction=0.2][,seed=0][,family=NAME][,metric=NAME][,name=NAME]"
     "[,delimiter=;][,encoding=cp1252][,sheet=NAME]"
@@ -72,27 +73,35 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
         names = ", ".join(Path(place).parent.name for place in places[:5]) + (", …" if len(places) > 5 else "")
         what, remedy = f"{str(path)!r} is the name of {len(places)} tasks", f"Name one of them: {names}."
         raise UserError("several_tasks", what, remedy=remedy)
-    return _load(places[0], data_root, load_dataset)
+    return load_place(places[0], data_root, load_dataset)
 
 
-def _load(place: str | Path, data_root: Path | None, load_dataset: LoadDataset | None = None) -> Task:
+def load_place(place: str | Path, data_root: Path | None, load_dataset: LoadDataset | None = None) -> Task:
+    """Load the task of one of `task_places`: arguments and errors are those of `load_task`."""
     data_root = data_root and Path(expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
         raise UserError("not_a_folder", "the data root is no folder", remedy=nearest_path(data_root), file=data_root)
     if isinstance(place, Path):
         return _build_task(read_task_file(place), place, data_root, load_dataset)
-    path, columns = _TABLE.findall(place)[0]
+    path, columns = TABLE.findall(place)[0]
     with located(file=path):
         return _task_from_table(path, columns)
 
 
-def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | None = None) -> list[Task]:
+def load_tasks(
+    patterns: str | Path | Sequence[str | Path],
+    data_root: Path | None = None,
+    load: Callable[[str | Path, Path | None], Task] = load_place,
+    on_progress: OnProgress | None = None,
+) -> list[Task]:
     """Load tasks from task folders, ``task.yaml`` files, globs, tables and the catalogue; each once.
 
     Args:
         patterns: Patterns such as ``tasks/banking77``, ``tasks``, ``tasks/tweet_*``, ``tickets.csv:text:label``,
             ``catalog:banking77``, ``catalog:tweet_*``, ``catalog:nli``; or a single one.
         data_root: Second folder in which to look for data files; see ``load_task``.
+        load: Loads the task of one place.
+        on_progress: Called before each task with how many are loaded, of how many.
 
     Raises:
         UserError: If a pattern matches nothing, two tasks have the same name, or a task is wrong.
@@ -103,8 +112,10 @@ def load_tasks(patterns: str | Path | Sequence[str | Path], data_root: Path | No
             places.setdefault(str(place.resolve()) if isinstance(place, Path) else place, place)
     tasks: list[Task] = []
     place_of: dict[str, str | Path] = {}
-    for place in places.values():
-        task = _load(place, data_root)
+    for number, place in enumerate(places.values()):
+        if on_progress:
+            on_progress(number, len(places))
+        task = load(place, data_root)
         if place_of.setdefault(task.name, place) != place:
             what = f"Two tasks are named {task.name!r}: {place_of[task.name]} and {place}"
             raise UserError("duplicate_task", what, remedy="Rename one with `name:` in its task.yaml.")
@@ -127,7 +138,7 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     if pattern.startswith(CATALOG_PREFIX):
         return list(catalog_files(pattern))
     if not exists(path):
-        if _TABLE.fullmatch(pattern):
+        if TABLE.fullmatch(pattern):
             return [pattern]
         if glob.has_magic(pattern):
             return _matching_places(pattern)
@@ -181,7 +192,7 @@ def table_of_short_form(reference: str) -> tuple[OneFile, str, str]:
     Raises:
         UserError: If no answer column is named, or an option is wrong.
     """
-    return _read_short_form(*_TABLE.findall(reference)[0])
+    return _read_short_form(*TABLE.findall(reference)[0])
 
 
 def _read_short_form(path: str, columns: str) -> tuple[_Table, str, str]:
@@ -290,10 +301,38 @@ def _hub_rows(
         raise MachineError(f"{error} {copy}{did_you_mean(name, folders)}") from error
 
 
+def _candidates(written: str, task_file: Path, data_root: Path | None) -> list[Path]:
+    """List where a data path may lead: next to the task file, or else under the data root."""
+    return [place / expanded(written) for place in (task_file.parent, *filter(None, [data_root]))]
+
+
+def source_files(place: str | Path, data_root: Path | None) -> list[Path] | None:
+    """List the files and folders that decide which examples a place has, those that are missing included.
+
+    Returns:
+        None where the rows come from the Hub.
+
+    Raises:
+        UserError: If the task file or a folder of data is not as it should be.
+    """
+    if isinstance(place, str):
+        return [Path(expanded(TABLE.findall(place)[0][0]))]
+    data_root = data_root and Path(expanded(data_root))
+    keys = read_task_file(place)
+    data = keys.data
+    if not isinstance(data, HubData):
+        paths = (data.file,) if isinstance(data, OneFile) else (*data.train, *data.test)
+        return [place, *(candidate for path in paths for candidate in _candidates(path, place, data_root))]
+    folder = data_root / (keys.name or fit_name(place.resolve().parent.name)) if data_root else None
+    if folder is None or not folder.is_dir():
+        return None
+    # Another file may be found there once one is added, which changes the time of the folder.
+    return [place, folder, *find_split(folder, data.train), *find_split(folder, data.test)]
+
+
 def _read_local(written: str, data: TwoFiles | OneFile, task_file: Path, data_root: Path | None) -> list[LocatedRow]:
     """Read the rows of a data path: next to the task file, or else under the data root."""
-    places = [task_file.parent, *filter(None, [data_root])]
-    candidates = [place / expanded(written) for place in places]
+    candidates = _candidates(written, task_file, data_root)
     path = next((candidate for candidate in candidates if exists(candidate)), None)
     if path is None:
         looked = " nor ".join(str(candidate) for candidate in dict.fromkeys(candidates))

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
+from rich.console import Console
 
 from manyicl.episodes.chat_template import describe
 from manyicl.episodes.packed_sequence import PackedSequences
@@ -25,6 +26,7 @@ from manyicl.training.estimate import (
     remark_on_speed,
     sample_sequences,
 )
+from manyicl.training.progress import preparing
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
 from manyicl.training.requirements import problems, remark_on_precision
@@ -32,7 +34,9 @@ from manyicl.training.run_folder import RunFolder, RunState
 from manyicl.training.train import packed_sequences, prepare_run
 
 
-def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool = False) -> Iterator[str]:
+def dry_run(
+    recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool = False, rehash: bool = False
+) -> Iterator[str]:
     """Yield lines about a run: its size, its packed sequences, and what it will cost on this machine.
 
     A small model that is on this machine is run on the first tokens for some seconds. A large one, or one of the Hub,
@@ -43,6 +47,7 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
         recipe: The run.
         tasks: Its tasks, if they are loaded already.
         overwrite: True if the run would replace another one in its output folder.
+        rehash: Read all rows of the tasks, even of files whose sizes and times are as before.
 
     Raises:
         UserError: If recipe, tasks and model do not go together, or the output folder is taken by something else.
@@ -56,7 +61,10 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
             missing.append(str(problem))
         elif problem.code != "model_not_cached":
             raise problem
-    tasks = tasks or load_recipe_tasks(recipe)
+    console = Console(stderr=True)
+    if tasks is None:
+        with preparing(console, "reading tasks") as show:
+            tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=show)
     num_rows = sum(len(task.train) for task in tasks.train)
     yield f"Tasks: {len(tasks.train)} to train on with {num_rows:,} rows, {len(tasks.held_out)} held out."
     yield (
@@ -74,7 +82,8 @@ def dry_run(recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool
     if base is not None and (missing or recipe.model.quantize is not None or _is_only_described(base)):
         yield from _from_description(recipe, base, tasks, is_for_this_machine=not missing)
         return
-    run = prepare_run(recipe, tasks)
+    with preparing(console, "tokenizing tasks") as show:
+        run = prepare_run(recipe, tasks, show)
     yield from _run_lines(recipe, run.statistics, run.sequences)
     if missing or num_weights(run.start.model)[0] > MOST_PARAMETERS_MEASURED:
         cost = estimated_cost(recipe, run.statistics, run.start.model.config)

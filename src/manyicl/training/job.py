@@ -20,7 +20,7 @@ from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.outputs import require_output_folder
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import is_main_process, is_sharded, shared_out, world_size
-from manyicl.training.progress import TrainingProgress
+from manyicl.training.progress import TrainingProgress, preparing
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
 from manyicl.training.requirements import base_files, check_recipe, remark_on_precision
@@ -69,6 +69,7 @@ def ensure_trained(
     measure: MakeMeasure | None = None,
     *,
     existing: Existing = "use",
+    rehash: bool = False,
     console: Console | None = None,
 ) -> TrainedRun:
     """Return the finished run of a recipe: the one that is there, the rest of an interrupted one, or a new one.
@@ -80,6 +81,7 @@ def ensure_trained(
             unless that is None; it returns figures, ``score`` among them, by which the best model is kept.
         existing: What to do with a run in the output folder. ``use`` returns or resumes it if it is this run,
             ``refuse`` takes only an empty folder, ``resume`` only an interrupted run, ``replace`` starts anew.
+        rehash: Read all rows of the tasks, even of files whose sizes and times are as before.
         console: Where progress is shown; None for standard error.
 
     Raises:
@@ -98,7 +100,9 @@ def ensure_trained(
         measure = None
     arguments = training_arguments(recipe, folder, evaluates=measure is not None)
     plan = _decided_together(lambda: _plan(folder, recipe, existing))
-    tasks = tasks or load_recipe_tasks(recipe)
+    if tasks is None:
+        with preparing(console, "reading tasks") as show:
+            tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=show)
     if plan == "found":
         return _found_run(recipe, tasks, folder)
     progress = TrainingProgress(console)
@@ -113,7 +117,8 @@ def ensure_trained(
         **shares,
     )
     files = base_files(recipe.model.base)
-    run = prepare_run(recipe, tasks)
+    with preparing(console, "tokenizing tasks") as show:
+        run = prepare_run(recipe, tasks, show)
     for sentence in filter(None, (*run.sentences(), remark_on_precision(recipe))):
         say(sentence)
     with explained_ends(folder), folder.held() if is_main_process() else nullcontext():

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from manyicl.tasks.files import OnProgress
 from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.throughput import throughput_text
 
 # Where there is no bar, an evaluation says this often how far it is.
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BEFORE_A_BAR = 1.0
+
+
+@contextmanager
+def preparing(console: Console, what: str) -> Iterator[OnProgress]:
+    """Show how many tasks are prepared, if that takes longer than a moment: a bar, or a line now and then.
+
+    Args:
+        console: Where it is shown.
+        what: What is done, such as ``tokenizing tasks``.
+    """
+    started = written_at = time.monotonic()
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    number = bar.add_task("", total=None)
+
+    def show(num_done: int, num_all: int) -> None:
+        nonlocal written_at
+        now = time.monotonic()
+        if now - started > SECONDS_BEFORE_A_BAR:
+            bar.start()
+        bar.update(number, completed=num_done, total=num_all)
+        if not console.is_terminal and now - written_at >= SECONDS_BETWEEN_LINES:
+            written_at = now
+            console.print(f"{what}: {num_done:,}/{num_all:,}", highlight=False, soft_wrap=True)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 class TrainingProgress(TrainerCallback):

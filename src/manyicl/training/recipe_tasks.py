@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 from manyicl.errors import UserError
 from manyicl.model.manifest import TrainedTask
-from manyicl.tasks.files import load_tasks
+from manyicl.tasks.files import OnProgress, load_tasks
 from manyicl.tasks.task import Task
+from manyicl.tasks.task_cache import load_known
 from manyicl.training.recipe import Recipe
 
 
@@ -25,14 +27,20 @@ class RecipeTasks(NamedTuple):
     held_out: tuple[Task, ...]
 
 
-def load_recipe_tasks(recipe: Recipe) -> RecipeTasks:
-    """Load the tasks of a recipe and check that held-out tasks are unseen.
+def load_recipe_tasks(recipe: Recipe, *, rehash: bool = False, on_progress: OnProgress | None = None) -> RecipeTasks:
+    """Load the tasks of a recipe, with their rows left in their files, and check that held-out tasks are unseen.
+
+    Args:
+        recipe: The run.
+        rehash: Read all rows, even of files whose sizes and times are as before.
+        on_progress: Called with how many training tasks are loaded, of how many.
 
     Raises:
         UserError: If a task cannot be loaded, or training and held-out tasks share a source or a name.
     """
-    train = load_tasks(recipe.tasks.train, recipe.tasks.data_root)
-    held_out = load_tasks(recipe.tasks.evaluate, recipe.tasks.data_root) if recipe.tasks.evaluate else []
+    load = partial(load_known, rehash=rehash)
+    train = load_tasks(recipe.tasks.train, recipe.tasks.data_root, load, on_progress)
+    held_out = load_tasks(recipe.tasks.evaluate, recipe.tasks.data_root, load) if recipe.tasks.evaluate else []
     sources = {task.source: task.name for task in train}
     names = {task.name for task in train}
     for task in held_out:

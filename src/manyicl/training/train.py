@@ -13,12 +13,14 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written
+from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written, template_identity
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.episodes.text_format import AnyFormat
+from manyicl.episodes.token_store import TokenStore
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.tasks.files import OnProgress
 from manyicl.tasks.task import Task
 from manyicl.training.checkpoint import Checkpoints, RunInterrupted
 from manyicl.training.estimate import SequenceStatistics, sample_sequences
@@ -60,15 +62,20 @@ class PreparedRun:
         yield from describe(self.sequences.encoder.format)
 
 
-def prepare_run(recipe: Recipe, tasks: RecipeTasks) -> PreparedRun:
+def prepare_run(recipe: Recipe, tasks: RecipeTasks, on_progress: OnProgress | None = None) -> PreparedRun:
     """Load or make the model of a recipe, and check that tasks, text format and model go together.
+
+    Args:
+        recipe: The run.
+        tasks: Its tasks.
+        on_progress: Called with how many tasks are tokenized, of how many that were not before.
 
     Raises:
         UserError: If they do not.
     """
     start = starting_point(recipe, tasks.train)
     require_unseen_by_base(tasks.held_out, start.base, start.base_tasks)
-    sequences = packed_sequences(recipe, tasks.train, start.tokenizer)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer, on_progress)
     for task in tasks.held_out:
         # The engine would refuse to evaluate on it when the first evaluation is due.
         sequences.encoder.require_encodable(task)
@@ -78,16 +85,28 @@ def prepare_run(recipe: Recipe, tasks: RecipeTasks) -> PreparedRun:
     return PreparedRun(recipe, start, sequences, statistics, manifest)
 
 
-def packed_sequences(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
-    """Return the packed sequences of a whole run."""
+def packed_sequences(
+    recipe: Recipe,
+    tasks: tuple[Task, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: OnProgress | None = None,
+) -> PackedSequences:
+    """Return the packed sequences of a whole run; tasks whose rows are in files are tokenized once."""
+    encoder = Encoder(tokenizer, chosen_format(recipe.format, tokenizer))
+    store = TokenStore(
+        encoder,
+        identity=template_identity(recipe.format, tokenizer),
+        check=lambda task: require_rows_as_written(recipe.format, tokenizer, encoder.format, [task]),
+    )
     return PackedSequences(
         tasks,
-        Encoder(tokenizer, chosen_format(recipe.format, tokenizer, tasks)),
+        encoder,
         max_context_tokens=recipe.sequences.max_context_tokens,
         num_sequences=recipe.num_sequences,
         seed=recipe.training.seed,
         episodes=recipe.sequences,
         mixture=recipe.tasks.mixture,
+        shots=store.shots_of(tasks, on_progress),
     )
 
 
@@ -156,7 +175,8 @@ def run_manifest(
 def trained_tasks(tasks: Sequence[Task], base_tasks: Sequence[TrainedTask]) -> tuple[TrainedTask, ...]:
     """List the tasks that a model has seen: those of its run, then those that its base was trained on."""
     own = tuple(TrainedTask.of(task) for task in tasks)
-    return own + tuple(task for task in base_tasks if task not in own)
+    known = set(own)
+    return own + tuple(task for task in base_tasks if task not in known)
 
 
 def train_prepared(

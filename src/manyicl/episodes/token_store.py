@@ -1,0 +1,348 @@
+"""Tokenized demonstrations on the disk, one memory-mapped file a task: encoded once, read where they are drawn.
+
+A file is named by the hash of all that decides its tokens: rows, templates and labels of the task, tokenizer and text
+format. It holds what an episode is joined from, and nothing else, so a sequence that is read from it equals one that is
+encoded from the rows. It is written only after the checks of the task have passed, which then need not be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow
+from filelock import FileLock
+
+from manyicl.atomic import write_atomically
+from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.episode import EncodedShot
+from manyicl.episodes.sampling import plain_words
+from manyicl.episodes.task_shots import ShotsInMemory, TaskShots
+from manyicl.episodes.text_format import Preceding
+from manyicl.errors import MachineError
+from manyicl.library_errors import reason
+from manyicl.paths import CACHE_VARIABLE, cache_folder
+from manyicl.tasks.files import OnProgress
+from manyicl.tasks.task import Example, Task
+from manyicl.tasks.task_cache import ExamplesInFiles
+
+# Raise it when other tokens, or tokens in another form, are written for the same task, tokenizer and format.
+FORMAT_VERSION = 1
+FOLDER = "tokens"
+# Each open file is a mapping of memory, of which a process may have some ten thousand.
+MOST_FILES_OPEN = 256
+EXAMPLES_A_BATCH = 10_000
+SECONDS_KEPT = 30 * 24 * 3600
+
+_LOG = logging.getLogger(__name__)
+Check = Callable[[Task], None]
+
+
+class _Entry(NamedTuple):
+    """What is known of a file without opening it.
+
+    Attributes:
+        num_bytes: Size of the file.
+        sha256: Hash of its content.
+        fewest_tokens: Tokens of the shortest episode of one shot.
+    """
+
+    num_bytes: int
+    sha256: str
+    fewest_tokens: int
+
+
+class TokenStore:
+    """The tokenized tasks of one tokenizer and text format. Pickles as its place; processes may share it.
+
+    Attributes:
+        folder: Where the files are; it may be removed at any time.
+    """
+
+    def __init__(self, encoder: Encoder, *, identity: str = "", check: Check | None = None) -> None:
+        """Name the folder of a tokenizer and format.
+
+        Args:
+            encoder: Encodes what is not in the folder.
+            identity: All else that the checks depend on.
+            check: Refuses a task with a `UserError`, after the encoder's own checks.
+        """
+        self.encoder = encoder
+        self._check = check
+        parts = [str(FORMAT_VERSION), encoder.text_hash, str(encoder.tokenizer.unk_token_id), identity]
+        self.folder = cache_folder() / FOLDER / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        self._open: OrderedDict[str, _File] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Files are open in this process alone, and checks are done.
+        return {**self.__dict__, "_open": OrderedDict(), "_check": None}
+
+    def shots_of(self, tasks: Iterable[Task], on_progress: OnProgress | None = None) -> list[TaskShots]:
+        """Return the demonstrations of tasks; those of tasks whose rows are in files are written first where they lack.
+
+        One process writes at a time, others wait for it and find what it wrote.
+
+        Raises:
+            UserError: If a task cannot be encoded.
+            MachineError: If the tokens cannot be written.
+        """
+        tasks = tuple(tasks)
+        shots: list[TaskShots | None] = [
+            self._known(task) if _is_in_files(task) else self._unstored(task) for task in tasks
+        ]
+        missing = [number for number, known in enumerate(shots) if known is None]
+        if missing:
+            self._clean_up()
+        for done, number in enumerate(missing):
+            if on_progress:
+                on_progress(done, len(missing))
+            shots[number] = self._written(tasks[number])
+        with suppress(OSError):
+            os.utime(self.folder)  # a folder that is not used for long is removed
+        return [each for each in shots if each is not None]
+
+    def _unstored(self, task: Task) -> TaskShots:
+        """Return the shots of a task whose rows are in memory."""
+        if self._check:
+            self._check(task)
+        return ShotsInMemory(task, self.encoder)
+
+    def _known(self, task: Task) -> StoredShots | None:
+        """Return the shots of a task whose file is there, as far as that shows without reading it."""
+        name = _name_of(task)
+        with suppress(OSError, ValueError, TypeError):
+            entry = _Entry(**json.loads((self.folder / f"{name}.json").read_bytes()))
+            if os.stat(self.folder / f"{name}.arrow").st_size == entry.num_bytes:  # noqa: PTH116
+                return StoredShots(task, self, name, entry)
+        return None
+
+    def _written(self, task: Task) -> StoredShots:
+        """Return the shots of a task, encoded and written unless another process has done so meanwhile."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                known = self._known(task)
+                return known or self._write(task)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise MachineError(
+                f"The tokens of task {task.name!r} could not be written to {str(self.folder)!r}: {reason(error)}. Free "
+                f"some space, or name another folder with {CACHE_VARIABLE}."
+            ) from error
+
+    def _write(self, task: Task) -> StoredShots:
+        if self._check:
+            self._check(task)
+        self.encoder.require_encodable(task)
+        name = _name_of(task)
+        path, described = self.folder / f"{name}.arrow", self.folder / f"{name}.json"
+        if described.exists():
+            _LOG.warning("The tokens of task %r in %s are damaged; they are made again.", task.name, self.folder)
+        table, fewest_tokens = _table_of(task, self.encoder)
+
+        def write(aside: Path) -> None:
+            with pyarrow.ipc.new_file(str(aside), table.schema) as file:
+                file.write_table(table, max_chunksize=max(len(table), 1))
+
+        write_atomically(path, write)
+        entry = _Entry(path.stat().st_size, _sha256(path), fewest_tokens)
+        # Last, so that a file which it describes is there.
+        write_atomically(described, json.dumps(entry._asdict()))
+        return StoredShots(task, self, name, entry)
+
+    def file_of(self, shots: StoredShots) -> _File:
+        """Open the file of a task; of those that were opened, the ones used last stay open.
+
+        One that is damaged or gone is written again from the rows.
+
+        Raises:
+            UserError: If the rows have changed since the store was asked for the task.
+            MachineError: If the tokens cannot be written.
+        """
+        if (file := self._open.get(shots.name)) is not None:
+            self._open.move_to_end(shots.name)
+            return file
+        path = self.folder / f"{shots.name}.arrow"
+        if not path.is_file() or _sha256(path) != shots.entry.sha256:
+            with suppress(OSError):
+                path.unlink()
+            shots.entry = self._written(shots.task).entry
+        file = self._open[shots.name] = _File(path)
+        if len(self._open) > MOST_FILES_OPEN:
+            self._open.popitem(last=False)
+        return file
+
+    def _clean_up(self) -> None:
+        """Remove the tokens of tokenizers and formats that were not used for long."""
+        with suppress(OSError):
+            for other in self.folder.parent.iterdir():
+                if other != self.folder and time.time() - other.stat().st_mtime > SECONDS_KEPT:
+                    shutil.rmtree(other, ignore_errors=True)
+
+
+class StoredShots(TaskShots):
+    """Demonstrations of one task, read from its file when they are drawn.
+
+    Attributes:
+        task: The task; its rows are read only where the file does not hold what is needed.
+        name: Name of the file.
+        entry: What is known of the file.
+    """
+
+    def __init__(self, task: Task, store: TokenStore, name: str, entry: _Entry) -> None:
+        """Name the file of a task in a store."""
+        self.task = task
+        self.name = name
+        self.entry = entry
+        self._store = store
+
+    @property
+    def _file(self) -> _File:
+        return self._store.file_of(self)
+
+    def instruction(self) -> str:
+        """Read the rendered instruction."""
+        return self._file.instruction
+
+    def preamble_ids(self, instruction: str) -> Sequence[int]:
+        """Read the tokens before the first query; those of an instruction with other labels are encoded."""
+        file = self._file
+        if instruction == file.instruction:
+            return file.preamble_ids
+        return self._store.encoder.preamble_ids(instruction)
+
+    def shot(self, position: int, preceding: Preceding, new_names: Mapping[str, str] | None = None) -> EncodedShot:
+        """Read the tokens of a training example; the answer is encoded where labels are renamed."""
+        file, encoder = self._file, self._store.encoder
+        query_ids: Sequence[int]
+        if preceding is Preceding.DEMONSTRATION:
+            query_ids = file.query_ids(position)
+        elif preceding.name == file.first_preceding:
+            query_ids = file.first_query_ids(position)
+        else:  # new label names have emptied the instruction, or filled it
+            query_ids = encoder.query_ids(self.task.train[position].query.text, preceding)
+        if new_names is None:
+            return EncodedShot(query_ids, file.answer_ids(position))
+        return EncodedShot(query_ids, encoder.answer_ids(new_names[file.answers[position].as_py()]))
+
+    def answers(self) -> Sequence[str]:
+        """Read the answers of all training examples."""
+        return self._file.answer_texts
+
+    def plain_words(self) -> set[str]:
+        """Read the words of the first queries that may replace labels."""
+        return self._file.plain_words
+
+    def fewest_tokens(self, enough: int) -> int:
+        """Return the tokens of the shortest episode of one shot."""
+        return self.entry.fewest_tokens
+
+
+class _Lists:
+    """A column of lists of token ids, as views of the mapped file."""
+
+    def __init__(self, column: pyarrow.ChunkedArray) -> None:
+        lists = column.chunk(0)
+        self._offsets = lists.offsets.to_numpy()
+        self._values = lists.values.to_numpy()
+
+    def __getitem__(self, position: int) -> list[int]:
+        ids: list[int] = self._values[self._offsets[position] : self._offsets[position + 1]].tolist()
+        return ids
+
+
+class _File:
+    """The file of one task, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        metadata = table.schema.metadata
+        self.instruction: str = metadata[b"instruction"].decode()
+        self.preamble_ids: list[int] = json.loads(metadata[b"preamble_ids"])
+        self.first_preceding: str = metadata[b"first_preceding"].decode()
+        self._metadata = metadata
+        self.query_ids = _Lists(table["query_ids"]).__getitem__
+        first = "first_query_ids" if "first_query_ids" in table.column_names else "query_ids"
+        self.first_query_ids = _Lists(table[first]).__getitem__
+        self.answer_ids = _Lists(table["answer_ids"]).__getitem__
+        self.answers = table["answer"]
+
+    @cached_property
+    def answer_texts(self) -> list[str]:
+        texts: list[str] = self.answers.to_pylist()
+        return texts
+
+    @property
+    def plain_words(self) -> set[str]:
+        return set(self._metadata[b"plain_words"].decode().split())
+
+
+def _is_in_files(task: Task) -> bool:
+    return isinstance(task.train, ExamplesInFiles)
+
+
+def _name_of(task: Task) -> str:
+    """Name the file of a task by the hash of its rows, of which of them are used, and of its spec."""
+    assert isinstance(task.train, ExamplesInFiles)
+    parts = (task.train.data_hash, str(task.train.positions), task.spec.model_dump_json())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _table_of(task: Task, encoder: Encoder) -> tuple[pyarrow.Table, int]:
+    """Encode a task: one row for each training example, all else in the metadata.
+
+    Returns:
+        The table, and the tokens of the shortest episode of one shot.
+    """
+    instruction = task.instruction()
+    preamble_ids, first = encoder.preamble_ids(instruction), encoder.preceding(instruction, 0)
+    ids = pyarrow.large_list(pyarrow.from_numpy_dtype(numpy.min_scalar_type(max(len(encoder.tokenizer) - 1, 0))))
+    names = ("query_ids", ids), ("first_query_ids", ids), ("answer_ids", ids), ("answer", pyarrow.large_string())
+    schema = pyarrow.schema(list(names))
+    batches = []
+    fewest_tokens = sys.maxsize
+    for examples in _batches(task.train):
+        later = [encoder.query_ids_uncached(each.query.text) for each in examples]
+        opening = [
+            ids
+            if encoder.is_like_later_query(each.query.text, first)
+            else encoder.query_ids_uncached(each.query.text, first)
+            for each, ids in zip(examples, later, strict=True)
+        ]
+        answers = [encoder.answer_ids(each.answer) for each in examples]
+        lengths = (encoder.num_tokens_of(EncodedShot(*pair)) for pair in zip(opening, answers, strict=True))
+        fewest_tokens = min(fewest_tokens, len(preamble_ids) + min(lengths))
+        columns = [later, opening, answers, [each.answer for each in examples]]
+        batches.append(pyarrow.RecordBatch.from_pydict(dict(zip(schema.names, columns, strict=True)), schema))
+    table = pyarrow.Table.from_batches(batches, schema).combine_chunks()
+    if table["first_query_ids"].equals(table["query_ids"]):
+        table = table.drop_columns(["first_query_ids"])
+    table = table.set_column(table.column_names.index("answer"), "answer", table["answer"].dictionary_encode())
+    metadata = {
+        "instruction": instruction,
+        "preamble_ids": json.dumps(preamble_ids),
+        "first_preceding": first.name,
+        "plain_words": " ".join(sorted(plain_words(task))),
+    }
+    return table.replace_schema_metadata(metadata), fewest_tokens
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), EXAMPLES_A_BATCH):
+        yield list(examples[start : start + EXAMPLES_A_BATCH])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
