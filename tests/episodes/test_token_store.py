@@ -89,7 +89,8 @@ def test_sequences_with_the_store_equal_those_without(
 ) -> None:
     encoder = Encoder(make_tokenizer(), PlainFormat(end_of_answer="</s>"))
     changes = {"episodes": EpisodeSettings.model_validate(settings), "mixture": Mixture(kind="size")}
-    paths = places(tmp_path)
+    # The small Unigram vocabulary does not know the words of the tables.
+    paths = places(tmp_path)[3 if make_tokenizer is unigram else 0 :]
     expected = list(sequences([load_task(path) for path in paths], encoder, None, **changes))
     tasks = [load_known(path, None) for path in paths]
     for _ in range(2):  # written, then read
@@ -147,14 +148,14 @@ def test_workers_read_the_same_sequences_however_they_are_started(tmp_path: Path
 
 
 def test_what_workers_are_given_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    encoder = Encoder(byte_level_bpe())
     sizes = []
-    for num_rows in (10, 1000):
+    for num_rows in (100, 900):
+        encoder = Encoder(byte_level_bpe())
         tasks = [load_known(write_task(tmp_path / str(num_rows), num_rows=num_rows), None)]
         stored = sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks))
         assert len(stored[0].episodes)  # files are open now, and stay here
         sizes.append(len(pickle.dumps(stored)))
-    assert abs(sizes[1] - sizes[0]) < 50
+    assert abs(sizes[0] - sizes[1]) < 20
 
 
 def _stored(tasks: list[Task], encoder: Encoder) -> list[Any]:
@@ -225,13 +226,9 @@ def test_another_instruction_format_or_tokenizer_has_tokens_of_its_own(tmp_path:
 
 
 def test_a_task_that_cannot_be_encoded_is_refused_every_time(tmp_path: Path, cache: Path) -> None:
-    task = load_known(
-        write_task(
-            tmp_path / "free",
-            FREE.replace("it is", "it\\n\\nis").replace("'it", '"it').replace("}}'\ndata", '}}"\ndata'),
-        ),
-        None,
-    )
+    answer = '"it {{ label }}\\n\\nis {{ text }}"'
+    text = FREE.replace("'it is {{ text }} {{ label }}'", answer)
+    task = load_known(write_task(tmp_path / "free", text), None)
     for _ in range(2):
         with pytest.raises(UserError, match="end-of-answer"):
             TokenStore(Encoder(byte_level_bpe())).shots_of([task])

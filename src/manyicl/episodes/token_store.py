@@ -167,7 +167,7 @@ class TokenStore:
         One that is damaged or gone is written again from the rows.
 
         Raises:
-            UserError: If the rows have changed since the store was asked for the task.
+            UserError: If the rows have changed since the tasks were loaded.
             MachineError: If the tokens cannot be written.
         """
         if (file := self._open.get(shots.name)) is not None:
