@@ -12,7 +12,7 @@ from pathlib import Path
 _ASIDE = ".manyicl-part-"
 
 
-def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object], *, sync: bool = True) -> None:
     """Write a temporary file, wait until it is on the disk, and rename it.
 
     The temporary file is new for each call, so that two writers do not mix; it is removed if writing fails,
@@ -22,6 +22,8 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
         path: File to write, in a folder that exists.
         content: Text, written as UTF-8 with the line ends it has; bytes; or a function that writes a file of its own
             to the path it is given, which has the ending of ``path``.
+        sync: False does not wait for the disk, which takes up to some ten milliseconds, so that a power cut may leave a
+            file cut off: for what is checked when it is read, and can be made again.
     """
     path = path.resolve()
     aside = path.with_name(f"{_ASIDE}{secrets.token_hex(8)}{path.suffix}")
@@ -31,9 +33,11 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             content(aside)
         else:
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync_file(aside)
+        if sync:
+            _sync_file(aside)
         aside.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

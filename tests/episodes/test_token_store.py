@@ -247,7 +247,7 @@ def test_a_task_of_which_nothing_fits_is_refused_as_without_the_store(tmp_path: 
 
 
 def test_a_full_disk_is_one_sentence_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     task = load_known(write_task(tmp_path / "free"), None)

@@ -155,10 +155,10 @@ class TokenStore:
             with pyarrow.ipc.new_file(str(aside), table.schema) as file:
                 file.write_table(table, max_chunksize=max(len(table), 1))
 
-        write_atomically(path, write)
+        write_atomically(path, write, sync=False)
         entry = _Entry(path.stat().st_size, _sha256(path), fewest_tokens)
         # Last, so that a file which it describes is there.
-        write_atomically(described, json.dumps(entry._asdict()))
+        write_atomically(described, json.dumps(entry._asdict()), sync=False)
         return StoredShots(task, self, name, entry)
 
     def file_of(self, shots: StoredShots) -> _File:

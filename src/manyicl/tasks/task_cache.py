@@ -195,7 +195,7 @@ def _load_and_record(place: str | Path, data_root: Path | None, path: Path) -> T
         num_train=len(task.train),
         num_test=len(task.test),
     )
-    write_atomically(path, record.model_dump_json())
+    write_atomically(path, record.model_dump_json(), sync=False)
     _HELD.hold(place, data_root, task)
     return _task_of(record, place, data_root)
 
