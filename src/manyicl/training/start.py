@@ -23,6 +23,7 @@ from manyicl.model.manifest import TrainedTask
 from manyicl.model.merging import merge_adapter
 from manyicl.tasks.task import Task
 from manyicl.training.from_scratch import END, PADDING, new_config, new_model, require_loadable, train_tokenizer
+from manyicl.training.merged_projections import merge_projections
 from manyicl.training.processes import is_sharded, local_rank
 from manyicl.training.recipe import LoraSettings, Recipe
 from manyicl.training.requirements import too_few_positions
@@ -118,6 +119,9 @@ def _start_from_base(recipe: Recipe, base: str) -> StartingPoint:
             model.name_or_path = model.config._name_or_path = reference
         set_seed(recipe.training.seed)
         model = with_adapter(model, lora)
+        # Measured on a CPU alone; a sharded model is on one, too, before FSDP places it.
+        if device == "cpu" and not is_sharded():
+            merge_projections(model)
     base_tasks = loaded.manifest.tasks if loaded.manifest else ()
     return StartingPoint(model, loaded.tokenizer, reference, loaded.fingerprint, base_tasks)
 
