@@ -1,6 +1,6 @@
 """Peak memory of a step on a CPU with a vocabulary of 131,072 and every token supervised.
 
-    python benchmarks/logits_memory.py             # 1,024 to 8,192 tokens; each length in a process of its own
+    python benchmarks/logits_memory.py             # 1,024 to 32,768 tokens; each length in a process of its own
 
 The network has two small layers. Prints the memory above that of the model: with logits for all positions at once up
 to 2,048 tokens, and in chunks.
@@ -49,7 +49,7 @@ def measure(num_tokens: int, in_chunks: bool) -> None:
 def main() -> None:
     """Measure every length."""
     print(f"| Tokens | Logits | GiB |\n| ---: | --- | ---: |\ntorch {torch.__version__}", file=sys.stderr)
-    for in_chunks, lengths in ((False, (1024, 2048)), (True, (1024, 2048, 4096, 8192))):
+    for in_chunks, lengths in ((False, (1024, 2048)), (True, (1024, 2048, 4096, 8192, 16_384, 32_768))):
         for num_tokens in lengths:
             process = multiprocessing.get_context("spawn").Process(target=measure, args=(num_tokens, in_chunks))
             process.start()
