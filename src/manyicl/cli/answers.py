@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from manyicl.errors import UserError
 from manyicl.outputs import require_ending
+from manyicl.tasks.rows import suffix_of
 from manyicl.tasks.values import NumberText, as_written
 
 if TYPE_CHECKING:
@@ -64,18 +66,43 @@ class Form(Protocol):
     def rows(self, path: Path) -> Iterator[Row]:
         """Read complete rows again; in CSV every value is text."""
 
+    def finish(self, part: Path, output: Path) -> None:
+        """Make the output of all rows, which are on the disk."""
+
+
+ENDINGS = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz", ".xlsx")
+
 
 def form_of(output: Path) -> Form:
     """Choose the form of a file by its ending.
 
     Raises:
-        UserError: If it has another ending.
+        UserError: If it has another ending, or the libraries for it are missing.
     """
-    require_ending(output, (".jsonl", ".csv"))
-    return CsvForm() if output.suffix.lower() == ".csv" else JsonLinesForm()
+    from manyicl.cli.answer_files import GzipCsvForm, GzipJsonLinesForm, WorkbookForm
+
+    ending = suffix_of(output)
+    if ending not in ENDINGS:
+        require_ending(output, ENDINGS)
+    if ending == ".xlsx":
+        return WorkbookForm(output)
+    forms: dict[str, type[CsvForm | JsonLinesForm]] = {
+        ".csv": CsvForm,
+        ".csv.gz": GzipCsvForm,
+        ".jsonl.gz": GzipJsonLinesForm,
+    }
+    return forms.get(ending, JsonLinesForm)()
 
 
-class JsonLinesForm:
+class _PlainForm:
+    """A form that is complete as it was written."""
+
+    def finish(self, part: Path, output: Path) -> None:
+        """Give the rows their name."""
+        part.replace(output)
+
+
+class JsonLinesForm(_PlainForm):
     """One JSON object a line; columns may differ."""
 
     def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
@@ -106,7 +133,7 @@ class JsonLinesForm:
             yield from map(json.loads, file)
 
 
-class CsvForm:
+class CsvForm(_PlainForm):
     """Comma-separated values with a header, as Python's csv module writes them; all rows have the same columns."""
 
     def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
@@ -160,12 +187,19 @@ def _with_header(stream: IO[str], columns: Sequence[str]) -> csv.DictWriter[str]
 
 def has_answers(path: Path) -> bool:
     """Tell whether the first row of a file has the columns of an answer."""
+    ending = suffix_of(path)
+    # What becomes a workbook is JSON lines until then, and what becomes a packed file is not packed.
+    name = path.name.lower().removesuffix(".part").removesuffix(".gz")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.name.lower().removesuffix(".part").endswith(".csv"):
+        if ending == ".xlsx":
+            from manyicl.tasks.workbook import workbook_header
+
+            return ANSWER_COLUMNS.issubset(workbook_header(path))
+        with (gzip.open if ending.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if name.endswith(".csv"):
                 return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
             row = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError, csv.Error):
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, UserError):
         return False
     return isinstance(row, dict) and ANSWER_COLUMNS.issubset(row)
 

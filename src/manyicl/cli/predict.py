@@ -69,7 +69,9 @@ def predict_command(
             "file, or UTF-8]"
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="File of answers: .jsonl or .csv; - for JSON lines.")] = STANDARD_STREAM,
+    output: Annotated[
+        Path, typer.Option(help="File of answers: .jsonl, .csv, these packed as .gz, .xlsx; - for JSON lines.")
+    ] = STANDARD_STREAM,
     shots: options.Shots = None,
     nearest: Annotated[
         int, typer.Option(min=0, help="Number of training rows most similar to a query (BM25) to add for it.")

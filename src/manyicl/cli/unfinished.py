@@ -136,7 +136,7 @@ class UnfinishedAnswers:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        self.part.replace(self.output)
+        self._form.finish(self.part, self.output)
         self._record.unlink(missing_ok=True)
         sync_folder(self.output.absolute().parent)
 
@@ -200,7 +200,8 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
     A mistake half-way leaves an earlier output as it was, and the answers so far next to it.
 
     Args:
-        output: ``.jsonl`` or ``.csv`` file, or ``-`` for JSON lines on standard output.
+        output: ``.jsonl``, ``.csv`` (either packed as ``.gz``) or ``.xlsx`` file, or ``-`` for JSON lines on standard
+            output.
         inputs: Files that are read, by the option that names them.
 
     Raises:

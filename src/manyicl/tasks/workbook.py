@@ -1,11 +1,14 @@
-"""Rows of an Excel workbook: the values that were saved in it, as text; no formula is evaluated."""
+"""Rows of an Excel workbook: read as the values that were saved, written as texts and numbers; no formula is run."""
 
 from __future__ import annotations
 
+import math
+import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, time
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 # What Excel itself can hold; a damaged or hostile file may number a row in the billions.
 MOST_ROWS = 2**20
+MOST_CELL_CHARACTERS = 32_767
+_LARGEST_WHOLE_NUMBER = 10**15  # Excel keeps 15 digits
+# What XML cannot hold, and what a reader would take for the escape of such a character.
+_ESCAPED = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
 _BROKEN_REMEDY = "Open it in Excel and save it again, without a password, or export the sheet as CSV."
 
 
@@ -194,3 +201,51 @@ def _header(path: Path, number: int, texts: Sequence[Any]) -> list[str]:
     """Return the names in the first row with content."""
     with located(file=path, row=number):
         return checked_header(["" if text is None else str(as_written(text)) for text in texts])
+
+
+def write_workbook(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a workbook of one sheet.
+
+    A text that begins with ``=`` stays a text, in Excel too. A whole number of more digits than Excel keeps is written
+    as text.
+
+    Args:
+        path: The workbook; replaced where it exists.
+        columns: Names in the header.
+        rows: Values in the order of the columns: texts as `require_fit` takes them, numbers, truth values or None.
+    """
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+
+    workbook = Workbook(write_only=True)
+    sheet = workbook.create_sheet("answers")
+
+    def cell(value: Any) -> Any:
+        is_number = isinstance(value, int | float) and math.isfinite(value) and abs(value) < _LARGEST_WHOLE_NUMBER
+        if value is None or is_number:
+            return value
+        text = WriteOnlyCell(sheet, value=_escaped(str(value)))
+        text.data_type = "s"
+        return text
+
+    for values in chain([columns], rows):
+        sheet.append(list(map(cell, values)))
+    with path.open("wb") as file:
+        workbook.save(file)
+
+
+def require_fit(text: str, row: int, column: str) -> None:
+    """Refuse a text that no cell can hold.
+
+    Raises:
+        UserError: If it is longer than a cell may be.
+    """
+    if len(escaped := _escaped(text)) > MOST_CELL_CHARACTERS:
+        what, found = f"the column {column!r} has a text that no cell of Excel can hold", f"{len(escaped):,}"
+        expected, remedy = f"at most {MOST_CELL_CHARACTERS:,} characters", "Write to .csv or .jsonl."
+        code = "text_too_long"
+        raise UserError(code, what, expected=expected, found=found, remedy=remedy, row=row, field=column)
+
+
+def _escaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: f"_x{ord(found[0]):04X}_", text)

@@ -1,0 +1,75 @@
+"""Forms of answers that cannot be continued byte by byte: made of a plain one once all rows are there."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from manyicl.cli.answers import Columns, CsvForm, Earlier, JsonLinesForm, Row, as_json
+from manyicl.tasks.workbook import require_fit, require_openpyxl, write_workbook
+
+
+class GzipJsonLinesForm(JsonLinesForm):
+    """JSON lines, packed with gzip at the end."""
+
+    def finish(self, part: Path, output: Path) -> None:
+        """Pack the rows."""
+        _pack(part, output)
+
+
+class GzipCsvForm(CsvForm):
+    """CSV, packed with gzip at the end."""
+
+    def finish(self, part: Path, output: Path) -> None:
+        """Pack the rows."""
+        _pack(part, output)
+
+
+def _pack(part: Path, output: Path) -> None:
+    aside = part.with_name(f"{part.name}.packed")
+    with part.open("rb") as plain, gzip.open(aside, "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    aside.replace(output)
+    part.unlink()
+
+
+class WorkbookForm(JsonLinesForm):
+    """An Excel workbook, made at the end of JSON lines; a row that lacks a column of others has an empty cell there."""
+
+    def __init__(self, output: Path) -> None:
+        """Refuse the form where the libraries that write it are missing."""
+        require_openpyxl(output)
+        self._columns_without_rows: Sequence[str] = ()
+
+    def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
+        """Write rows as they come, and count them; refuse a text that no cell can hold."""
+
+        def kept_columns() -> Sequence[str]:
+            self._columns_without_rows = columns_without_rows()
+            return self._columns_without_rows
+
+        return super().write(stream, _fitting(rows, earlier.num_rows), earlier, kept_columns)
+
+    def finish(self, part: Path, output: Path) -> None:
+        """Write the workbook."""
+        names = dict.fromkeys(self._columns_without_rows)
+        for row in self.rows(part):
+            names |= dict.fromkeys(row)
+        aside = part.with_name(f"{part.name}.packed")
+        write_workbook(aside, list(names), ([_as_cell(row.get(name)) for name in names] for row in self.rows(part)))
+        aside.replace(output)
+        part.unlink()
+
+
+def _fitting(rows: Iterable[Row], num_earlier: int) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=num_earlier + 1):
+        for column, value in row.items():
+            require_fit(str(_as_cell(value)), number, column)
+        yield row
+
+
+def _as_cell(value: Any) -> Any:
+    return as_json(value) if isinstance(value, list | dict) else value

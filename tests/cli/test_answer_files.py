@@ -1,0 +1,125 @@
+"""Answers in packed files and workbooks are those of the plain forms, and nothing in them becomes a formula."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyicl.cli.answers import has_answers
+from manyicl.cli.unfinished import answers_written
+from manyicl.errors import UserError
+from manyicl.tasks.rows import read_rows
+from tests.cli.test_unfinished import MADE_OF, ODD_ROWS
+
+WITHOUT_HALVES = [{**row, "text": row["text"].replace("\ud83d", "?")} for row in ODD_ROWS]
+
+
+def interrupted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from rows
+    raise KeyboardInterrupt
+
+
+def write(output: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    with answers_written(output, {}) as answers:
+        answers.begin(MADE_OF, print)
+        answers.write(rows, lambda: ["text", "answer"])
+    return output
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_packed_file_holds_the_plain_one(tmp_path: Path, ending: str) -> None:
+    plain, packed = (write(tmp_path / f"answers.{name}", ODD_ROWS) for name in (ending, f"{ending}.gz"))
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+    assert has_answers(plain)
+    assert has_answers(packed)
+    write(packed, ODD_ROWS[:1])  # our own answers may be replaced
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([plain.name, packed.name])
+    packed.write_bytes(gzip.compress(b"text\n"))
+    with pytest.raises(UserError) as caught:
+        write(packed, ODD_ROWS)
+    assert caught.value.code == "output_exists"
+
+
+def test_an_interrupted_packed_file_is_continued(tmp_path: Path) -> None:
+    output = tmp_path / "answers.csv.gz"
+    with pytest.raises(KeyboardInterrupt):
+        write(output, interrupted(ODD_ROWS[:2]))
+    with answers_written(output, {}) as answers:
+        assert len(list(answers.begin(MADE_OF, print))) == 2
+        answers.write(ODD_ROWS[2:])
+    whole = write(tmp_path / "whole.csv.gz", ODD_ROWS)
+    assert gzip.decompress(output.read_bytes()) == gzip.decompress(whole.read_bytes())
+
+
+def test_a_workbook_holds_the_rows(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    pytest.importorskip("defusedxml")
+    odd: list[Any] = [
+        "=1+1",
+        "#N/A",
+        "_x000D_",
+        "a\x07b",
+        "007",
+        "",
+        "a\r\nb",
+        12345678901234567890,
+        True,
+        1.5,
+        ["x", 1],
+    ]
+    rows: list[dict[str, Any]] = [
+        *WITHOUT_HALVES,
+        *({"text": value, "answer": "a", "log_probability": -1.5} for value in odd),
+        {"more": 1},
+    ]
+    output = write(tmp_path / "answers.xlsx", rows)
+    read = [row.columns for row in read_rows(output)]
+    assert list(read[0]) == ["text", "answer", "log_probability", "problem", "more"]
+    texts = ["=1+1", "#N/A", "_x000D_", "a\x07b", "007", None, "a\nb", "12345678901234567890", True, "1.5", '["x", 1]']
+    assert [row["text"] for row in read[len(WITHOUT_HALVES) : -1]] == texts
+    for row, written in zip(read, WITHOUT_HALVES, strict=False):
+        assert (row["text"] or "") == written["text"].replace("\r\n", "\n")
+        assert row["log_probability"] == "-1.5"
+    cells = [cell for line in openpyxl.load_workbook(output).active.iter_rows() for cell in line]
+    assert "f" not in {cell.data_type for cell in cells}
+    assert has_answers(output)
+    write(output, [])
+    assert read_rows(output) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.xlsx"]
+
+
+def test_a_text_that_no_cell_can_hold_is_refused_by_its_row_and_the_answers_are_kept(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    pytest.importorskip("defusedxml")
+    rows: list[dict[str, Any]] = [
+        {"text": "a", "answer": "b", "log_probability": 0.0},
+        {"text": "a" * 32_768, "answer": "b"},
+    ]
+    with pytest.raises(UserError, match=r"The answers before it are in .*answers\.xlsx\.part") as caught:
+        write(tmp_path / "answers.xlsx", rows)
+    assert (caught.value.code, caught.value.row, caught.value.field) == ("text_too_long", 2, "text")
+    assert json.loads((tmp_path / "answers.xlsx.part").read_text()) == rows[0]
+
+
+def test_a_workbook_needs_the_extra_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with (
+        pytest.raises(UserError, match=r"pip install 'manyicl\[excel\]', or use CSV"),
+        answers_written(tmp_path / "answers.xlsx", {}),
+    ):
+        pytest.fail("it was opened")
+
+
+@pytest.mark.parametrize("name", ["answers.gz", "answers.parquet", "answers.tsv.gz", "answers"])
+def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError) as caught, answers_written(tmp_path / name, {}):
+        pytest.fail("it was opened")
+    assert caught.value.code == "wrong_ending"
