@@ -86,6 +86,21 @@ def test_scores_in_csv_are_a_column_for_each_label(
     assert sum(map(float, scores.values())) == pytest.approx(1, abs=1e-3)
     assert max(scores, key=lambda label: float(scores[label])) == answered["answer"]
     assert (unanswered["score:good"], unanswered["score:bad"]) == ("", "")
+    assert {answered["answer"], answered["second"]} == {"good", "bad"}
+    assert [answered["probability"], answered["second_probability"]] == [
+        str(float(scores[label])) for label in (answered["answer"], answered["second"])
+    ]
+    assert (unanswered["probability"], unanswered["second"]) == ("", "")
+
+
+def test_many_labels_get_no_probability_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("manyicl.cli.predict.MOST_LABELS_WITH_PROBABILITY", 1)
+    common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
+    for more, has_probability in (([], False), (["--abstain-below", 0.1], True)):
+        assert run(monkeypatch, "predict", *common, *more, "--output", tmp_path / "answers.jsonl") == 0
+        assert all(("probability" in row) == has_probability for row in answers(tmp_path / "answers.jsonl"))
 
 
 def test_nearest_rows_are_shown_to_each_query(

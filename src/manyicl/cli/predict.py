@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -17,7 +17,7 @@ from manyicl.engine.queries import BadRows
 from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from rich.console import Console
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from manyicl.tasks.task import Task
 
 BAD_ROWS_EXIT_CODE = 3
+# Up to so many labels, probabilities are written without being asked for.
+MOST_LABELS_WITH_PROBABILITY = 32
 # Parameters of the command that say where things are; what is there is compared by its content.
 _PLACES = ("model", "task", "prefix", "data_root", "input_path", "output")
 BadRowsOption = Annotated[
@@ -99,6 +101,9 @@ def predict_command(
 ) -> None:
     """Answer the queries in a file, given demonstrations of a task.
 
+    Answers among labels, up to 32 of them, come with their probability, the second best and its probability; with more
+    labels, `--scores` or `--abstain-below` asks for that, and every label is scored.
+
     Every output row is the input row with `answer`, `log_probability`, `stopped` and `problem` added. A free answer
     that reached the length limit before it ended has `stopped: false`. A row that cannot be answered, because it is
     empty, too long or lacks a value, has no answer, and `problem` says why; the command then ends with exit code 3.
@@ -127,7 +132,7 @@ def predict_command(
 
     console = Console(stderr=True)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    how = _answer_options(temperature, top_p, seed or 0, scores, abstain_below, bad_rows)
+    how = _answer_options(temperature, top_p, seed or 0, abstain_below, bad_rows)
     with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": None if task else data_root}
     _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
@@ -146,12 +151,13 @@ def predict_command(
         tally.take(answers.begin(made_of, say))
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
-        labels = examples.queried_task.labels if output.suffix.lower() == ".csv" else None
-        columns = partial(answer_columns, scores, abstain_below is not None, bad_rows == "report", labels)
-        stream = chain(first, queries.rendered(examples.queried_task))
+        task_of_queries, is_csv = examples.queried_task, output.suffix.lower() == ".csv"
+        layout = AnswerColumns.of(task_of_queries, scores, abstain_below is not None, bad_rows == "report", is_csv)
+        how["scores"] = "all" if layout.needs_all_scores else "best"
+        stream = chain(first, queries.rendered(task_of_queries))
         predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
-        rows = tally.counting(_tracked(console, queries.answered(predictions, columns)))
-        answers.write(rows, partial(_columns_without_rows, queries, examples.queried_task, columns))
+        rows = tally.counting(_tracked(console, queries.answered(predictions, layout.columns)))
+        answers.write(rows, partial(_columns_without_rows, queries, task_of_queries, layout.columns))
     if output != STANDARD_STREAM:
         say(f"{pluralized(tally.num_rows, 'answer')} written to {output}")
     if bad_rows == "report" and tally.num_problems:
@@ -164,7 +170,6 @@ def _answer_options(
     temperature: float | None,
     top_p: float | None,
     seed: int,
-    scores: bool,
     abstain_below: float | None,
     bad_rows: BadRows,
 ) -> AnswerOptions:
@@ -174,7 +179,6 @@ def _answer_options(
     values = {"temperature": temperature, "top_p": top_p}
     given = {name: value for name, value in values.items() if value is not None}
     return {
-        "scores": "all" if scores or abstain_below is not None else "best",
         "abstain_below": abstain_below,
         "sampling": Sampling(**given, seed=seed) if given else None,
         "bad_rows": bad_rows,
@@ -247,39 +251,60 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
         raise UserError("conflicting_options", what, field=given[0])
 
 
-def answer_columns(
-    with_scores: bool,
-    may_abstain: bool,
-    may_have_problems: bool,
-    score_columns: Sequence[str] | None,
-    prediction: Prediction,
-) -> Row:
-    """Turn a prediction into the columns of an output row.
+@dataclass(frozen=True)
+class AnswerColumns:
+    """Which columns answers get.
 
-    Args:
-        with_scores: Whether to write the scores of all labels.
-        may_abstain: Whether to write if it abstained, and what it would have answered.
-        may_have_problems: Whether to write why there is no answer.
-        score_columns: Labels of which each gets a column of its own; None for one column with all.
-        prediction: The prediction.
+    Attributes:
+        has_probability: Probability of the answer, the second best and its probability.
+        has_scores: Scores of all labels.
+        may_abstain: Whether it abstained, and what it would have answered.
+        may_have_problems: Why there is no answer.
+        score_labels: Labels of which each gets a column of its own; None for one column with the scores of all.
     """
-    known = prediction.as_json()
-    columns = {name: known[name] for name in ("answer", "log_probability", "stopped")}
-    if may_abstain:
-        columns["abstained"] = known["abstained"]
-        columns["guess"] = prediction.answer if prediction.abstained else None
-    if with_scores and score_columns is not None:
+
+    has_probability: bool
+    has_scores: bool
+    may_abstain: bool
+    may_have_problems: bool
+    score_labels: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, task: Task, has_scores: bool, may_abstain: bool, may_have_problems: bool, is_csv: bool) -> Self:
+        """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
+        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_WITH_PROBABILITY
+        has_probability = has_few_labels or has_scores or may_abstain
+        return cls(has_probability, has_scores, may_abstain, may_have_problems, task.labels if is_csv else None)
+
+    @property
+    def needs_all_scores(self) -> bool:
+        """Whether the scores of all labels are needed."""
+        return self.has_probability
+
+    def columns(self, prediction: Prediction) -> Row:
+        """Turn a prediction into the columns of an output row."""
+        known = prediction.as_json()
         probabilities = prediction.scores.probabilities if prediction.scores else {}
-        columns |= {
-            f"score:{label}": f"{probabilities[label]:.4f}" if probabilities else None for label in score_columns
-        }
-    elif with_scores:
-        columns |= {name: known.get(name) for name in ("scores", "probabilities")}
-    if may_have_problems:
-        columns["problem"] = known.get("problem")
-    if prediction.problem is None:
-        columns["log_probability"] = round(prediction.log_probability, 6)
-    return columns
+        columns: Row = {"answer": known["answer"]}
+        if self.has_probability:
+            others = [label for label in probabilities if label != prediction.answer]
+            second = max(others, key=lambda label: probabilities[label], default=None)
+            columns["probability"] = round(probabilities[prediction.answer], 4) if probabilities else None
+            columns["second"] = second
+            columns["second_probability"] = None if second is None else round(probabilities[second], 4)
+        columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
+        columns["stopped"] = known["stopped"]
+        if self.may_abstain:
+            columns["abstained"] = known["abstained"]
+            columns["guess"] = prediction.answer if prediction.abstained else None
+        if self.has_scores and self.score_labels is not None:
+            four_digits = {label: f"{probability:.4f}" for label, probability in probabilities.items()}
+            columns |= {f"score:{label}": four_digits.get(label) for label in self.score_labels}
+        elif self.has_scores:
+            columns |= {name: known.get(name) for name in ("scores", "probabilities")}
+        if self.may_have_problems:
+            columns["problem"] = known.get("problem")
+        return columns
 
 
 def describe(console: Console, engine: Engine, prefix: TaskPrefix) -> None:
