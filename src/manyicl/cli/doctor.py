@@ -163,7 +163,8 @@ def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]
 
 
 def _base_sentence(recipe: Recipe) -> str:
-    from manyicl.training.requirements import config_folder, must_be_fetched
+    from manyicl.model.reference import config_folder
+    from manyicl.training.requirements import must_be_fetched
 
     if recipe.model.from_scratch is not None:
         return f"a new {recipe.model.from_scratch.architecture} model"

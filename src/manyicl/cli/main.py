@@ -66,7 +66,7 @@ def common_options(
 
 def main() -> None:
     """Run a command; a mistake of the user ends with 2, a failure of the machine with 1, never with a traceback."""
-    _quiet_libraries()
+    quiet_libraries()
     _write_utf8()
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     try:
@@ -103,7 +103,7 @@ def _write_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence messages of libraries that are meant for developers; errors still appear."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -18,8 +18,9 @@ def encoder_of(
 ) -> tuple[Encoder, int | None, int | None]:
     """Load a model's tokenizer and format, the context that it takes, and that with which it was fine-tuned."""
     from manyicl.episodes.encoding import Encoder
-    from manyicl.model.load import load_tokenizer, max_positions_of, read_manifest, resolve_reference
+    from manyicl.model.load import load_tokenizer, max_positions_of, read_manifest
     from manyicl.model.manifest import format_to_ask_in
+    from manyicl.model.reference import resolve_reference
 
     if reference is None:
         if (kind, end_of_answer) != (None, None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,17 @@ import typer
 
 from manyicl.cli.options import Overrides
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
-from manyicl.training.processes import end_processes, is_main_process, is_sharded, processes_per_machine
+from manyicl.training.processes import (
+    end_processes,
+    is_launched,
+    is_main_process,
+    is_sharded,
+    processes_per_machine,
+)
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
-    from manyicl.training.job import Existing
+    from manyicl.training.job import Existing, TrainedRun
     from manyicl.training.recipe import Recipe
 
 
@@ -75,19 +82,22 @@ def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool
 
 
 def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool) -> None:
-    from manyicl.evaluation.held_out import held_out_measure
-    from manyicl.training.checkpoint import SavingFailedError
-    from manyicl.training.job import ensure_trained
+    from manyicl.training.checkpoint import Checkpoints, SavingFailedError
+    from manyicl.training.launch import ProcessLostError
+    from manyicl.training.run_folder import RunFolder
 
+    resume = f"Resume with\n\n  {resume_command(recipe, changes)}"
+    read = _read(recipe, changes)
     try:
-        run = ensure_trained(_read(recipe, changes), measure=held_out_measure, existing=existing, rehash=rehash)
+        run = _train_in_processes(read, existing, rehash=rehash)
     except SavingFailedError as error:
-        raise SavingFailedError(f"{error} Resume with\n\n  {resume_command(recipe, changes)}") from error
-    finally:
-        end_processes()
+        raise SavingFailedError(f"{error} {resume}") from error
+    except ProcessLostError as error:
+        left = Checkpoints(RunFolder(read.output).checkpoints).last_good()
+        raise ProcessLostError(f"{error} {left} {resume}") from error
     if not run.finished:
         stopped = f"Stopped after step {run.num_steps:,}; a checkpoint is saved."
-        _tell(f"{stopped} Resume with\n\n  {resume_command(recipe, changes)}")
+        _tell(f"{stopped} {resume}")
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
     _tell(f"The model is in {run.folder} after {run.num_steps:,} steps.")
     if run.best_step is not None:
@@ -95,13 +105,50 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
         _tell(f"It is the model after step {run.best_step:,}, {score}.")
 
 
-def _read(recipe: Path, changes: list[str]) -> Recipe:
-    from transformers.utils import logging
+def _train_in_processes(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:
+    """Train in this process, or in as many new ones as `choose_processes` says."""
+    from manyicl.training.launch import in_processes
+    from manyicl.training.process_choice import choose_processes
+    from manyicl.training.run_folder import RunFolder
 
+    choice = choose_processes(recipe, resumes=existing == "resume")
+    if choice.is_news:
+        typer.echo(choice.sentence(), err=True)
+    job = partial(_train_here, recipe, existing, rehash=rehash)
+    if choice.num_processes == 1 or is_launched():
+        try:
+            return job()
+        finally:
+            end_processes()
+    assert choice.num_threads is not None
+    try:
+        return in_processes(job, choice.num_processes, choice.num_threads)
+    except KeyboardInterrupt:
+        raise RunFolder(recipe.output).interruption() from None
+
+
+def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:
+    """Train in this process: the only one, or one of several."""
+    from manyicl.cli.main import quiet_libraries
+    from manyicl.evaluation.held_out import held_out_measure
+    from manyicl.training.job import ensure_trained
+
+    quiet_libraries()
+    _hide_progress_of_libraries()
+    return ensure_trained(recipe, measure=held_out_measure, existing=existing, rehash=rehash)
+
+
+def _read(recipe: Path, changes: list[str]) -> Recipe:
     from manyicl.training.recipe import Recipe
 
-    logging.disable_progress_bar()
+    _hide_progress_of_libraries()
     return Recipe.read(recipe, changes)
+
+
+def _hide_progress_of_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _tell(text: str) -> None:

@@ -25,11 +25,11 @@ from manyicl.model.load import (
     max_positions,
     model_config,
     require_dtype,
-    resolve_reference,
 )
 from manyicl.model.manifest import format_to_ask_in
 from manyicl.model.merging import merge_adapter
 from manyicl.model.prompt_guide import ExportFacts, example_prompt, write_guide
+from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
 
 NUM_PROBE_TOKENS = 32

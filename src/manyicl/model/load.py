@@ -29,18 +29,15 @@ from transformers.utils.hub import cached_file
 from manyicl.errors import UserError, did_you_mean, quoted, shortened
 from manyicl.library_errors import clause, reason
 from manyicl.model.attention import ATTENTION
-from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
-from manyicl.model.gguf_conversion import converted_folder
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
-from manyicl.model.pretrained import BASES, PretrainedBase, named_folder
+from manyicl.model.pretrained import BASES, PretrainedBase
+from manyicl.model.reference import BUILTIN_PREFIX, HUB_PREFIX, resolve_reference
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-BUILTIN_PREFIX = "builtin:"
 LFS_POINTER = b"version https://git-lfs"
 RESTORE = "Restore the folder."
 # Files in which a folder can name Python code of its own, under the key auto_map.
@@ -67,33 +64,6 @@ class LoadedModel:
     manifest: Manifest | None
     fingerprint: str
     reference: str
-
-
-def resolve_reference(reference: str | Path) -> str:
-    """Turn a model reference into what transformers loads: a folder that exists, or a Hub id.
-
-    Raises:
-        UserError: If a local folder does not exist or holds no model; a mistyped folder is never looked for on
-            the Hub.
-    """
-    if not isinstance(cast(object, reference), str | Path):
-        expected = "a folder or hf:owner/name"
-        raise UserError("not_a_reference", "This names no model", expected=expected, found=quoted(reference))
-    name = str(reference)
-    if name.startswith(HUB_PREFIX):
-        return name.removeprefix(HUB_PREFIX)
-    if name.startswith(BUILTIN_PREFIX):
-        return str(named_folder(name.removeprefix(BUILTIN_PREFIX)))
-    if name.endswith(GGUF_ENDING):
-        return str(converted_folder(Path(name)))
-    folder = Path(name)
-    if not name or not folder.is_dir():
-        remedy = f"Give a folder, a .gguf file, {BUILTIN_PREFIX}nano, or {HUB_PREFIX}owner/name for one of the Hub."
-        raise UserError("model_not_found", f"The model folder {name!r} does not exist", remedy=remedy)
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        expected = "config.json or adapter_config.json in it"
-        raise UserError("no_model_in_folder", f"The folder {name!r} holds no model", expected=expected)
-    return name
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:

@@ -117,7 +117,7 @@ def this_machine() -> Machine:
     import torch
     from huggingface_hub import constants, get_token
 
-    total, available = _memory_bytes()
+    total, available = memory_bytes()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -159,6 +159,8 @@ def import_library(module: str) -> Any:
 
 def gpus() -> tuple[Gpu, ...]:
     """List the devices that torch can use."""
+    if (library_version("torch") or "").endswith("+cpu"):
+        return ()  # known without the seconds that importing it takes
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -207,7 +209,7 @@ def _num_usable_cores(logical: int) -> int:
     return affinity
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Return the memory that this process may use, and what is available of the machine's."""
     import psutil
 

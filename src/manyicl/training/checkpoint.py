@@ -139,6 +139,10 @@ class Checkpoints:
         """Return the newest checkpoint with a manifest, without looking at its files."""
         return next(map(self.path, self._manifests()), None)
 
+    def num_processes(self) -> int | None:
+        """Return how many processes saved the newest checkpoint; None if there is none."""
+        return next((manifest.num_processes for manifest in self._manifests().values()), None)
+
     def last_good(self) -> str:
         """Say what a run that fails now can go back to."""
         newest = self.newest()

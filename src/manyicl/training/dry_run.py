@@ -14,7 +14,8 @@ from rich.console import Console
 from manyicl.episodes.chat_template import describe
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import UserError
-from manyicl.model.load import HUB_PREFIX, load_tokenizer, resolve_reference
+from manyicl.model.load import load_tokenizer
+from manyicl.model.reference import HUB_PREFIX, resolve_reference
 from manyicl.training.estimate import (
     MOST_PARAMETERS_MEASURED,
     SECONDS_MEASURED,

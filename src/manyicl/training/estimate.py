@@ -15,6 +15,7 @@ from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.loss import caps_or_scales_logits, head_is_separable, most_logits_at_once, sequence_loss
+from manyicl.training.memory import kept_bytes
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.start import StartingPoint, with_adapter
 from manyicl.training.throughput import TrainingFlops, matrix_rate, peak_bytes
@@ -286,13 +287,6 @@ def activation_bytes(
         most_logits: How many of these have logits at the same time; None for all.
     """
     text_config: Any = config.get_text_config()
-    # About 17 values of the hidden size per token and layer are kept without checkpointing (34 bytes in 16 bits:
-    # Korthikanti et al. 2022, arXiv:2205.05198); with it one, and those of the layer at work. Nothing is kept of layers
-    # below the lowest with an adapter.
-    lora = recipe.model.lora
-    num_layers: int = (lora.layers if lora else None) or text_config.num_hidden_layers
-    num_kept = num_layers + 17 if recipe.training.gradient_checkpointing else 17 * num_layers
-    kept: float = num_kept * text_config.hidden_size * num_tokens * computing_dtype(recipe).itemsize
-    # Logits, their softmax and its gradient, in float32.
-    logits: float = 3 * 4 * min(num_targets, most_logits or num_targets) * text_config.vocab_size
-    return int(kept + logits)
+    num_at_once = min(num_targets, most_logits or num_targets)
+    layers, width, vocabulary = (text_config.num_hidden_layers, text_config.hidden_size, text_config.vocab_size)
+    return int(kept_bytes(recipe, layers, width, vocabulary, num_tokens=num_tokens, num_logits=num_at_once))

@@ -15,8 +15,9 @@ from rich.console import Console
 from transformers import TrainerState
 
 from manyicl.errors import UserError
-from manyicl.model.load import load_model, read_manifest, resolve_reference
+from manyicl.model.load import load_model, read_manifest
 from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import is_main_process, is_sharded, shared_out, world_size

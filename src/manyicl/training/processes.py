@@ -26,6 +26,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", default=1, least=1)
 
 
+def is_launched() -> bool:
+    """Tell whether torchrun or accelerate started this command, or `training.launch` this process."""
+    return any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"))
+
+
 def is_main_process() -> bool:
     """Tell whether this process writes files and shows progress.
 
@@ -118,6 +123,20 @@ def end_processes() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def loopback_interface() -> str:
+    """Return the name of the network interface that no other machine reaches.
+
+    Raises:
+        MachineError: If there is none.
+    """
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return str(name)
+    raise MachineError("There is no network interface with the address 127.0.0.1, over which processes could meet.")
 
 
 def _number(name: str, default: int, least: int) -> int:

@@ -218,6 +218,12 @@ class TrainingSettings(Section):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the packed sequences, new weights and dropout.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of each process; unset: torch's choice.")
+    num_processes: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that `manyicl train` starts on a CPU to share each step; unset: one per core where that "
+        "pays and memory holds them, as below.",
+    )
 
     @field_validator("adam_betas")
     @classmethod
@@ -238,6 +244,11 @@ class TrainingSettings(Section):
         if (self.num_tokens is None) == (self.num_steps is None):
             found = "both; set the other to null" if self.num_steps is not None else "neither"
             raise ValueError(f"give either num_tokens or num_steps; found {found}")
+        if self.num_processes is not None and self.sequences_per_step % self.num_processes:
+            raise ValueError(
+                f"num_processes is {self.num_processes} and they share the {self.sequences_per_step} sequences of a "
+                "step; use a number that divides sequences_per_step"
+            )
         if self.schedule != "warmup_stable_decay" and self.decay_share != DECAY_SHARE:
             raise ValueError(f"decay_share has no effect with schedule: {self.schedule}; leave it out")
         return self

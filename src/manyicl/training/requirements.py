@@ -6,18 +6,18 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from packaging.version import InvalidVersion, Version
 
 from manyicl.errors import UserError
 from manyicl.model import machine
-from manyicl.model.load import HUB_PREFIX, model_config, resolve_reference
+from manyicl.model.load import model_config
 from manyicl.model.manifest import Manifest
+from manyicl.model.reference import HUB_PREFIX, config_folder, resolve_reference
 from manyicl.tasks.files import task_places
-from manyicl.training.processes import is_sharded, world_size
+from manyicl.training.processes import is_launched, is_sharded, world_size
 from manyicl.training.recipe import Recipe
 
 GPU_EXTRA = "pip install 'manyicl[gpu]'"
@@ -114,6 +114,7 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
                 task_places(pattern)
             except UserError as error:
                 yield error.at(field=key)
+    yield from _process_problems(recipe)
     num_sequences, num_processes = recipe.training.sequences_per_step, world_size()
     if num_sequences % num_processes:
         key, remedy = "training.sequences_per_step", f"Use a multiple of {num_processes}."
@@ -139,6 +140,20 @@ def launch_problems() -> Iterator[UserError]:
         what = f"FSDP of version {version} was requested; only version 2 is supported"
         remedy = "Use `fsdp_version: 2`, as recipes/accelerate/fsdp2.yaml does."
         yield UserError("parallelism_not_supported", what, remedy=remedy, field="FSDP_VERSION")
+
+
+def _process_problems(recipe: Recipe) -> Iterator[UserError]:
+    key, number = "training.num_processes", recipe.training.num_processes
+    if number is None:
+        return
+    if is_launched() and number != world_size():
+        what = f"{key} is {number} and a launcher started {world_size()}"
+        yield UserError("conflicting_processes", what, remedy=f"Remove {key} or the launcher.", field=key)
+    if not is_launched() and number > 1 and machine.gpus():
+        what = f"{key} is {number}; it starts processes on a CPU, and torch sees a GPU here"
+        command = f"torchrun --nproc-per-node {number} -m manyicl train …"
+        remedy = f"Remove it, or start one process per GPU with `{command}`."
+        yield UserError("conflicting_processes", what, remedy=remedy, field=key)
 
 
 def missing_features(recipe: Recipe) -> Iterator[UserError]:
@@ -206,18 +221,6 @@ def must_be_fetched(recipe: Recipe) -> bool:
     """Tell whether the base is one of the Hub of which this machine has no copy."""
     base = recipe.model.base
     return base is not None and base.startswith(HUB_PREFIX) and config_folder(base) is None
-
-
-def config_folder(base: str | None) -> Path | None:
-    """Find the folder of a base on this machine, in the Hub cache too; None where there is none."""
-    if base is None:
-        return None
-    with suppress(UserError, ValueError):  # no repository of the Hub can have such a name
-        if not base.startswith(HUB_PREFIX):
-            return Path(resolve_reference(base))
-        cached = try_to_load_from_cache(base.removeprefix(HUB_PREFIX), "config.json")
-        return Path(cached).parent if isinstance(cached, str) else None
-    return None
 
 
 def base_files(base: str | None) -> str | None:

@@ -34,6 +34,7 @@ from manyicl.checked import validated
 from manyicl.errors import UserError
 from manyicl.model.manifest import FILE_NAME, Manifest, TrainedTask
 from manyicl.outputs import require_output_folder
+from manyicl.training.checkpoint import Checkpoints, RunInterrupted
 from manyicl.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -59,6 +60,7 @@ WRITTEN = {
 # training tasks themselves are compared by name, data and order.
 FREE_TO_CHANGE = frozenset(
     {"output", "tasks.train", "tasks.data_root", "training.log_every", "training.num_threads"}
+    | {"training.num_processes"}
     | {"training.evaluate_every", "training.save_every", "training.keep_checkpoints"}
 )
 
@@ -104,6 +106,12 @@ class RunFolder:
         inside = [*self.path.glob("*"), *self.checkpoints.glob("*")]
         is_empty = all(path in (self.path / LOCK_FILE, self.checkpoints) or is_leftover(path) for path in inside)
         return RunState.EMPTY if is_empty else RunState.FOREIGN
+
+    def interruption(self) -> KeyboardInterrupt:
+        """Return how a run here that is ended at once says what it leaves; a plain one if none has started."""
+        if self.state() not in (RunState.STARTED, RunState.FINISHED):
+            return KeyboardInterrupt()
+        return RunInterrupted(Checkpoints(self.checkpoints).newest())
 
     def require_free(self, recipe: Recipe, *, overwrite: bool) -> None:
         """Refuse a folder in which this run cannot start.

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# Under a launcher one Ctrl-C arrives twice: from the terminal, and handed on by the launcher.
+SECONDS_OF_ONE_REQUEST = 2.0
+
 
 def stopping_signals() -> list[int]:
     """List the signals that stop a run: Ctrl-C, SIGTERM, and a closed terminal unless that is ignored (nohup)."""

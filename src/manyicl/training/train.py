@@ -22,7 +22,7 @@ from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.files import OnProgress
 from manyicl.tasks.task import Task
-from manyicl.training.checkpoint import Checkpoints, RunInterrupted
+from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.estimate import SequenceStatistics, sample_sequences
 from manyicl.training.processes import is_main_process, world_size
 from manyicl.training.progress import TrainingProgress
@@ -235,18 +235,17 @@ def explained_ends(folder: RunFolder) -> Iterator[None]:
         RunInterrupted: Instead of KeyboardInterrupt, once the run has started.
         SavingFailedError: Instead of OSError, once the run has started.
     """
-    checkpoints = Checkpoints(folder.checkpoints)
     thread_hook = threading.excepthook
     # The writer of TensorBoard's files fails in a thread of its own, and again in this one, which says so.
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else thread_hook(failed)
     try:
         yield
-    except (KeyboardInterrupt, OSError) as error:
+    except KeyboardInterrupt:
+        raise folder.interruption() from None
+    except OSError as error:
         if folder.state() not in (RunState.STARTED, RunState.FINISHED):
             raise
-        if isinstance(error, OSError):
-            raise checkpoints.failure("The log of the run", error) from error
-        raise RunInterrupted(checkpoints.newest()) from None
+        raise Checkpoints(folder.checkpoints).failure("The log of the run", error) from error
     finally:
         threading.excepthook = thread_hook
 

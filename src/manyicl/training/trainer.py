@@ -36,16 +36,13 @@ from manyicl.training.counts import RunCounts, RunLoss, SequenceCounts
 from manyicl.training.loss import head_is_separable, most_logits_at_once, sequence_loss
 from manyicl.training.processes import any_process, is_main_process, raise_in_all
 from manyicl.training.recipe import ObjectiveSettings
-from manyicl.training.stopping import taking_signals
+from manyicl.training.stopping import SECONDS_OF_ONE_REQUEST, taking_signals
 from manyicl.training.throughput import Throughput, TrainingFlops, matrix_rate, throughput_text
 
 # Name of the figure that picks the best model, in what an evaluation returns.
 BEST_METRIC = "score"
 
 STOPPING = b"\nStopping once this step, and its evaluation if one is due, is saved. Ctrl-C again ends at once.\n"
-
-# Under torchrun one Ctrl-C arrives twice: from the terminal, and handed on by torchrun.
-SECONDS_OF_ONE_REQUEST = 2.0
 
 LOWER_THE_RATE = "lower training.learning_rate or lengthen the warm-up and start anew with --overwrite"
 
@@ -172,8 +169,9 @@ class ManyShotTrainer(Trainer):
         return throughput.figures(self.args.device, self._matrix_rate, self.accelerator.num_processes)
 
     def throughput(self) -> dict[str, float]:
-        """Return the figures of all steps since the run was started or last resumed."""
-        return self._figures(self._before_log + self._since_log)
+        """Return the figures of all steps since the run was started or last resumed, and its number of processes."""
+        figures = self._figures(self._before_log + self._since_log)
+        return {**figures, "num_processes": self.accelerator.num_processes} if figures else {}
 
     def throughput_sentence(self) -> str:
         """Say how fast the run was, and why its utilisation is not known, if it is not."""

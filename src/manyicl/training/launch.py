@@ -1,0 +1,280 @@
+"""Starts the processes of a run on a CPU, waits for them, and leaves none alive; imports no torch itself.
+
+The process of the command computes nothing: it passes signals on, returns what the first process returns, and raises
+what the first failing one raises. ``torchrun`` would do less: it ends processes 30 seconds after Ctrl-C, though a step
+and its checkpoint may take longer, ends with 1 whatever happened, and listens on all network interfaces.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar, cast
+
+from rich.console import Console
+
+from manyicl.errors import MachineError
+from manyicl.training.processes import end_processes, loopback_interface
+from manyicl.training.stopping import SECONDS_OF_ONE_REQUEST, taking_signals
+
+Outcome = TypeVar("Outcome")
+
+# A terminal sends these to all processes of a command. The one that started them alone takes them.
+OF_THE_TERMINAL = frozenset(getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name))
+# One that is killed is missed by another, which fails as well: for so long the true cause is awaited.
+SECONDS_FOR_THE_CAUSE = 1.0
+SECONDS_TO_END = 10.0
+
+
+class ProcessLostError(MachineError):
+    """A process of a run ended without a word, as one that the system kills."""
+
+
+class _Report(NamedTuple):
+    """What a process sends when its job is done, before it leaves the others.
+
+    Attributes:
+        outcome: What the job returned.
+        error: What it raised instead; KeyboardInterrupt where it was ended at once.
+        sent_at: Seconds on the clock that all processes of a machine share.
+    """
+
+    outcome: Any
+    error: BaseException | None
+    sent_at: float
+
+
+class _Member(NamedTuple):
+    process: SpawnProcess
+    receiver: Connection
+
+
+def in_processes(job: Callable[[], Outcome], num_processes: int, num_threads: int) -> Outcome:
+    """Run a job in several new processes that form a gloo group over the loopback interface.
+
+    The first Ctrl-C or SIGTERM is passed on as SIGTERM; a later one ends everything at once.
+
+    Args:
+        job: Called in each of them; must pickle, and what it returns as well.
+        num_processes: Number of processes.
+        num_threads: CPU threads of each.
+
+    Returns:
+        What it returned in the first process.
+
+    Raises:
+        ProcessLostError: If a process ended without a word.
+        KeyboardInterrupt: If they were ended at once.
+        Exception: What a process raised; of several, the first.
+    """
+    # They meet in a file of their own, so that no port is taken and two runs never meet.
+    with TemporaryDirectory(prefix="manyicl-") as folder:
+        meeting_point = Path(folder) / "processes"
+        with _started(job, num_processes, num_threads, meeting_point) as members:
+            requests = _Requests(members)
+            with taking_signals(requests):
+                reports = _reports(members)
+            return cast(Outcome, _outcome(members, reports, is_stopping=requests.first_at is not None))
+
+
+class _Requests:
+    """Passes on to the processes what a user asks of the command by signals."""
+
+    def __init__(self, members: Sequence[_Member]) -> None:
+        self._members = members
+        self.first_at: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.first_at is None:
+            self.first_at = now
+            for member in self._members:
+                member.process.terminate()
+        elif now - self.first_at > SECONDS_OF_ONE_REQUEST:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _started(
+    job: Callable[[], object], num_processes: int, num_threads: int, meeting_point: Path
+) -> Iterator[list[_Member]]:
+    """Start the processes, and kill those that are still there at the end."""
+    context = multiprocessing.get_context("spawn")
+    members: list[_Member] = []
+    # Otherwise the first start would begin it, and unblock the signals.
+    resource_tracker.ensure_running()
+    # A process inherits what is blocked, from its very first instruction.
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
+    try:
+        for rank in range(num_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (job, rank, num_processes, num_threads, meeting_point, sender)
+            process = context.Process(target=_run, args=arguments)
+            process.start()
+            members.append(_Member(process, receiver))
+            sender.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        yield members
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        _end(members)
+
+
+def _end(members: Sequence[_Member]) -> None:
+    for process, _ in members:
+        process.kill()  # which does nothing where it has ended
+    for process, receiver in members:
+        process.join()
+        receiver.close()
+    console = Console(stderr=True)
+    if console.is_terminal and any(process.exitcode for process, _ in members):
+        # A progress bar that was cut off has hidden it.
+        console.show_cursor()
+        console.line()
+
+
+def _reports(members: Sequence[_Member]) -> dict[int, _Report | None]:
+    """Wait for all processes, or until one fails; None is the report of one that ended without any."""
+    reports: dict[int, _Report | None] = {}
+    deadline: float | None = None
+    while len(reports) < len(members) and (deadline is None or time.monotonic() < deadline):
+        waiting = {member.receiver: rank for rank, member in enumerate(members) if rank not in reports}
+        timeout = None if deadline is None else deadline - time.monotonic()
+        for receiver in connection.wait(list(waiting), timeout):
+            rank = waiting[cast(Connection, receiver)]
+            try:
+                report = cast(Connection, receiver).recv()
+            except EOFError:
+                report = None
+            reports[rank] = report
+            if (report is None or report.error is not None) and deadline is None:
+                deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
+    if deadline is None:
+        for member in members:
+            member.process.join(SECONDS_TO_END)
+    return reports
+
+
+def _outcome(members: Sequence[_Member], reports: dict[int, _Report | None], *, is_stopping: bool) -> object:
+    """Return what the first process returned, or raise why the run failed."""
+    failed = [report for report in reports.values() if report is not None and report.error is not None]
+    lost = [members[rank].process for rank, report in reports.items() if report is None]
+    for process in lost:
+        process.join(SECONDS_TO_END)
+    if any(isinstance(report.error, KeyboardInterrupt) for report in failed) or (
+        # Before a process takes signals itself, one ends it.
+        is_stopping and any(process.exitcode == -signal.SIGTERM for process in lost)
+    ):
+        raise KeyboardInterrupt
+    if lost:
+        raise ProcessLostError(f"One of the {len(members)} processes of the run {_end_of(lost[0].exitcode)}.")
+    if failed:
+        error = min(failed, key=lambda report: report.sent_at).error
+        assert error is not None
+        raise error
+    first = reports[0]
+    assert first is not None
+    return first.outcome
+
+
+def _end_of(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"ended by itself with status {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _run(
+    job: Callable[[], object],
+    rank: int,
+    num_processes: int,
+    num_threads: int,
+    meeting_point: Path,
+    sender: Connection,
+) -> None:
+    """Do the job in a new process and report what became of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if rank > 0:
+        warnings.simplefilter("ignore")
+    # torch reads some of it when it is imported, accelerate the rest.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "OMP_NUM_THREADS": str(num_threads),
+        "GLOO_SOCKET_IFNAME": loopback_interface(),
+    }
+    outcome: object = None
+    error: BaseException | None = None
+    try:
+        with taking_signals(signal.default_int_handler):
+            _form_group(rank, num_processes, meeting_point)
+            outcome = job()
+    except KeyboardInterrupt:
+        error = KeyboardInterrupt()
+    except Exception as failure:
+        error = failure
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sender.send_bytes(_pickled(outcome, error))
+    sender.close()
+    if error is None:
+        end_processes()
+    else:
+        # Others may wait for this process; no library is to wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _form_group(rank: int, num_processes: int, meeting_point: Path) -> None:
+    import torch
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=num_processes
+    )
+
+
+def _pickled(outcome: object, error: BaseException | None) -> bytes:
+    """Write a report; an error that does not pickle becomes one that says the same."""
+    sent_at = time.monotonic()
+    if error is None:
+        return pickle.dumps(_Report(outcome, None, sent_at))
+    note = "".join(traceback.format_exception(error))
+    error.add_note(note)
+    try:
+        report = pickle.dumps(_Report(None, error, sent_at))
+        pickle.loads(report)
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+        error.add_note(note)
+        report = pickle.dumps(_Report(None, error, sent_at))
+    return report
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it has ended, however that happened."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

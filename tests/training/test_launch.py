@@ -1,0 +1,110 @@
+"""Processes that are started for a run: what they share, how they fail, and that none is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from safetensors.torch import load_file
+
+from manyicl.errors import UserError
+from manyicl.training.checkpoint import Checkpoints
+from manyicl.training.launch import ProcessLostError, in_processes
+from manyicl.training.run_folder import RunFolder
+from tests.training import launch_jobs
+from tests.training.recipes import small_recipe
+
+
+def test_processes_form_a_group_and_the_first_one_answers() -> None:
+    before = dict(os.environ)
+    assert in_processes(partial(launch_jobs.describe, "hello"), 2, 1) == ("hello", 2, 1, 3.0, True)
+    assert dict(os.environ) == before
+
+
+def test_a_mistake_that_one_process_meets_is_raised_as_it_was() -> None:
+    with pytest.raises(UserError, match=r"something is wrong. Make it right\.") as caught:
+        in_processes(partial(launch_jobs.fail_in_second, "mistake"), 2, 1)
+    assert (caught.value.code, caught.value.field) == ("a_code", "a.key")
+
+
+def test_a_bug_in_one_process_is_shown_with_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="UnpicklableError: a bug of ours") as caught:
+        in_processes(partial(launch_jobs.fail_in_second, "bug"), 2, 1)
+    assert "fail_in_second" in "".join(caught.value.__notes__)
+
+
+def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
+    with pytest.raises(
+        ProcessLostError, match=r"One of the 2 processes of the run was ended by SIGKILL, as the system"
+    ):
+        in_processes(partial(launch_jobs.fail_in_second, "kill"), 2, 1)
+    # One of them looks after what is shared, for as long as this process lives.
+    assert all("resource_tracker" in " ".join(child.cmdline()) for child in psutil.Process().children())
+
+
+def waiting_command(folder: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a command with two processes that wait for signals, in a group of its own as a shell does."""
+    command = [sys.executable, str(launch_jobs.__file__), str(folder), how]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: len(list(folder.iterdir())) == 2)
+    return parent, [psutil.Process(int(path.name)) for path in folder.iterdir()]
+
+
+def are_alive(processes: list[psutil.Process]) -> bool:
+    """Tell whether any is; one that nobody has waited for is not."""
+    return any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_in_a_terminal_reaches_each_process_once(tmp_path: Path) -> None:
+    parent, _ = waiting_command(tmp_path, "stops")
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=60)[0] == "stopped by 1 of SIGTERM\n"
+
+
+def test_a_second_ctrl_c_ends_processes_that_do_not_stop(tmp_path: Path) -> None:
+    parent, processes = waiting_command(tmp_path, "never")
+    os.killpg(parent.pid, signal.SIGINT)
+    time.sleep(2.5)
+    assert are_alive(processes)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=20)[0] == "ended at once\n"
+    assert not are_alive(processes)
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent, processes = waiting_command(tmp_path, "never")
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: not are_alive(processes), seconds=20)
+
+
+@pytest.mark.parametrize("is_full", [True, False], ids=["all weights", "adapter"])
+def test_two_processes_train_the_weights_that_one_does(tmp_path: Path, is_full: bool) -> None:
+    changes = ["model.from_scratch.config.attention_dropout=0", "training.learning_rate=1e-3", "tasks.evaluate=[]"]
+    if not is_full:
+        base = tmp_path / "base"
+        launch_jobs.train_small(small_recipe(base, *changes, "training.num_steps=1"))
+        changes = ["model.from_scratch=null", f"model.base={base}", "model.lora={rank: 4}", *changes[1:]]
+    alone, shared = (small_recipe(tmp_path / name, *changes) for name in ("alone", "shared"))
+    launch_jobs.train_small(alone)
+    run = in_processes(partial(launch_jobs.train_small, shared), 2, 1)
+    assert (run.finished, run.num_steps) == (True, 4)
+    assert Checkpoints(RunFolder(shared.output).checkpoints).num_processes() == 2
+    name = "model.safetensors" if is_full else "adapter_model.safetensors"
+    expected, found = (load_file(recipe.output / name) for recipe in (alone, shared))
+    assert max((expected[key] - found[key]).abs().max().item() for key in expected) <= 1e-6
