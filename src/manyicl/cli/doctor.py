@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from manyicl.model.machine import Machine
+    from manyicl.training.process_choice import ProcessChoice
     from manyicl.training.recipe import Recipe
 
 NAME_WIDTH = 14
@@ -102,7 +103,7 @@ def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
     Weights and rows are not read and no network is used; ``--dry-run`` reports what depends on them.
     """
     from manyicl.errors import UserError
-    from manyicl.training.processes import world_size
+    from manyicl.training.process_choice import choose_processes
     from manyicl.training.requirements import problems
     from manyicl.training.run_folder import RunFolder
 
@@ -112,6 +113,7 @@ def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
         RunFolder(recipe.output).require_free(recipe, overwrite=False)
     except UserError as error:
         refusals.append(str(error))
+    choice = choose_processes(recipe)
     products = "bfloat16" if training.bf16 or model.dtype == "bfloat16" else "float32"
     in_4_bits = " in 4 bits" if model.quantize else ""
     adapter = "all weights"
@@ -121,21 +123,23 @@ def recipe_here(recipe: Recipe, here: Machine) -> dict[str, Any]:
     return {
         "base": _base_sentence(recipe),
         "device": f"GPU, {here.gpus[0].name}" if here.gpus else "CPU",
-        "num_processes": world_size(),
-        "num_threads": training.num_threads or here.num_torch_threads,
+        "num_processes": choice.num_processes,
+        "num_threads": choice.num_threads or here.num_torch_threads,
         "precision": f"weights in {model.dtype}, products in {products}",
         "attention": "flash-attn, a sequence at once" if model.attention == "flash" else "torch, one episode at a time",
         "adapter": adapter,
         "kernels": "Liger: norms, rotary positions, gates" if training.liger else "torch",
         "refusals": refusals,
-        "remarks": list(_remarks(recipe, here, world_size())),
+        "remarks": list(_remarks(recipe, here, choice)),
     }
 
 
-def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]:
+def _remarks(recipe: Recipe, here: Machine, choice: ProcessChoice) -> Iterator[str]:
     from manyicl.training.requirements import must_be_fetched, remark_on_precision
 
     model, training = recipe.model, recipe.training
+    if choice.is_news:
+        yield choice.sentence()
     if training.bf16 or model.dtype == "bfloat16":
         if not here.gpus and here.processor.fast_bfloat16 is False:
             yield "This processor lists no instructions for bfloat16; float32 is likely faster, at twice the memory."
@@ -143,7 +147,7 @@ def _remarks(recipe: Recipe, here: Machine, num_processes: int) -> Iterator[str]
             yield "A GPU here emulates bfloat16, which is slow; float32 may be faster."
     if remark := remark_on_precision(recipe):
         yield remark
-    if len(here.gpus) > 1 and num_processes == 1:
+    if len(here.gpus) > 1 and choice.num_processes == 1:
         command = f"torchrun --nproc-per-node {len(here.gpus)} -m manyicl train …"
         yield f"One process uses one of {len(here.gpus)} GPUs; `{command}` uses all."
     if here.gpu_driver is not None and here.cuda is None:

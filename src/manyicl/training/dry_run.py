@@ -27,6 +27,7 @@ from manyicl.training.estimate import (
     remark_on_speed,
     sample_sequences,
 )
+from manyicl.training.process_choice import choose_processes
 from manyicl.training.progress import preparing
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
@@ -73,6 +74,11 @@ def dry_run(
         f"{recipe.sequences.max_context_tokens:,} tokens."
     )
     yield from (f"Not on this machine: {sentence}" for sentence in missing)
+    num_processes = 1
+    if not missing:
+        choice = choose_processes(recipe)
+        num_processes = choice.num_processes
+        yield choice.sentence()
     if remark := remark_on_precision(recipe):
         yield remark
     if missing:
@@ -81,7 +87,7 @@ def dry_run(
         yield remark
     base = recipe.model.base
     if base is not None and (missing or recipe.model.quantize is not None or _is_only_described(base)):
-        yield from _from_description(recipe, base, tasks, is_for_this_machine=not missing)
+        yield from _from_description(recipe, base, tasks, num_processes, is_for_this_machine=not missing)
         return
     with preparing(console, "tokenizing tasks") as show:
         run = prepare_run(recipe, tasks, show)
@@ -91,7 +97,7 @@ def dry_run(
     else:
         yield f"Timing forward and backward passes for about {SECONDS_MEASURED:.0f} seconds …"
         cost = measured_cost(recipe, run.start, run.sequences, run.statistics)
-    yield from _cost_lines(cost, is_for_this_machine=not missing)
+    yield from _cost_lines(cost, num_processes, is_for_this_machine=not missing)
 
 
 def _is_only_described(base: str) -> bool:
@@ -110,7 +116,9 @@ def _without_kernels(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "training": training})
 
 
-def _from_description(recipe: Recipe, base: str, tasks: RecipeTasks, *, is_for_this_machine: bool) -> Iterator[str]:
+def _from_description(
+    recipe: Recipe, base: str, tasks: RecipeTasks, num_processes: int, *, is_for_this_machine: bool
+) -> Iterator[str]:
     """Describe a run over a base whose weights are not looked at."""
     try:
         if base.startswith(HUB_PREFIX) and not _is_available(base.removeprefix(HUB_PREFIX)):
@@ -131,7 +139,7 @@ def _from_description(recipe: Recipe, base: str, tasks: RecipeTasks, *, is_for_t
     except UserError as error:
         yield f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
         return
-    yield from _cost_lines(cost, is_for_this_machine=is_for_this_machine)
+    yield from _cost_lines(cost, num_processes, is_for_this_machine=is_for_this_machine)
 
 
 def _is_available(repository: str) -> bool:
@@ -156,7 +164,7 @@ def _run_lines(recipe: Recipe, statistics: SequenceStatistics, sequences: Packed
     )
 
 
-def _cost_lines(cost: Cost, *, is_for_this_machine: bool) -> Iterator[str]:
+def _cost_lines(cost: Cost, num_processes: int, *, is_for_this_machine: bool) -> Iterator[str]:
     share = cost.num_trainable / cost.num_parameters
     yield f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained ({share:.1%})."
     if not is_for_this_machine:
@@ -166,4 +174,7 @@ def _cost_lines(cost: Cost, *, is_for_this_machine: bool) -> Iterator[str]:
     time = f"{cost.hours:,.1f} hours" if cost.hours >= 2 else f"{cost.hours * 60:,.0f} minutes"
     if cost.hours < 0.05:
         time = f"{cost.hours * 3600:,.0f} seconds"
-    yield f"About {time} on this machine, evaluation aside, and {cost.memory_gib:.1f} GiB of memory ({cost.how})."
+    memory = f"{cost.memory_gib:.1f} GiB of memory"
+    if num_processes > 1:
+        time, memory = f"{time} in one process", f"{memory} for each of {num_processes}"
+    yield f"About {time} on this machine, evaluation aside, and {memory} ({cost.how})."

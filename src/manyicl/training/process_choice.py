@@ -85,10 +85,11 @@ def _as_many_as_fit(recipe: Recipe) -> ProcessChoice:
     _, available = machine.memory_bytes()
     need = process_bytes(recipe, size)
     number = next((number for number in shared_evenly if number * need <= available), 1)
-    memory = f"about {need / 2**30:.1f} GiB each and {available / 2**30:.1f} GiB are available"
+    memory = f"about {need / 2**30:.1f} GiB each, and {available / 2**30:.1f} GiB are available"
     if number == 1:
         return _one_process(recipe, f"more would need {memory}", is_news=True)
-    return _several(recipe, number, f"{num_cores} cores share {num_sequences} sequences a step; they need {memory}")
+    reason = f"there are {num_cores} cores and {num_sequences} sequences a step; processes need {memory}"
+    return _several(recipe, number, reason)
 
 
 def _one_process(recipe: Recipe, reason: str, *, is_news: bool = False) -> ProcessChoice:
