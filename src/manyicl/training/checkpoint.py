@@ -192,7 +192,9 @@ class Checkpoints:
         if chosen is not None and (saved_by := manifests[step].num_processes) != num_processes:
             what = "the checkpoint was saved by another number of processes"
             expected, found = str(saved_by), str(num_processes)
-            remedy = "Resume with as many, or start anew with --overwrite."
+            remedy = (
+                f"Resume with as many (on a CPU, training.num_processes={saved_by}), or start anew with --overwrite."
+            )
             raise UserError("other_num_processes", what, expected=expected, found=found, remedy=remedy, file=chosen)
         if chosen is not None and (was_sharded := manifests[step].is_sharded) != is_sharded:
             kinds = {True: "weights shared out over processes (FSDP)", False: "the whole model in each process"}
