@@ -23,8 +23,8 @@ from manyicl.training.throughput import peak_bytes
 VOCABULARY, SEGMENT_TOKENS = 131_072, 512
 
 
-def measure(num_tokens: int, in_chunks: bool) -> None:
-    """Take one forward and backward pass and print what it needed."""
+def measure(num_tokens: int, in_chunks: bool) -> float:
+    """Take one forward and backward pass, print what it needed and return it, in GiB."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, tie_word_embeddings=True, **shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).train()
@@ -44,6 +44,7 @@ def measure(num_tokens: int, in_chunks: bool) -> None:
     sequence_loss(model, batch, 1.0, most_logits_at_once(VOCABULARY) if in_chunks else None).backward()
     added = (peak_bytes(torch.device("cpu")) - before) / 2**30
     print(f"| {num_tokens:,} | {'in chunks' if in_chunks else 'all at once'} | {added:.2f} |", flush=True)
+    return added
 
 
 def main() -> None:
