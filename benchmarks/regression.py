@@ -34,6 +34,7 @@ from manyicl.model.attention import ATTENTION, isolated_attention, packed_argume
 from manyicl.model.manifest import library_versions
 from manyicl.training.batch import Batch
 from manyicl.training.counts import SequenceCounts
+from manyicl.training.merged_projections import merge_projections
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.start import with_adapter
 
@@ -73,8 +74,9 @@ def base() -> PreTrainedModel:
 
 
 def adapted() -> PreTrainedModel:
-    """Make it with an adapter in training."""
+    """Make it with an adapter in training, as `manyicl train` does on a CPU."""
     model = with_adapter(base(), LoraSettings(rank=16, alpha=32))
+    merge_projections(model)
     model.train()
     return model
 

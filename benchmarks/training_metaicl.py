@@ -181,6 +181,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = loaded_with_adapter(arguments.model)
     training = Training(model.train(), bf16=arguments.bf16)
+    plain, _ = loaded_with_adapter(arguments.model, as_peft_computes=True)
+    loop = Training(plain.train(), bf16=arguments.bf16)
     episodes = whole_episodes(task_folders(arguments.data_root)["mixture"], arguments, tokenizer)
     lengths = sorted(len(episode.token_ids) for episode in episodes)
     print(
@@ -195,7 +197,7 @@ def main() -> None:
     print(ours.row(), flush=True)
     others = []
     for all_logits in (True, False):
-        others.append(metaicl(training, episodes, arguments.batch_size, all_logits=all_logits))
+        others.append(metaicl(loop, episodes, arguments.batch_size, all_logits=all_logits))
         print(others[-1].row(), flush=True)
     for other in others:
         ratio, aim = ours.answers_per_second / other.answers_per_second, AIM_PER_SHOT * arguments.shots

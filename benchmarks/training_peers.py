@@ -53,10 +53,10 @@ from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.packed_sequence import PackedSequence
 from manyicl.model.load import load_tokenizer, resolve_reference
 from manyicl.model.manifest import library_versions
-from manyicl.tasks.files import load_tasks
 from manyicl.training.batch import sequence_tensors
 from manyicl.training.loss import TOLERANCE, sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
+from manyicl.training.recipe_tasks import load_recipe_tasks
 from manyicl.training.train import packed_sequences
 
 ROOT = Path(__file__).parent.parent
@@ -146,8 +146,7 @@ def recipe_of(arguments: argparse.Namespace, folders: Sequence[Path], output: Pa
 def drawn(recipe: Recipe) -> list[list[Conversation]]:
     """Draw the packed sequences of a run, episode by episode in both forms."""
     assert recipe.model.base is not None
-    tasks = tuple(load_tasks(recipe.tasks.train, recipe.tasks.data_root))
-    sequences = packed_sequences(recipe, tasks, load_tokenizer(recipe.model.base))
+    sequences = packed_sequences(recipe, load_recipe_tasks(recipe).train, load_tokenizer(recipe.model.base))
 
     def conversation(episode: EncodedEpisode) -> Conversation:
         turns = TURN.findall(sequences.encoder.decode(episode.token_ids))

@@ -115,7 +115,9 @@ def floor(model: PreTrainedModel, batch: Batch, *, autocast: bool = False, recom
     dtype = torch.bfloat16 if autocast else torch.float32
     formula, lengths = TrainingFlops.of(model), batch["segment_lengths"]
     per_token = formula.forward_per_token * (2 if recomputes else 1) + formula.backward_per_token
-    operations = per_token * sum(lengths) + formula.per_target * len(batch["targets"])
+    operations = per_token * sum(lengths) + (formula.forward_per_target + formula.backward_per_target) * len(
+        batch["targets"]
+    )
     config = model.config.get_text_config()
     attention = config.num_hidden_layers * attention_seconds(config, lengths, dtype, recomputes=recomputes)
     return Floor(operations / matrix_rate(dtype, CPU), attention)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manyicl.model.load import load_model
 from manyicl.tasks.starter_tables import STARTER_TABLES
+from manyicl.training.merged_projections import merge_projections
 from manyicl.training.recipe import LoraSettings
 from manyicl.training.start import with_adapter
 
@@ -33,7 +35,16 @@ def task_folders(data_root: Path | None) -> Mapping[str, tuple[Path, ...]]:
     return {**single, "mixture": tuple(REAL_TASKS / name for name in MIXTURE)}
 
 
-def loaded_with_adapter(reference: str, rank: int = 16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base in float32 on the CPU with a fresh adapter on all linear layers, without dropout."""
+def loaded_with_adapter(
+    reference: str, *, as_peft_computes: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base in float32 on the CPU with a fresh adapter on all linear layers, rank 16, without dropout.
+
+    It computes as in `manyicl train` on a CPU, or as peft does.
+    """
     loaded = load_model(reference, dtype="float32", device="cpu", check_isolation=False)
-    return with_adapter(loaded.model, LoraSettings(rank=rank, alpha=2 * rank)), loaded.tokenizer
+    torch.manual_seed(0)
+    model = with_adapter(loaded.model, LoraSettings(rank=16, alpha=32))
+    if not as_peft_computes:
+        merge_projections(model)
+    return model, loaded.tokenizer
