@@ -51,8 +51,9 @@ from transformers import PreTrainedModel
 
 from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.packed_sequence import PackedSequence
-from manyicl.model.load import load_tokenizer, resolve_reference
+from manyicl.model.load import load_tokenizer
 from manyicl.model.manifest import library_versions
+from manyicl.model.reference import resolve_reference
 from manyicl.training.batch import sequence_tensors
 from manyicl.training.loss import TOLERANCE, sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
