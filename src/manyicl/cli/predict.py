@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from manyicl.tasks.task import Task
 
 BAD_ROWS_EXIT_CODE = 3
-# Up to so many labels, probabilities are written without being asked for.
+# Up to so many labels, probabilities are written by default.
 MOST_LABELS_WITH_PROBABILITY = 32
 # Parameters of the command that say where things are; what is there is compared by its content.
 _PLACES = ("model", "task", "prefix", "data_root", "input_path", "output")
@@ -102,7 +102,7 @@ def predict_command(
     """Answer the queries in a file, given demonstrations of a task.
 
     Answers among labels, up to 32 of them, come with their probability, the second best and its probability; with more
-    labels, `--scores` or `--abstain-below` asks for that, and every label is scored.
+    labels, with `--scores` or `--abstain-below` only, for every label has to be scored then.
 
     Every output row is the input row with `answer`, `log_probability`, `stopped` and `problem` added. A free answer
     that reached the length limit before it ended has `stopped: false`. A row that cannot be answered, because it is
