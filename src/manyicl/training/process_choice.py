@@ -80,8 +80,8 @@ def _as_many_as_fit(recipe: Recipe) -> ProcessChoice:
     if size.num_weights * recipe.num_sequences * recipe.sequences.max_context_tokens < LEAST_WORK:
         return _one_process(recipe, "the run is too short for more to pay")
     if shared_evenly == [1]:
-        share = f"{pluralized(num_sequences, 'sequence')} a step (training.sequences_per_step)"
-        return _one_process(recipe, f"at most {num_cores} processes cannot share {share} evenly", is_news=True)
+        share = f"a step takes {pluralized(num_sequences, 'sequence')} (training.sequences_per_step)"
+        return _one_process(recipe, f"{share}, which processes cannot share evenly", is_news=True)
     _, available = machine.memory_bytes()
     need = process_bytes(recipe, size)
     number = next((number for number in shared_evenly if number * need <= available), 1)
