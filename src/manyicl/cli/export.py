@@ -35,13 +35,17 @@ def export_command(
 
         manyicl export --model runs/adapter --merge --output exported/one-model --dtype bfloat16
     """
+    from manyicl.model.reference import require_dtype_name, resolve_reference
+
+    require_output_folder(output, empty=True)
+    require_dtype_name(dtype)
+    resolve_reference(model)
     from rich.console import Console
     from transformers.utils import logging
 
     from manyicl.model.export import export_model
     from manyicl.model.prompt_guide import GUIDE_FILE
 
-    require_output_folder(output, empty=True)
     logging.disable_progress_bar()
     with Console(stderr=True).status("Loading, writing and reading back"):
         exported = export_model(model, output, merge=merge, dtype=dtype, end_of_answer=end_of_answer)

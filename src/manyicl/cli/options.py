@@ -61,7 +61,11 @@ def load_engine(
     max_context_tokens: int | None,
     activation_budget_mib: int | None = None,
 ) -> Engine:
-    """Load a model as the options of a command say."""
+    """Load a model as the options of a command say; wrong names are found before the libraries are loaded."""
+    from manyicl.model.reference import require_dtype_name, resolve_reference
+
+    require_dtype_name(dtype)
+    resolve_reference(model)
     from transformers.utils import logging
 
     from manyicl.engine.engine import Engine

@@ -26,13 +26,20 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from manyicl.errors import UserError, did_you_mean, quoted, shortened
+from manyicl.errors import UserError, quoted, shortened
 from manyicl.library_errors import clause, reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
 from manyicl.model.manifest import FILE_NAME, Manifest
+from manyicl.model.passed_checks import passed_before
 from manyicl.model.pretrained import BASES, PretrainedBase
-from manyicl.model.reference import BUILTIN_PREFIX, HUB_PREFIX, resolve_reference
+from manyicl.model.reference import (
+    BUILTIN_PREFIX,
+    DTYPE_NAMES,
+    HUB_PREFIX,
+    require_dtype_name,
+    resolve_reference,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +51,7 @@ RESTORE = "Restore the folder."
 FILES_WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Tensors that published weights hold and their architectures compute or tie: no loss where they are not read.
 UNUSED_TENSORS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "lm_head.weight")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,23 @@ def load_model(
     model.eval()
     tokenizer = load_tokenizer(reference)
     _require_embeddings(reference, model, tokenizer)
+    weights_hash = fingerprint(model)
     if check_isolation:
-        require_isolation(model)
-    return LoadedModel(model, tokenizer, read_manifest(path), fingerprint(model), reference)
+        passed_before(_what_isolation_depends_on(model, weights_hash), lambda: require_isolation(model))
+    return LoadedModel(model, tokenizer, read_manifest(path), weights_hash, reference)
+
+
+def _what_isolation_depends_on(model: PreTrainedModel, weights_hash: str) -> dict[str, object]:
+    """Describe a model as far as it decides whether packed episodes stay apart in it."""
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "class": [f"{type(part).__module__}.{type(part).__qualname__}" for part in model.modules()],
+        "config": model.config.to_dict(),
+        "adapters": {name: config.to_dict() for name, config in adapters.items()},
+        "fingerprint": weights_hash,
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+    }
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
@@ -419,10 +440,8 @@ def require_dtype(dtype: str | None) -> torch.dtype | None:
     Raises:
         UserError: If the name is not one of `DTYPES`.
     """
-    if dtype is None or dtype in DTYPES:
-        return DTYPES.get(dtype or "")
-    what, expected, remedy = "dtype is not one of those known", ", ".join(DTYPES), did_you_mean(str(dtype), DTYPES)
-    raise UserError("unknown_dtype", what, expected=expected, found=repr(dtype), remedy=remedy)
+    require_dtype_name(dtype)
+    return DTYPES.get(dtype or "")
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import cast
 
 from huggingface_hub import try_to_load_from_cache
 
-from manyicl.errors import UserError, quoted
+from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.model.gguf_conversion import ENDING as GGUF_ENDING
 from manyicl.model.gguf_conversion import converted_folder
 from manyicl.model.pretrained import named_folder
 
 HUB_PREFIX = "hf:"
 BUILTIN_PREFIX = "builtin:"
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 def resolve_reference(reference: str | Path) -> str:
@@ -54,3 +55,15 @@ def config_folder(base: str | None) -> Path | None:
         cached = try_to_load_from_cache(base.removeprefix(HUB_PREFIX), "config.json")
         return Path(cached).parent if isinstance(cached, str) else None
     return None
+
+
+def require_dtype_name(dtype: str | None) -> None:
+    """Refuse a dtype that is not one of `DTYPE_NAMES`.
+
+    Raises:
+        UserError: If so.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        expected, remedy = ", ".join(DTYPE_NAMES), did_you_mean(str(dtype), DTYPE_NAMES)
+        what = "dtype is not one of those known"
+        raise UserError("unknown_dtype", what, expected=expected, found=repr(dtype), remedy=remedy)

@@ -1,0 +1,50 @@
+"""Checks that a model has passed on this machine are remembered, so that they are not repeated at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.resources import files
+
+from manyicl.model.cache import cache_folder
+from manyicl.model.manifest import library_versions
+
+FOLDER = "passed_checks"
+# Empty files; more than anyone has models.
+MOST_REMEMBERED = 2_000
+
+
+def passed_before(depends_on: Mapping[str, object], check: Callable[[], None]) -> None:
+    """Run a check unless it has passed before with everything the same; only what has passed is remembered.
+
+    Versions of the libraries and the source of the package's own network code are always part of what it depends
+    on. A cache folder that cannot be written is no error: the check is then run every time.
+
+    Args:
+        depends_on: What decides the outcome, as JSON values.
+        check: Raises if it fails.
+    """
+    everything = {**depends_on, "versions": library_versions(), "source": _source_hash()}
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+    mark = cache_folder() / FOLDER / key
+    with suppress(OSError):
+        if mark.is_file():
+            return
+    check()
+    with suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        if len(list(mark.parent.iterdir())) < MOST_REMEMBERED:
+            mark.touch()
+
+
+@lru_cache(maxsize=1)
+def _source_hash() -> str:
+    """Hash the modules of this folder, which hold attention and continuation."""
+    digest = hashlib.sha256()
+    for module in sorted(files("manyicl.model").iterdir(), key=lambda module: module.name):
+        if module.name.endswith(".py"):
+            digest.update(module.read_bytes())
+    return digest.hexdigest()
