@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from manyicl.cli.answers import require_no_rows_of
+from manyicl.engine.task_prefix import require_compiled_file
 from manyicl.errors import UserError, pluralized
 from manyicl.tasks.files import load_task
 
@@ -43,6 +44,8 @@ class Demonstrations:
         Raises:
             UserError: If the task is wrong, or has not so many training examples.
         """
+        if file is not None:
+            require_compiled_file(file)
         loaded = None if task is None else load_task(task, data_root)
         if loaded is None or file is not None:
             return cls(loaded, (), file)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from manyicl.cli.options import EndOfAnswer
+from manyicl.cli.options import EndOfAnswer, require_model
 from manyicl.outputs import require_output_folder
 
 
@@ -35,11 +35,8 @@ def export_command(
 
         manyicl export --model runs/adapter --merge --output exported/one-model --dtype bfloat16
     """
-    from manyicl.model.reference import require_dtype_name, resolve_reference
-
     require_output_folder(output, empty=True)
-    require_dtype_name(dtype)
-    resolve_reference(model)
+    require_model(model, dtype)
     from rich.console import Console
     from transformers.utils import logging
 

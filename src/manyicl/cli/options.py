@@ -52,6 +52,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print mistakes only.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+def require_model(model: str, dtype: str | None) -> None:
+    """Refuse a model that does not exist, and an unknown dtype; torch is not needed.
+
+    Raises:
+        UserError: If so.
+    """
+    from manyicl.model.reference import require_dtype_name, resolve_reference
+
+    require_dtype_name(dtype)
+    resolve_reference(model)
+
+
 def load_engine(
     model: str,
     dtype: str | None,
@@ -62,10 +74,7 @@ def load_engine(
     activation_budget_mib: int | None = None,
 ) -> Engine:
     """Load a model as the options of a command say; wrong names are found before the libraries are loaded."""
-    from manyicl.model.reference import require_dtype_name, resolve_reference
-
-    require_dtype_name(dtype)
-    resolve_reference(model)
+    require_model(model, dtype)
     from transformers.utils import logging
 
     from manyicl.engine.engine import Engine

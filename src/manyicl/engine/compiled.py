@@ -24,7 +24,7 @@ from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, fo
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
-from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
+from manyicl.engine.task_prefix import TaskPrefix, not_compiled, require_compiled_file, require_demonstrations
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import MachineError, UserError, located
@@ -123,10 +123,8 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
     """
     if not isinstance(backend, LocalBackend):
         raise backend_cannot_compile(backend.identity)
+    require_compiled_file(path)
     with located(file=path):
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise _not_compiled(f"the compiled task {what}")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -166,7 +164,7 @@ def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedMode
 def _checked_header(metadata: Mapping[str, str]) -> Header:
     """Read the header, version first, so that a file of another version is called that."""
     if HEADER_KEY not in metadata:
-        raise _not_compiled("it is no compiled task")
+        raise not_compiled("it is no compiled task")
     try:
         version = TypeAdapter(dict[str, Any]).validate_json(metadata[HEADER_KEY]).get("format_version")
         if version != FORMAT_VERSION:
@@ -175,10 +173,6 @@ def _checked_header(metadata: Mapping[str, str]) -> Header:
         return Header.model_validate_json(metadata[HEADER_KEY])
     except ValidationError as error:
         raise _incomplete(reason(error)) from error
-
-
-def _not_compiled(what: str) -> UserError:
-    return UserError("not_a_compiled_task", what, expected="a file written by `manyicl compile`")
 
 
 def _incomplete(why: str) -> UserError:

@@ -1,0 +1,60 @@
+"""A mistyped name, key or number is refused before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TABLE = "table.csv:text:label"
+RECIPE = """model: {base: builtin:nano}
+tasks: {train: [table.csv:text:label]}
+training: {num_tokens: 1000, learning_rate: 1e-4, warmup_step: 3}
+output: run
+"""
+SCRIPT = """
+import sys
+from manyicl.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    print("code", end.code, "torch", "torch" in sys.modules)
+"""
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "table.csv").write_text("text,label\na b,x\nc d,y\ne f,x\ng h,y\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict --model builtin:nano --prefix nowhere.prefix --input table.csv",
+        f"predict --model builtin:unknown --task {TABLE} --input table.csv",
+        f"predict --model nowhere --task {TABLE} --input table.csv",
+        f"predict --model builtin:nano --task {TABLE} --input nowhere.csv",
+        f"predict --model builtin:nano --task {TABLE} --input table.csv --dtype floot",
+        f"compile --model builtin:nano --task {TABLE} --output x.prefix --shots 640",
+        f"compile --model nowhere --task {TABLE} --output x.prefix",
+        f"evaluate --model nowhere --tasks {TABLE} --output results",
+        "evaluate --model builtin:nano --tasks nowhere --output results",
+        "train nowhere.yaml",
+        "train recipe.yaml",
+        "train recipe.yaml --dry-run",
+        "report nowhere",
+        "export --model nowhere --output exported",
+        "doctor nowhere.yaml",
+        "tasks check nowhere.csv:text:label",
+    ],
+)
+def test_a_mistake_is_found_before_torch_is_imported(words: str, folder: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *words.split()]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1:] == ["code 2 torch False"], ended.stderr
+    assert ended.stderr.startswith("error "), ended.stderr
