@@ -32,8 +32,9 @@ def gguf_library() -> Any:
 
 
 def entries(folder: Path) -> list[str]:
-    """What lies in a cache of converted models, its lock aside."""
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
+    """What lies in a cache of converted models, its lock and marks of passed checks aside."""
+    others = {".lock", "passed_checks"}
+    return sorted(path.name for path in folder.iterdir() if path.name not in others) if folder.is_dir() else []
 
 
 def tiny_base(architecture: str = "llama", **changes: object) -> PreTrainedModel:

@@ -75,19 +75,20 @@ def train_command(
 
 
 def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool) -> None:
+    found = _read(recipe, changes)
     from manyicl.training.dry_run import dry_run
 
-    for line in dry_run(_read(recipe, changes), overwrite=overwrite, rehash=rehash):
+    for line in dry_run(found, overwrite=overwrite, rehash=rehash):
         typer.echo(line)
 
 
 def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool) -> None:
+    read = _read(recipe, changes)
     from manyicl.training.checkpoint import Checkpoints, SavingFailedError
     from manyicl.training.launch import ProcessLostError
     from manyicl.training.run_folder import RunFolder
 
     resume = f"Resume with\n\n  {resume_command(recipe, changes)}"
-    read = _read(recipe, changes)
     try:
         run = _train_in_processes(read, existing, rehash=rehash)
     except SavingFailedError as error:
@@ -141,8 +142,9 @@ def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedR
 def _read(recipe: Path, changes: list[str]) -> Recipe:
     from manyicl.training.recipe import Recipe
 
+    found = Recipe.read(recipe, changes)
     _hide_progress_of_libraries()
-    return Recipe.read(recipe, changes)
+    return found
 
 
 def _hide_progress_of_libraries() -> None:

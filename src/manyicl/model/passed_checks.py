@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 
-from manyicl.model.cache import cache_folder
+from manyicl.paths import cache_folder
 from manyicl.model.manifest import library_versions
 
 FOLDER = "passed_checks"
