@@ -9,8 +9,8 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 
-from manyicl.paths import cache_folder
 from manyicl.model.manifest import library_versions
+from manyicl.paths import cache_folder
 
 FOLDER = "passed_checks"
 # Empty files; more than anyone has models.
