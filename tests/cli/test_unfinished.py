@@ -10,18 +10,22 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from manyicl.cli.demonstrations import Demonstrations
 from manyicl.cli.main import main
-from manyicl.cli.queries import Queries
+from manyicl.cli.predict import _made_of
+from manyicl.cli.queries import Queries, open_queries
 from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine import engine as engine_module
 from manyicl.engine.backend import Sampling
 from manyicl.engine.engine import Engine
+from manyicl.engine.local import identity_of
 from manyicl.model.manifest import library_versions
 from tests.builders import make_task, tiny_loaded
 from tests.cli.test_predict import EARLIER, run
@@ -30,7 +34,16 @@ from tests.engine.test_backend import free
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
-MADE_OF = MadeOf(input="i", model="m", task="t", options={"seed": "0"}, versions={"torch": "2"})
+MADE_OF = MadeOf(
+    input="i",
+    read_as={"suffix": ".csv"},
+    model="m",
+    task="t",
+    options={"seed": "0"},
+    device="cpu, 1 thread",
+    max_context_tokens=512,
+    versions={"torch": "2"},
+)
 ODD_ROWS: list[dict[str, Any]] = [
     {"text": text, "answer": answer, "log_probability": -1.5, "problem": None}
     for text, answer in (
@@ -233,6 +246,15 @@ def other_version(arguments: list[object], tmp_path: Path, **_: Any) -> list[obj
     return arguments
 
 
+def other_encoding(arguments: list[object], **_: Any) -> list[object]:
+    return [f"{one},encoding=cp1252" if "test_fraction" in str(one) else one for one in arguments]
+
+
+def other_suffix(arguments: list[object], tmp_path: Path, **_: Any) -> list[object]:
+    (tmp_path / "new.csv").rename(tmp_path / "new.tsv")
+    return [tmp_path / "new.tsv" if one == tmp_path / "new.csv" else one for one in arguments]
+
+
 def no_record(arguments: list[object], tmp_path: Path, **_: Any) -> list[object]:
     (tmp_path / "answers.csv.part.json").unlink()
     return arguments
@@ -246,6 +268,8 @@ def no_record(arguments: list[object], tmp_path: Path, **_: Any) -> list[object]
         (other_task, "another task"),
         (other_model, "another model"),
         (other_version, "another version of torch"),
+        (other_encoding, "another encoding of the queries"),
+        (other_suffix, "another suffix of the queries"),
         (no_record, "nothing that says what it was made of"),
     ],
 )
@@ -267,6 +291,28 @@ def test_answers_that_were_made_otherwise_are_made_anew_with_one_line_that_says_
     assert run(monkeypatch, "predict", *changed, tmp_path / "whole.csv") == 3
     assert (tmp_path / "answers.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_what_answers_depend_on_is_put_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    queries = tmp_path / "new.csv"
+    queries.write_text("text\nfilm\n", encoding="utf-8")
+    loaded = tiny_loaded()
+    examples = Demonstrations(make_task(), (), None)
+
+    def made_of(delimiter: str | None = None, **engine_options: Any) -> MadeOf:
+        engine = Engine.local(loaded, **engine_options)
+        return _made_of(engine, examples, open_queries(queries, None, delimiter, None, "report"), {"seed": 0})
+
+    before = made_of(max_context_tokens=200)
+    assert made_of(max_context_tokens=200).difference(before) is None
+    assert made_of(max_context_tokens=199).difference(before) == "another limit of the context"
+    assert made_of(";", max_context_tokens=200).difference(before) == "another delimiter of the queries"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.get_num_threads", lambda: 77)
+        assert made_of(max_context_tokens=200).difference(before) == "another device or number of threads"
+    identity = replace(identity_of(loaded), end_token_ids=frozenset({1, 2, 3}))
+    monkeypatch.setattr("manyicl.engine.local.identity_of", lambda _: identity)
+    assert made_of(max_context_tokens=200).difference(before) == "another model"
 
 
 def test_the_second_run_on_one_output_is_refused_while_the_first_lives(

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 BAD_ROWS_EXIT_CODE = 3
 # Up to so many labels, probabilities are written by default.
 MOST_LABELS_WITH_PROBABILITY = 32
-# Parameters of the command that say where things are; what is there is compared by its content.
-_PLACES = ("model", "task", "prefix", "data_root", "input_path", "output")
+# Parameters of the command that say where things are, or how queries are read: what comes of them is compared.
+_COMPARED_BY_EFFECT = ("model", "task", "prefix", "data_root", "input_path", "output", "delimiter", "encoding")
 BadRowsOption = Annotated[
     BadRows,
     typer.Option(
@@ -147,7 +147,7 @@ def predict_command(
         examples.load_compiled(engine)
         examples.require_no_rows_of(output)
         tally = Tally()
-        made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, input_path, context.params)
+        made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, queries, context.params)
         tally.take(answers.begin(made_of, say))
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
@@ -210,17 +210,21 @@ class Tally:
             pass
 
 
-def _made_of(engine: Engine, examples: Demonstrations, queries: Path, options: Mapping[str, object]) -> MadeOf:
+def _made_of(engine: Engine, examples: Demonstrations, queries: Queries, options: Mapping[str, object]) -> MadeOf:
     """Put down what answers depend on."""
+    from manyicl.engine.local import computed_on
     from manyicl.model.manifest import library_versions
 
     identity = engine.identity
     model = (identity.fingerprint, identity.config_hash, identity.dtype, engine.encoder.text_hash)
     return MadeOf(
-        input=hash_of_file(queries),
-        model=" ".join(model),
+        input=hash_of_file(queries.source),
+        read_as=dict(queries.read_as),
+        model=" ".join(map(str, (*model, *sorted(identity.end_token_ids)))),
         task=examples.content_hash(),
-        options={name: str(value) for name, value in options.items() if name not in _PLACES},
+        options={name: str(value) for name, value in options.items() if name not in _COMPARED_BY_EFFECT},
+        device=computed_on(engine.backend),
+        max_context_tokens=engine.max_context_tokens,
         versions=library_versions(),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -61,7 +61,13 @@ def open_queries(
     how = _format_of_task(task, path) if task is not None else RowFormat()
     how["delimiter"] = delimiter or how.get("delimiter")
     how["encoding"] = encoding or how.get("encoding")
-    return Queries(path, iter_rows(path, **how), bad_rows, partial(column_names, path, **how))
+    read_as = {
+        "suffix": suffix_of(path),
+        "delimiter": str(how["delimiter"]),
+        "quotes": how.get("quotes", "csv"),
+        "encoding": str(how["encoding"]),
+    }
+    return Queries(path, iter_rows(path, **how), bad_rows, partial(column_names, path, **how), read_as)
 
 
 def _require_usable(path: Path, delimiter: str | None, encoding: str | None) -> None:
@@ -110,6 +116,7 @@ class Queries:
         rows: Rows that are still to be read.
         bad_rows: Whether a row that cannot be rendered is refused, or passed on with the reason.
         header: Reads the columns that the file has even without rows; none of JSON lines.
+        read_as: What the rows of a file depend on besides its content: suffix, delimiter, quotes and encoding.
         waiting: Rows that were read and not answered yet.
         num_answered: Rows that have their answers.
     """
@@ -118,6 +125,7 @@ class Queries:
     rows: Iterator[LocatedRow]
     bad_rows: BadRows = "refuse"
     header: Callable[[], Sequence[str]] = tuple
+    read_as: Mapping[str, str] = field(default_factory=dict)
     waiting: deque[LocatedRow] = field(default_factory=deque)
     num_answered: int = 0
     _num_read: int = 0

@@ -3,7 +3,7 @@
 ::
 
     answers.csv.part        answers so far, in the form of the output
-    answers.csv.part.json   hashes of what they were made of: input, model, task, options, versions
+    answers.csv.part.json   hashes of what they were made of: input, model, task, options, device, versions
     answers.csv.part.lock   held by the run that writes them; the lock dies with its process
 
 Nobody has to remove any of them: the next run continues the answers, or says why it starts anew.
@@ -34,25 +34,33 @@ class MadeOf(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     input: str = Field(description="Hash of the file of queries.")
-    model: str = Field(description="Weights, configuration, precision and text format.")
+    read_as: dict[str, str] = Field(description="Suffix, delimiter, quotes and encoding of the queries -> its value.")
+    model: str = Field(description="Weights, configuration, precision, text format and tokens that end a text.")
     task: str = Field(description="Hash of the task and its examples, or of the compiled task.")
     options: dict[str, str] = Field(description="Option of the command -> its value.")
+    device: str = Field(description="Device, and on a CPU the number of threads.")
+    max_context_tokens: int = Field(description="Limit for prefix, query and answer together.")
     versions: dict[str, str] = Field(description="Library -> its version.")
 
     def difference(self, earlier: MadeOf) -> str | None:
         """Say in a few words what an earlier run had otherwise; None where answers of both are the same."""
-        for name, words in (("input", "another input"), ("model", "another model"), ("task", "another task")):
-            if getattr(self, name) != getattr(earlier, name):
-                return words
-        for known, before, words in (
-            (self.options, earlier.options, "another --{}"),
-            (self.versions, earlier.versions, "another version of {}"),
+        for name, words in (
+            ("input", "another input"),
+            ("read_as", "another {} of the queries"),
+            ("model", "another model"),
+            ("task", "another task"),
+            ("options", "another --{}"),
+            ("device", "another device or number of threads"),
+            ("max_context_tokens", "another limit of the context"),
+            ("versions", "another version of {}"),
         ):
-            for name in sorted({*known, *before}):
-                if known.get(name) != before.get(name):
-                    return words.format(name.replace("_", "-"))
+            now, before = getattr(self, name), getattr(earlier, name)
+            if now != before:
+                keys = sorted({*now, *before}) if isinstance(now, dict) else ()
+                changed = next((key for key in keys if now.get(key) != before.get(key)), "")
+                return words.format(changed.replace("_", "-"))
         return None
 
 

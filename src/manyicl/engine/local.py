@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.engine.backend import (
+    Backend,
     BetweenChunks,
     GeneratedToken,
     Identity,
@@ -33,6 +34,7 @@ from manyicl.engine.label_trie import NODES_READ_TOGETHER, LabelTrie, num_shared
 from manyicl.engine.packing import ActivationBudget, log_denominators, numbers_of
 from manyicl.engine.prefix_cache import PrefixCache, extend_blocks, shared_beginning
 from manyicl.engine.scoring import score_labels
+from manyicl.errors import pluralized
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
 from manyicl.model.merging import is_mergeable, merge_adapter
@@ -203,6 +205,14 @@ def target_scores(
     for row, own in enumerate(allowed):
         is_best = greedy[row] if own is None else bool(scores[row] >= logits[row, list(own)].float().max())
         yield TargetScore(log_scores[row], is_best)
+
+
+def computed_on(backend: Backend) -> str:
+    """Say on what the last bits of results depend besides the network: the device, on a CPU the number of threads."""
+    if not isinstance(backend, LocalBackend):
+        return type(backend).__name__
+    device = backend.model.device
+    return f"{device}, {pluralized(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
 
 
 def identity_of(loaded: LoadedModel) -> Identity:
