@@ -181,6 +181,7 @@ ASKED = [
         PREDICT,
         "Starting anew: answers.jsonl.part is of an interrupted run with nothing that says what it was made of.",
         files={**asking(QUERIES), "answers.jsonl.part": lines({"text": "a", "answer": "good", "log_probability": -1})},
+        leaves=("answers.jsonl.part.old",),
     ),
     refused(
         "a file of somebody where answers are kept until they are complete",

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from manyicl.cli.answers import CsvForm
 from manyicl.cli.demonstrations import Demonstrations
 from manyicl.cli.main import main
 from manyicl.cli.predict import _made_of
@@ -287,10 +288,13 @@ def test_answers_that_were_made_otherwise_are_made_anew_with_one_line_that_says_
     changed = change(arguments, table=table, tmp_path=tmp_path)
     assert run(monkeypatch, "predict", *changed, tmp_path / "answers.csv") == 3
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
-    assert line == f"Starting anew: {tmp_path / 'answers.csv.part'} is of an interrupted run with {why}."
+    part, old = tmp_path / "answers.csv.part", tmp_path / "answers.csv.part.old"
+    assert line == f"Starting anew: {part} is of an interrupted run with {why}. Its answers are kept in {old}."
+    assert old.read_text(encoding="utf-8").count("log_probability") == 1  # the header
+    assert len(list(CsvForm().rows(old))) == 20
     assert run(monkeypatch, "predict", *changed, tmp_path / "whole.csv") == 3
     assert (tmp_path / "answers.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert not list(tmp_path.glob("*.part*"))
+    assert [path.name for path in tmp_path.glob("*.part*")] == [old.name]
 
 
 def test_what_answers_depend_on_is_put_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,5 +348,27 @@ def test_answers_to_standard_input_are_made_anew(tmp_path: Path, capsys: pytest.
     with answers_written(output, {}) as answers:
         assert list(answers.begin(None, print)) == []
         answers.write([json.loads(EARLIER)])
-    assert "anew: " in capsys.readouterr().out
+    part = tmp_path / "answers.jsonl.part"
+    reason = f"the rows that {part} answers cannot be told from those of standard input"
+    assert f"Starting anew: {reason}. Its answers are kept in {part}.old.\n" == capsys.readouterr().out
     assert output.read_text(encoding="utf-8") == EARLIER
+    assert (tmp_path / "answers.jsonl.part.old").read_text(encoding="utf-8") == EARLIER
+
+
+def test_answers_are_put_aside_over_earlier_answers_only(tmp_path: Path) -> None:
+    part, old = tmp_path / "answers.jsonl.part", tmp_path / "answers.jsonl.part.old"
+    row = {"answer": "good", "log_probability": -1.0}
+    for number in range(2):
+        part.write_text(EARLIER + f'{{"number": {number}}}\n', encoding="utf-8")
+        with answers_written(tmp_path / "answers.jsonl", {}) as answers:
+            answers.begin(None, print)
+            answers.write([row])
+        assert old.read_text(encoding="utf-8") == EARLIER + f'{{"number": {number}}}\n'
+    old.write_text("notes of a user\n", encoding="utf-8")
+    with answers_written(tmp_path / "answers.jsonl", {}) as answers:  # nothing is put aside
+        answers.begin(None, print)
+        answers.write([row])
+    part.write_text(EARLIER, encoding="utf-8")
+    with refused("output_exists", file=str(old)):
+        answers_written(tmp_path / "answers.jsonl", {}).__enter__()
+    assert old.read_text(encoding="utf-8") == "notes of a user\n"

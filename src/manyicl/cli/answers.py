@@ -189,7 +189,7 @@ def has_answers(path: Path) -> bool:
     """Tell whether the first row of a file has the columns of an answer."""
     ending = suffix_of(path)
     # What becomes a workbook is JSON lines until then, and what becomes a packed file is not packed.
-    name = path.name.lower().removesuffix(".part").removesuffix(".gz")
+    name = path.name.lower().removesuffix(".old").removesuffix(".part").removesuffix(".gz")
     try:
         if ending == ".xlsx":
             from manyicl.tasks.workbook import workbook_header

@@ -109,7 +109,8 @@ def predict_command(
     empty, too long or lacks a value, has no answer, and `problem` says why; the command then ends with exit code 3.
 
     Until all answers are complete they are in `OUTPUT.part`. A run that was interrupted is continued by the same
-    command, to the same answers; if input, model, task or options changed, it starts anew and says so.
+    command, to the same answers; if input, model, task or options changed, it starts anew, says so, and keeps the
+    answers so far in `OUTPUT.part.old`.
 
     As many demonstrations are used as fit with the longest of the first 1,024 queries. If a later query needs more
     tokens, fewer demonstrations are used from there on, and a message says so.

@@ -5,6 +5,7 @@
     answers.csv.part        answers so far, in the form of the output
     answers.csv.part.json   hashes of what they were made of: input, model, task, options, device, versions
     answers.csv.part.lock   held by the run that writes them; the lock dies with its process
+    answers.csv.part.old    answers of an interrupted run that was not continued, until the next one that is not
 
 Nobody has to remove any of them: the next run continues the answers, or says why it starts anew.
 """
@@ -76,12 +77,14 @@ class UnfinishedAnswers:
     Attributes:
         output: File that they become.
         part: File in which they are until all are there.
+        old: File in which those of an interrupted run are kept that cannot be continued.
     """
 
     def __init__(self, output: Path) -> None:
         """Take the name of the output; nothing is read or written."""
         self.output = output
         self.part = output.with_name(f"{output.name}.part")
+        self.old = output.with_name(f"{output.name}.part.old")
         self._earlier = Earlier()
         self._record = output.with_name(f"{output.name}.part.json")
         self._form = form_of(output)
@@ -116,7 +119,7 @@ class UnfinishedAnswers:
             The answers that are continued.
         """
         why_anew = self._why_anew(made_of)
-        if why_anew is None:
+        if why_anew is None and self._is_begun():
             num_rows, num_bytes = self._form.complete_rows(self.part)
             os.truncate(self.part, num_bytes)
             self._earlier = Earlier(num_rows, self._form.columns(self.part))
@@ -124,7 +127,7 @@ class UnfinishedAnswers:
                 say(f"Continuing after {pluralized(num_rows, 'answer')} of an interrupted run.")
         else:
             if self._is_begun():
-                say(f"Starting anew: {self.part} is of an interrupted run with {why_anew}.")
+                say(f"Starting anew: {why_anew}.{self._put_aside()}")
             self.part.unlink(missing_ok=True)
             self._record.unlink(missing_ok=True)
             if made_of is not None:
@@ -132,6 +135,13 @@ class UnfinishedAnswers:
         # CSV has no escape for half a character.
         self._stream = self.part.open("a", encoding="utf-8", errors="backslashreplace", newline="")
         return self._form.rows(self.part) if self._earlier.num_rows else ()
+
+    def _put_aside(self) -> str:
+        """Rename the answers of an interrupted run, where there are complete ones, and say so in a sentence."""
+        if not self._form.complete_rows(self.part)[0]:
+            return ""
+        self.part.replace(self.old)
+        return f" Its answers are kept in {self.old}."
 
     def write(self, rows: Iterable[Row], columns_without_rows: Columns = tuple) -> int:
         """Write rows as they come, and count them together with those that are continued."""
@@ -164,29 +174,32 @@ class UnfinishedAnswers:
             typer.echo(f"Stopped; {left}.", err=True)
 
     def require_replaceable(self) -> None:
-        """Refuse a file in the place of `OUTPUT.part` that no run has written.
+        """Refuse a file in the place of `OUTPUT.part` or `OUTPUT.part.old` that no run has written.
 
         Raises:
             UserError: If there is one.
         """
-        if self.part.is_dir() or (self._is_begun() and not self._record.exists() and not has_answers(self.part)):
-            what = "the answers so far are kept there, and it was not written by this command"
-            raise UserError("output_exists", what, remedy="Give another name, or remove it.", file=self.part)
+        is_foreign = {
+            self.part: self._is_begun() and not self._record.exists() and not has_answers(self.part),
+            self.old: self._is_begun() and self.old.exists() and not has_answers(self.old),
+        }
+        for path, is_theirs in is_foreign.items():
+            if is_theirs or path.is_dir():
+                what = "answers of an interrupted run are kept there, and it was not written by this command"
+                raise UserError("output_exists", what, remedy="Give another name, or remove it.", file=path)
 
     def _is_begun(self) -> bool:
         return self.part.is_file() and self.part.stat().st_size > 0
 
     def _why_anew(self, made_of: MadeOf | None) -> str | None:
-        """Say what the answers of an interrupted run were made of that is otherwise now; None to continue them."""
+        """Say why the answers of an interrupted run cannot be continued; None to continue them."""
         if made_of is None:
-            return "standard input, which is not read again"
+            return f"the rows that {self.part} answers cannot be told from those of standard input"
         try:
-            earlier = MadeOf.model_validate_json(self._record.read_bytes())
+            difference = made_of.difference(MadeOf.model_validate_json(self._record.read_bytes()))
         except (OSError, ValidationError):
-            return "nothing that says what it was made of"
-        if not self._is_begun():
-            return "no answer"
-        return made_of.difference(earlier)
+            difference = "nothing that says what it was made of"
+        return difference and f"{self.part} is of an interrupted run with {difference}"
 
 
 class StandardOutput:
