@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,6 +56,43 @@ def test_an_interrupted_packed_file_is_continued(tmp_path: Path) -> None:
         answers.write(ODD_ROWS[2:])
     whole = write(tmp_path / "whole.csv.gz", ODD_ROWS)
     assert gzip.decompress(output.read_bytes()) == gzip.decompress(whole.read_bytes())
+
+
+@pytest.mark.parametrize("ending", ["csv.gz", "jsonl.gz", "xlsx"])
+def test_answers_are_removed_only_once_the_file_made_of_them_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    if ending == "xlsx":
+        pytest.importorskip("openpyxl")
+        pytest.importorskip("defusedxml")
+    synced: set[int] = set()
+    sync, unlink = os.fsync, Path.unlink
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def checked(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith(".part") and path.exists():
+            assert output.stat().st_ino in synced
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr("os.fsync", noted)
+    monkeypatch.setattr(Path, "unlink", checked)
+    output = write(tmp_path / f"answers.{ending}", WITHOUT_HALVES)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    before = output.read_bytes()
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("manyicl.cli.answer_files.write_workbook", full)
+    with pytest.raises(OSError, match="No space"):
+        write(output, WITHOUT_HALVES[:1])
+    assert output.read_bytes() == before
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {output.name, f"{output.name}.part", f"{output.name}.part.json"}
 
 
 def test_a_workbook_holds_the_rows(tmp_path: Path) -> None:

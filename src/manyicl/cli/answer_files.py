@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from manyicl.atomic import write_atomically
 from manyicl.cli.answers import Columns, CsvForm, Earlier, JsonLinesForm, Row, as_json
 from manyicl.tasks.workbook import require_fit, require_openpyxl, write_workbook
 
@@ -29,10 +30,16 @@ class GzipCsvForm(CsvForm):
 
 
 def _pack(part: Path, output: Path) -> None:
-    aside = part.with_name(f"{part.name}.packed")
-    with part.open("rb") as plain, gzip.open(aside, "wb") as packed:
-        shutil.copyfileobj(plain, packed)
-    aside.replace(output)
+    def pack(aside: Path) -> None:
+        with (
+            part.open("rb") as plain,
+            aside.open("wb") as file,
+            gzip.GzipFile(output.name, "wb", fileobj=file, mtime=0) as packed,
+        ):
+            shutil.copyfileobj(plain, packed)
+
+    # The rows are removed only once what was made of them is on the disk.
+    write_atomically(output, pack)
     part.unlink()
 
 
@@ -58,9 +65,8 @@ class WorkbookForm(JsonLinesForm):
         names = dict.fromkeys(self._columns_without_rows)
         for row in self.rows(part):
             names |= dict.fromkeys(row)
-        aside = part.with_name(f"{part.name}.packed")
-        write_workbook(aside, list(names), ([_as_cell(row.get(name)) for name in names] for row in self.rows(part)))
-        aside.replace(output)
+        rows = ([_as_cell(row.get(name)) for name in names] for row in self.rows(part))
+        write_atomically(output, lambda aside: write_workbook(aside, list(names), rows))
         part.unlink()
 
 
