@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,16 @@ def test_a_workbook_needs_the_extra_before_anything_is_computed(
         answers_written(tmp_path / "answers.xlsx", {}),
     ):
         pytest.fail("it was opened")
+
+
+def test_a_zip_that_is_no_workbook_is_not_written_over(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    pytest.importorskip("defusedxml")
+    with zipfile.ZipFile(tmp_path / "answers.xlsx", "w") as archive:
+        archive.writestr("notes.txt", "of a user")
+    with pytest.raises(UserError) as caught:
+        write(tmp_path / "answers.xlsx", WITHOUT_HALVES)
+    assert caught.value.code == "output_exists"
 
 
 @pytest.mark.parametrize("name", ["answers.gz", "answers.parquet", "answers.tsv.gz", "answers"])

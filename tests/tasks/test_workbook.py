@@ -14,6 +14,7 @@ import pytest
 from manyicl.errors import UserError
 from manyicl.tasks.files import load_task
 from manyicl.tasks.rows import read_rows
+from manyicl.tasks.workbook import workbook_header
 
 openpyxl = pytest.importorskip("openpyxl")
 pytest.importorskip("defusedxml")
@@ -143,9 +144,15 @@ def test_what_is_no_workbook_is_refused(tmp_path: Path) -> None:
     broken = [b"", b"PK\x03\x04", b"\xd0\xcf\x11\xe0", whole[:-100], whole[:300] + bytes(200) + whole[500:]]
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"rows\.xlsx: not a readable Excel workbook") as caught:
-            columns(path)
-        assert caught.value.code == "broken_workbook"
+        for read in (columns, workbook_header):
+            with pytest.raises(UserError, match=r"rows\.xlsx: not a readable Excel workbook") as caught:
+                read(path)
+            assert caught.value.code == "broken_workbook"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "no workbook")
+    for read in (columns, workbook_header):
+        with pytest.raises(UserError, match=r"rows\.xlsx: not a readable Excel workbook"):
+            read(path)
 
 
 def test_a_workbook_that_explodes_is_refused(tmp_path: Path) -> None:

@@ -59,12 +59,25 @@ def workbook_rows(path: Path, sheet: str | None = None) -> Iterator[LocatedRow]:
             or not named where several have content, a row does not fit the header, or a formula was saved without a
             value.
     """
+    with _readable(path) as workbook:
+        yield from _located(path, _values(path, _sheet_name(workbook, sheet, path), workbook))
+
+
+def workbook_header(path: Path, sheet: str | None = None) -> list[str]:
+    """Return the columns of a sheet, which may have no rows; none of an empty one. Errors: see `workbook_rows`."""
+    with _readable(path) as workbook:
+        number, texts = next(_values(path, _sheet_name(workbook, sheet, path), workbook), (1, []))
+    return _header(path, number, texts) if texts else []
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Workbook]:
+    """Open a workbook with its formulas; whatever goes wrong while it is read is one error of the file."""
     require_openpyxl(path)
-    _require_bounded(path)
     try:
+        _require_bounded(path)
         with _opened(path, with_formulas=True) as workbook:
-            name = _sheet_name(workbook, sheet, path)
-            yield from _located(path, _values(path, name, workbook))
+            yield workbook
     except UserError:
         raise
     except Exception as error:  # openpyxl meets a damaged file with whatever its code stumbles over
@@ -72,23 +85,10 @@ def workbook_rows(path: Path, sheet: str | None = None) -> Iterator[LocatedRow]:
         raise UserError("broken_workbook", what, remedy=_BROKEN_REMEDY, file=path) from error
 
 
-def workbook_header(path: Path, sheet: str | None = None) -> list[str]:
-    """Return the columns of a sheet, which may have no rows; none of an empty one. Errors: see `workbook_rows`."""
-    require_openpyxl(path)
-    _require_bounded(path)
-    with _opened(path, with_formulas=True) as workbook:
-        number, texts = next(_values(path, _sheet_name(workbook, sheet, path), workbook), (1, []))
-    return _header(path, number, texts) if texts else []
-
-
 def _require_bounded(path: Path) -> None:
     """Refuse a workbook whose parts are far larger than the file; no part is read beyond the size that it states."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            num_bytes = sum(part.file_size for part in archive.infolist())
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        what = f"not a readable Excel workbook, {reason(error)}"
-        raise UserError("broken_workbook", what, remedy=_BROKEN_REMEDY, file=path) from error
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(part.file_size for part in archive.infolist())
     if num_bytes > (most := most_unpacked_bytes(path)):
         raise too_large(path, most)
 
