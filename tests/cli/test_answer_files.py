@@ -17,6 +17,7 @@ from manyicl.cli.answers import has_answers
 from manyicl.cli.unfinished import answers_written
 from manyicl.errors import UserError
 from manyicl.tasks.rows import read_rows
+from manyicl.tasks.values import NumberText
 from tests.cli.test_unfinished import MADE_OF, ODD_ROWS
 
 WITHOUT_HALVES = [{**row, "text": row["text"].replace("\ud83d", "?")} for row in ODD_ROWS]
@@ -131,6 +132,33 @@ def test_a_workbook_holds_the_rows(tmp_path: Path) -> None:
     write(output, [])
     assert read_rows(output) == []
     assert [path.name for path in tmp_path.iterdir()] == ["answers.xlsx"]
+
+
+def test_numbers_of_the_input_are_in_a_workbook_as_they_were_written(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    pytest.importorskip("defusedxml")
+    texts = ["1.10", "1e400", "7" * 5_000, "-0", "0.30000000000000004", "1E2", "123456789012345678"]
+    numbers = ["12", "-0.5", "0.9731", "1e-07"]
+    rows = [
+        {"n": NumberText(text), "many": [NumberText(text)], "answer": "a", "log_probability": -1.0}
+        for text in (*texts, *numbers)
+    ]
+    output = write(tmp_path / "answers.xlsx", rows)
+    cells = [cell.value for cell in openpyxl.load_workbook(output).active["A"]][1:]
+    assert cells == [*texts, 12, -0.5, 0.9731, 1e-07]
+    assert [row.columns["n"] for row in read_rows(output)] == [*texts, *numbers]
+    assert [row.columns["many"] for row in read_rows(output)] == [f"[{row['n']}]" for row in rows]
+
+
+def test_numbers_of_the_input_survive_an_interruption(tmp_path: Path) -> None:
+    rows = [{"n": NumberText(n), "answer": "a", "log_probability": -1.0} for n in ("7" * 5_000, "1e400", "1.10")]
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "answers.jsonl", interrupted(rows))
+    with answers_written(tmp_path / "answers.jsonl", {}) as answers:
+        assert [row["n"] for row in answers.begin(MADE_OF, print)] == [row["n"] for row in rows]
+        answers.write([])
+    assert [row.columns["n"] for row in read_rows(tmp_path / "answers.jsonl")] == [row["n"] for row in rows]
+    assert has_answers(tmp_path / "answers.jsonl")
 
 
 def test_a_text_that_no_cell_can_hold_is_refused_by_its_row_and_the_answers_are_kept(tmp_path: Path) -> None:

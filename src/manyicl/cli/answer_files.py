@@ -10,7 +10,13 @@ from typing import IO, Any
 
 from manyicl.atomic import write_atomically
 from manyicl.cli.answers import Columns, CsvForm, Earlier, JsonLinesForm, Row, as_json
+from manyicl.tasks.values import NumberText
 from manyicl.tasks.workbook import require_fit, require_openpyxl, write_workbook
+
+# openpyxl writes so many digits.
+_DIGITS_OF_A_CELL = 16
+# Longer ones have more digits than that.
+_MOST_CHARACTERS_OF_A_NUMBER = 24
 
 
 class GzipJsonLinesForm(JsonLinesForm):
@@ -78,4 +84,19 @@ def _fitting(rows: Iterable[Row], num_earlier: int) -> Iterator[Row]:
 
 
 def _as_cell(value: Any) -> Any:
-    return as_json(value) if isinstance(value, list | dict) else value
+    if isinstance(value, list | dict):
+        return as_json(value)
+    return _number_or_text(value) if isinstance(value, NumberText) else value
+
+
+def _number_or_text(written: NumberText) -> int | float | str:
+    """Return a number where a cell keeps it as it was written; otherwise, as of ``1.10`` or ``1e400``, its text.
+
+    >>> [_number_or_text(NumberText(written)) for written in ("-7", "0.25", "1.0", "1.10", "1e400")]
+    [-7, 0.25, 1.0, '1.10', '1e400']
+    """
+    if len(written) <= _MOST_CHARACTERS_OF_A_NUMBER:
+        number = int(written) if written.lstrip("-").isdecimal() else float(written)
+        if str(number) == written and float(f"{number:.{_DIGITS_OF_A_CELL}g}") == number:
+            return number
+    return str(written)

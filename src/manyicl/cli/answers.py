@@ -64,7 +64,7 @@ class Form(Protocol):
         """Return the columns that all rows have; none where rows may differ."""
 
     def rows(self, path: Path) -> Iterator[Row]:
-        """Read complete rows again; in CSV every value is text."""
+        """Read complete rows again; in CSV every value is text, in JSON lines every number `NumberText`."""
 
     def finish(self, part: Path, output: Path) -> None:
         """Make the output of all rows, which are on the disk."""
@@ -128,9 +128,10 @@ class JsonLinesForm(_PlainForm):
         return ()
 
     def rows(self, path: Path) -> Iterator[Row]:
-        """Read the rows again."""
+        """Read the rows again, numbers as the text that they were written as."""
         with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+            for line in file:
+                yield json.loads(line, parse_int=NumberText, parse_float=NumberText)
 
 
 class CsvForm(_PlainForm):
@@ -198,7 +199,7 @@ def has_answers(path: Path) -> bool:
         with (gzip.open if ending.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             if name.endswith(".csv"):
                 return ANSWER_COLUMNS.issubset(next(csv.reader(file), ()))
-            row = json.loads(file.readline())
+            row = json.loads(file.readline(), parse_int=NumberText)
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, UserError):
         return False
     return isinstance(row, dict) and ANSWER_COLUMNS.issubset(row)
