@@ -174,6 +174,24 @@ def test_a_text_that_no_cell_can_hold_is_refused_by_its_row_and_the_answers_are_
     assert json.loads((tmp_path / "answers.xlsx.part").read_text()) == rows[0]
 
 
+@pytest.mark.parametrize(("limit", "code"), [("MOST_ROWS", "too_many_rows"), ("MOST_COLUMNS", "too_many_columns")])
+def test_a_table_that_no_sheet_can_hold_is_refused_by_its_row_and_the_answers_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, code: str
+) -> None:
+    pytest.importorskip("openpyxl")
+    pytest.importorskip("defusedxml")
+    monkeypatch.setattr(f"manyicl.tasks.workbook.{limit}", 4)
+    rows: list[dict[str, Any]] = [{"answer": "a", "log_probability": 0.0, f"column {i // 2}": "x"} for i in range(4)]
+    with pytest.raises(KeyboardInterrupt):  # rows and columns before an interruption count
+        write(tmp_path / "answers.xlsx", interrupted(rows[:2]))
+    rows[2] |= {"more": 1} if limit == "MOST_COLUMNS" else {}
+    with pytest.raises(UserError, match=r"at most 4\. Write to \.csv or \.jsonl\. The answers before it") as caught:
+        write(tmp_path / "answers.xlsx", rows[2:])
+    last = 3 if limit == "MOST_COLUMNS" else 4
+    assert (caught.value.code, caught.value.row) == (code, last)
+    assert (tmp_path / "answers.xlsx.part").read_text().count("\n") == last - 1
+
+
 def test_a_workbook_needs_the_extra_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

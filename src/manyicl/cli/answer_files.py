@@ -11,7 +11,7 @@ from typing import IO, Any
 from manyicl.atomic import write_atomically
 from manyicl.cli.answers import Columns, CsvForm, Earlier, JsonLinesForm, Row, as_json
 from manyicl.tasks.values import NumberText
-from manyicl.tasks.workbook import require_fit, require_openpyxl, write_workbook
+from manyicl.tasks.workbook import require_fit, require_openpyxl, require_sheet, write_workbook
 
 # openpyxl writes so many digits.
 _DIGITS_OF_A_CELL = 16
@@ -57,27 +57,32 @@ class WorkbookForm(JsonLinesForm):
         require_openpyxl(output)
         self._columns_without_rows: Sequence[str] = ()
 
+    def columns(self, path: Path) -> Sequence[str]:
+        """Return the columns of the sheet: those that any row has."""
+        return list(dict.fromkeys(name for row in self.rows(path) for name in row))
+
     def write(self, stream: IO[str], rows: Iterable[Row], earlier: Earlier, columns_without_rows: Columns) -> int:
-        """Write rows as they come, and count them; refuse a text that no cell can hold."""
+        """Write rows as they come, and count them; refuse what no cell or sheet can hold."""
 
         def kept_columns() -> Sequence[str]:
             self._columns_without_rows = columns_without_rows()
             return self._columns_without_rows
 
-        return super().write(stream, _fitting(rows, earlier.num_rows), earlier, kept_columns)
+        return super().write(stream, _fitting(rows, earlier), earlier, kept_columns)
 
     def finish(self, part: Path, output: Path) -> None:
         """Write the workbook."""
-        names = dict.fromkeys(self._columns_without_rows)
-        for row in self.rows(part):
-            names |= dict.fromkeys(row)
+        names = self.columns(part) or self._columns_without_rows
         rows = ([_as_cell(row.get(name)) for name in names] for row in self.rows(part))
-        write_atomically(output, lambda aside: write_workbook(aside, list(names), rows))
+        write_atomically(output, lambda aside: write_workbook(aside, names, rows))
         part.unlink()
 
 
-def _fitting(rows: Iterable[Row], num_earlier: int) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=num_earlier + 1):
+def _fitting(rows: Iterable[Row], earlier: Earlier) -> Iterator[Row]:
+    columns = dict.fromkeys(earlier.columns)
+    for number, row in enumerate(rows, start=earlier.num_rows + 1):
+        columns |= dict.fromkeys(row)
+        require_sheet(1 + number, len(columns), number)
         for column, value in row.items():
             require_fit(str(_as_cell(value)), number, column)
         yield row

@@ -31,7 +31,7 @@ class Earlier(NamedTuple):
 
     Attributes:
         num_rows: Number of them.
-        columns: Columns that all of them have; none where rows may differ.
+        columns: Columns that all of them have; none where rows may differ; in a workbook, those that any of them has.
     """
 
     num_rows: int = 0
@@ -61,7 +61,7 @@ class Form(Protocol):
         """Count the rows that are complete, and the bytes up to their end."""
 
     def columns(self, path: Path) -> Sequence[str]:
-        """Return the columns that all rows have; none where rows may differ."""
+        """Return the columns that all rows have; none where rows may differ; in a workbook, those that any has."""
 
     def rows(self, path: Path) -> Iterator[Row]:
         """Read complete rows again; in CSV every value is text, in JSON lines every number `NumberText`."""

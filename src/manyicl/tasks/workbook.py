@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # What Excel itself can hold; a damaged or hostile file may number a row in the billions.
 MOST_ROWS = 2**20
+MOST_COLUMNS = 2**14
 MOST_CELL_CHARACTERS = 32_767
 _LARGEST_WHOLE_NUMBER = 10**15  # Excel keeps 15 digits
 # What XML cannot hold, and what a reader would take for the escape of such a character.
@@ -232,6 +233,21 @@ def write_workbook(path: Path, columns: Sequence[str], rows: Iterable[Sequence[A
         sheet.append(list(map(cell, values)))
     with path.open("wb") as file:
         workbook.save(file)
+
+
+def require_sheet(num_rows: int, num_columns: int, row: int) -> None:
+    """Refuse more rows, the header among them, or more columns than a sheet can have.
+
+    Raises:
+        UserError: If there are more; it names the row of the table that is one too many, or has such a column.
+    """
+    for number, most, code, name in (
+        (num_rows, MOST_ROWS, "too_many_rows", "rows"),
+        (num_columns, MOST_COLUMNS, "too_many_columns", "columns"),
+    ):
+        if number > most:
+            what, expected = f"a sheet of Excel cannot have so many {name}", f"at most {most:,}"
+            raise UserError(code, what, expected=expected, remedy="Write to .csv or .jsonl.", row=row)
 
 
 def require_fit(text: str, row: int, column: str) -> None:
