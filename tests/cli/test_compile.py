@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -101,6 +102,17 @@ def test_many_labels_get_no_probability_unless_it_is_asked_for(
     for more, has_probability in (([], False), (["--abstain-below", 0.1], True)):
         assert run(monkeypatch, "predict", *common, *more, "--output", tmp_path / "answers.jsonl") == 0
         assert all(("probability" in row) == has_probability for row in answers(tmp_path / "answers.jsonl"))
+
+
+def test_a_packed_csv_has_the_score_columns_of_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries, "--scores"]
+    plain, packed = tmp_path / "answers.csv", tmp_path / "answers.csv.gz"
+    assert run(monkeypatch, "predict", *common, "--output", plain) == 0
+    assert run(monkeypatch, "predict", *common, "--output", packed) == 0
+    assert "score:good" in plain.read_text(encoding="utf-8").partition("\n")[0]
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
 
 
 def test_nearest_rows_are_shown_to_each_query(

@@ -15,6 +15,7 @@ from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
 from manyicl.cli.unfinished import MadeOf, answers_written, hash_of_file
 from manyicl.engine.queries import BadRows
 from manyicl.errors import UserError, pluralized
+from manyicl.tasks.rows import GZIP, suffix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -152,7 +153,7 @@ def predict_command(
         tally.take(answers.begin(made_of, say))
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
-        task_of_queries, is_csv = examples.queried_task, output.suffix.lower() == ".csv"
+        task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
         layout = AnswerColumns.of(task_of_queries, scores, abstain_below is not None, bad_rows == "report", is_csv)
         how["scores"] = "all" if layout.needs_all_scores else "best"
         stream = chain(first, queries.rendered(task_of_queries))
