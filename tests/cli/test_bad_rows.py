@@ -193,3 +193,14 @@ def test_an_empty_file_and_a_header_without_the_column_are_refused_and_leave_ear
         assert sentence in capsys.readouterr().err
         assert output.read_text(encoding="utf-8") == EARLIER
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_blank_line_in_a_file_of_one_column_is_a_row_with_a_problem(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries, output = tmp_path / "new.csv", tmp_path / "answers.csv"
+    queries.write_text("text\nfilm\n\nplay\n\n", encoding="utf-8")
+    arguments = ["predict", "-m", model_folder, "-t", f"{table}:text:label", "--shots", 2]
+    assert run(monkeypatch, *arguments, "--input", queries, "--output", output) == 3
+    rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
+    assert [(row["text"], bool(row["problem"])) for row in rows] == [("film", False), ("", True), ("play", False)]

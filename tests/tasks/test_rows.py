@@ -13,7 +13,7 @@ import pytest
 
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.hub import read_hub_rows
-from manyicl.tasks.rows import iter_rows, read_rows
+from manyicl.tasks.rows import column_names, iter_rows, read_rows
 
 AWKWARD = ["007", "NA", "1", "null", "1.50", "", "true"]
 
@@ -92,6 +92,16 @@ def test_byte_order_mark_and_crlf_are_accepted(tmp_path: Path, suffix: str) -> N
     rows = read_rows(path)
     assert [row.columns for row in rows] == [{"text": "two\nlines", "label": "ä"}, {"text": "b", "label": "c"}]
     assert [row.line for row in rows] == [2, 4]
+
+
+def test_a_blank_line_between_rows_of_one_column_is_an_empty_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('\ntext\n\na\n\n\n"b\nc"\nd\n\n\n')
+    rows = [(row.columns["text"], row.line) for row in read_rows(path)]
+    assert rows == [("", 3), ("a", 4), ("", 5), ("", 6), ("b\nc", 7), ("d", 9)]
+    assert column_names(path) == ["text"]
+    path.write_text("text,label\n\na,b\n\nc,d\n\n")
+    assert [(row.columns["text"], row.line) for row in read_rows(path)] == [("a", 3), ("c", 5)]
 
 
 def test_jsonl_lines_end_at_line_feeds_only_and_blank_lines_are_skipped(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def column_names(path: Path, **how: Unpack[RowFormat]) -> list[str]:
     quotes, usual = how.get("quotes", "csv"), DELIMITERS[suffix.removesuffix(GZIP)]
     with located(file=path, row=1):
         delimiter = how.get("delimiter") or _delimiter_of(lines, usual, quotes)
-        return next((checked_header(fields) for _, fields in _records(path, lines, delimiter, quotes)), [])
+        records = _records(path, lines, delimiter, quotes)
+        return next((checked_header(fields) for _, fields in records if fields), [])
 
 
 def unknown_suffix(path: Path) -> UserError:
@@ -271,8 +272,12 @@ def _csv_rows(path: Path, lines: Iterator[str], given: str | None, quotes: Quote
         delimiter = given or _delimiter_of(first_lines, usual, quotes)
     between = f" between {delimiter!r}" if delimiter not in (given, usual) else ""
     header: list[str] | None = None
+    blank_lines: list[int] = []  # since the last row
     for line, fields in _records(path, chain(first_lines, lines), delimiter, quotes):
-        if header is None:
+        if not fields:
+            blank_lines.append(line)
+        elif header is None:
+            blank_lines.clear()
             try:
                 header = checked_header(fields)
                 if len(header) == 1 and given:
@@ -289,17 +294,20 @@ def _csv_rows(path: Path, lines: Iterator[str], given: str | None, quotes: Quote
             code = "wrong_number_of_fields"
             raise UserError(code, what, expected=expected, found=found, remedy=remedy, file=path, row=line)
         else:
+            # In a table of one column, a blank line between rows is a row whose field is empty.
+            for blank in blank_lines if len(header) == 1 else ():
+                yield LocatedRow({header[0]: ""}, str(path), blank)
+            blank_lines.clear()
             yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
 
 
 def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV text that are not blank, each with its first line."""
+    """Yield the records of a CSV text, each with its first line; a blank line has no fields."""
     reader = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
     line = 1
     try:
         for fields in reader:
-            if fields:
-                yield line, fields
+            yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         what = f"broken {path.suffix[1:].upper()}, {reason(error)}"
