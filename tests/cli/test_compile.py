@@ -303,6 +303,27 @@ def test_an_update_encodes_what_follows_the_first_change_and_gives_what_a_new_co
     assert updated.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
 
 
+def test_an_update_with_so_many_shots_says_which_rows_and_labels_it_does_not_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    task = f"{table}:text:label,test_fraction=0"
+    arguments = ["compile", "-m", model_folder, "-t", task, "-o", tmp_path / "t.prefix", "--update", "--shots"]
+    for _ in range(2):  # nothing has changed in the second
+        assert run(monkeypatch, *arguments, 4) == 0
+        assert "not among" not in capsys.readouterr().err
+    with table.open("a", encoding="utf-8") as file:
+        file.write("one more row,good\nanother,unknown\n")
+    assert run(monkeypatch, *arguments, 4) == 0
+    line = (
+        "The rows have changed: earlier demonstrations come first, so 38 of 42 rows are not among the "
+        "demonstrations, and no row of 'unknown' is. Raise --shots, or drop --update.\n"
+    )
+    assert line in capsys.readouterr().err
+    table.write_text(table.read_text(encoding="utf-8") + "a third,good\n", encoding="utf-8")
+    assert run(monkeypatch, *arguments, 43) == 0
+    assert "not among" not in capsys.readouterr().err
+
+
 def test_an_update_of_another_model_compiles_everything_and_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
-from manyicl.errors import UserError, pluralized
+from manyicl.errors import UserError, pluralized, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
     from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.evaluation.uncertainty import Estimate
-    from manyicl.tasks.task import Example, Query
+    from manyicl.tasks.task import Example, Query, Task
 
 BAR_CHARACTERS = 20
 # Groups of fewer demonstrations are too small to be compared.
 FEWEST_COMPARED = 8
 # A difference of so many standard errors is called one: 95 % of a normal distribution.
 CLEAR_STANDARD_ERRORS = 1.96
+MOST_LABELS_NAMED = 5
 
 
 def compile_command(
@@ -54,8 +55,8 @@ def compile_command(
     the first query whether the task will work, and whether more examples would help.
 
     `--update` brings a compiled task up to date: demonstrations that are still rows of the task stay in their order,
-    new rows come after them, and only what follows the first change is encoded. Without such a file, or where it is of
-    another model, everything is compiled.
+    new rows come after them, as far as `--shots` allows, and only what follows the first change is encoded. Without
+    such a file, or where it is of another model, everything is compiled.
 
     The file contains the demonstrations in recoverable form: anyone who has it can read them. It works only with the
     model it was made with.
@@ -84,6 +85,8 @@ def compile_command(
     if earlier is not None:
         in_order = loaded_task.demonstrations(len(loaded_task.train), seed)
         demonstrations = kept_first(earlier.demonstrations, in_order)[: len(demonstrations)]
+        if earlier.task.data_hash != loaded_task.data_hash:
+            say_unused(loaded_task, demonstrations, console)
     with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations, reuse=earlier)
         engine.save(compiled, output)
@@ -119,6 +122,19 @@ def kept_first(earlier: Sequence[Example], examples: Sequence[Example]) -> tuple
     kept = [new[content].popleft() for content in contents if new.get(content)]
     of_prefix = set(map(id, kept))  # examples may be equal
     return (*kept, *(example for example in examples if id(example) not in of_prefix))
+
+
+def say_unused(task: Task, demonstrations: Sequence[Example], console: Console) -> None:
+    """Say how many rows of a changed task are not among its demonstrations, and which labels have none there."""
+    if not (num_unused := len(task.train) - len(demonstrations)):
+        return
+    with_demonstration = {example.answer for example in demonstrations}
+    labels = [quoted(label) for label in task.labels or () if label not in with_demonstration]
+    more = ["…"] if len(labels) > MOST_LABELS_NAMED else []
+    without = f", and no row of {', '.join([*labels[:MOST_LABELS_NAMED], *more])} is" if labels else ""
+    what = f"{num_unused:,} of {pluralized(len(task.train), 'row')} are not among the demonstrations{without}"
+    say = f"The rows have changed: earlier demonstrations come first, so {what}. Raise --shots, or drop --update."
+    console.print(say, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_observed(prefix: TaskPrefix, console: Console) -> None:
