@@ -13,7 +13,7 @@ import pytest
 
 from manyicl.errors import MachineError, UserError
 from manyicl.tasks.hub import read_hub_rows
-from manyicl.tasks.rows import column_names, iter_rows, read_rows
+from manyicl.tasks.rows import checked_header, column_names, iter_rows, read_rows
 
 AWKWARD = ["007", "NA", "1", "null", "1.50", "", "true"]
 
@@ -92,6 +92,13 @@ def test_byte_order_mark_and_crlf_are_accepted(tmp_path: Path, suffix: str) -> N
     rows = read_rows(path)
     assert [row.columns for row in rows] == [{"text": "two\nlines", "label": "ä"}, {"text": "b", "label": "c"}]
     assert [row.line for row in rows] == [2, 4]
+
+
+def test_names_in_a_header_are_compared_in_linear_time() -> None:
+    names = [f"column {i}" for i in range(200_000)]
+    assert checked_header(names) == names  # in quadratic time, this would take minutes
+    with pytest.raises(UserError, match="the column 'column 7' occurs twice"):
+        checked_header([*names, "column 7"])
 
 
 def test_a_blank_line_between_rows_of_one_column_is_an_empty_row(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_size_that_the_workbook_misstates_cuts_no_rows(tmp_path: Path) -> None
     assert columns(path)[1] == {"text": "c", "team": "d"}
 
 
+def test_a_text_longer_than_excel_allows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.xlsx", {"one": [HEADER, ["a" * 32_767, "b"], ["c", "long"]]})
+    assert len(columns(path)[0]["text"]) == 32_767
+    with zipfile.ZipFile(path) as archive:
+        (part,) = (name for name in archive.namelist() if b"long" in archive.read(name))
+    altered(path, part, "long", "_x000D_" * 5_000)
+    with pytest.raises(UserError, match=r"rows\.xlsx:3: the text in B3 is longer than Excel allows; .*found 35,000"):
+        columns(path)
+
+
 def test_a_formula_is_the_value_that_was_saved_and_never_evaluated(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.xlsx", {"one": [HEADER, ["a", "=1+1"], ["c", "d"], ["e", "=1+1"]]})
     with pytest.raises(UserError, match=r"rows\.xlsx:2: the formula in B2 was saved without its value") as caught:

@@ -322,11 +322,12 @@ def checked_header(fields: list[str]) -> list[str]:
         UserError: If a name is empty or occurs twice.
     """
     names = [field.strip() for field in fields]
+    counts = Counter(names)
     for name in names:
         if not name:
             remedy = "Name it, or leave it out, as `index=False` does in pandas."
             raise UserError("unnamed_column", "a column has no name in the header", remedy=remedy)
-        if names.count(name) > 1:
+        if counts[name] > 1:
             raise UserError("repeated_column", f"the column {name!r} occurs twice in the header", field=name)
     return names
 
@@ -375,7 +376,7 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if repeated := next((name for name in names if names.count(name) > 1), None):
+            if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
                 what = f"the column {repeated!r} occurs twice"
                 raise UserError("repeated_column", what, remedy="Keep one of them.", file=path, field=repeated)
             batches = (zip(*batch.columns, strict=True) for batch in file.iter_batches())

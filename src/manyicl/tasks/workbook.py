@@ -155,7 +155,8 @@ def _values(path: Path, sheet: str, workbook: Workbook) -> Iterator[tuple[int, l
                     if formula.data_type == "f" and value.value is None:
                         _refuse_unsaved(formula.coordinate, path, number)
                 cells = values
-            texts = [_text(cell) for cell in cells]
+            with located(file=path, row=number):
+                texts = [_text(cell) for cell in cells]
             while texts and texts[-1] is None:
                 texts.pop()
             if texts:
@@ -176,6 +177,10 @@ def _text(cell: Any) -> Any:
     if cell.data_type == "e":
         return None
     if isinstance(value, str):
+        # Excel never writes more; undoing the escapes of a hostile one could take long.
+        if len(value) > MOST_CELL_CHARACTERS:
+            what, found = f"the text in {cell.coordinate} is longer than Excel allows", f"{len(value):,}"
+            raise UserError("text_too_long", what, expected=f"at most {MOST_CELL_CHARACTERS:,} characters", found=found)
         return unescape(value).replace("\r\n", "\n").replace("\r", "\n") or None
     if isinstance(value, datetime):
         return str(value.date() if value.time() == time() else value)
