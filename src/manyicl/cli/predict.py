@@ -38,7 +38,7 @@ BadRowsOption = Annotated[
     BadRows,
     typer.Option(
         help="What to do with a row that cannot be answered: report it in the column `problem` and go on, ending with "
-        "exit code 3, or refuse it with exit code 2."
+        "exit code 3, or refuse it with exit code 2. A row that cannot be read (broken CSV or JSON) is always refused."
     ),
 ]
 
