@@ -101,6 +101,13 @@ def test_names_in_a_header_are_compared_in_linear_time() -> None:
         checked_header([*names, "column 7"])
 
 
+def test_a_packed_file_that_is_broken_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "tickets.csv.gz"
+    path.write_bytes(gzip.compress(b'text,label\n"a,b\n'))
+    with pytest.raises(UserError, match="broken CSV"):
+        read_rows(path)
+
+
 def test_a_blank_line_between_rows_of_one_column_is_an_empty_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('\ntext\n\na\n\n\n"b\nc"\nd\n\n\n')

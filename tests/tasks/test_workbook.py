@@ -135,6 +135,19 @@ def test_of_several_sheets_with_content_one_is_to_be_named(tmp_path: Path) -> No
     assert load_task(f"{path}:text:team,sheet=Old,test_fraction=0").train[0].answer == "b"
 
 
+def test_a_hidden_sheet_is_read_only_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.xlsx", {"Hidden": [HEADER, ["a", "b"]], "Empty": []})
+    workbook = openpyxl.load_workbook(path)
+    workbook["Hidden"].sheet_state = "hidden"
+    workbook.save(path)
+    assert columns(path) == []
+    assert workbook_header(path) == []
+    assert columns(path, "Hidden") == [{"text": "a", "team": "b"}]
+    altered(path, "xl/workbook.xml", 'state="visible"', 'state="hidden"')
+    with pytest.raises(UserError, match=r"the workbook has no visible sheet; found the sheets \['Hidden', 'Empty'\]"):
+        columns(path)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -109,7 +109,7 @@ def fit_demonstrations(
 
     Args:
         task: Gives the instruction and says whether answers form a closed set.
-        demonstrations: ScoreScope, in order.
+        demonstrations: Candidates, in order.
         encoder: Counts tokens as the engine will see them.
         max_context_tokens: Context of the model.
         reserve: Tokens to keep free for the longest query and its answer.

@@ -310,7 +310,7 @@ def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -
             yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        what = f"broken {path.suffix[1:].upper()}, {reason(error)}"
+        what = f"broken {suffix_of(path).removesuffix(GZIP)[1:].upper()}, {reason(error)}"
         remedy = _QUOTES_REMEDY if quotes == "csv" else None
         raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
 

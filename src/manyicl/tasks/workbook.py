@@ -116,13 +116,17 @@ def _sheet_name(workbook: Workbook, sheet: str | None, path: Path) -> str:
             what, remedy = f"the workbook has no sheet {sheet!r}", did_you_mean(sheet, names)
             raise UserError("missing_sheet", what, found=f"the sheets {names}", remedy=remedy, file=path, field="sheet")
         return sheet
-    filled: list[str] = [one.title for one in workbook.worksheets if one.sheet_state == "visible" and _has_content(one)]
+    visible = [one for one in workbook.worksheets if one.sheet_state == "visible"]
+    if not visible:
+        what, found = "the workbook has no visible sheet", f"the sheets {names}"
+        raise UserError("missing_sheet", what, found=found, remedy="Name one of them, or show it.", file=path)
+    filled: list[str] = [one.title for one in visible if _has_content(one)]
     if len(filled) > 1:
         what, found = "several sheets have content", f"the sheets {filled}"
         remedy = f"Name one, as in `,sheet={filled[0]}` after the columns, or `sheet: {filled[0]}` under `data` in a "
         remedy += "task.yaml; keep one alone in a file of queries."
         raise UserError("several_sheets", what, expected="one", found=found, remedy=remedy, file=path)
-    return filled[0] if filled else names[0]
+    return filled[0] if filled else str(visible[0].title)
 
 
 def _has_content(sheet: Any) -> bool:
