@@ -67,7 +67,7 @@ def test_answers_are_removed_only_once_the_file_made_of_them_is_on_the_disk(
     if ending == "xlsx":
         pytest.importorskip("openpyxl")
         pytest.importorskip("defusedxml")
-    synced: set[int] = set()
+    output, synced = tmp_path / f"answers.{ending}", set[int]()
     sync, unlink = os.fsync, Path.unlink
 
     def noted(descriptor: int) -> None:
@@ -81,7 +81,7 @@ def test_answers_are_removed_only_once_the_file_made_of_them_is_on_the_disk(
 
     monkeypatch.setattr("os.fsync", noted)
     monkeypatch.setattr(Path, "unlink", checked)
-    output = write(tmp_path / f"answers.{ending}", WITHOUT_HALVES)
+    write(output, WITHOUT_HALVES)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
     def full(*_: object) -> None:
