@@ -93,7 +93,7 @@ class Times(TrainerCallback):
 def trainer_of(job: dict[str, Any], callbacks: list[TrainerCallback]) -> CountingTrainer:
     """Load base, adapter and tokenizer, and let SFTTrainer prepare the conversations."""
     base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32, trust_remote_code=False)
-    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(job["base"], trust_remote_code=False)
     tokenizer.chat_template = job["chat_template"]
     settings = {**SAME_FOR_BOTH, "bf16": job["bf16"], "output_dir": job["output"], **job["settings"]}

@@ -1,4 +1,4 @@
-"""Print foreign text on a terminal safely: unchanged, except for control characters and changes of direction."""
+"""What is printed on a terminal: foreign text, unchanged but for characters that would steer it, and times."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ def printable(text: str) -> str:
     'price \\u202e001'
     """
     return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def duration(seconds: float) -> str:
+    """Write a time: ``12 s``, ``3 min 20 s``, ``2 h 5 min``.
+
+    Examples:
+        >>> duration(12.4), duration(200), duration(7500)
+        ('12 s', '3 min 20 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manyicl.engine.compiled import HASH_KEY, HEADER_KEY
+from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
 from manyicl.engine.local import target_scores
 from manyicl.engine.observed import ObservedAnswer, answer_targets, groups_of_shots, observed_answers

@@ -12,7 +12,7 @@ import pytest
 
 from manyicl.errors import UserError
 from manyicl.model import machine
-from manyicl.model.machine import OPTIONAL_LIBRARIES, import_library, processor, this_machine
+from manyicl.model.machine import OPTIONAL_LIBRARIES, import_library, memory_bytes, processor, this_machine
 
 CPU_INFO = {
     "epyc": ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
@@ -63,6 +63,11 @@ def test_a_container_may_hold_fewer_cores_and_less_memory_than_the_machine(
     (proc / "groups" / "job" / "memory.max").write_text("104857600\n", encoding="utf-8")
     assert processor().num_usable_cores == 2
     assert this_machine().memory_gib == pytest.approx(100 / 1024)
+    (proc / "groups" / "job" / "memory.current").write_text("83886080\n", encoding="utf-8")
+    (proc / "groups" / "job" / "memory.stat").write_text(
+        "anon 1\ninactive_file 20971520\nactive_file 9\n", encoding="utf-8"
+    )
+    assert memory_bytes() == (100 * 2**20, 40 * 2**20), "of the 80 MiB in use, 20 can be given back"
 
 
 def test_the_driver_is_read_where_it_is_loaded(proc: Path) -> None:

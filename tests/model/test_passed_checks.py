@@ -73,3 +73,23 @@ def test_a_model_is_compared_once_and_again_after_any_change(monkeypatch: pytest
     assert config.read_text(encoding="utf-8") != text
     load_model(tmp_path / "a")
     assert len(checked) == 4, "another configuration"
+
+
+def test_a_set_is_the_same_in_every_order() -> None:
+    # As the names of layers in the configuration of an adapter are.
+    calls: list[int] = []
+    names = [f"name {number}" for number in range(30)]
+    for order in (names, names[::-1]):
+        other = set(order[:1])
+        other.update(order)
+        passed_before({"layers": other}, lambda: calls.append(1))
+    assert len(calls) == 1
+    assert passed_checks._as_json({"b", "a"}) == ["a", "b"]
+
+
+def test_the_oldest_marks_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passed_checks, "MOST_REMEMBERED", 3)
+    calls: list[int] = []
+    for number in (0, 1, 2, 3, 4, 4, 0):
+        passed_before({"number": number}, lambda number=number: calls.append(number))  # type: ignore[misc]
+    assert calls == [0, 1, 2, 3, 4, 0]

@@ -31,6 +31,13 @@ class UnpicklableError(Exception):
         super().__init__(f"{first} {second}")
 
 
+def threads_of_torch() -> list[int]:
+    """Return the number of threads of torch in each process."""
+    counts: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(counts, torch.get_num_threads())
+    return counts
+
+
 def meet() -> float:
     """Wait for the others, which never come where one fails."""
     numbers = torch.tensor(float(os.environ["RANK"]) + 1)

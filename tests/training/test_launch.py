@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,17 @@ def test_processes_form_a_group_and_the_first_one_answers() -> None:
     assert dict(os.environ) == before
 
 
+def test_each_process_has_its_threads_and_meets_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "with a space, 100 % and ü"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    # The module of the job imports torch before the environment says how many threads there are.
+    assert in_processes(launch_jobs.threads_of_torch, 2, 1) == [1, 1]
+    assert not list(folder.iterdir())
+
+
 def test_a_mistake_that_one_process_meets_is_raised_as_it_was() -> None:
     with pytest.raises(UserError, match=r"something is wrong. Make it right\.") as caught:
         in_processes(partial(launch_jobs.fail_in_second, "mistake"), 2, 1)
@@ -42,12 +54,14 @@ def test_a_bug_in_one_process_is_shown_with_its_traceback() -> None:
 
 
 def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
+    before = {child.pid for child in psutil.Process().children()}
     with pytest.raises(
         ProcessLostError, match=r"One of the 2 processes of the run was ended by SIGKILL, as the system"
     ):
         in_processes(partial(launch_jobs.fail_in_second, "kill"), 2, 1)
     # One of them looks after what is shared, for as long as this process lives.
-    assert all("resource_tracker" in " ".join(child.cmdline()) for child in psutil.Process().children())
+    new = [child for child in psutil.Process().children() if child.pid not in before]
+    assert all("resource_tracker" in " ".join(child.cmdline()) for child in new)
 
 
 def waiting_command(folder: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:

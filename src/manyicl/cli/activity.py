@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from manyicl.printing import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -92,21 +94,6 @@ class Activity:
         if self._total and 0 < self._done < self._total:
             text += f", about {duration(elapsed * (self._total - self._done) / self._done)} left"
         return text
-
-
-def duration(seconds: float) -> str:
-    """Write a time: ``12 s``, ``3 min 20 s``, ``2 h 5 min``.
-
-    Examples:
-        >>> duration(12.4), duration(200), duration(7500)
-        ('12 s', '3 min 20 s', '2 h 5 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _bar(console: Console) -> Progress:

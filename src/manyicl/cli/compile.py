@@ -70,16 +70,13 @@ def compile_command(
     from rich.console import Console
 
     from manyicl.cli.predict import describe
+    from manyicl.engine.compiled_file import require_output
     from manyicl.tasks.files import load_task
 
+    require_output(output)
     console = Console(stderr=True)
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
-    # Mistakes in the names and the shots are found before torch is loaded.
-    options.require_model(model, dtype)
-    from manyicl.engine.compiled import require_output
-
-    require_output(output)
     engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
     earlier = _earlier(engine, output, console) if update else None
     if earlier is not None:

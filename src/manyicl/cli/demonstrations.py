@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from manyicl.cli.answers import require_no_rows_of
-from manyicl.engine.task_prefix import require_compiled_file
+from manyicl.engine.compiled_file import require_compiled_file
 from manyicl.errors import UserError, pluralized
 from manyicl.tasks.files import load_task
 
@@ -77,7 +77,7 @@ class Demonstrations:
 
     def content_hash(self) -> str:
         """Hash all that answers depend on, SHA-256 in hex."""
-        from manyicl.engine.compiled import content_hash
+        from manyicl.engine.compiled_file import content_hash
 
         if self.file is not None:
             return content_hash(self.file)

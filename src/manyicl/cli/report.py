@@ -25,6 +25,9 @@ def report_command(
         bool, typer.Option(help="Include worked predictions; without them, the page has no text of any row.")
     ] = True,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
+    errors: Annotated[
+        Path | None, typer.Option(help="Also write every wrong answer to a label as a row of this .csv file.")
+    ] = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -40,10 +43,14 @@ def report_command(
 
         manyicl report results --per-task
 
+        manyicl report results --errors wrong.csv
+
         manyicl report results --no-examples --output to-share.html
     """
     from rich.console import Console
 
+    from manyicl.atomic import write_atomically
+    from manyicl.evaluation.mistakes import errors_as_csv
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
     from manyicl.evaluation.report.page import is_report
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture
@@ -56,6 +63,8 @@ def report_command(
     require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
     if plot is not None:
         require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
+    if errors is not None:
+        require_output_file(errors, endings=(".csv",), is_ours=_holds_errors, with_parents=True)
     if as_json:
         typer.echo(json.dumps(scores_as_json(summarise(records)), ensure_ascii=False, indent=2))
     elif not quiet:
@@ -65,6 +74,17 @@ def report_command(
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot_shot_curves(records, plot)
     write_report(results, page, title=title, examples=examples)
-    for what, path in (("Curves", plot), ("Report", page)):
+    if errors is not None:
+        store = ResultStore(results)
+        answered = [(record, store.predictions(record)) for record in store.load() if record.num_labels is not None]
+        errors.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(errors, errors_as_csv(answered))
+    for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
         if path is not None and is_told:
             console.print(f"{what}: {path}", markup=False, soft_wrap=True)
+
+
+def _holds_errors(path: Path) -> bool:
+    from manyicl.evaluation.mistakes import ERROR_COLUMNS
+
+    return path.is_file() and path.read_bytes().startswith(",".join(ERROR_COLUMNS).encode() + b"\n")

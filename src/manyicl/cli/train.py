@@ -88,13 +88,17 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
     from manyicl.training.launch import ProcessLostError
     from manyicl.training.run_folder import RunFolder
 
+    folder = RunFolder(read.output)
+    began_before = folder.began_at()
     resume = f"Resume with\n\n  {resume_command(recipe, changes)}"
     try:
         run = _train_in_processes(read, existing, rehash=rehash)
     except SavingFailedError as error:
         raise SavingFailedError(f"{error} {resume}") from error
     except ProcessLostError as error:
-        left = Checkpoints(RunFolder(read.output).checkpoints).last_good()
+        if existing != "resume" and folder.began_at() == began_before:
+            raise ProcessLostError(f"{error} No run has started; the same command starts it again.") from error
+        left = Checkpoints(folder.checkpoints).last_good()
         raise ProcessLostError(f"{error} {left} {resume}") from error
     if not run.finished:
         stopped = f"Stopped after step {run.num_steps:,}; a checkpoint is saved."
@@ -122,10 +126,15 @@ def _train_in_processes(recipe: Recipe, existing: Existing, *, rehash: bool) -> 
         finally:
             end_processes()
     assert choice.num_threads is not None
+    folder = RunFolder(recipe.output)
+    began_before = folder.began_at()
     try:
         return in_processes(job, choice.num_processes, choice.num_threads)
     except KeyboardInterrupt:
-        raise RunFolder(recipe.output).interruption() from None
+        # The run that is there may be the one that was to be replaced.
+        if existing != "resume" and folder.began_at() == began_before:
+            raise
+        raise folder.interruption() from None
 
 
 def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:

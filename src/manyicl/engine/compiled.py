@@ -21,21 +21,20 @@ from transformers import PreTrainedModel
 
 from manyicl.atomic import write_atomically
 from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, foreign_prefix, require_own
+from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY, not_compiled, require_compiled_file, require_output
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
-from manyicl.engine.task_prefix import TaskPrefix, not_compiled, require_compiled_file, require_demonstrations
+from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import MachineError, UserError, located
 from manyicl.library_errors import reason
 from manyicl.model.continuation import Block, key_shape
 from manyicl.model.manifest import library_versions
-from manyicl.outputs import require_output_file
 from manyicl.tasks.task import Example, Task, TaskSpec
 
 FORMAT_VERSION = 2
-HEADER_KEY, HASH_KEY = "manyicl_compiled_task", "sha256"
 COMPILE_AGAIN = "Compile the task again."
 
 
@@ -86,29 +85,6 @@ def save_compiled(prefix: TaskPrefix, path: Path, text_format: AnyFormat) -> Non
         write_atomically(path, lambda aside: save_file(tensors, aside, metadata))
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path} could not be written: {reason(error)}.") from error
-
-
-def require_output(path: Path) -> None:
-    """Refuse a path at which a compiled task cannot be written, or would replace something else.
-
-    Raises:
-        UserError: If so.
-    """
-    require_output_file(path, is_ours=_is_compiled)
-
-
-def _is_compiled(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return HEADER_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def content_hash(path: Path) -> str:
-    """Return the hash that a compiled task was written with, which loading it has compared with its content."""
-    with safe_open(path, framework="pt") as file:
-        return str((file.metadata() or {})[HASH_KEY])
 
 
 def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:

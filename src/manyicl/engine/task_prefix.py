@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from manyicl.engine.backend import Prefix
 from manyicl.engine.observed import ObservedAnswer
@@ -74,19 +73,3 @@ def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> Non
             continue
         what = f"demonstration {number} is not of task {task.name!r}"
         raise UserError("foreign_demonstration", what, expected=expected, found=found)
-
-
-def require_compiled_file(path: Path) -> None:
-    """Refuse a path at which no compiled task can be.
-
-    Raises:
-        UserError: If there is no file.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise not_compiled(f"the compiled task {what}").at(file=path)
-
-
-def not_compiled(what: str) -> UserError:
-    """Return the error of a file that `manyicl compile` did not write."""
-    return UserError("not_a_compiled_task", what, expected="a file written by `manyicl compile`")

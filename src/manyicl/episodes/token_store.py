@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ import numpy
 import pyarrow
 from filelock import FileLock
 
-from manyicl.atomic import write_atomically
+from manyicl import __version__
+from manyicl.atomic import is_leftover, write_atomically
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import EncodedShot
 from manyicl.episodes.sampling import plain_words
@@ -81,13 +83,15 @@ class TokenStore:
         """
         self.encoder = encoder
         self._check = check
-        parts = [str(FORMAT_VERSION), encoder.text_hash, str(encoder.tokenizer.unk_token_id), identity]
+        versions = [str(FORMAT_VERSION), __version__, version("tokenizers")]
+        parts = [*versions, encoder.text_hash, str(encoder.tokenizer.unk_token_id), identity]
         self.folder = cache_folder() / FOLDER / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         self._open: OrderedDict[str, _File] = OrderedDict()
+        self._verified: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Files are open in this process alone, and checks are done.
-        return {**self.__dict__, "_open": OrderedDict(), "_check": None}
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set(), "_check": None}
 
     def shots_of(self, tasks: Iterable[Task], on_progress: OnProgress | None = None) -> list[TaskShots]:
         """Return the demonstrations of tasks; those of tasks whose rows are in files are written first where they lack.
@@ -174,21 +178,39 @@ class TokenStore:
             self._open.move_to_end(shots.name)
             return file
         path = self.folder / f"{shots.name}.arrow"
-        if not path.is_file() or _sha256(path) != shots.entry.sha256:
-            with suppress(OSError):
-                path.unlink()
+        # Hashed once in a process, even if it is closed and opened again.
+        if not path.is_file() or (shots.name not in self._verified and not self._is_whole(path, shots)):
             shots.entry = self._written(shots.task).entry
+        self._verified.add(shots.name)
         file = self._open[shots.name] = _File(path)
         if len(self._open) > MOST_FILES_OPEN:
             self._open.popitem(last=False)
         return file
 
+    def _is_whole(self, path: Path, shots: StoredShots) -> bool:
+        """Tell whether a file is as it was written; a damaged one is removed while no other process writes it."""
+        if _sha256(path) == shots.entry.sha256:
+            return True
+        with suppress(OSError), FileLock(self.folder / ".lock"):
+            # Another process may have written it anew meanwhile.
+            known = self._known(shots.task)
+            if known is not None and _sha256(path) == known.entry.sha256:
+                shots.entry = known.entry
+                return True
+            path.unlink(missing_ok=True)
+        return False
+
     def _clean_up(self) -> None:
-        """Remove the tokens of tokenizers and formats that were not used for long."""
+        """Remove the tokens of tokenizers and formats that were not used for long, and what killed processes left."""
         with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self.folder)
             for other in self.folder.parent.iterdir():
                 if other != self.folder and time.time() - other.stat().st_mtime > SECONDS_KEPT:
                     shutil.rmtree(other, ignore_errors=True)
+            with FileLock(self.folder / ".lock"):
+                for leftover in filter(is_leftover, self.folder.iterdir()):
+                    leftover.unlink(missing_ok=True)
 
 
 class StoredShots(TaskShots):
@@ -295,7 +317,7 @@ def _is_in_files(task: Task) -> bool:
 def _name_of(task: Task) -> str:
     """Name the file of a task by the hash of its rows, of which of them are used, and of its spec."""
     assert isinstance(task.train, ExamplesInFiles)
-    parts = (task.train.data_hash, str(task.train.positions), task.spec.model_dump_json())
+    parts = (task.train.data_hash, task.train.side, str(task.train.positions), task.spec.model_dump_json())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

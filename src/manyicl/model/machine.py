@@ -214,15 +214,26 @@ def memory_bytes() -> tuple[int, int]:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = _control_group_limit("memory.max")
-    total = min(int(memory.total), int(limit)) if limit.isdigit() else int(memory.total)
-    return total, min(total, int(memory.available))
+    limit, used = _control_group_limit("memory.max"), _control_group_limit("memory.current")
+    if not limit.isdigit():
+        return int(memory.total), int(memory.available)
+    total = min(int(memory.total), int(limit))
+    # What a container uses includes files that the kernel keeps in memory only until it is needed.
+    kept_files = _control_group_number("memory.stat", r"^inactive_file (\d+)$")
+    free = int(limit) - max(0, int(used) - kept_files) if used.isdigit() else total
+    return total, max(0, min(total, free, int(memory.available)))
 
 
 def _control_group_limit(name: str) -> str:
     """Return a limit of the control group (version 2) that a container runs in; ``max`` or nothing for none."""
     own = CONTROL_GROUPS / _found_in_proc("self/cgroup", r"^0::/(.*)$")
     return (_text(own / name) or _text(CONTROL_GROUPS / name)).strip()
+
+
+def _control_group_number(name: str, pattern: str) -> int:
+    """Return a number of the control group's statistics; 0 where there is none."""
+    match = re.search(pattern, _control_group_limit(name), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _found_in_proc(file: str, pattern: str) -> str:

@@ -28,7 +28,7 @@ def passed_before(depends_on: Mapping[str, object], check: Callable[[], None]) -
         check: Raises if it fails.
     """
     everything = {**depends_on, "versions": library_versions(), "source": _source_hash()}
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=_as_json).encode()).hexdigest()
     mark = cache_folder() / FOLDER / key
     with suppress(OSError):
         if mark.is_file():
@@ -36,8 +36,15 @@ def passed_before(depends_on: Mapping[str, object], check: Callable[[], None]) -
     check()
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
-        if len(list(mark.parent.iterdir())) < MOST_REMEMBERED:
-            mark.touch()
+        marks = sorted(mark.parent.iterdir(), key=lambda known: known.stat().st_mtime)
+        for oldest in marks[: max(0, len(marks) - MOST_REMEMBERED + 1)]:
+            oldest.unlink()
+        mark.touch()
+
+
+def _as_json(value: object) -> object:
+    """Write what JSON has no form for; a set in an order of its own, since Python's changes from process to process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 @lru_cache(maxsize=1)

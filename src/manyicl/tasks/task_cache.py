@@ -163,6 +163,8 @@ def load_known(place: str | Path, data_root: Path | None, *, rehash: bool = Fals
         UserError: If the task is wrong.
         MachineError: If the rows are on the Hub and the Hub cannot be reached.
     """
+    # Rows are read from the place as it was written, so that a mistake names it as the user does.
+    written = (place, data_root)
     place, data_root = _absolute(place), data_root and Path(os.path.abspath(expanded(data_root)))  # noqa: PTH100
     path = _record_path(place, data_root)
     if not rehash and (record := _read(path, place, data_root)):
@@ -172,18 +174,20 @@ def load_known(place: str | Path, data_root: Path | None, *, rehash: bool = Fals
         with FileLock(path.parent / ".lock"):
             if not rehash and (record := _read(path, place, data_root)):
                 return _task_of(record, place, data_root)
-            return _load_and_record(place, data_root, path)
+            return _load_and_record(written, place, data_root, path)
     except (OSError, NotImplementedError):  # nothing is lost: the task is loaded as if there were no cache
-        return load_place(place, data_root)
+        return load_place(*written)
 
 
-def _load_and_record(place: str | Path, data_root: Path | None, path: Path) -> Task:
+def _load_and_record(
+    written: tuple[str | Path, Path | None], place: str | Path, data_root: Path | None, path: Path
+) -> Task:
     files = source_files(place, data_root)
     if files is None:
-        return load_place(place, data_root)
+        return load_place(*written)
     # Looked at before the rows are read: a file that changes meanwhile differs from the record.
     stats = {str(file): _stat(str(file)) for file in files}
-    task = load_place(place, data_root)
+    task = load_place(*written)
     record = _Record(
         version=(__version__, RULES_VERSION),
         place=str(place),

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from rich.console import Console
 
 from manyicl.errors import MachineError
-from manyicl.training.processes import end_processes, loopback_interface
+from manyicl.training.processes import SECONDS_WAITED, end_processes, loopback_interface
 from manyicl.training.stopping import SECONDS_OF_ONE_REQUEST, taking_signals
 
 Outcome = TypeVar("Outcome")
@@ -59,6 +60,22 @@ class _Report(NamedTuple):
     sent_at: float
 
 
+class _Meeting(NamedTuple):
+    """How the processes of a run find each other.
+
+    Attributes:
+        file: File that does not exist yet, in a folder of the run's own.
+        interface: Network interface of the loopback address.
+        num_processes: How many there are.
+        num_threads: CPU threads of each.
+    """
+
+    file: Path
+    interface: str
+    num_processes: int
+    num_threads: int
+
+
 class _Member(NamedTuple):
     process: SpawnProcess
     receiver: Connection
@@ -83,9 +100,10 @@ def in_processes(job: Callable[[], Outcome], num_processes: int, num_threads: in
         Exception: What a process raised; of several, the first.
     """
     # They meet in a file of their own, so that no port is taken and two runs never meet.
+    interface = loopback_interface()
     with TemporaryDirectory(prefix="manyicl-") as folder:
-        meeting_point = Path(folder) / "processes"
-        with _started(job, num_processes, num_threads, meeting_point) as members:
+        meeting = _Meeting(Path(folder) / "processes", interface, num_processes, num_threads)
+        with _started(job, meeting) as members:
             requests = _Requests(members)
             with taking_signals(requests):
                 reports = _reports(members)
@@ -110,9 +128,7 @@ class _Requests:
 
 
 @contextmanager
-def _started(
-    job: Callable[[], object], num_processes: int, num_threads: int, meeting_point: Path
-) -> Iterator[list[_Member]]:
+def _started(job: Callable[[], object], meeting: _Meeting) -> Iterator[list[_Member]]:
     """Start the processes, and kill those that are still there at the end."""
     context = multiprocessing.get_context("spawn")
     members: list[_Member] = []
@@ -121,10 +137,10 @@ def _started(
     # A process inherits what is blocked, from its very first instruction.
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
     try:
-        for rank in range(num_processes):
+        for rank in range(meeting.num_processes):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (job, rank, num_processes, num_threads, meeting_point, sender)
-            process = context.Process(target=_run, args=arguments)
+            # As a daemon it ends with this process even if it is not among the members yet.
+            process = context.Process(target=_run, args=(job, rank, meeting, sender), daemon=True)
             process.start()
             members.append(_Member(process, receiver))
             sender.close()
@@ -203,14 +219,7 @@ def _end_of(exit_code: int | None) -> str:
     return f"was ended by {name}{hint}"
 
 
-def _run(
-    job: Callable[[], object],
-    rank: int,
-    num_processes: int,
-    num_threads: int,
-    meeting_point: Path,
-    sender: Connection,
-) -> None:
+def _run(job: Callable[[], object], rank: int, meeting: _Meeting, sender: Connection) -> None:
     """Do the job in a new process and report what became of it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -220,16 +229,16 @@ def _run(
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "OMP_NUM_THREADS": str(num_threads),
-        "GLOO_SOCKET_IFNAME": loopback_interface(),
+        "WORLD_SIZE": str(meeting.num_processes),
+        "LOCAL_WORLD_SIZE": str(meeting.num_processes),
+        "OMP_NUM_THREADS": str(meeting.num_threads),
+        "GLOO_SOCKET_IFNAME": meeting.interface,
     }
     outcome: object = None
     error: BaseException | None = None
     try:
         with taking_signals(signal.default_int_handler):
-            _form_group(rank, num_processes, meeting_point)
+            _form_group(rank, meeting)
             outcome = job()
     except KeyboardInterrupt:
         error = KeyboardInterrupt()
@@ -247,11 +256,18 @@ def _run(
         os._exit(1)
 
 
-def _form_group(rank: int, num_processes: int, meeting_point: Path) -> None:
+def _form_group(rank: int, meeting: _Meeting) -> None:
+    """Let the processes find each other through a file: no port is chosen."""
     import torch
 
+    # The job may have imported torch before the environment said how many.
+    torch.set_num_threads(meeting.num_threads)
     torch.distributed.init_process_group(
-        "gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=num_processes
+        "gloo",
+        store=torch.distributed.FileStore(str(meeting.file), meeting.num_processes),
+        rank=rank,
+        world_size=meeting.num_processes,
+        timeout=timedelta(seconds=SECONDS_WAITED),
     )
 
 

@@ -93,6 +93,8 @@ def process_bytes(recipe: Recipe, size: ModelSize) -> float:
     lora = recipe.model.lora
     num_trained = size.num_weights if lora is None else min(size.num_weights, lora.rank * size.sum_of_sides)
     held = size.num_weights * (2 if recipe.model.dtype == "bfloat16" else 4)
+    if recipe.training.bf16 and recipe.model.dtype != "bfloat16":
+        held += size.num_weights * 2  # the copies that products in bfloat16 take
     # In float32: gradients, the buckets in which they are averaged, and two averages of the optimizer.
     trained = num_trained * (4 + 4 + 8)
     num_tokens = recipe.sequences.max_context_tokens

@@ -13,6 +13,9 @@ from manyicl.library_errors import reason
 if TYPE_CHECKING:
     import torch
 
+# A process waits for the others, which may still evaluate their tasks; the default of half an hour could be too short.
+SECONDS_WAITED = 24 * 3600
+
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 

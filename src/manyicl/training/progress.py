@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from manyicl.printing import duration
 from manyicl.tasks.files import OnProgress
 from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.throughput import throughput_text
 
-# Where there is no bar, an evaluation says this often how far it is.
-SECONDS_BETWEEN_LINES = 30.0
+# Where there is no bar, a run says this often how far it is.
+SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BEFORE_A_BAR = 1.0
 
 
@@ -55,6 +56,9 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._written_at = 0.0
+        self._began = (0.0, 0)
+        # How many tokens the run has processed so far, once it is known who counts them.
+        self.num_tokens: Callable[[], int] = lambda: 0
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -68,22 +72,38 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the bar."""
+        self._began = (time.monotonic(), state.global_step)
+        self._written_at = time.monotonic()
         self._bar.start()
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Move the bar, or say how far the run is where nothing was said for a while."""
         self._bar.update(self._task, completed=state.global_step)
+        if not self._console.is_terminal and time.monotonic() - self._written_at >= SECONDS_BETWEEN_LINES:
+            self._say_step(state, "")
+
+    def _say_step(self, state: TrainerState, status: str) -> None:
+        """Print a line with the step, tokens so far and the time that the rest will take."""
+        began_at, first_step = self._began
+        self._written_at = time.monotonic()
+        done, left = state.global_step - first_step, state.max_steps - state.global_step
+        parts = [f"step {state.global_step:,}/{state.max_steps:,}", *([status] if status else [])]
+        parts.append(f"{self.num_tokens():,} tokens so far")
+        if done and left:
+            parts.append(f"about {duration((self._written_at - began_at) / done * left)} left")
+        self.say("  ".join(parts))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the loss and the speed, and the scores of an evaluation."""
         logs: Mapping[str, float] = kwargs["logs"]
         step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "loss" in logs:
-            status = f"loss {logs['loss']:.3f}  {throughput_text(logs)}"
+            rate = f"learning rate {logs['learning_rate']:.1e}  " if "learning_rate" in logs else ""
+            status = f"loss {logs['loss']:.3f}  {rate}{throughput_text(logs)}"
             self._bar.update(self._task, status=status)
             if not self._console.is_terminal:
-                self.say(f"{step}  {status}")
+                self._say_step(state, status)
         figures = [f"{name[5:]} {value:.3f}" for name, value in logs.items() if name.startswith("eval_")]
         if figures:
             self.say(f"{step}  held-out: {'  '.join(figures)}")

@@ -107,6 +107,13 @@ class RunFolder:
         is_empty = all(path in (self.path / LOCK_FILE, self.checkpoints) or is_leftover(path) for path in inside)
         return RunState.EMPTY if is_empty else RunState.FOREIGN
 
+    def began_at(self) -> int | None:
+        """Return when the run here was begun, in nanoseconds of the file system's clock; None if there is none.
+
+        Where it does not change, a command has not begun a run of its own.
+        """
+        return self._identity_file.stat().st_mtime_ns if self._identity_file.is_file() else None
+
     def interruption(self) -> KeyboardInterrupt:
         """Return how a run here that is ended at once says what it leaves; a plain one if none has started."""
         if self.state() not in (RunState.STARTED, RunState.FINISHED):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -252,6 +254,11 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     memory = psutil.Process().memory_info()
+    # What `resource` tells of a process on Linux begins with the peak of the one that started it.
+    if (status := Path("/proc/self/status")).is_file() and (
+        peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    ):
+        return int(peak[1]) * 1024
     # Windows tells the peak here; what this system calls it, where it is there, is in the module `resource`.
     if hasattr(memory, "peak_wset"):
         return int(memory.peak_wset)

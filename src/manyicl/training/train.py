@@ -18,13 +18,14 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.episodes.token_store import TokenStore
+from manyicl.errors import pluralized
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.files import OnProgress
 from manyicl.tasks.task import Task
 from manyicl.training.checkpoint import Checkpoints
-from manyicl.training.estimate import SequenceStatistics, sample_sequences
-from manyicl.training.processes import is_main_process, world_size
+from manyicl.training.estimate import SequenceStatistics, num_weights, sample_sequences
+from manyicl.training.processes import SECONDS_WAITED, is_main_process, world_size
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, require_unseen_by_base
@@ -33,9 +34,6 @@ from manyicl.training.start import StartingPoint, starting_point
 from manyicl.training.trainer import ManyShotTrainer, Milestones
 
 Measure = Callable[[LoadedModel], Mapping[str, float]]
-
-# A process waits for the others, which may still evaluate their tasks; the default of half an hour could be too short.
-SECONDS_WAITED = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,20 @@ class PreparedRun:
     manifest: Manifest
 
     def sentences(self) -> Iterator[str]:
-        """Say what a packed sequence holds, and how examples are written."""
+        """Say what is trained and where, what a packed sequence holds, and how examples are written."""
+        yield self._opening()
         yield self.statistics.sentence()
         yield from describe(self.sequences.encoder.format)
+
+    def _opening(self) -> str:
+        recipe, model = self.recipe, self.start.model
+        num_all, num_trained = num_weights(model)
+        sequences = pluralized(recipe.training.sequences_per_step, "sequence")
+        return (
+            f"Training {recipe.model.base or 'a new model'} on {model.device}: {num_trained:,} of {num_all:,} weights, "
+            f"{pluralized(recipe.num_steps, 'step')} of {sequences} of at most {recipe.sequences.max_context_tokens:,} "
+            f"tokens, into {recipe.output}."
+        )
 
 
 def prepare_run(recipe: Recipe, tasks: RecipeTasks, on_progress: OnProgress | None = None) -> PreparedRun:
@@ -215,6 +224,7 @@ def train_prepared(
 
     evaluation = None if measure is None else figures
     trainer = ManyShotTrainer(start.model, arguments, run.sequences, run.recipe.objective, evaluation, callbacks)
+    progress.num_tokens = lambda: trainer.run_counts.total.num_tokens
     if sentence := trainer.chunk_logits():
         progress.say(sentence)
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)

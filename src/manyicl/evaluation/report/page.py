@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
+from manyicl.evaluation.mistakes import MOST_LABELS, Confusion, LabelScore, confusions, label_scores, wrong_answers
 from manyicl.evaluation.report.lines import Part, notes, sections
 from manyicl.evaluation.report.message import message, remarks
 from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
@@ -25,6 +26,7 @@ from manyicl.outputs import require_output_file
 WORKED_SHOTS = 8
 WORKED_QUERIES = 2
 MAX_SHOWN_CHARACTERS = 700
+SHOWN_CONFUSIONS, SHOWN_MISTAKES = 8, 12
 # How a page of ours is recognised: its generator, or in older pages the end of its title.
 PAGE_MARKS = (b'<meta name="generator" content="manyicl">', " · manyicl</title>".encode())
 
@@ -91,6 +93,7 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         "kept_columns": {0, len(summary.shots) // 2, len(summary.shots) - 1},
         "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         "worked": worked_tasks(summary, store) if store is not None else [],
+        "mistakes": tasks_with_mistakes(summary, store) if store is not None else [],
         "notes": notes(summary),
         # One record describes its model; one knows the metric, source, hash, labels and counts of its task.
         "models": {model: records[0] for (model, _, _), records in summary.by_point.items()},
@@ -220,3 +223,44 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
     result, asked, _, _ = answered[0]
     # A model with a shorter context may have fewer demonstrations; it is then not part of this comparison.
     return WorkedTask(result, asked[0], {model: answers for _, same, model, answers in answered if same == asked})
+
+
+class TaskMistakes(NamedTuple):
+    """Where a model is wrong on a task with labels, after the most demonstrations that were measured.
+
+    Attributes:
+        result: One of the results; it knows model, task and shots.
+        labels: Scores of every label; empty where there are too many.
+        pairs: The most frequent confusions.
+        wrong: The wrong answers that the model was surest of.
+        num_wrong: Number of all wrong answers.
+        num_answers: Number of answers.
+    """
+
+    result: Result
+    labels: list[LabelScore]
+    pairs: list[Confusion]
+    wrong: list[PredictedAnswer]
+    num_wrong: int
+    num_answers: int
+
+
+def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistakes]:
+    """Collect the mistakes of the last model on each task with labels, over all draws of demonstrations."""
+    if not summary.models:
+        return []
+    found = []
+    for task in summary.families:
+        model = summary.models[-1]
+        measured = [shots for name, of, shots in summary.by_point if (name, of) == (model, task)]
+        records = summary.by_point[model, task, max(measured)] if measured else ()
+        if not records or records[0].num_labels is None:
+            continue
+        predictions = [line for record in records for line in store.predictions(record)]
+        if not predictions:
+            continue
+        labels, wrong = label_scores(predictions), wrong_answers(predictions)
+        shown = labels if len(labels) <= MOST_LABELS else []
+        pairs = confusions(predictions)[:SHOWN_CONFUSIONS]
+        found.append(TaskMistakes(records[0], shown, pairs, wrong[:SHOWN_MISTAKES], len(wrong), len(predictions)))
+    return found

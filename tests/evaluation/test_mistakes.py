@@ -1,0 +1,72 @@
+"""Where a model is wrong, counted by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from manyicl.cli.report import report_command
+from manyicl.errors import UserError
+from manyicl.evaluation.mistakes import Confusion, confusions, errors_as_csv, label_scores, wrong_answers
+from manyicl.evaluation.result import PredictedAnswer, ResultStore
+from tests.evaluation.test_summary import scored
+
+# Expected, answered, confidence.
+ANSWERS = (("a", "a", 0.9), ("a", "b", 0.6), ("a", "b", 0.8), ("b", "b", 0.7), ("b", "c", None), ("c", " c", 0.5))
+
+
+def lines() -> list[PredictedAnswer]:
+    return [
+        PredictedAnswer(
+            origin=f"test.jsonl:{row}",
+            query=f"text, {row}",
+            answer=answer,
+            references=(expected,),
+            scores={},
+            log_probability=-0.1,
+            confidence=confidence,
+        )
+        for row, (expected, answer, confidence) in enumerate(ANSWERS, start=1)
+    ]
+
+
+def test_every_label_has_its_scores() -> None:
+    scores = {one.label: one for one in label_scores(lines())}
+    assert list(scores) == ["a", "b", "c"], "the most frequent first"
+    assert scores["a"][1:] == pytest.approx((1.0, 1 / 3, 0.5, 3))
+    assert scores["b"][1:] == pytest.approx((1 / 3, 1 / 2, 0.4, 2))
+    assert scores["c"][1:] == pytest.approx((1 / 2, 1.0, 2 / 3, 1))
+
+
+def test_pairs_are_counted_and_wrong_answers_ordered_by_confidence() -> None:
+    assert confusions(lines()) == [Confusion("a", "b", 2), Confusion("b", "c", 1)]
+    # Without a confidence it is the probability of the text: exp(-0.1) is 0.90.
+    assert [line.origin for line in wrong_answers(lines())] == ["test.jsonl:5", "test.jsonl:3", "test.jsonl:2"]
+
+
+def test_every_wrong_answer_is_a_row() -> None:
+    rows = list(csv.DictReader(io.StringIO(errors_as_csv([(scored("m", "t", 4, (1.0,)), lines())]))))
+    assert [(row["expected"], row["answer"], row["confidence"]) for row in rows] == [
+        ("b", "c", ""),
+        ("a", "b", "0.8000"),
+        ("a", "b", "0.6000"),
+    ]
+    assert rows[0] | {} == {**rows[0], "task": "t", "model": "m", "shots": "4", "seed": "0", "query": "text, 5"}
+
+
+def test_the_command_writes_them_and_the_page_shows_them(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "results")
+    store.save(scored("m", "t", 4, (1.0, 0.0) * 3).model_copy(update={"num_labels": 3}), lines(), [])
+    errors = tmp_path / "wrong.csv"
+    report_command(store.folder, errors=errors)
+    assert len(errors.read_text(encoding="utf-8").splitlines()) == 4
+    page = (store.folder / "report.html").read_text(encoding="utf-8")
+    assert "3 of 6 wrong" in page
+    report_command(store.folder, errors=errors, examples=False)
+    assert "text, 5" not in (store.folder / "report.html").read_text(encoding="utf-8")
+    errors.write_text("mine\n", encoding="utf-8")
+    with pytest.raises(UserError, match="was not written by this command"):
+        report_command(store.folder, errors=errors)
