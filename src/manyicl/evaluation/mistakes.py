@@ -39,7 +39,7 @@ class Confusion(NamedTuple):
 
     expected: str
     answer: str
-    count: int
+    num_answers: int
 
 
 def label_scores(predictions: Sequence[PredictedAnswer]) -> list[LabelScore]:
@@ -64,7 +64,7 @@ def confusions(predictions: Iterable[PredictedAnswer]) -> list[Confusion]:
     """Return the pairs of an expected and another answered label, the most frequent first."""
     pairs = Counter((_expected(line), line.answer.strip()) for line in predictions if not is_right(line))
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [Confusion(expected, answer, count) for (expected, answer), count in ordered]
+    return [Confusion(expected, answer, num_answers) for (expected, answer), num_answers in ordered]
 
 
 def wrong_answers(predictions: Iterable[PredictedAnswer]) -> list[PredictedAnswer]:

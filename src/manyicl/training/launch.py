@@ -264,7 +264,7 @@ def _form_group(rank: int, meeting: _Meeting) -> None:
     torch.set_num_threads(meeting.num_threads)
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.FileStore(str(meeting.file), meeting.num_processes),
+        store=cast(Any, torch.distributed).FileStore(str(meeting.file), meeting.num_processes),
         rank=rank,
         world_size=meeting.num_processes,
         timeout=timedelta(seconds=SECONDS_WAITED),

@@ -260,7 +260,7 @@ def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistak
         if not predictions:
             continue
         labels, wrong = label_scores(predictions), wrong_answers(predictions)
-        shown = labels if len(labels) <= MOST_LABELS else []
+        few_labels = labels if len(labels) <= MOST_LABELS else []
         pairs = confusions(predictions)[:SHOWN_CONFUSIONS]
-        found.append(TaskMistakes(records[0], shown, pairs, wrong[:SHOWN_MISTAKES], len(wrong), len(predictions)))
+        found.append(TaskMistakes(records[0], few_labels, pairs, wrong[:SHOWN_MISTAKES], len(wrong), len(predictions)))
     return found
