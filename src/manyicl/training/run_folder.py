@@ -108,9 +108,9 @@ class RunFolder:
         return RunState.EMPTY if is_empty else RunState.FOREIGN
 
     def began_at(self) -> int | None:
-        """Return when the run here was begun, in nanoseconds of the file system's clock; None if there is none.
+        """Return when the run here was started, in nanoseconds of the file system's clock; None if there is none.
 
-        Where it does not change, a command has not begun a run of its own.
+        Where it does not change, a command has not started a run of its own.
         """
         return self._identity_file.stat().st_mtime_ns if self._identity_file.is_file() else None
 
