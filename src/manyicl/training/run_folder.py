@@ -112,7 +112,10 @@ class RunFolder:
 
         Where it does not change, a command has not started a run of its own.
         """
-        return self._identity_file.stat().st_mtime_ns if self._identity_file.is_file() else None
+        try:
+            return self._identity_file.stat().st_mtime_ns
+        except OSError:  # what is wrong with the path is said where the folder is looked at
+            return None
 
     def interruption(self) -> KeyboardInterrupt:
         """Return how a run here that is ended at once says what it leaves; a plain one if none has started."""
