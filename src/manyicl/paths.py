@@ -1,7 +1,8 @@
-"""Paths given by a user (home folder, existence, nearest existing name), and the cache folder of this machine."""
+"""Paths given by a user (home folder, existence, nearest existing name), their content, and the cache folder."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ def cache_folder() -> Path:
     """Return where files are kept that can be made again: ``MANYICL_CACHE``, or this system's folder for such files."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("manyicl")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hash the content of a file, SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def required_path(value: str | Path, what: str) -> Path:

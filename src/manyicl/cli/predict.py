@@ -12,9 +12,10 @@ import typer
 
 from manyicl.cli import options
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
-from manyicl.cli.unfinished import MadeOf, answers_written, hash_of_file
+from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine.queries import BadRows
 from manyicl.errors import UserError, pluralized
+from manyicl.paths import sha256_of_file
 from manyicl.tasks.rows import GZIP, suffix_of
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _made_of(engine: Engine, examples: Demonstrations, queries: Queries, options
     identity = engine.identity
     model = (identity.fingerprint, identity.config_hash, identity.dtype, engine.encoder.text_hash)
     return MadeOf(
-        input=hash_of_file(queries.source),
+        input=sha256_of_file(queries.source),
         read_as=dict(queries.read_as),
         model=" ".join(map(str, (*model, *sorted(identity.end_token_ids)))),
         task=examples.content_hash(),

@@ -12,7 +12,6 @@ Nobody has to remove any of them: the next run continues the answers, or says wh
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,12 +62,6 @@ class MadeOf(BaseModel):
                 changed = next((key for key in keys if now.get(key) != before.get(key)), "")
                 return words.format(changed.replace("_", "-"))
         return None
-
-
-def hash_of_file(path: Path) -> str:
-    """Hash the content of a file, SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class UnfinishedAnswers:

@@ -35,7 +35,7 @@ from manyicl.episodes.task_shots import ShotsInMemory, TaskShots
 from manyicl.episodes.text_format import Preceding
 from manyicl.errors import MachineError
 from manyicl.library_errors import reason
-from manyicl.paths import CACHE_VARIABLE, cache_folder
+from manyicl.paths import CACHE_VARIABLE, cache_folder, sha256_of_file
 from manyicl.tasks.files import OnProgress
 from manyicl.tasks.task import Example, Task
 from manyicl.tasks.task_cache import ExamplesInFiles
@@ -160,7 +160,7 @@ class TokenStore:
                 file.write_table(table, max_chunksize=max(len(table), 1))
 
         write_atomically(path, write, sync=False)
-        entry = _Entry(path.stat().st_size, _sha256(path), fewest_tokens)
+        entry = _Entry(path.stat().st_size, sha256_of_file(path), fewest_tokens)
         # Last, so that a file which it describes is there.
         write_atomically(described, json.dumps(entry._asdict()), sync=False)
         return StoredShots(task, self, name, entry)
@@ -189,12 +189,12 @@ class TokenStore:
 
     def _is_whole(self, path: Path, shots: StoredShots) -> bool:
         """Tell whether a file is as it was written; a damaged one is removed while no other process writes it."""
-        if _sha256(path) == shots.entry.sha256:
+        if sha256_of_file(path) == shots.entry.sha256:
             return True
         with suppress(OSError), FileLock(self.folder / ".lock"):
             # Another process may have written it anew meanwhile.
             known = self._known(shots.task)
-            if known is not None and _sha256(path) == known.entry.sha256:
+            if known is not None and sha256_of_file(path) == known.entry.sha256:
                 shots.entry = known.entry
                 return True
             path.unlink(missing_ok=True)
@@ -363,8 +363,3 @@ def _table_of(task: Task, encoder: Encoder) -> tuple[pyarrow.Table, int]:
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     for start in range(0, len(examples), EXAMPLES_A_BATCH):
         yield list(examples[start : start + EXAMPLES_A_BATCH])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ factor of the rotary positions that is ignored gives a model that still answers,
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from manyicl.errors import UserError, quoted
 from manyicl.library_errors import reason
 from manyicl.model.cache import MB, cached_folder
-from manyicl.paths import cache_folder
+from manyicl.paths import cache_folder, sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +88,7 @@ def sha256_of(file: Path) -> str:
 
 @lru_cache
 def _sha256(file: Path, _num_bytes: int, _changed_at: int) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return sha256_of_file(file)
 
 
 @dataclass(frozen=True)
