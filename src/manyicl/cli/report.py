@@ -58,7 +58,8 @@ def report_command(
     from manyicl.evaluation.summary import scores_as_json, summarise
 
     console = Console()
-    records = ResultStore(results).load()
+    store = ResultStore(results)
+    records = store.load()
     page = output or results / "report.html"
     require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
     if plot is not None:
@@ -75,8 +76,7 @@ def report_command(
         plot_shot_curves(records, plot)
     write_report(results, page, title=title, examples=examples)
     if errors is not None:
-        store = ResultStore(results)
-        answered = [(record, store.predictions(record)) for record in store.load() if record.num_labels is not None]
+        answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
         errors.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(errors, errors_as_csv(answered))
     for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from manyicl.evaluation.metrics import accuracy
 from manyicl.evaluation.result import PredictedAnswer, Result
 
 # More labels than these are not shown one by one.
@@ -86,8 +87,8 @@ def errors_as_csv(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) 
 
 
 def is_right(line: PredictedAnswer) -> bool:
-    """Tell whether an answer is one of those that are accepted, white space at its ends aside."""
-    return line.answer.strip() in {reference.strip() for reference in line.references}
+    """Tell whether an answer is one of those that are accepted, as the metric accuracy does."""
+    return bool(accuracy(line.answer, line.references))
 
 
 def _expected(line: PredictedAnswer) -> str:

@@ -75,18 +75,17 @@ class Summary:
 
     def difference(self, first: str, second: str, group: Group, shots: int) -> Estimate | None:
         """Mean of second minus first, paired where ``pairing`` says so; None unless all tasks were measured."""
-
-        def of_task(task: str) -> Estimate | None:
-            before, after = (self.by_point.get((model, task, shots)) for model in (first, second))
-            return _difference(before, after) if before and after else None
-
-        return self._mean(group, of_task)
+        return self._change(group, (first, shots), (second, shots))
 
     def growth(self, model: str, group: Group, fewer: int, more: int) -> Estimate | None:
         """Mean change of a model's score from fewer to more shots, paired over the same queries where they are."""
+        return self._change(group, (model, fewer), (model, more))
+
+    def _change(self, group: Group, first: tuple[str, int], second: tuple[str, int]) -> Estimate | None:
+        """Mean of second minus first, each a model and a shot count."""
 
         def of_task(task: str) -> Estimate | None:
-            before, after = (self.by_point.get((model, task, shots)) for shots in (fewer, more))
+            before, after = (self.by_point.get((model, task, shots)) for model, shots in (first, second))
             return _difference(before, after) if before and after else None
 
         return self._mean(group, of_task)

@@ -69,6 +69,14 @@ class Estimate:
         margin = _NORMAL_95 * math.sqrt(max(worth * self.mean * (1 - self.mean), 0) + _NORMAL_95**2 / 4) / total
         return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
+    @property
+    def includes_zero(self) -> bool | None:
+        """Whether the interval holds zero, so that a difference is not shown; None without an interval."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        return low <= 0 <= high
+
 
 def mean_over_queries(scores: ArrayLike) -> Estimate:
     """Mean of one seed's scores, (Q,), with the error that comes from the choice of queries.

@@ -147,7 +147,4 @@ def _amount(summary: Summary, group: Group, value: float, *, unit: bool = True) 
 
 def _is_tie(difference: Estimate) -> bool:
     """Tell whether a difference is not shown: its interval holds zero, or there is none."""
-    if difference.interval is None:
-        return True
-    low, high = difference.interval
-    return low <= 0 <= high
+    return difference.includes_zero is not False

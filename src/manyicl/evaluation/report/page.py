@@ -179,10 +179,9 @@ def _compared(difference: Estimate) -> str:
     is_paired = difference.pairing == "paired"
     measured = "paired over the same queries" if is_paired else "not paired: other queries, seeds or number of them"
     detail = f"{measured}, {_interval(difference, _signed)}"
-    if difference.interval is None:
+    if difference.includes_zero is None:
         return detail
-    low, high = difference.interval
-    return f"{detail}: the interval {'includes' if low <= 0 <= high else 'excludes'} 0"
+    return f"{detail}: the interval {'includes' if difference.includes_zero else 'excludes'} 0"
 
 
 def _interval(estimate: Estimate, write: Callable[[float], str] = _score) -> str:
