@@ -171,12 +171,17 @@ def logits_at_once_against_chunks() -> float:
 # --- Engine
 
 
+def engine_seconds(model: PreTrainedModel, prefix: Sequence[int], asked: Sequence[tuple[int, ...]]) -> float:
+    """Return the engine's seconds for a one-token answer to each query after a prefix that is there."""
+    labels = [(token,) for token in range(2000, 2006)]
+    blocks = extend_blocks(model, (), prefix)
+    return best_of(3, lambda: search(model, blocks, asked, labels)) / NUM_QUERIES
+
+
 def engine_against_copied_cache() -> float:
     """Divide transformers' time of one-token answers, from copies of a cache, by the engine's after one prefix."""
     model, prefix, asked = base().eval(), random_ids(PREFIX_TOKENS, 0), queries(NUM_QUERIES)
-    labels = [(token,) for token in range(2000, 2006)]
-    blocks = extend_blocks(model, (), prefix)
-    ours = best_of(3, lambda: search(model, blocks, asked, labels)) / NUM_QUERIES
+    ours = engine_seconds(model, prefix, asked)
     model.set_attn_implementation("sdpa")
     cache = DynamicCache()
     with torch.no_grad():
@@ -188,9 +193,7 @@ def engine_against_copied_cache() -> float:
 def engine_against_recomputing() -> float:
     """Divide the time of reading prefix and query anew by that of a query after the prefix."""
     model, prefix, asked = base().eval(), random_ids(PREFIX_TOKENS, 0), queries(NUM_QUERIES)
-    labels = [(token,) for token in range(2000, 2006)]
-    blocks = extend_blocks(model, (), prefix)
-    ours = best_of(3, lambda: search(model, blocks, asked, labels)) / NUM_QUERIES
+    ours = engine_seconds(model, prefix, asked)
     return best_of(1, lambda: extend_blocks(model, (), (*prefix, *asked[0]))) / ours
 
 

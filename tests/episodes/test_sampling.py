@@ -13,7 +13,7 @@ from manyicl.episodes.sampling import (
     EpisodeSettings,
     Mixture,
     draw_episode,
-    label_replacement_words,
+    plain_words,
     sequence_rng,
     shuffled_lazily,
 )
@@ -40,7 +40,7 @@ def test_no_example_stands_twice_in_an_episode() -> None:
 
 def test_renamed_labels_are_other_words_used_consistently() -> None:
     task = make_task(instruction="one of {{ labels | join(', ') }}")
-    words = label_replacement_words([task])
+    words = sorted(plain_words(task))
     drawn = draw_episode(task, EpisodeSettings(rename_labels=1.0), sequence_rng(0, 3), words)
     old_answers = {example.query.text: example.answer for example in task.train}
     names = {(old_answers[shot.query.text], shot.answer) for shot in drawn.examples}
@@ -51,7 +51,7 @@ def test_renamed_labels_are_other_words_used_consistently() -> None:
 
 def test_labels_are_renamed_in_the_asked_share_of_episodes() -> None:
     task = make_task()
-    words = label_replacement_words([task])
+    words = sorted(plain_words(task))
     settings = EpisodeSettings(rename_labels=0.3)
     first_answers = [next(draw_episode(task, settings, sequence_rng(0, i), words).examples).answer for i in range(1000)]
     assert 240 < sum(answer not in ("good", "bad") for answer in first_answers) < 360

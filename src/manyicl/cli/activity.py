@@ -7,13 +7,11 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from manyicl.printing import duration
+from manyicl.printing import SECONDS_BETWEEN_LINES, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class Activity:

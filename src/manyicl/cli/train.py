@@ -22,6 +22,8 @@ from manyicl.training.processes import (
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manyicl.training.job import Existing, TrainedRun
     from manyicl.training.recipe import Recipe
 
@@ -90,13 +92,18 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
 
     folder = RunFolder(read.output)
     began_before = folder.began_at()
+
+    def has_started() -> bool:
+        """Tell whether the run in the folder is this one: the one that is there may be one that was to be replaced."""
+        return existing == "resume" or folder.began_at() != began_before
+
     resume = f"Resume with\n\n  {resume_command(recipe, changes)}"
     try:
-        run = _train_in_processes(read, existing, rehash=rehash)
+        run = _train_in_processes(read, existing, has_started, rehash=rehash)
     except SavingFailedError as error:
         raise SavingFailedError(f"{error} {resume}") from error
     except ProcessLostError as error:
-        if existing != "resume" and folder.began_at() == began_before:
+        if not has_started():
             raise ProcessLostError(f"{error} No run has started; the same command starts it again.") from error
         left = Checkpoints(folder.checkpoints).last_good()
         raise ProcessLostError(f"{error} {left} {resume}") from error
@@ -110,7 +117,9 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
         _tell(f"It is the model after step {run.best_step:,}, {score}.")
 
 
-def _train_in_processes(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:
+def _train_in_processes(
+    recipe: Recipe, existing: Existing, has_started: Callable[[], bool], *, rehash: bool
+) -> TrainedRun:
     """Train in this process, or in as many new ones as `choose_processes` says."""
     from manyicl.training.launch import in_processes
     from manyicl.training.process_choice import choose_processes
@@ -126,15 +135,12 @@ def _train_in_processes(recipe: Recipe, existing: Existing, *, rehash: bool) -> 
         finally:
             end_processes()
     assert choice.num_threads is not None
-    folder = RunFolder(recipe.output)
-    began_before = folder.began_at()
     try:
         return in_processes(job, choice.num_processes, choice.num_threads)
     except KeyboardInterrupt:
-        # The run that is there may be the one that was to be replaced.
-        if existing != "resume" and folder.began_at() == began_before:
+        if not has_started():
             raise
-        raise folder.interruption() from None
+        raise RunFolder(recipe.output).interruption() from None
 
 
 def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:

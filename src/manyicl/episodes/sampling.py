@@ -188,13 +188,8 @@ def shuffled_lazily(length: int, rng: random.Random) -> Iterator[int]:
         moved[chosen] = moved.pop(last, last)
 
 
-def label_replacement_words(tasks: Sequence[Task]) -> list[str]:
-    """Collect the words that may replace labels: plain words of the training queries, sorted."""
-    return sorted(set[str]().union(*map(plain_words, tasks)))
-
-
 def plain_words(task: Task) -> set[str]:
-    """Return the plain words of a task's first training queries."""
+    """Return the plain words of a task's first training queries, which may replace labels."""
     return {word for example in task.train[:NUM_QUERIES_READ] for word in _PLAIN_WORD.findall(example.query.text)}
 
 

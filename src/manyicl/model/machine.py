@@ -203,7 +203,7 @@ def processor() -> Processor:
 def _num_usable_cores(logical: int) -> int:
     # Python has no affinity outside Linux.
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
-    quota, _, period = _control_group_limit("cpu.max").partition(" ")
+    quota, _, period = _control_group_text("cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         return max(1, min(affinity, math.ceil(int(quota) / int(period))))
     return affinity
@@ -214,7 +214,7 @@ def memory_bytes() -> tuple[int, int]:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit, used = _control_group_limit("memory.max"), _control_group_limit("memory.current")
+    limit, used = _control_group_text("memory.max"), _control_group_text("memory.current")
     if not limit.isdigit():
         return int(memory.total), int(memory.available)
     total = min(int(memory.total), int(limit))
@@ -224,15 +224,15 @@ def memory_bytes() -> tuple[int, int]:
     return total, max(0, min(total, free, int(memory.available)))
 
 
-def _control_group_limit(name: str) -> str:
-    """Return a limit of the control group (version 2) that a container runs in; ``max`` or nothing for none."""
+def _control_group_text(name: str) -> str:
+    """Read a file of the control group (version 2) that a container runs in; nothing where there is none."""
     own = CONTROL_GROUPS / _found_in_proc("self/cgroup", r"^0::/(.*)$")
     return (_text(own / name) or _text(CONTROL_GROUPS / name)).strip()
 
 
 def _control_group_number(name: str, pattern: str) -> int:
     """Return a number of the control group's statistics; 0 where there is none."""
-    match = re.search(pattern, _control_group_limit(name), re.MULTILINE)
+    match = re.search(pattern, _control_group_text(name), re.MULTILINE)
     return int(match[1]) if match else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def _size_of_folder(folder: Path) -> ModelSize | None:
         with safe_open(str(file), framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
                 shape = tensors.get_slice(name).get_shape()
-                num_weights += _product(shape)
+                num_weights += math.prod(shape)
                 if len(shape) == 2 and vocabulary_size not in shape:
                     sum_of_sides += sum(shape)
     if not num_weights:
@@ -79,13 +80,6 @@ def _size_of_new(settings: FromScratchSettings) -> ModelSize | None:
     tokens = settings.tokenizer.vocabulary_size
     num_weights = layers * width * (4 * width + 3 * inner) + 2 * tokens * width
     return ModelSize(num_weights, layers * (11 * width + 3 * inner), layers, width, tokens)
-
-
-def _product(shape: list[int]) -> int:
-    number = 1
-    for side in shape:
-        number *= side
-    return number
 
 
 def process_bytes(recipe: Recipe, size: ModelSize) -> float:

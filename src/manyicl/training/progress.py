@@ -11,13 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from manyicl.printing import duration
+from manyicl.printing import SECONDS_BETWEEN_LINES, duration
 from manyicl.tasks.files import OnProgress
 from manyicl.training.processes import is_sharded, world_size
 from manyicl.training.throughput import throughput_text
 
-# Where there is no bar, a run says this often how far it is.
-SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BEFORE_A_BAR = 1.0
 
 
@@ -88,7 +86,7 @@ class TrainingProgress(TrainerCallback):
         began_at, first_step = self._began
         self._written_at = time.monotonic()
         done, left = state.global_step - first_step, state.max_steps - state.global_step
-        parts = [f"step {state.global_step:,}/{state.max_steps:,}", *([status] if status else [])]
+        parts = [_step(state), *([status] if status else [])]
         parts.append(f"{self.num_tokens():,} tokens so far")
         if done and left:
             parts.append(f"about {duration((self._written_at - began_at) / done * left)} left")
@@ -97,7 +95,6 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the loss and the speed, and the scores of an evaluation."""
         logs: Mapping[str, float] = kwargs["logs"]
-        step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "loss" in logs:
             rate = f"learning rate {logs['learning_rate']:.1e}  " if "learning_rate" in logs else ""
             status = f"loss {logs['loss']:.3f}  {rate}{throughput_text(logs)}"
@@ -106,7 +103,7 @@ class TrainingProgress(TrainerCallback):
                 self._say_step(state, status)
         figures = [f"{name[5:]} {value:.3f}" for name, value in logs.items() if name.startswith("eval_")]
         if figures:
-            self.say(f"{step}  held-out: {'  '.join(figures)}")
+            self.say(f"{_step(state)}  held-out: {'  '.join(figures)}")
 
     def on_evaluation(self, num_done: int, num_all: int) -> None:
         """Show how many scores of an evaluation are measured."""
@@ -125,3 +122,7 @@ class TrainingProgress(TrainerCallback):
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _step(state: TrainerState) -> str:
+    return f"step {state.global_step:,}/{state.max_steps:,}"
