@@ -199,13 +199,13 @@ def engine_against_recomputing() -> float:
 
 CHECKS = (
     # First: a process is said to have needed, at least, what the one that started it held then.
-    Check("logits", "memory of all logits at once / in chunks", 1.5, logits_at_once_against_chunks),
-    Check("floor", "floor / training step, LoRA, 768 tokens in 3 segments", 0.5, step_against_floor),
-    Check("packed", "16 episodes of 48 tokens one by one / packed", 1.1, packed_against_one_by_one),
+    Check("logits", "memory of all logits at once / in chunks", 1.7, logits_at_once_against_chunks),
+    Check("floor", "floor / training step, LoRA, 768 tokens in 3 segments", 0.6, step_against_floor),
+    Check("packed", "16 episodes of 48 tokens one by one / packed", 1.7, packed_against_one_by_one),
     Check("answers", "step with the last answers supervised / with all", 0.85, all_answers_against_last),
-    Check("isolation", "attention with a dense mask / split, 8 segments of 256", 3.0, isolated_against_dense_mask),
-    Check("copies", "query from a copied cache / packed, after 1,024 tokens", 1.3, engine_against_copied_cache),
-    Check("recomputing", "query with its prefix anew / packed, after 1,024 tokens", 15, engine_against_recomputing),
+    Check("isolation", "attention with a dense mask / split, 8 segments of 256", 4.0, isolated_against_dense_mask),
+    Check("copies", "query from a copied cache / packed, after 1,024 tokens", 1.4, engine_against_copied_cache),
+    Check("recomputing", "query with its prefix anew / packed, after 1,024 tokens", 30, engine_against_recomputing),
 )
 
 
