@@ -97,7 +97,7 @@ def test_scores_in_csv_are_a_column_for_each_label(
 def test_many_labels_get_no_probability_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("manyicl.cli.predict.MOST_LABELS_WITH_PROBABILITY", 1)
+    monkeypatch.setattr("manyicl.cli.answer_columns.MOST_LABELS_WITH_PROBABILITY", 1)
     common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
     for more, has_probability in (([], False), (["--abstain-below", 0.1], True)):
         assert run(monkeypatch, "predict", *common, *more, "--output", tmp_path / "answers.jsonl") == 0

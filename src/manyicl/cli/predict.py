@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyicl.cli import options
+from manyicl.cli.answer_columns import AnswerColumns
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
 from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine.queries import BadRows
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from manyicl.tasks.task import Task
 
 BAD_ROWS_EXIT_CODE = 3
-# Up to so many labels, probabilities are written by default.
-MOST_LABELS_WITH_PROBABILITY = 32
 # Parameters of the command that say where things are, or how queries are read: what comes of them is compared.
 _COMPARED_BY_EFFECT = ("model", "task", "prefix", "data_root", "input_path", "output", "delimiter", "encoding")
 BadRowsOption = Annotated[
@@ -256,62 +255,6 @@ def _require_one_source(task: str | None, prefix: Path | None, only_with_task: M
     if prefix is not None and given:
         what = f"{given[0]} goes with --task; a compiled task holds its demonstrations already"
         raise UserError("conflicting_options", what, field=given[0])
-
-
-@dataclass(frozen=True)
-class AnswerColumns:
-    """Which columns answers get.
-
-    Attributes:
-        has_probability: Probability of the answer, the second best and its probability.
-        has_scores: Scores of all labels.
-        may_abstain: Whether it abstained, and what it would have answered.
-        may_have_problems: Why there is no answer.
-        score_labels: Labels of which each gets a column of its own; None for one column with the scores of all.
-    """
-
-    has_probability: bool
-    has_scores: bool
-    may_abstain: bool
-    may_have_problems: bool
-    score_labels: tuple[str, ...] | None
-
-    @classmethod
-    def of(cls, task: Task, has_scores: bool, may_abstain: bool, may_have_problems: bool, is_csv: bool) -> Self:
-        """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
-        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_WITH_PROBABILITY
-        has_probability = has_few_labels or has_scores or may_abstain
-        return cls(has_probability, has_scores, may_abstain, may_have_problems, task.labels if is_csv else None)
-
-    @property
-    def needs_all_scores(self) -> bool:
-        """Whether the scores of all labels are needed."""
-        return self.has_probability
-
-    def columns(self, prediction: Prediction) -> Row:
-        """Turn a prediction into the columns of an output row."""
-        known = prediction.as_json()
-        probabilities = prediction.scores.probabilities if prediction.scores else {}
-        columns: Row = {"answer": known["answer"]}
-        if self.has_probability:
-            others = [label for label in probabilities if label != prediction.answer]
-            second = max(others, key=lambda label: probabilities[label], default=None)
-            columns["probability"] = round(probabilities[prediction.answer], 4) if probabilities else None
-            columns["second"] = second
-            columns["second_probability"] = None if second is None else round(probabilities[second], 4)
-        columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
-        columns["stopped"] = known["stopped"]
-        if self.may_abstain:
-            columns["abstained"] = known["abstained"]
-            columns["guess"] = prediction.answer if prediction.abstained else None
-        if self.has_scores and self.score_labels is not None:
-            four_digits = {label: f"{probability:.4f}" for label, probability in probabilities.items()}
-            columns |= {f"score:{label}": four_digits.get(label) for label in self.score_labels}
-        elif self.has_scores:
-            columns |= {name: known.get(name) for name in ("scores", "probabilities")}
-        if self.may_have_problems:
-            columns["problem"] = known.get("problem")
-        return columns
 
 
 def describe(console: Console, engine: Engine, prefix: TaskPrefix) -> None:

@@ -1,0 +1,71 @@
+"""Which columns `manyicl predict` adds to a row: the answer, how sure it is, and what else was wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from manyicl.cli.answers import Row
+
+if TYPE_CHECKING:
+    from manyicl.engine.engine import Prediction
+    from manyicl.tasks.task import Task
+
+# Up to so many labels, probabilities are written by default.
+MOST_LABELS_WITH_PROBABILITY = 32
+
+
+@dataclass(frozen=True)
+class AnswerColumns:
+    """Which columns answers get.
+
+    Attributes:
+        has_probability: Probability of the answer, the second best and its probability.
+        has_scores: Scores of all labels.
+        may_abstain: Whether it abstained, and what it would have answered.
+        may_have_problems: Why there is no answer.
+        score_labels: Labels of which each gets a column of its own; None for one column with the scores of all.
+    """
+
+    has_probability: bool
+    has_scores: bool
+    may_abstain: bool
+    may_have_problems: bool
+    score_labels: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, task: Task, has_scores: bool, may_abstain: bool, may_have_problems: bool, is_csv: bool) -> Self:
+        """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
+        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_WITH_PROBABILITY
+        has_probability = has_few_labels or has_scores or may_abstain
+        return cls(has_probability, has_scores, may_abstain, may_have_problems, task.labels if is_csv else None)
+
+    @property
+    def needs_all_scores(self) -> bool:
+        """Whether the scores of all labels are needed."""
+        return self.has_probability
+
+    def columns(self, prediction: Prediction) -> Row:
+        """Turn a prediction into the columns of an output row."""
+        known = prediction.as_json()
+        probabilities = prediction.scores.probabilities if prediction.scores else {}
+        columns: Row = {"answer": known["answer"]}
+        if self.has_probability:
+            others = [label for label in probabilities if label != prediction.answer]
+            second = max(others, key=lambda label: probabilities[label], default=None)
+            columns["probability"] = round(probabilities[prediction.answer], 4) if probabilities else None
+            columns["second"] = second
+            columns["second_probability"] = None if second is None else round(probabilities[second], 4)
+        columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
+        columns["stopped"] = known["stopped"]
+        if self.may_abstain:
+            columns["abstained"] = known["abstained"]
+            columns["guess"] = prediction.answer if prediction.abstained else None
+        if self.has_scores and self.score_labels is not None:
+            four_digits = {label: f"{probability:.4f}" for label, probability in probabilities.items()}
+            columns |= {f"score:{label}": four_digits.get(label) for label in self.score_labels}
+        elif self.has_scores:
+            columns |= {name: known.get(name) for name in ("scores", "probabilities")}
+        if self.may_have_problems:
+            columns["problem"] = known.get("problem")
+        return columns
