@@ -94,14 +94,21 @@ def test_scores_in_csv_are_a_column_for_each_label(
     assert (unanswered["probability"], unanswered["second"]) == ("", "")
 
 
-def test_many_labels_get_no_probability_unless_it_is_asked_for(
+def test_many_labels_get_a_margin_and_no_probability_unless_every_label_is_scored(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("manyicl.cli.answer_columns.MOST_LABELS_WITH_PROBABILITY", 1)
+    monkeypatch.setattr("manyicl.cli.answer_columns.MOST_LABELS_SCORED", 1)
     common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
-    for more, has_probability in (([], False), (["--abstain-below", 0.1], True)):
-        assert run(monkeypatch, "predict", *common, *more, "--output", tmp_path / "answers.jsonl") == 0
-        assert all(("probability" in row) == has_probability for row in answers(tmp_path / "answers.jsonl"))
+    rows: dict[str, list[dict[str, object]]] = {}
+    for name, more in (("best", []), ("abstain", ["--abstain-below", 0.1]), ("scores", ["--scores"])):
+        output = tmp_path / f"{name}.jsonl"
+        assert run(monkeypatch, "predict", *common, *more, "--output", output) == 0
+        rows[name] = answers(output)
+        assert all(("probability" in row, "margin" in row) == (name != "best", name == "best") for row in rows[name])
+    for row, scored in zip(rows["best"], rows["scores"], strict=True):
+        scores: dict[str, float] = scored["scores"]  # type: ignore[assignment]
+        assert (row["answer"], row["second"]) == (scored["answer"], scored["second"])
+        assert row["margin"] == pytest.approx(max(scores.values()) - min(scores.values()), abs=1e-4)
 
 
 def test_a_packed_csv_has_the_score_columns_of_a_plain_one(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from manyicl.engine.backend import ScoreScope
+from manyicl.engine.backend import OptionScores, ScoreScope
 from manyicl.engine.label_trie import tries_of
 from manyicl.engine.packing import ActivationBudget
 from manyicl.engine.prefix_cache import extend_blocks
@@ -21,7 +21,7 @@ from tests.engine.test_label_trie import AWKWARD, random_labels
 from tests.reference.slow_engine import plain_copy, slow_greedy, slow_score
 
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12)]
-SCOPES: tuple[ScoreScope, ...] = ("best", "all")
+SCOPES: tuple[ScoreScope, ...] = ("best", "best_two", "all")
 STRATEGIES: tuple[Strategy, ...] = ("best_first", "full_pass")
 BUDGET = ActivationBudget(limit=10**9, per_token=100, per_logits=300, per_slot=40)
 PREFIX = [random.Random(0).randrange(97) for _ in range(30)]
@@ -81,6 +81,48 @@ def test_best_first_finds_what_reading_everything_finds(seed: int, factor: float
         for found, best, full in zip(everything, best_first, full_pass, strict=True):
             assert best.best == full.best == found.best
             assert best.scores[best.best] == pytest.approx(found.scores[found.best], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_two_are_those_of_all_scored_one_at_a_time(seed: int, factor: float) -> None:
+    model, prefix = sharpened(factor=factor, seed=seed)
+    blocks = extend_blocks(model, (), prefix)
+    labels = random_labels(seed, 60)
+    for slow, *searches in zip(
+        slow_scores(model, labels),
+        *(search(model, blocks, labels, "best_two", most, strategy="best_first") for most in (10_000, 9)),
+        strict=True,
+    ):
+        best, second = sorted(slow, reverse=True)[:2]
+        for found in searches:
+            scores = OptionScores(found.scores, found.best)
+            assert scores.second is not None
+            # Where several labels score alike, rounding decides between them; their scores are the same.
+            assert slow[scores.best] == pytest.approx(best, abs=1e-4)
+            assert slow[scores.second] == pytest.approx(second, abs=1e-4)
+            margin = found.scores[scores.best] - found.scores[scores.second]
+            assert margin == pytest.approx(best - second, abs=2e-4)
+
+
+def test_the_second_of_equals_is_the_next_and_one_label_has_none() -> None:
+    model, prefix = sharpened(factor=0.0)
+    blocks = extend_blocks(model, (), prefix)
+    for most_inner_nodes, strategy in itertools.product((100, 1), STRATEGIES):
+        for found in search(model, blocks, [(1, 2, 3), (9, 4), (2, 4), (3, 4)], "best_two", most_inner_nodes, strategy):
+            assert OptionScores(found.scores, found.best).second == 2
+        (alone, *_) = search(model, blocks, [(1, 2, 3)], "best_two", most_inner_nodes, strategy)
+        assert OptionScores(alone.scores, alone.best).second is None
+
+
+def test_the_best_two_read_more_than_the_best_and_less_than_all() -> None:
+    model, prefix = sharpened(factor=4.0)
+    blocks = extend_blocks(model, (), prefix)
+    labels = random_labels(3, 150, vocabulary=90)
+    best, two, everything = (
+        sum(one.num_read for one in search(model, blocks, labels, scope)) for scope in ("best", "best_two", "all")
+    )
+    assert best <= two < 0.5 * everything
 
 
 def test_a_sharp_model_reads_a_small_part_of_the_trie() -> None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from manyicl.cli.answers import Row
+from manyicl.engine.label_scores import MOST_LABELS_SCORED
 
 if TYPE_CHECKING:
+    from manyicl.engine.backend import ScoreScope
     from manyicl.engine.engine import Prediction
     from manyicl.tasks.task import Task
-
-# Up to so many labels, probabilities are written by default.
-MOST_LABELS_WITH_PROBABILITY = 32
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,7 @@ class AnswerColumns:
 
     Attributes:
         has_probability: Probability of the answer, the second best and its probability.
+        has_margin: The second best and the margin, where probabilities would need the scores of many labels.
         has_scores: Scores of all labels.
         may_abstain: Whether it abstained, and what it would have answered.
         may_have_problems: Why there is no answer.
@@ -28,6 +28,7 @@ class AnswerColumns:
     """
 
     has_probability: bool
+    has_margin: bool
     has_scores: bool
     may_abstain: bool
     may_have_problems: bool
@@ -36,14 +37,16 @@ class AnswerColumns:
     @classmethod
     def of(cls, task: Task, has_scores: bool, may_abstain: bool, may_have_problems: bool, is_csv: bool) -> Self:
         """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
-        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_WITH_PROBABILITY
+        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_SCORED
         has_probability = has_few_labels or has_scores or may_abstain
-        return cls(has_probability, has_scores, may_abstain, may_have_problems, task.labels if is_csv else None)
+        has_margin = task.is_closed and not has_probability
+        score_labels = task.labels if is_csv else None
+        return cls(has_probability, has_margin, has_scores, may_abstain, may_have_problems, score_labels)
 
     @property
-    def needs_all_scores(self) -> bool:
-        """Whether the scores of all labels are needed."""
-        return self.has_probability
+    def scope(self) -> ScoreScope:
+        """Which labels have to be scored."""
+        return "all" if self.has_probability else "best_two" if self.has_margin else "best"
 
     def columns(self, prediction: Prediction) -> Row:
         """Turn a prediction into the columns of an output row."""
@@ -56,6 +59,9 @@ class AnswerColumns:
             columns["probability"] = round(probabilities[prediction.answer], 4) if probabilities else None
             columns["second"] = second
             columns["second_probability"] = None if second is None else round(probabilities[second], 4)
+        if self.has_margin:
+            columns["second"] = prediction.second
+            columns["margin"] = None if prediction.margin is None else round(prediction.margin, 6)
         columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
         columns["stopped"] = known["stopped"]
         if self.may_abstain:

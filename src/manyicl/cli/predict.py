@@ -80,7 +80,13 @@ def predict_command(
         int, typer.Option(min=0, help="Number of training rows most similar to a query (BM25) to add for it.")
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of demonstrations and of sampling. [default: 0]")] = None,
-    scores: Annotated[bool, typer.Option(help="Also write the score and probability of every label.")] = False,
+    scores: Annotated[
+        bool,
+        typer.Option(
+            help="Also write the score and probability of every label. The tokens of every label then go through the "
+            "model for every query, which takes longer where there are many labels."
+        ),
+    ] = False,
     abstain_below: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Leave the answer empty if its probability among the labels is lower."),
@@ -102,8 +108,9 @@ def predict_command(
 ) -> None:
     """Answer the queries in a file, given demonstrations of a task.
 
-    Answers among labels, up to 32 of them, come with their probability, the second best and its probability; with more
-    labels, with `--scores` or `--abstain-below` only, for every label has to be scored then.
+    Answers among labels, up to 32 of them, come with their probability, the second best and its probability. With more
+    labels they come with the second best and `margin`, the difference of the two log-probabilities in nats; for
+    probabilities every label has to be scored, which `--scores` and `--abstain-below` do.
 
     Every output row is the input row with `answer`, `log_probability`, `stopped` and `problem` added. A free answer
     that reached the length limit before it ended has `stopped: false`. A row that cannot be answered, because it is
@@ -155,7 +162,7 @@ def predict_command(
         queries.skip(tally.num_rows)
         task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
         layout = AnswerColumns.of(task_of_queries, scores, abstain_below is not None, bad_rows == "report", is_csv)
-        how["scores"] = "all" if layout.needs_all_scores else "best"
+        how["scores"] = layout.scope
         stream = chain(first, queries.rendered(task_of_queries))
         predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
         rows = tally.counting(_tracked(console, queries.answered(predictions, layout.columns)))

@@ -18,7 +18,8 @@ from manyicl.errors import UserError, quoted
 LEAST_TEMPERATURE = 1e-4
 
 TokenIds = tuple[int, ...]
-ScoreScope = Literal["best", "all"]
+# The best option, the best two, or all of them.
+ScoreScope = Literal["best", "best_two", "all"]
 # Called between two chunks of a long prefill with the tokens that are done and those in all; may raise to end it.
 BetweenChunks = Callable[[int, int], None]
 
@@ -81,7 +82,7 @@ class OptionScores:
 
     Attributes:
         log_probabilities: Option number -> log-probability of all its tokens, in nats; of every option where all
-            were wanted, otherwise at least of the best.
+            were wanted, otherwise at least of the best, or of the best two.
         best: Number of the most probable option; the first among equals.
         greedy: Numbers of the options that greedy decoding would have written.
     """
@@ -89,6 +90,12 @@ class OptionScores:
     log_probabilities: Mapping[int, float]
     best: int
     greedy: frozenset[int] = frozenset()
+
+    @property
+    def second(self) -> int | None:
+        """Number of the second best option, the first among equals; None where no other one has a score."""
+        others = (n for n in self.log_probabilities if n != self.best)
+        return min(others, key=lambda n: (-self.log_probabilities[n], n), default=None)
 
 
 class GeneratedToken(NamedTuple):
@@ -199,7 +206,7 @@ class Backend(Protocol):
             prefix: From `prefill` of this backend.
             queries: Tokens of each query up to where its answer begins, at least one; any number of queries.
             options: Options of each query, each at least one token; the same object where queries share them.
-            scope: ``best`` needs the best option only, ``all`` the scores of all.
+            scope: ``best`` needs the best option only, ``best_two`` the two best, ``all`` the scores of all.
         """
 
     def generate(

@@ -80,6 +80,9 @@ class Prediction:
         answer: The best label or choice, or the generated text without its end-of-answer text.
         log_probability: Log-probability of the answer with its end-of-answer text, in nats.
         scores: Scores of every label or choice, where all were wanted; None otherwise, and for free answers.
+        second: The second best label or choice, where it was wanted; None otherwise, where there is one alone, and for
+            free answers.
+        margin: Log-probability of the answer less that of the second best, in nats; None where that is.
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the given threshold.
         num_shots: Number of demonstrations before the query that all queries share.
@@ -97,6 +100,8 @@ class Prediction:
     answer: str
     log_probability: float
     scores: LabelScores | None = None
+    second: str | None = None
+    margin: float | None = None
     stopped: bool = True
     abstained: bool = False
     num_shots: int = 0
@@ -110,6 +115,8 @@ class Prediction:
             return {**dict.fromkeys(names), "problem": str(replace(self.problem, file=None, row=None))}
         if self.abstained:
             known["answer"] = None
+        if self.second is not None:
+            known |= {"second": self.second, "margin": self.margin}
         if self.scores is not None:
             known |= {"scores": dict(self.scores.log_probabilities), "probabilities": self.scores.probabilities}
         return known
@@ -463,8 +470,9 @@ class Engine:
             rows: Mappings with the task's columns, plain strings if the task has one column, or queries; an error in
                 place of a row that cannot be answered.
             nearest: Finds additional examples for each query, which come between the prefix and the query.
-            **options: ``scores="best"`` finds the best label alone, ``"all"`` scores every label, at the cost of
-                processing them all; ``abstain_below`` marks answers whose probability among the labels is below it,
+            **options: ``scores="best"`` finds the best label alone, ``"best_two"`` the second best too, and with it the
+                margin, for a few more tokens of labels; ``"all"`` scores every label, at the cost of processing them
+                all; ``abstain_below`` marks answers whose probability among the labels is below it,
                 and needs all scores; ``sampling`` says how to sample free answers in place of greedy decoding.
                 ``bad_rows="report"`` gives a row that cannot be answered a prediction with a ``problem``, and all
                 others what they get without it; ``"refuse"`` raises. ``num_answered`` first rows have their answers
@@ -640,13 +648,18 @@ class Engine:
         for query, scores in zip(queries, found, strict=True):
             names = query.query.choices or prefix.task.labels or ()
             answer, log_probability = names[scores.best], scores.log_probabilities[scores.best]
-            label_scores, abstained = None, False
+            label_scores, second, margin, abstained = None, None, None, False
             if scope == "all":
                 log_probabilities = {name: scores.log_probabilities[n] for n, name in enumerate(names)}
                 num_tokens = {name: len(ids) for name, ids in zip(names, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
                 abstained = label_scores.probabilities[answer] < abstain_below
-            yield Prediction(answer, log_probability, label_scores, abstained=abstained, num_shots=prefix.num_shots)
+            if scope != "best" and scores.second is not None:
+                second, margin = names[scores.second], log_probability - scores.log_probabilities[scores.second]
+            num_shots = prefix.num_shots
+            yield Prediction(
+                answer, log_probability, label_scores, second, margin, abstained=abstained, num_shots=num_shots
+            )
 
     def _generate(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""

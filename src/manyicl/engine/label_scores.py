@@ -9,6 +9,9 @@ from functools import cached_property
 
 from manyicl.errors import UserError
 
+# Up to so many labels all of them are scored by default where probabilities are of use.
+MOST_LABELS_SCORED = 32
+
 
 @dataclass(frozen=True)
 class LabelScores:

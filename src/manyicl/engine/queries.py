@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar, get_args
 
 from manyicl.engine.backend import Sampling, ScoreScope, out_of_range
 from manyicl.episodes.text_format import Preceding
@@ -90,9 +90,9 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
         remedy = did_you_mean(unknown[0], AnswerOptions.__annotations__)
         raise UserError("unknown_option", f"there is no option {unknown[0]!r}", remedy=remedy, field=unknown[0])
     scores, abstain_below = options.get("scores", "best"), options.get("abstain_below")
-    if scores not in ("best", "all"):
-        what = "scores has no such value"
-        raise UserError("unknown_value", what, expected="'best' or 'all'", found=repr(scores), field="scores")
+    if scores not in get_args(ScoreScope):
+        what, expected = "scores has no such value", "'best', 'best_two' or 'all'"
+        raise UserError("unknown_value", what, expected=expected, found=repr(scores), field="scores")
     if (bad_rows := options.get("bad_rows", "refuse")) not in ("refuse", "report"):
         what = "bad_rows has no such value"
         raise UserError("unknown_value", what, expected="'refuse' or 'report'", found=repr(bad_rows), field="bad_rows")
@@ -101,8 +101,8 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise out_of_range("abstain_below", abstain_below, "a probability among all labels, from 0 to 1")
     conflicts = {
-        "abstain_below": (abstain_below is not None and scores == "best", "abstain_below needs scores='all'"),
-        "scores": (scores == "all" and not task.is_closed, "scores='all' needs labels to score, not free answers"),
+        "abstain_below": (abstain_below is not None and scores != "all", "abstain_below needs scores='all'"),
+        "scores": (scores != "best" and not task.is_closed, f"scores={scores!r} needs labels, not free answers"),
         "sampling": (options.get("sampling") and task.is_closed, "sampling draws free answers, and labels are scored"),
     }
     for field, (is_conflict, what) in conflicts.items():

@@ -2,11 +2,13 @@
 
 All labels of a query share its keys, and labels that begin alike share their beginning: they are a trie, decoded
 after the query. The best label is found exactly without decoding all of it. A log-probability only falls along a path,
-so a path that has already fallen below the best finished label is pruned.
+so a path that has already fallen below the best finished label is pruned; or below the second best, where the margin
+between the two is wanted.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import sys
@@ -28,6 +30,8 @@ from manyicl.model.continuation import Block
 TOKENS_WORTH_A_PASS = 20
 
 Strategy = Literal["best_first", "full_pass"]
+# How many of the best labels each scope needs; None for all.
+_NUM_BEST: dict[ScoreScope, int | None] = {"best": 1, "best_two": 2, "all": None}
 # Log-probability of a path, and whether its every token is the most probable of the whole vocabulary.
 NodeScore = tuple[float, bool]
 # Log-probabilities of a node's children, and the most probable token after it.
@@ -40,7 +44,7 @@ class LabelSearch:
 
     Attributes:
         tries: Tries of the label set, split so that each fits in memory.
-        prune: Whether only the best label is wanted, so that what cannot beat it is pruned.
+        num_best: Number of the best labels that are needed, so that what cannot be among them is pruned; None for all.
         strategy: Decode the most probable nodes first, each round twice as many; or all of a trie at once.
         trie: Trie that is being searched.
         scores: Label number -> log-probability in nats, of the labels that were finished.
@@ -50,18 +54,21 @@ class LabelSearch:
     """
 
     tries: Sequence[LabelTrie]
-    prune: bool
+    num_best: int | None
     strategy: Strategy
     trie: LabelTrie = field(default_factory=LabelTrie)
     scores: dict[int, float] = field(default_factory=dict)
     greedy: set[int] = field(default_factory=set)
     num_read: int = 0
     number_of: dict[int, int] = field(default_factory=dict)
-    _best: tuple[float, int] = (math.inf, sys.maxsize)
+    _best: list[tuple[float, int]] = field(default_factory=list)
     _reached: dict[int, NodeScore] = field(default_factory=dict)
     _open: list[tuple[float, int, int]] = field(default_factory=list)
     _num_rounds: int = 0
     _waiting: list[tuple[float, int, dict[int, NodeScore]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._best = [(math.inf, sys.maxsize)] * (self.num_best or 1)
 
     def start(self, first_tokens: Mapping[int, float], argmax_token: int) -> None:
         """Begin with the log-probability of every first token of a label, and the most probable token of all."""
@@ -76,7 +83,7 @@ class LabelSearch:
     @property
     def best(self) -> int:
         """Number of the best label; the first of equals."""
-        return self._best[1]
+        return self._best[0][1]
 
     def next_trie(self) -> bool:
         """Go on to the next trie; False if there is none."""
@@ -121,15 +128,17 @@ class LabelSearch:
         self._reached[node] = score, is_greedy
         for label in self.trie.labels[node]:
             self.scores[label] = score
-            self._best = min(self._best, (-score, label))
+            if (-score, label) < self._best[-1]:
+                bisect.insort(self._best, (-score, label))
+                self._best.pop()
             if is_greedy:
                 self.greedy.add(label)
         if self.trie.children[node] and not is_read:
             heapq.heappush(self._open, (-score, self.trie.first_label[node], node))
 
     def _may_improve(self) -> bool:
-        """Tell whether an open path may hold a label that is wanted: any, or one better than the best."""
-        return bool(self._open) and (not self.prune or self._open[0][:2] < self._best)
+        """Tell whether an open path may hold a label that is needed: any, or one better than the last of the best."""
+        return bool(self._open) and (self.num_best is None or self._open[0][:2] < self._best[-1])
 
 
 @torch.no_grad()
@@ -150,7 +159,7 @@ def score_labels(
         queries: Encoded, up to where the answer begins.
         label_tries: Of each query, from `tries_of`.
         budget: Bounds how many queries advance together.
-        scope: Only the best label, or the scores of all.
+        scope: Only the best label, the best two, or the scores of all.
         strategy: Overrules the choice between the two ways to search; the results are the same.
 
     Returns:
@@ -162,7 +171,7 @@ def score_labels(
     for chunk in budget.chunks([len(query) for query in queries], [max(own) for own in sizes]):
         reads_all = scope == "all" or sum(sum(sizes[i]) for i in chunk) <= TOKENS_WORTH_A_PASS
         chosen = strategy or ("full_pass" if reads_all else "best_first")
-        searches = [LabelSearch(label_tries[i], scope == "best", chosen) for i in chunk]
+        searches = [LabelSearch(label_tries[i], _NUM_BEST[scope], chosen) for i in chunk]
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
         _search_together(flight, searches, budget)
         found.update(zip(chunk, searches, strict=True))
