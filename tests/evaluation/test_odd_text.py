@@ -21,7 +21,8 @@ from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 
 from manyicl.engine.engine import Engine
-from manyicl.evaluation.baselines import MOST_WEIGHTS, nearest_answers, tfidf_level
+from manyicl.engine.linear import MOST_WEIGHTS
+from manyicl.evaluation.baselines import nearest_answers, tfidf_level
 from manyicl.evaluation.metrics import METRICS, exact_match, numeric_match, squad_normalised
 from manyicl.evaluation.numbers import last_number
 from manyicl.evaluation.report import plot_shot_curves, print_table, write_report

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from manyicl.atomic import write_atomically
 from manyicl.engine.backend import Backend, Identity, backend_cannot_compile, foreign_prefix, require_own
+from manyicl.engine.blend import BlendWeights
 from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY, not_compiled, require_compiled_file, require_output
 from manyicl.engine.local import LocalBackend
 from manyicl.engine.observed import ObservedAnswer
@@ -34,7 +35,9 @@ from manyicl.model.continuation import Block, key_shape
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.task import Example, Task, TaskSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 had no blend; all else is the same.
+READ_VERSIONS = (2, 3)
 COMPILE_AGAIN = "Compile the task again."
 
 
@@ -43,7 +46,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2
+    format_version: Literal[2, 3] = FORMAT_VERSION
     identity: Identity = Field(description="Network that made the keys and values.")
     text_format: AnyFormat = Field(description="How examples became text.")
     task: TaskSpec
@@ -51,6 +54,7 @@ class Header(BaseModel):
     demonstrations: tuple[Example, ...] = Field(description="Demonstrations in the prefix, in order.")
     num_dropped: int = Field(description="Demonstrations that did not fit the context.")
     answers: tuple[ObservedAnswer, ...] = Field(description="How the model did on each demonstration.")
+    blend: BlendWeights | None = Field(None, description="How its label scores are combined with those of the words.")
     versions: dict[str, str] = Field(default_factory=library_versions)
 
 
@@ -79,6 +83,7 @@ def save_compiled(prefix: TaskPrefix, path: Path, text_format: AnyFormat) -> Non
         demonstrations=prefix.demonstrations,
         num_dropped=prefix.num_dropped,
         answers=prefix.answers,
+        blend=prefix.blend,
     ).model_dump_json()
     metadata = {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)}
     try:
@@ -121,8 +126,15 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
             raise foreign_prefix("another tokenizer", header.identity, backend.identity)
         block = _block(tensors, len(token_ids), backend.model)
     cache = PrefixCache(backend.identity, token_ids, (block,))
-    num_dropped, answers = header.num_dropped, header.answers
-    return TaskPrefix(task, header.demonstrations, num_dropped, encoder.text_hash, cache, answers=answers)
+    return TaskPrefix(
+        task,
+        header.demonstrations,
+        header.num_dropped,
+        encoder.text_hash,
+        cache,
+        answers=header.answers,
+        blend=header.blend,
+    )
 
 
 def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedModel) -> Block:
@@ -143,8 +155,9 @@ def _checked_header(metadata: Mapping[str, str]) -> Header:
         raise not_compiled("it is no compiled task")
     try:
         version = TypeAdapter(dict[str, Any]).validate_json(metadata[HEADER_KEY]).get("format_version")
-        if version != FORMAT_VERSION:
-            what, expected = "it was compiled by another version of manyicl", f"format version {FORMAT_VERSION}"
+        if version not in READ_VERSIONS:
+            what = "it was compiled by another version of manyicl"
+            expected = f"format version {' or '.join(map(str, READ_VERSIONS))}"
             raise UserError("other_version", what, expected=expected, found=repr(version), remedy=COMPILE_AGAIN)
         return Header.model_validate_json(metadata[HEADER_KEY])
     except ValidationError as error:

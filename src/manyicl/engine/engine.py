@@ -37,12 +37,14 @@ from manyicl.engine.queries import (
     checked_query,
     in_batches,
     is_query,
+    require_blendable,
     require_options,
 )
 from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, longest_answer
 from manyicl.episodes.chat_template import require_rows_as_written
 from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.episode import Episode
 from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, Preceding
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
@@ -51,6 +53,7 @@ from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
+    from manyicl.engine.blend import Blend
     from manyicl.model.load import LoadedModel
 
 DEFAULT_MAX_ANSWER_TOKENS = 64
@@ -86,6 +89,8 @@ class Prediction:
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the given threshold.
         num_shots: Number of demonstrations before the query that all queries share.
+        blended: True if ``answer`` and ``scores`` are those of the model's scores and a linear classifier's, combined;
+            ``log_probability`` is the model's alone.
         problem: Why there is no answer, where bad rows are reported; ``answer`` is then empty, and
             ``log_probability`` not a number.
 
@@ -93,8 +98,8 @@ class Prediction:
         >>> prediction = Prediction("good", -0.25, num_shots=4)
         >>> prediction.answer, prediction.num_shots
         ('good', 4)
-        >>> prediction.as_json()
-        {'answer': 'good', 'log_probability': -0.25, 'stopped': True, 'abstained': False, 'num_shots': 4}
+        >>> sorted(prediction.as_json())
+        ['abstained', 'answer', 'blended', 'log_probability', 'num_shots', 'stopped']
     """
 
     answer: str
@@ -105,11 +110,12 @@ class Prediction:
     stopped: bool = True
     abstained: bool = False
     num_shots: int = 0
+    blended: bool = False
     problem: UserError | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as JSON holds it; the answer is null where it abstained."""
-        names = ("answer", "log_probability", "stopped", "abstained", "num_shots")
+        names = ("answer", "log_probability", "stopped", "abstained", "num_shots", "blended")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.problem is not None:
             return {**dict.fromkeys(names), "problem": str(replace(self.problem, file=None, row=None))}
@@ -326,6 +332,50 @@ class Engine:
         prefix = self._prefix(task, fitting, num_dropped, cache)
         return replace(prefix, num_reused_tokens=num_reused, answers=answers)
 
+    def with_blend(self, prefix: TaskPrefix) -> TaskPrefix:
+        """Return the prefix with the weights of its blend, which `predict` with ``blend=True`` uses, fitted once.
+
+        They are fitted on what the model and a linear classifier on the same demonstrations say of up to 64 of these
+        before they have seen the answer; that costs as many queries. A prefix without demonstrations has no blend.
+
+        Raises:
+            UserError: If the task has no closed label set, or too many labels.
+        """
+        self._require_own(prefix)
+        require_blendable(prefix.task)
+        if prefix.blend is not None or not prefix.demonstrations:
+            return prefix
+        from manyicl.engine.blend import fit_weights, fitted_positions, held_out_words, model_log_probabilities
+
+        labels, positions = prefix.task.labels or (), fitted_positions(prefix.demonstrations)
+        model = model_log_probabilities(self.scores_before_shown(prefix, positions), labels)
+        words = held_out_words(prefix.demonstrations, labels, positions)
+        answers = [labels.index(prefix.demonstrations[position].answer) for position in positions]
+        return replace(prefix, blend=fit_weights(model, words, answers))
+
+    def scores_before_shown(self, prefix: TaskPrefix, positions: Iterable[int]) -> list[dict[str, float]]:
+        """Score all labels for some demonstrations, each given those before it; the prefix is not encoded again.
+
+        Args:
+            prefix: Prefix of a task with labels.
+            positions: Which of its demonstrations, from 0.
+
+        Returns:
+            Label -> log-probability in nats, of each.
+        """
+        self._require_own(prefix)
+        task, labels = prefix.task, prefix.task.labels or ()
+        spans = self.encoder.encode_episode(Episode(task.name, task.instruction(), prefix.demonstrations)).answer_spans
+        label_ids = [self.encoder.answer_ids(label) for label in labels]
+        found = []
+        for shot in positions:
+            text, preceding = prefix.demonstrations[shot].query.text, self.encoder.preceding(task.instruction(), shot)
+            query_ids, (end, _) = self.encoder.query_ids(text, preceding), spans[shot]
+            before = self.backend.prefill(prefix.token_ids[: end - len(query_ids)], prefix.cache)
+            (scores,) = self.backend.score(before, [query_ids], [label_ids], "all")
+            found.append({label: scores.log_probabilities[number] for number, label in enumerate(labels)})
+        return found
+
     def save(self, prefix: TaskPrefix, path: str | Path) -> None:
         """Write a compiled task to one file, which holds its demonstrations in recoverable form.
 
@@ -474,6 +524,8 @@ class Engine:
                 margin, for a few more tokens of labels; ``"all"`` scores every label, at the cost of processing them
                 all; ``abstain_below`` marks answers whose probability among the labels is below it,
                 and needs all scores; ``sampling`` says how to sample free answers in place of greedy decoding.
+                ``blend=True`` combines the scores of all labels with those of a linear classifier on the same
+                demonstrations, see `with_blend`; not after a prefix without demonstrations.
                 ``bad_rows="report"`` gives a row that cannot be answered a prediction with a ``problem``, and all
                 others what they get without it; ``"refuse"`` raises. ``num_answered`` first rows have their answers
                 from an earlier call that was interrupted: they are prepared as they were then, so that the others get
@@ -484,7 +536,7 @@ class Engine:
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        require_options(prefix.task, rows, options)
+        require_options(prefix.task, rows, options, retrieves=nearest is not None)
         after_shots = bool(prefix.num_shots or nearest)
         numbered = self._encoded(prefix.task, enumerate(rows, start=1), after_shots, options)
         return self._predict(prefix, numbered, nearest, options)
@@ -516,7 +568,7 @@ class Engine:
         Raises:
             UserError: As for `prefill` and `predict`.
         """
-        require_options(task, rows, options)
+        require_options(task, rows, options, retrieves=num_nearest > 0)
         return self._answer(task, tuple(demonstrations), rows, num_nearest, on_prefix, options)
 
     def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
@@ -569,6 +621,8 @@ class Engine:
                 prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
                 if on_prefix is not None:
                     on_prefix(prefix)
+                if options.get("blend"):
+                    prefix = self.with_blend(prefix)
             after_shots = bool(prefix.num_shots or nearest)
             yield from self._predict(prefix, self._encoded(task, batch, after_shots, options), nearest, options)
 
@@ -590,12 +644,14 @@ class Engine:
     ) -> Iterator[Prediction]:
         """Answer the queries of a stream, in order."""
         fitting = (self._fitting_query(prefix, number, query, nearest, options) for number, query in numbered)
+        blend = self.with_blend(prefix).blend_with_words() if options.get("blend") else None
         answer = self._choose if prefix.task.is_closed else self._generate
         for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
             if batch[-1][0] <= options.get("num_answered", 0):
                 continue
             with closing(answer(prefix, batch, options)) as answers:
-                yield from _merged(batch, answers, options)
+                predictions = _blended(blend, _queries_of(batch), answers, options) if blend else answers
+                yield from _merged(batch, predictions, options)
 
     def _fitting_query(
         self,
@@ -691,6 +747,25 @@ def _kept_answers(
             break
         kept.append(answer)
     return tuple(kept)
+
+
+def _blended(
+    blend: Blend, queries: Sequence[EncodedQuery], predictions: Iterable[Prediction], options: AnswerOptions
+) -> Iterator[Prediction]:
+    """Combine the label scores of predictions with those of the words, and choose the best label by both."""
+    abstain_below = options.get("abstain_below") or 0
+    of_model = [(one, one.scores) for one in predictions if one.scores is not None]
+    texts = [query.query.text for query in queries]
+    blended = blend.scores(texts, [scores for _, scores in of_model])
+    for (prediction, model_scores), scores in zip(of_model, blended, strict=True):
+        yield replace(
+            prediction,
+            answer=scores.best,
+            log_probability=model_scores.log_probabilities[scores.best],
+            scores=scores,
+            abstained=scores.probabilities[scores.best] < abstain_below,
+            blended=True,
+        )
 
 
 def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:

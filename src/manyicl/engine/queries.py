@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict, TypeVar, get_args
 
 from manyicl.engine.backend import Sampling, ScoreScope, out_of_range
+from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.episodes.text_format import Preceding
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, did_you_mean, pluralized
 from manyicl.tasks.task import Columns, Query, Task
 
 ItemT = TypeVar("ItemT")
@@ -72,13 +73,38 @@ class AnswerOptions(TypedDict, total=False):
 
     scores: ScoreScope
     abstain_below: float | None
+    blend: bool
     sampling: Sampling | None
     bad_rows: BadRows
     num_answered: int
 
 
-def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
+def can_blend(task: Task) -> bool:
+    """Tell whether a task has a closed label set, small enough to blend its scores with those of the words."""
+    return task.labels is not None and len(task.labels) <= MOST_LABELS_SCORED
+
+
+def require_blendable(task: Task) -> None:
+    """Refuse a task whose answers cannot be blended.
+
+    Raises:
+        UserError: If so.
+    """
+    if not can_blend(task):
+        found = pluralized(len(task.labels), "label") if task.labels else "none"
+        what = f"the answers of task {task.name!r} cannot be blended with those of a linear classifier"
+        expected = f"a closed set of at most {MOST_LABELS_SCORED} labels"
+        raise UserError("not_blendable", what, expected=expected, found=found, field="blend")
+
+
+def require_options(task: Task, rows: object, options: AnswerOptions, *, retrieves: bool = False) -> None:
     """Refuse options of `Engine.predict` that are unknown or contradict each other or the task, and one row for a list.
+
+    Args:
+        task: Task of the queries.
+        rows: Their rows.
+        options: What `Engine.predict` was given.
+        retrieves: Whether each query gets additional examples.
 
     Raises:
         UserError: If there are any.
@@ -100,14 +126,23 @@ def require_options(task: Task, rows: object, options: AnswerOptions) -> None:
         raise out_of_range("num_answered", num_answered, "at least 0")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise out_of_range("abstain_below", abstain_below, "a probability among all labels, from 0 to 1")
+    if blend := options.get("blend", False):
+        require_blendable(task)
     conflicts = {
         "abstain_below": (abstain_below is not None and scores != "all", "abstain_below needs scores='all'"),
+        "blend": (blend and (scores != "all" or retrieves), _why_no_blend(retrieves)),
         "scores": (scores != "best" and not task.is_closed, f"scores={scores!r} needs labels, not free answers"),
         "sampling": (options.get("sampling") and task.is_closed, "sampling draws free answers, and labels are scored"),
     }
     for field, (is_conflict, what) in conflicts.items():
         if is_conflict:
             raise UserError("conflicting_options", f"Task {task.name!r}: {what}", field=field)
+
+
+def _why_no_blend(retrieves: bool) -> str:
+    if retrieves:
+        return "weights of a blend are fitted without additional examples for each query"
+    return "blend needs scores='all'"
 
 
 def in_batches(

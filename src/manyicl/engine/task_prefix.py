@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from manyicl.engine.backend import Prefix
+from manyicl.engine.blend import Blend, BlendWeights
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.errors import UserError, quoted
 from manyicl.tasks.task import Example, Task
@@ -25,6 +26,8 @@ class TaskPrefix:
         rebuilt: True if an extension changed the instruction, because it lists the labels and these changed; all
             that follows the first changed token was then encoded anew.
         answers: How the model did on each demonstration; empty where the prefix was not compiled.
+        blend: Weights of the model's label scores and those of the words; None before
+            `manyicl.engine.engine.Engine.with_blend`.
     """
 
     task: Task
@@ -35,6 +38,7 @@ class TaskPrefix:
     num_reused_tokens: int = 0
     rebuilt: bool = False
     answers: tuple[ObservedAnswer, ...] = ()
+    blend: BlendWeights | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -50,6 +54,12 @@ class TaskPrefix:
     def num_shots(self) -> int:
         """Number of demonstrations before a query."""
         return len(self.demonstrations)
+
+    def blend_with_words(self) -> Blend | None:
+        """Return what combines the model's label scores with those of the words; None where there are no weights."""
+        if self.blend is None:
+            return None
+        return Blend.of(self.task.labels or (), self.demonstrations, self.blend)
 
 
 def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from statistics import fmean
 from typing import NamedTuple
 
+from manyicl.engine.linear import WordClassifier
+from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
-from manyicl.tasks.nearest import NearestExamples, terms
+from manyicl.tasks.nearest import NearestExamples
 from manyicl.tasks.task import Example, Task
-
-# Labels x terms that a logistic regression is fitted for: its solver keeps some twenty copies of them, 1.6 GB here.
-MOST_WEIGHTS = 10_000_000
 
 
 class Level(NamedTuple):
@@ -61,9 +59,7 @@ def tfidf_answers(
 ) -> tuple[Sequence[str] | None, str]:
     """Answer by TF-IDF with logistic regression trained on exactly the demonstrations in the context.
 
-    Both with scikit-learn's default settings: what one would try first. Terms are words of any script; where a
-    script has no spaces, as in Chinese and Thai, they are its characters and each two neighbours. If only one label
-    was seen, it is always the answer; without demonstrations the baseline is undefined.
+    If only one label was seen, it is always the answer; without demonstrations the baseline is undefined.
 
     Returns:
         The answers, None where undefined, and what is special about them or missing.
@@ -72,30 +68,19 @@ def tfidf_answers(
         return None, "needs a closed label set"
     if not demonstrations:
         return None, "no demonstrations"
-    seen = list(dict.fromkeys(example.answer for example in demonstrations))
-    if len(seen) == 1:
-        return seen * len(queries), "only one label seen, always answered"
-    seen_terms = {term for example in demonstrations for term in terms(example.query.text)}
-    if len(seen) * len(seen_terms) > MOST_WEIGHTS:
-        return None, f"{len(seen):,} labels x {len(seen_terms):,} terms are too many to fit"
-    if not seen_terms:
-        return [_most_frequent(demonstrations)] * len(queries), "no words in the demonstrations"
-    return _tfidf_predictions(tuple(demonstrations), tuple(queries)), ""
+    return _word_answers(tuple(demonstrations), tuple(queries))
 
 
 @lru_cache(maxsize=1024)
-def _tfidf_predictions(demonstrations: tuple[Example, ...], queries: tuple[Example, ...]) -> tuple[str, ...]:
+def _word_answers(
+    demonstrations: tuple[Example, ...], queries: tuple[Example, ...]
+) -> tuple[tuple[str, ...] | None, str]:
     """Fit and answer; cached, because all models of a comparison have the same demonstrations."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    pipeline = make_pipeline(TfidfVectorizer(analyzer=terms), LogisticRegression(max_iter=1000))
-    with warnings.catch_warnings():
-        # Of labels with one or two demonstrations each, it asks whether they are numbers.
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        pipeline.fit([example.query.text for example in demonstrations], [example.answer for example in demonstrations])
-    return tuple(str(label) for label in pipeline.predict([example.query.text for example in queries]))
+    try:
+        classifier = WordClassifier.fit(demonstrations)
+    except UserError as error:
+        return None, error.what
+    return tuple(classifier.answers([example.query.text for example in queries])), classifier.note
 
 
 def nearest_answers(demonstrations: Sequence[Example], test: Sequence[Example]) -> list[str | None]:
