@@ -19,6 +19,7 @@ from manyicl.engine.blend import (
     FEWEST_FITTED,
     FIXED_WEIGHTS,
     MOST_FITTED,
+    USUAL_WEIGHT,
     Blend,
     BlendWeights,
     Scores,
@@ -38,13 +39,14 @@ from tests.builders import byte_level_bpe, make_example, make_task, tiny_loaded
 from tests.engine.parts import refused
 from tests.engine.plain_backend import PlainBackend
 
+THRESHOLD = 0.6
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 
 
 def made_up(seed: int, num_rows: int, signal: float, num_labels: int = 4, scale: float = 1.0) -> tuple[Scores, Scores]:
     """Log-probabilities of one part of so much signal, with the right answers, which depend on the seed alone."""
     answers = np.random.default_rng(seed).integers(num_labels, size=num_rows)
-    scores = np.random.default_rng((seed, int(100 * signal))).normal(size=(num_rows, num_labels))
+    scores = np.random.default_rng((seed, int(100 * abs(signal)))).normal(size=(num_rows, num_labels))
     scores[np.arange(num_rows), answers] += signal
     return log_softmax(scale * scores, axis=1), answers
 
@@ -97,17 +99,18 @@ def test_few_examples_give_the_fixed_weights() -> None:
     assert fit_weights(model, words, list(answers)).num_fitted == 16
 
 
-def test_parts_that_say_the_same_of_every_label_leave_the_fixed_weights() -> None:
-    flat = np.full((20, 3), np.log(1 / 3))
-    weights = fit_weights(flat, flat, [0, 1] * 10)
-    assert (weights.model, weights.words) == pytest.approx((FIXED_WEIGHTS.model, FIXED_WEIGHTS.words))
+def test_a_part_that_says_the_same_of_every_label_leaves_the_other_one_alone() -> None:
+    flat, (words, answers) = np.full((40, 4), np.log(1 / 4)), made_up(0, 40, 2.0)
+    weights = fit_weights(flat, words, list(answers))
+    assert weights.model == pytest.approx(USUAL_WEIGHT)
+    assert (blended(weights, flat, words).argmax(axis=1) == words.argmax(axis=1)).all()
 
 
 def test_a_part_that_is_always_wrong_gets_no_weight_but_never_a_negative_one() -> None:
     (wrong, answers), (words, _) = made_up(0, 64, -3.0), made_up(0, 64, 1.0)
     weights = fit_weights(wrong, words, list(answers))
-    assert weights.model == 0
-    assert weights.words > 0
+    assert weights.model == pytest.approx(0, abs=1e-6)
+    assert 0 <= weights.model < weights.words
 
 
 def test_a_single_label_and_scores_without_bound_survive() -> None:
@@ -219,7 +222,7 @@ def test_a_blended_prediction_is_the_blend_of_the_models_scores_and_the_words() 
     prefix = engine.with_blend(engine.prefill(task, task.train[:20]))
     rows = [example.query for example in task.train[20:]]
     alone = list(engine.predict(prefix, rows, scores="all"))
-    together = list(engine.predict(prefix, rows, scores="all", blend=True, abstain_below=0.3))
+    together = list(engine.predict(prefix, rows, scores="all", blend=True, abstain_below=THRESHOLD))
     assert prefix.blend is not None
     both = Blend.of(LABELS, task.train[:20], prefix.blend)
     assert prefix.blend.num_fitted == 20
@@ -231,14 +234,14 @@ def test_a_blended_prediction_is_the_blend_of_the_models_scores_and_the_words() 
         assert one.answer == expected.best
         assert one.log_probability == model.scores.log_probabilities[one.answer]
         assert sum(one.scores.probabilities.values()) == pytest.approx(1)
-        assert one.abstained == (one.scores.probabilities[one.answer] < 0.3)
+        assert one.abstained == (one.scores.probabilities[one.answer] < THRESHOLD)
         assert (model.blended, one.blended) == (False, True)
         assert one.as_json()["blended"] is True
     assert {one.abstained for one in together} == {True, False}
     # Weights that were not fitted before are fitted by the call itself, and a stream gives the same.
     unfitted = engine.prefill(task, task.train[:20])
-    assert list(engine.predict(unfitted, rows, scores="all", blend=True, abstain_below=0.3)) == together
-    stream = engine.answer(task, task.train[:20], iter(rows), scores="all", blend=True, abstain_below=0.3)
+    assert list(engine.predict(unfitted, rows, scores="all", blend=True, abstain_below=THRESHOLD)) == together
+    stream = engine.answer(task, task.train[:20], iter(rows), scores="all", blend=True, abstain_below=THRESHOLD)
     assert [one.answer for one in stream] == [one.answer for one in together]
 
 

@@ -47,10 +47,11 @@ class BlendWeights(BaseModel):
     num_fitted: int = Field(ge=0, description="Demonstrations that they were fitted on; 0 where they are fixed.")
 
 
-# Where nothing is fitted, and what fitted weights are drawn to.
+# Where nothing is fitted.
 FIXED_WEIGHTS = BlendWeights(model=0.5, words=2.0, num_fitted=0)
-# A weight that is twice the fixed one costs as much as half of so many nats of log-loss, summed over demonstrations.
-PULL_TO_FIXED = 1.0
+# What the weight of a part is drawn to whose scores have a spread of 1 over the labels, and how strongly: a weight that
+# differs from it by 1 costs half of so many nats of log-loss, summed over demonstrations.
+USUAL_WEIGHT, PULL = 0.7, 1.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ def held_out_words(demonstrations: Sequence[Example], labels: Sequence[str], pos
 
 
 def fit_weights(model: Scores, words: Scores, answers: Sequence[int]) -> BlendWeights:
-    """Fit the weights of the two parts by logistic regression, drawn to the fixed ones and never below zero.
+    """Fit the weights of the two parts by logistic regression, never below zero.
+
+    Each part is divided by its spread over the labels, and the weights after that are drawn to a usual one. So it does
+    not matter how sure of itself a part is.
 
     Args:
         model: The model's log-probabilities of labels for examples that it has not seen, (N, L).
@@ -145,17 +149,24 @@ def fit_weights(model: Scores, words: Scores, answers: Sequence[int]) -> BlendWe
         return FIXED_WEIGHTS
     from scipy.optimize import minimize
 
-    rows, parts = np.arange(len(answers)), np.stack([model, words])
-    centre = np.array([FIXED_WEIGHTS.model, FIXED_WEIGHTS.words])
+    spreads = np.array([spread_over_labels(model), spread_over_labels(words)])
+    rows, parts = np.arange(len(answers)), np.stack([model / spreads[0], words / spreads[1]])
     right = parts[:, rows, list(answers)]
 
     def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """Return the log-loss with its penalty, in nats, and its gradient."""
         log_probabilities = log_softmax(np.tensordot(weights, parts, axes=1), axis=1)
         expected = (np.exp(log_probabilities) * parts).sum(axis=2)
-        distance = (weights - centre) / centre
-        nats = -log_probabilities[rows, list(answers)].sum() + PULL_TO_FIXED / 2 * distance @ distance
-        return float(nats), (expected - right).sum(axis=1) + PULL_TO_FIXED * distance / centre
+        distance = weights - USUAL_WEIGHT
+        nats = -log_probabilities[rows, list(answers)].sum() + PULL / 2 * distance @ distance
+        return float(nats), (expected - right).sum(axis=1) + PULL * distance
 
-    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=[(0, None), (0, None)])
-    return BlendWeights(model=float(found.x[0]), words=float(found.x[1]), num_fitted=len(answers))
+    found = minimize(loss, np.full(2, USUAL_WEIGHT), jac=True, method="L-BFGS-B", bounds=[(0, None), (0, None)])
+    of_model, of_words = map(float, found.x / spreads)
+    return BlendWeights(model=of_model, words=of_words, num_fitted=len(answers))
+
+
+def spread_over_labels(log_probabilities: Scores) -> float:
+    """Standard deviation of labels' scores around the mean of their row; 1 where all are equal."""
+    spread = float((log_probabilities - log_probabilities.mean(axis=1, keepdims=True)).std())
+    return spread or 1.0

@@ -354,7 +354,9 @@ class Engine:
         return replace(prefix, blend=fit_weights(model, words, answers))
 
     def scores_before_shown(self, prefix: TaskPrefix, positions: Iterable[int]) -> list[dict[str, float]]:
-        """Score all labels for some demonstrations, each given those before it; the prefix is not encoded again.
+        """Score all labels for some demonstrations, each given those before it, from the keys and values of the prefix.
+
+        The query of a demonstration is in the prefix, too: only its last token goes through the model again.
 
         Args:
             prefix: Prefix of a task with labels.
@@ -369,10 +371,11 @@ class Engine:
         label_ids = [self.encoder.answer_ids(label) for label in labels]
         found = []
         for shot in positions:
-            text, preceding = prefix.demonstrations[shot].query.text, self.encoder.preceding(task.instruction(), shot)
-            query_ids, (end, _) = self.encoder.query_ids(text, preceding), spans[shot]
-            before = self.backend.prefill(prefix.token_ids[: end - len(query_ids)], prefix.cache)
-            (scores,) = self.backend.score(before, [query_ids], [label_ids], "all")
+            answer_start, _ = spans[shot]
+            before = self.backend.prefill(prefix.token_ids[: answer_start - 1], prefix.cache)
+            (scores,) = self.backend.score(
+                before, [prefix.token_ids[answer_start - 1 : answer_start]], [label_ids], "all"
+            )
             found.append({label: scores.log_probabilities[number] for number, label in enumerate(labels)})
         return found
 
