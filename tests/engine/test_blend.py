@@ -31,9 +31,8 @@ from manyicl.engine.blend import (
 from manyicl.engine.compiled import _digest
 from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
-from manyicl.engine.label_scores import LabelScores
+from manyicl.engine.label_scores import MOST_LABELS_SCORED, LabelScores
 from manyicl.engine.linear import WordClassifier
-from manyicl.engine.queries import MOST_BLENDED_LABELS
 from manyicl.tasks.task import Example, Task
 from tests.builders import byte_level_bpe, make_example, make_task, tiny_loaded
 from tests.engine.parts import refused
@@ -236,6 +235,10 @@ def test_a_blended_prediction_is_the_blend_of_the_models_scores_and_the_words() 
         assert sum(one.scores.probabilities.values()) == pytest.approx(1)
         assert one.abstained == (one.scores.probabilities[one.answer] < THRESHOLD)
         assert (model.blended, one.blended) == (False, True)
+        assert one.second is not None
+        of_second = one.scores.log_probabilities[one.answer] - one.scores.log_probabilities[one.second]
+        assert one.margin == pytest.approx(of_second)
+        assert one.second == max((label for label in LABELS if label != one.answer), key=expected.probabilities.get)
         assert one.as_json()["blended"] is True
     assert {one.abstained for one in together} == {True, False}
     # Weights that were not fitted before are fitted by the call itself, and a stream gives the same.
@@ -262,7 +265,7 @@ def test_without_demonstrations_nothing_is_blended() -> None:
 
 def test_what_cannot_be_blended_is_refused() -> None:
     engine = Engine.local(tiny_loaded())
-    many = tuple(f"label {i}" for i in range(MOST_BLENDED_LABELS + 1))
+    many = tuple(f"label {i}" for i in range(MOST_LABELS_SCORED + 1))
     for task in (make_task(train=demonstrations(33, many), labels=many), make_task(labels=None)):
         prefix = engine.prefill(task, task.train[:2])
         with refused("not_blendable", expected="at most 32 labels", field="blend"):

@@ -19,7 +19,7 @@ class AnswerColumns:
     """Which columns answers get.
 
     Attributes:
-        has_probability: Probability of the answer, the second best and its probability.
+        has_probability: Probability of the answer, the second best and its probability, and whether they are blended.
         has_margin: The second best and the margin, where probabilities would need the scores of many labels.
         has_scores: Scores of all labels.
         may_abstain: Whether it abstained, and what it would have answered.
@@ -64,6 +64,8 @@ class AnswerColumns:
             columns["margin"] = None if prediction.margin is None else round(prediction.margin, 6)
         columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
         columns["stopped"] = known["stopped"]
+        if self.has_probability:
+            columns["blended"] = known["blended"]
         if self.may_abstain:
             columns["abstained"] = known["abstained"]
             columns["guess"] = prediction.answer if prediction.abstained else None

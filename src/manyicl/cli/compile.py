@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
+from manyicl.engine.queries import can_blend
 from manyicl.errors import UserError, pluralized, quoted
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def compile_command(
             say_unused(loaded_task, demonstrations, console)
     with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
         compiled = engine.compile(loaded_task, demonstrations, reuse=earlier)
+        if can_blend(loaded_task):
+            compiled = engine.with_blend(compiled)
         engine.save(compiled, output)
     out = Console(highlight=False)
     if earlier is not None:

@@ -14,7 +14,7 @@ from manyicl.cli import options
 from manyicl.cli.answer_columns import AnswerColumns
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
 from manyicl.cli.unfinished import MadeOf, answers_written
-from manyicl.engine.queries import BadRows
+from manyicl.engine.queries import BadRows, can_blend, require_blendable
 from manyicl.errors import UserError, pluralized
 from manyicl.paths import sha256_of_file
 from manyicl.tasks.rows import GZIP, suffix_of
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from manyicl.tasks.task import Task
 
 BAD_ROWS_EXIT_CODE = 3
+# Whether answers are blended where neither --blend nor --no-blend says so and they can be.
+BLENDS_BY_DEFAULT = False
 # Parameters of the command that say where things are, or how queries are read: what comes of them is compared.
 _COMPARED_BY_EFFECT = ("model", "task", "prefix", "data_root", "input_path", "output", "delimiter", "encoding")
 BadRowsOption = Annotated[
@@ -87,6 +89,14 @@ def predict_command(
             "model for every query, which takes longer where there are many labels."
         ),
     ] = False,
+    blend: Annotated[
+        bool | None,
+        typer.Option(
+            "--blend/--no-blend",
+            help="Combine the model's label scores with those of a linear classifier on the words of the same "
+            "demonstrations. For up to 32 labels, without --nearest. [default: --no-blend]",
+        ),
+    ] = None,
     abstain_below: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Leave the answer empty if its probability among the labels is lower."),
@@ -149,6 +159,7 @@ def predict_command(
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
         examples = Demonstrations.of(task, data_root, shots, seed or 0, prefix)
         examples.require_no_rows_of(output)
+        _is_blended(blend, examples.task, nearest)
         first = [] if examples.task is None or input_path == STANDARD_STREAM else queries.read_ahead(examples.task)
         engine = options.load_engine(
             model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
@@ -162,7 +173,7 @@ def predict_command(
         queries.skip(tally.num_rows)
         task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
         layout = AnswerColumns.of(task_of_queries, scores, abstain_below is not None, bad_rows == "report", is_csv)
-        how["scores"] = layout.scope
+        how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, nearest)
         stream = chain(first, queries.rendered(task_of_queries))
         predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
         rows = tally.counting(_tracked(console, queries.answered(predictions, layout.columns)))
@@ -192,6 +203,27 @@ def _answer_options(
         "sampling": Sampling(**given, seed=seed) if given else None,
         "bad_rows": bad_rows,
     }
+
+
+def _is_blended(wanted: bool | None, task: Task | None, num_nearest: int) -> bool:
+    """Tell whether answers are blended; refuse what is wanted and cannot be.
+
+    Args:
+        wanted: What the command was told, if anything.
+        task: Task of the queries; None before a compiled one is loaded.
+        num_nearest: Number of examples for each query.
+
+    Raises:
+        UserError: If the task has no closed label set or too many labels, or each query gets examples of its own.
+    """
+    if wanted and num_nearest:
+        what = "--blend does not go with --nearest: its weights are fitted without examples for each query"
+        raise UserError("conflicting_options", what, field="--blend")
+    if wanted and task is not None:
+        require_blendable(task)
+    if wanted is None:
+        wanted = BLENDS_BY_DEFAULT and not num_nearest and (task is None or can_blend(task))
+    return wanted
 
 
 @dataclass

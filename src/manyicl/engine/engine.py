@@ -766,6 +766,8 @@ def _blended(
             answer=scores.best,
             log_probability=model_scores.log_probabilities[scores.best],
             scores=scores,
+            second=scores.second,
+            margin=None if scores.second is None else scores.margin,
             abstained=scores.probabilities[scores.best] < abstain_below,
             blended=True,
         )

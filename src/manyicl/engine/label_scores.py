@@ -30,6 +30,12 @@ class LabelScores:
         """The label with the highest score; the first of equals."""
         return max(self.log_probabilities, key=lambda label: self.log_probabilities[label])
 
+    @property
+    def second(self) -> str | None:
+        """The label with the highest score but the best, the first of equals; None where there is one label."""
+        others = [label for label in self.log_probabilities if label != self.best]
+        return max(others, key=lambda label: self.log_probabilities[label], default=None)
+
     @cached_property
     def probabilities(self) -> dict[str, float]:
         """Label -> probability among the labels; they sum to 1."""

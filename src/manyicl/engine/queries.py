@@ -91,7 +91,8 @@ def require_blendable(task: Task) -> None:
         UserError: If so.
     """
     if not can_blend(task):
-        found = pluralized(len(task.labels), "label") if task.labels else "none"
+        without_labels = "options of each row" if task.choices_column else "free answers"
+        found = pluralized(len(task.labels), "label") if task.labels else without_labels
         what = f"the answers of task {task.name!r} cannot be blended with those of a linear classifier"
         expected = f"a closed set of at most {MOST_LABELS_SCORED} labels"
         raise UserError("not_blendable", what, expected=expected, found=found, field="blend")
