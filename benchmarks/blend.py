@@ -151,7 +151,8 @@ class Point:
 
     def right(self, part: str) -> Scores:
         """Return 1 for each query that a part answers right, else 0; the first of equal labels is the answer."""
-        return (self.log_probabilities[part].argmax(axis=1) == self.answers).astype(float)
+        is_right: Scores = (self.log_probabilities[part].argmax(axis=1) == self.answers).astype(float)
+        return is_right
 
 
 def points_of(data: Path, plan: dict[str, Any], output: Path) -> Iterator[Point]:
@@ -248,12 +249,12 @@ def print_tables(points: Sequence[Point]) -> None:
         print(f"| {task} | {shots}{fitting} | {percent} | {written(gain)} | {weights} |")
     print("\n| Shots | model | words | blend | blend − model | blend − words | Calibration error of each |")
     print("| ---: | ---: | ---: | ---: | --- | --- | --- |")
-    for shots in (*sorted({shots for _, shots in cells}), None):
-        own = [point for point in points if shots in (point.shots, None)]
+    for name in (*map(str, sorted({shots for _, shots in cells})), "all"):
+        own = [point for point in points if name in (str(point.shots), "all")]
         percent = " | ".join(f"{mean_right(own, part):.1f}" for part in PARTS)
         errors = ", ".join(f"{calibration_error(own, part):.1f}" for part in PARTS)
         gains = [written(gain_over(own, part)) for part in ("model", "words")]
-        print(f"| {shots or 'all'} | {percent} | {gains[0]} | {gains[1]} | {errors} |")
+        print(f"| {name} | {percent} | {gains[0]} | {gains[1]} | {errors} |")
     print(f"\nBelow the better part by more than noise: {', '.join(below) or 'nowhere'}, of {len(cells)} compared.")
     for part in ("model", "words"):
         gain = gain_over(points, part)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_compiled_task_answers_with_the_blend_that_it_carries(
     prefix, task = tmp_path / "task.prefix", ["--task", f"{table}:text:label"]
     model = ["--model", model_folder]
     assert run(monkeypatch, "compile", *model, *task, "--shots", 20, "--output", prefix) == 0
-    found = []
+    found: list[list[dict[str, Any]]] = []
     for source in (["--prefix", prefix], [*task, "--shots", 20]):
         output = tmp_path / f"answers{len(found)}.jsonl"
         arguments = [*source, "--input", tmp_path / "new.jsonl", "--output", output, "--blend"]
@@ -69,7 +70,7 @@ def test_what_cannot_be_blended_is_refused_before_a_model_is_loaded(
 ) -> None:
     assert callable(table_of)
     path = tmp_path / "table.csv"
-    path.write_text("text,label\n" + "".join(f"{table_of(i)}\n" for i in range(80)), encoding="utf-8")
+    path.write_text("text,label\n" + "".join(f"{table_of(i)}\n" for i in range(400)), encoding="utf-8")
     task = ["--task", f"{path}:text:label,test_fraction=0", "--input", path]
     assert run(monkeypatch, "predict", "--model", "builtin:one", *task, *arguments, "--blend") == 2
     assert sentence in " ".join(capsys.readouterr().err.split())

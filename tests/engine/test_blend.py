@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
@@ -38,11 +39,12 @@ from tests.builders import byte_level_bpe, make_example, make_task, tiny_loaded
 from tests.engine.parts import refused
 from tests.engine.plain_backend import PlainBackend
 
+Numbers = NDArray[np.int64]
 THRESHOLD = 0.6
 LABELS = ("good", "good film", "bad", "a", "long and bad")
 
 
-def made_up(seed: int, num_rows: int, signal: float, num_labels: int = 4, scale: float = 1.0) -> tuple[Scores, Scores]:
+def made_up(seed: int, num_rows: int, signal: float, num_labels: int = 4, scale: float = 1.0) -> tuple[Scores, Numbers]:
     """Log-probabilities of one part of so much signal, with the right answers, which depend on the seed alone."""
     answers = np.random.default_rng(seed).integers(num_labels, size=num_rows)
     scores = np.random.default_rng((seed, int(100 * abs(signal)))).normal(size=(num_rows, num_labels))
@@ -50,7 +52,7 @@ def made_up(seed: int, num_rows: int, signal: float, num_labels: int = 4, scale:
     return log_softmax(scale * scores, axis=1), answers
 
 
-def right(scores: Scores, answers: Scores) -> float:
+def right(scores: Scores, answers: Numbers) -> float:
     return float((scores.argmax(axis=1) == answers).mean())
 
 
@@ -193,7 +195,7 @@ def test_scores_before_a_demonstration_are_those_after_a_prefix_of_the_ones_befo
 
 
 def test_the_model_scores_no_demonstration_after_it_was_shown() -> None:
-    scored = []
+    scored: list[TokenIds] = []
 
     class Spy(PlainBackend):
         def score(
@@ -238,7 +240,7 @@ def test_a_blended_prediction_is_the_blend_of_the_models_scores_and_the_words() 
         assert one.second is not None
         of_second = one.scores.log_probabilities[one.answer] - one.scores.log_probabilities[one.second]
         assert one.margin == pytest.approx(of_second)
-        assert one.second == max((label for label in LABELS if label != one.answer), key=expected.probabilities.get)
+        assert one.second == sorted(LABELS, key=lambda label: -expected.probabilities[label])[1]
         assert one.as_json()["blended"] is True
     assert {one.abstained for one in together} == {True, False}
     # Weights that were not fitted before are fitted by the call itself, and a stream gives the same.

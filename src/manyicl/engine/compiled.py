@@ -35,7 +35,6 @@ from manyicl.model.continuation import Block, key_shape
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.task import Example, Task, TaskSpec
 
-FORMAT_VERSION = 3
 # Version 2 had no blend; all else is the same.
 READ_VERSIONS = (2, 3)
 COMPILE_AGAIN = "Compile the task again."
@@ -46,7 +45,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2, 3] = FORMAT_VERSION
+    format_version: Literal[2, 3] = 3
     identity: Identity = Field(description="Network that made the keys and values.")
     text_format: AnyFormat = Field(description="How examples became text.")
     task: TaskSpec
