@@ -205,25 +205,25 @@ def _answer_options(
     }
 
 
-def _is_blended(wanted: bool | None, task: Task | None, num_nearest: int) -> bool:
-    """Tell whether answers are blended; refuse what is wanted and cannot be.
+def _is_blended(choice: bool | None, task: Task | None, num_nearest: int) -> bool:
+    """Tell whether answers are blended; refuse a wish that cannot be met.
 
     Args:
-        wanted: What the command was told, if anything.
+        choice: What --blend or --no-blend says; None without either.
         task: Task of the queries; None before a compiled one is loaded.
         num_nearest: Number of examples for each query.
 
     Raises:
         UserError: If the task has no closed label set or too many labels, or each query gets examples of its own.
     """
-    if wanted and num_nearest:
+    if choice and num_nearest:
         what = "--blend does not go with --nearest: its weights are fitted without examples for each query"
         raise UserError("conflicting_options", what, field="--blend")
-    if wanted and task is not None:
+    if choice and task is not None:
         require_blendable(task)
-    if wanted is None:
-        wanted = BLENDS_BY_DEFAULT and not num_nearest and (task is None or can_blend(task))
-    return wanted
+    if choice is None:
+        choice = BLENDS_BY_DEFAULT and not num_nearest and (task is None or can_blend(task))
+    return choice
 
 
 @dataclass
