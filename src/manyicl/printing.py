@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-# Where there is no bar, a long command says this often how far it is.
-SECONDS_BETWEEN_LINES = 10.0
 # Control characters but for tabs and line breaks, separators that break a line unasked, marks that turn the direction
 # of what follows, and half characters. Joiners stay: emoji and Persian need them.
 _STEERING = re.compile(

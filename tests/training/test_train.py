@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from manyicl.errors import MachineError, UserError
 from manyicl.evaluation.held_out import held_out_measure
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.model.manifest import Manifest, TrainedTask
+from manyicl.tasks.files import OnProgress
 from manyicl.training.batch import sequence_counts
 from manyicl.training.checkpoint import RunInterrupted
 from manyicl.training.counts import SequenceCounts
@@ -318,11 +320,24 @@ def test_evaluation_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyicl.training.progress.SECONDS_BETWEEN_LINES", 0.0)
-    recipe, screen = small_recipe(tmp_path / "run", "training.evaluate_shots=[0, 2]"), io.StringIO()
-    ensure_trained(recipe, small_tasks(), held_out_measure, console=Console(file=screen, width=300))
-    lines = [line for line in screen.getvalue().splitlines() if line.startswith("evaluating on held-out tasks: ")]
-    assert [line.split()[4] for line in lines] == ["0/2", "1/2", "2/2"]
+    monkeypatch.setattr("manyicl.activity.SECONDS_BETWEEN_LINES", 0.02)
+
+    def slow_measure(*tasks: object, on_progress: OnProgress, **settings: object) -> Measure:
+        def measure(loaded: LoadedModel) -> dict[str, float]:
+            for num_done in range(3):
+                on_progress(num_done, 2)
+                time.sleep(0.2)
+            return {"score": 0.5}
+
+        return measure
+
+    recipe, screen = small_recipe(tmp_path / "run"), io.StringIO()
+    ensure_trained(recipe, small_tasks(), slow_measure, console=Console(file=screen, width=300))
+    lines = screen.getvalue().splitlines()
+    assert "evaluating on held-out tasks: 0/2 scores" in lines
+    for num_done in range(3):
+        shown = f"training: 4 of 4, evaluating on held-out tasks: {num_done}/2 scores; "
+        assert any(line.startswith(shown) for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli.options import Overrides
 
 if TYPE_CHECKING:
@@ -42,14 +43,17 @@ def doctor_command(
     from rich.console import Console
 
     from manyicl.errors import UserError
-    from manyicl.model.machine import this_machine
     from manyicl.training.recipe import Recipe
 
     if recipe is None and overrides:
         raise UserError("missing_argument", "--set replaces a value of a recipe", remedy="Name the recipe as well.")
     read = None if recipe is None else Recipe.read(recipe, overrides or ())
-    machine = this_machine()
-    here = None if read is None else recipe_here(read, machine)
+    with Activity(Console(stderr=True)) as activity:
+        activity.begin("looking at this machine and its libraries")
+        from manyicl.model.machine import this_machine
+
+        machine = this_machine()
+        here = None if read is None else recipe_here(read, machine)
     if as_json:
         typer.echo(json.dumps({"machine": asdict(machine), "recipe": here}, indent=2))
         return

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli import options
-from manyicl.cli.activity import Activity
 from manyicl.errors import UserError, pluralized, shortened
 from manyicl.outputs import require_output_folder
 
@@ -68,11 +68,11 @@ def evaluate_command(
 
     require_output_folder(output)
     settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
-    loaded = load_tasks(tasks, data_root)
     with Activity(Console(stderr=True), quiet=quiet) as activity:
-        activity.begin(f"loading {model}")
+        activity.begin("reading tasks")
+        loaded = load_tasks(tasks, data_root, on_progress=activity.show)
         engine = options.load_engine(
-            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib, activity
         )
         _warn_of_changed_data(engine, loaded)
         curves = measure_with_progress(engine, loaded, output, settings, name, activity)
@@ -100,10 +100,9 @@ def measure_with_progress(
     activity.begin("evaluating", total=len(tasks) * len(settings.points()))
 
     def advance(result: Result, found: bool) -> None:
-        score = "found" if found else f"{result.num_shots} shots, seed {result.seed}: {result.score:.3f}"
-        activity.advance(detail=f"{result.task}, {score}")
+        activity.advance(found=found)
 
-    return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance)
+    return measure_shot_curves(engine, tasks, output, settings, model_name=name, on_result=advance, activity=activity)
 
 
 def parse_shots(text: str) -> tuple[int, ...]:

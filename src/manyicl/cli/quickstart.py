@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.activity import Activity
+from manyicl.activity import Activity
 from manyicl.errors import UserError
 from manyicl.outputs import require_output_folder
 
@@ -178,13 +178,12 @@ def _measure(
 ) -> list[Result]:
     """Measure models one after the other; every point is kept as soon as it is there."""
     from manyicl.cli.evaluate import measure_with_progress
-    from manyicl.engine.engine import Engine
+    from manyicl.cli.options import load_engine
 
     results: list[Result] = []
     with Activity(console) as activity:
         for name, reference in models.items():
-            activity.begin(f"loading {reference}")
-            engine = Engine.from_pretrained(reference)
+            engine = load_engine(reference, None, None, None, None, None, activity=activity)
             results += measure_with_progress(engine, tasks, folder, settings, name, activity).results
     return results
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
 from manyicl.cli.tables import plain_console, table_of
 from manyicl.errors import UserError
@@ -83,7 +84,18 @@ def list_tasks(
     if search is not None:
         what, remedy = "--search looks through the catalogue", f"Leave out {tasks[0]!r}, or --search."
         raise UserError("conflicting_options", what, remedy=remedy, field="--search")
-    plain_console().print(table_of(map(_row_of_task, load_tasks(tasks, data_root))))
+    with _reading() as activity:
+        loaded = load_tasks(tasks, data_root, on_progress=activity.show)
+    plain_console().print(table_of(map(_row_of_task, loaded)))
+
+
+def _reading() -> Activity:
+    """Show on standard error that tasks are read."""
+    from rich.console import Console
+
+    activity = Activity(Console(stderr=True))
+    activity.begin("reading tasks")
+    return activity
 
 
 def _row_of_task(task: Task) -> dict[str, str]:
@@ -164,10 +176,18 @@ def check_tasks(
     if model is None and context is not None:
         remedy = "Name the model that counts them with --model."
         raise UserError("no_effect", "--context is in tokens", remedy=remedy, field="--context")
-    loaded = load_tasks(tasks, data_root)
-    encoder, context_of_model, trained = encoder_of(model, text_format, end_of_answer, loaded)
-    max_context_tokens = None if model is None else context or context_of_model or DEFAULT_CONTEXT_TOKENS
-    checks = [check_task(task, encoder, max_context_tokens or sys.maxsize) for task in loaded]
+    with _reading() as activity:
+        loaded = load_tasks(tasks, data_root, on_progress=activity.show)
+        if model is not None:
+            activity.begin(f"loading the tokenizer of {model}")
+        encoder, context_of_model, trained = encoder_of(model, text_format, end_of_answer, loaded)
+        max_context_tokens = None if model is None else context or context_of_model or DEFAULT_CONTEXT_TOKENS
+        activity.begin("checking tasks", total=len(loaded))
+        checks = []
+        for task in loaded:
+            activity.now(task.name)
+            checks.append(check_task(task, encoder, max_context_tokens or sys.maxsize))
+            activity.advance()
     if model is None:
         checks = list(map(without_model, checks, loaded))
     if as_json:
@@ -240,8 +260,9 @@ def show_task(
     from manyicl.episodes.episode import Episode
     from manyicl.tasks.files import load_task
 
-    loaded = load_task(task, data_root)
-    encoder, _, _ = encoder_of(model, text_format, end_of_answer, [loaded])
+    with _reading():
+        loaded = load_task(task, data_root)
+        encoder, _, _ = encoder_of(model, text_format, end_of_answer, [loaded])
     episode = Episode(loaded.name, loaded.instruction(), loaded.demonstrations(shots, seed, "random"))
     encoded = encoder.encode_episode(episode)
     console = plain_console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 from functools import partial
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyicl.cli.options import Overrides
+from manyicl.activity import Activity
+from manyicl.cli.options import AsJson, Overrides, Quiet
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
 from manyicl.training.processes import (
     end_processes,
@@ -45,6 +47,8 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what the run will do and cost, without training.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune one model on many tasks, or train one from scratch, as a recipe describes.
 
@@ -53,6 +57,8 @@ def train_command(
     Examples:
 
         manyicl train recipes/nano.yaml --dry-run
+
+        manyicl train recipes/nano.yaml --dry-run --json
 
         manyicl train recipes/nano.yaml --set training.learning_rate=1e-4 --set output=runs/slower
 
@@ -63,28 +69,43 @@ def train_command(
     if resume and overwrite:
         what = "--resume continues a run and --overwrite replaces it"
         raise UserError("conflicting_options", what, remedy="Give one of them.")
+    if as_json and not dry_run:
+        what, remedy = "--json goes with --dry-run", "Add --dry-run; a finished run is described by its manyicl.json."
+        raise UserError("conflicting_options", what, remedy=remedy, field="--json")
     changes = [*(overrides or ()), *([f"training.seed={seed}"] if seed is not None else ())]
     with taking_signals(signal.default_int_handler):
         try:
             if dry_run:
-                _describe(recipe, changes, overwrite=overwrite, rehash=rehash)
+                _describe(recipe, changes, overwrite=overwrite, rehash=rehash, quiet=quiet, as_json=as_json)
             else:
                 existing: Existing = "resume" if resume else "replace" if overwrite else "refuse"
-                _train(recipe, changes, existing, rehash=rehash)
+                _train(recipe, changes, existing, rehash=rehash, quiet=quiet)
         except KeyboardInterrupt as interruption:
             _tell(_after_interruption(interruption, recipe, changes, resume=resume, dry_run=dry_run))
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
-def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool) -> None:
-    found = _read(recipe, changes)
-    from manyicl.training.dry_run import dry_run
+def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool, quiet: bool, as_json: bool) -> None:
+    """Print what is known of a run, line by line or as one JSON object."""
+    from rich.console import Console
 
-    for line in dry_run(found, overwrite=overwrite, rehash=rehash):
-        typer.echo(line)
+    with Activity(Console(stderr=True), quiet=quiet) as activity:
+        found = _read(recipe, changes)
+        activity.begin("loading libraries")
+        from manyicl.training import dry_run
+
+        findings = dry_run.findings(found, overwrite=overwrite, rehash=rehash, activity=activity)
+        if as_json:
+            facts = dry_run.as_json(findings)
+        else:
+            for finding in findings:
+                if not quiet:
+                    typer.echo(finding.sentence)
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
 
 
-def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool) -> None:
+def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool, quiet: bool) -> None:
     read = _read(recipe, changes)
     from manyicl.training.checkpoint import Checkpoints, SavingFailedError
     from manyicl.training.launch import ProcessLostError
@@ -99,7 +120,7 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
 
     resume = f"Resume with\n\n  {resume_command(recipe, changes)}"
     try:
-        run = _train_in_processes(read, existing, has_started, rehash=rehash)
+        run = _train_in_processes(read, existing, has_started, rehash=rehash, quiet=quiet)
     except SavingFailedError as error:
         raise SavingFailedError(f"{error} {resume}") from error
     except ProcessLostError as error:
@@ -111,6 +132,8 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
         stopped = f"Stopped after step {run.num_steps:,}; a checkpoint is saved."
         _tell(f"{stopped} {resume}")
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
+    if quiet:
+        return
     _tell(f"The model is in {run.folder} after {run.num_steps:,} steps.")
     if run.best_step is not None:
         score = f"the best on held-out tasks with a score of {run.best_score:.3f}"
@@ -118,7 +141,7 @@ def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool
 
 
 def _train_in_processes(
-    recipe: Recipe, existing: Existing, has_started: Callable[[], bool], *, rehash: bool
+    recipe: Recipe, existing: Existing, has_started: Callable[[], bool], *, rehash: bool, quiet: bool
 ) -> TrainedRun:
     """Train in this process, or in as many new ones as `choose_processes` says."""
     from manyicl.training.launch import in_processes
@@ -126,9 +149,9 @@ def _train_in_processes(
     from manyicl.training.run_folder import RunFolder
 
     choice = choose_processes(recipe, resumes=existing == "resume")
-    if choice.is_news:
+    if choice.is_news and not quiet:
         typer.echo(choice.sentence(), err=True)
-    job = partial(_train_here, recipe, existing, rehash=rehash)
+    job = partial(_train_here, recipe, existing, rehash=rehash, quiet=quiet)
     if choice.num_processes == 1 or is_launched():
         try:
             return job()
@@ -143,15 +166,18 @@ def _train_in_processes(
         raise RunFolder(recipe.output).interruption() from None
 
 
-def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool) -> TrainedRun:
+def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool, quiet: bool) -> TrainedRun:
     """Train in this process: the only one, or one of several."""
+    from rich.console import Console
+
     from manyicl.cli.main import quiet_libraries
     from manyicl.evaluation.held_out import held_out_measure
     from manyicl.training.job import ensure_trained
 
     quiet_libraries()
     _hide_progress_of_libraries()
-    return ensure_trained(recipe, measure=held_out_measure, existing=existing, rehash=rehash)
+    console = Console(stderr=True, quiet=True) if quiet else None
+    return ensure_trained(recipe, measure=held_out_measure, existing=existing, rehash=rehash, console=console)
 
 
 def _read(recipe: Path, changes: list[str]) -> Recipe:

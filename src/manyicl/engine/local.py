@@ -72,6 +72,8 @@ class LocalBackend:
         self.identity = identity_of(loaded)
         self.model = merge_adapter(loaded.model) if merge and is_mergeable(loaded.model) else loaded.model
         self.activation_budget_mib = activation_budget_mib
+        # Told of a prefix, after each chunk, how many of its tokens are encoded, of how many.
+        self.on_prefill: BetweenChunks | None = None
         self._tries = lru_cache(maxsize=16)(tries_of)
 
     def prefill(
@@ -83,7 +85,14 @@ class LocalBackend:
             shared = shared_beginning(self._blocks(reuse), num_shared_tokens(token_ids, reuse.token_ids))
         added = token_ids[shared[-1].end if shared else 0 :]
         chunk_tokens = FIRST_TIMED_CHUNK_TOKENS if between_chunks else None
-        blocks = extend_blocks(self.model, shared, added, chunk_tokens=chunk_tokens, between_chunks=between_chunks)
+        blocks = extend_blocks(
+            self.model,
+            shared,
+            added,
+            chunk_tokens=chunk_tokens,
+            between_chunks=between_chunks,
+            after_chunk=self.on_prefill,
+        )
         return PrefixCache(self.identity, tuple(token_ids), blocks)
 
     def observe(
@@ -97,11 +106,16 @@ class LocalBackend:
             shared = shared_beginning(self._blocks(reuse), min(most, num_shared_tokens(token_ids, reuse.token_ids)))
         start = shared[-1].end if shared else 0
         moved = [Target(target.position - start, target.allowed) for target in targets]
-        blocks, scores = self._observe(shared, token_ids[start:], moved, OBSERVED_CHUNK_TOKENS)
+        blocks, scores = self._observe(shared, token_ids[start:], moved, OBSERVED_CHUNK_TOKENS, self.on_prefill)
         return PrefixCache(self.identity, tuple(token_ids), blocks), scores
 
     def _observe(
-        self, blocks: Sequence[Block], token_ids: Sequence[int], targets: Sequence[Target], chunk_tokens: int
+        self,
+        blocks: Sequence[Block],
+        token_ids: Sequence[int],
+        targets: Sequence[Target],
+        chunk_tokens: int,
+        after_chunk: BetweenChunks | None = None,
     ) -> tuple[tuple[Block, ...], list[TargetScore]]:
         """Run tokens through the model after what is there, and score some of them by those before."""
         allowed = {target.position - 1: target.allowed for target in targets}
@@ -112,7 +126,13 @@ class LocalBackend:
             scores.extend(target_scores(logits, found, [allowed[position] for position in positions]))
 
         longer = extend_blocks(
-            self.model, blocks, token_ids, chunk_tokens=chunk_tokens, keep=list(allowed), on_logits=score
+            self.model,
+            blocks,
+            token_ids,
+            chunk_tokens=chunk_tokens,
+            keep=list(allowed),
+            on_logits=score,
+            after_chunk=after_chunk,
         )
         return longer, scores
 

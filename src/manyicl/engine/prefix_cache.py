@@ -73,6 +73,7 @@ def extend_blocks(
     keep: Sequence[int] = (),
     on_logits: OnLogits | None = None,
     between_chunks: BetweenChunks | None = None,
+    after_chunk: BetweenChunks | None = None,
 ) -> tuple[Block, ...]:
     """Run tokens through the model once, in chunks, after what is there.
 
@@ -85,6 +86,7 @@ def extend_blocks(
         keep: Positions among the new tokens whose logits are wanted, rising.
         on_logits: Called after each chunk with its positions out of ``keep`` and their logits, (S, V).
         between_chunks: Called between two chunks; from the second on, chunks take about ``CHUNK_SECONDS`` each.
+        after_chunk: Called after each chunk with the number of tokens done and in total; it changes no chunk.
 
     Returns:
         ``blocks`` and the new tokens after them.
@@ -119,6 +121,8 @@ def extend_blocks(
         if on_logits is not None and kept:
             on_logits(kept, logits)
         begin += len(chunk)
+        if after_chunk is not None:
+            after_chunk(start + begin, start + len(token_ids))
         if between_chunks is not None and begin < len(token_ids):
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
 
+from manyicl.activity import Activity
 from manyicl.episodes.budget import require_instruction_fits
-from manyicl.errors import UserError
+from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore, hash_of, result_key
@@ -30,7 +31,7 @@ from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
-    from manyicl.engine.engine import Engine
+    from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.task_prefix import TaskPrefix
 
 
@@ -77,6 +78,7 @@ def measure_shot_curves(
     *,
     model_name: str | None = None,
     on_result: OnResult | None = None,
+    activity: Activity | None = None,
 ) -> ShotCurves:
     """Measure a model on tasks at several shot counts and seeds; skip what is in ``output`` already.
 
@@ -87,6 +89,7 @@ def measure_shot_curves(
         settings: Shot counts, seeds and number of queries.
         model_name: What reports call the model; None for the last part of a path, or its whole reference.
         on_result: Called after each result with it and whether it was found on disk.
+        activity: Shows which task, shot count and seed is measured, and how many queries are answered.
 
     Raises:
         UserError: If a task has no test row, an unknown metric, or no query that fits the context.
@@ -100,9 +103,12 @@ def measure_shot_curves(
             remedy = "Give it some, or split its file."
             raise UserError("no_test_rows", f"task {task.name!r} has no test rows", remedy=remedy)
     name = model_name or short_name(engine.identity.reference)
+    activity = activity or Activity()
     measured = []
     for task in tasks:
-        for result, was_found in _curve(engine, *choose_queries(engine, task, settings), settings, store, name):
+        activity.now(f"{task.name}: choosing queries")
+        chosen = choose_queries(engine, task, settings)
+        for result, was_found in _curve(engine, *chosen, settings, store, name, activity):
             measured.append((result, was_found))
             if on_result is not None:
                 on_result(result, was_found)
@@ -153,7 +159,13 @@ def choose_queries(engine: Engine, task: Task, settings: EvaluationSettings) -> 
 
 
 def _curve(
-    engine: Engine, task: Task, num_skipped: int, settings: EvaluationSettings, store: ResultStore, name: str
+    engine: Engine,
+    task: Task,
+    num_skipped: int,
+    settings: EvaluationSettings,
+    store: ResultStore,
+    name: str,
+    activity: Activity,
 ) -> Iterator[tuple[Result, bool]]:
     """Yield the result of each point of a task's curve, and whether it was found on disk instead of measured.
 
@@ -178,12 +190,13 @@ def _curve(
         if found is not None:
             yield _under_name(found, name, store), True
             continue
+        activity.now(f"{task.name}, {pluralized(num_shots, 'shot')}, seed {seed}")
         start, before = time.perf_counter(), prefix
         num_available = min(num_shots, len(task.train))
         prefix = engine.prefill(task, task.demonstrations(num_available, seed, settings.sampling), reuse=before)
         # Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
         if before is None or before.demonstrations != prefix.demonstrations:
-            answers = _answers(engine, task, prefix, "all" if keep_confidence else "best")
+            answers = _answers(engine, task, prefix, "all" if keep_confidence else "best", activity)
             seconds = time.perf_counter() - start
         result = Result(
             key=key,
@@ -258,10 +271,13 @@ def _under_name(found: Result, name: str, store: ResultStore) -> Result:
     return earlier or copy
 
 
-def _answers(engine: Engine, task: Task, prefix: TaskPrefix, scores: ScoreScope) -> list[PredictedAnswer]:
+def _answers(
+    engine: Engine, task: Task, prefix: TaskPrefix, scores: ScoreScope, activity: Activity
+) -> list[PredictedAnswer]:
     """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
     metrics = [METRICS[name] for name in metrics_of(task)]
     predictions = engine.predict(prefix, [one.query for one in task.test], scores=scores)
+    answered = _with_progress(predictions, len(task.test), activity)
     return [
         PredictedAnswer(
             origin=example.origin,
@@ -273,8 +289,16 @@ def _answers(engine: Engine, task: Task, prefix: TaskPrefix, scores: ScoreScope)
             confidence=prediction.scores.probabilities[prediction.answer] if prediction.scores else None,
             stopped=prediction.stopped,
         )
-        for example, prediction in zip(task.test, predictions, strict=True)
+        for example, prediction in zip(task.test, answered, strict=True)
     ]
+
+
+def _with_progress(predictions: Iterator[Prediction], num_queries: int, activity: Activity) -> Iterator[Prediction]:
+    """Pass predictions on, and say how many there are."""
+    activity.part(f"0 of {num_queries:,} queries")
+    for number, prediction in enumerate(predictions, start=1):
+        activity.part(f"{number:,} of {num_queries:,} queries")
+        yield prediction
 
 
 def _context(engine: Engine, task: Task, prefix: TaskPrefix, trained_shots: int | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from manyicl.activity import Activity
 from manyicl.atomic import folder_written_atomically
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError
@@ -81,6 +82,7 @@ def export_model(
     merge: bool = False,
     dtype: str | None = None,
     end_of_answer: str | None = None,
+    activity: Activity | None = None,
 ) -> Exported:
     """Write a model as one plain folder, an adapter merged into its base, and read it back before it counts.
 
@@ -93,12 +95,14 @@ def export_model(
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the one the weights, or those of the base, are
             saved in.
         end_of_answer: What ends an answer in the guide of a model that was not fine-tuned with manyicl.
+        activity: Shows what is done; None to show nothing.
 
     Raises:
         UserError: If the output is taken, the dtype is unknown or too narrow, the model cannot be loaded, is an
             adapter and ``merge`` is not given, or is one that cannot be merged exactly.
         MachineError: If the folder cannot be written, or reads back as something else than was written.
     """
+    activity = activity or Activity()
     require_output_folder(output, empty=True)
     output = output.resolve()  # A link stays a link.
     require_dtype(dtype)
@@ -106,8 +110,9 @@ def export_model(
         remedy = "Give --merge to write it and its base as one model."
         raise UserError("adapter_unmerged", f"{reference!r} is an adapter", remedy=remedy)
     with folder_written_atomically(output) as part:
-        written = _write(reference, dtype, end_of_answer, part)
+        written = _write(reference, dtype, end_of_answer, part, activity)
         # Only now, when the model that was written is gone: a large one is not held twice.
+        activity.begin("reading back what was written")
         back = _read_back(part, written)
         exported = Exported(
             folder=output,
@@ -144,8 +149,9 @@ class _Written(NamedTuple):
     adapter_effect: float | None
 
 
-def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: Path) -> _Written:
+def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: Path, activity: Activity) -> _Written:
     """Load a model, merge it if it is an adapter, round it, and write it with its tokenizer and manifest."""
+    activity.begin(f"loading {reference}")
     loaded = _load(reference)
     text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, end_of_answer=end_of_answer)
     encoder = Encoder(loaded.tokenizer, text_format)
@@ -155,8 +161,10 @@ def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: P
     logits = _logits(loaded.model, probe)
     plain, adapter_effect, folder = loaded.model, None, resolve_reference(reference)
     if _is_adapter(reference):
+        activity.begin("merging the adapter into its base")
         folder = loaded.model.config._name_or_path
         plain, adapter_effect = _merged(loaded, probe, logits)
+    activity.begin("rounding and writing weights")
     saved_in = dtype or _saved_dtype(folder)
     rounded = any(not torch.equal(weights.to(DTYPES[saved_in]).float(), weights) for weights in plain.parameters())
     if rounded and dtype is None and adapter_effect is None:

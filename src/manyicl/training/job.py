@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -14,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainerState
 
+from manyicl.activity import Activity
 from manyicl.errors import UserError
 from manyicl.model.load import load_model, read_manifest
 from manyicl.model.manifest import Manifest, TrainedTask
@@ -21,7 +21,7 @@ from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import is_main_process, is_sharded, shared_out, world_size
-from manyicl.training.progress import TrainingProgress, preparing
+from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
 from manyicl.training.requirements import base_files, check_recipe, remark_on_precision
@@ -92,7 +92,20 @@ def ensure_trained(
         RunInterrupted: If a second signal, or one while the finished model is saved, ends a run that has started.
     """
     console = console or Console(stderr=True, quiet=not is_main_process())
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    with Activity(console, quiet=console.quiet) as activity:
+        return _found_or_trained(recipe, tasks, measure, existing, activity, rehash=rehash)
+
+
+def _found_or_trained(
+    recipe: Recipe,
+    tasks: RecipeTasks | None,
+    measure: MakeMeasure | None,
+    existing: Existing,
+    activity: Activity,
+    *,
+    rehash: bool,
+) -> TrainedRun:
+    """Do what `ensure_trained` says, and show it."""
     check_recipe(recipe, with_tasks=tasks is None)
     if recipe.training.num_threads is not None:
         torch.set_num_threads(recipe.training.num_threads)
@@ -102,11 +115,12 @@ def ensure_trained(
     arguments = training_arguments(recipe, folder, evaluates=measure is not None)
     plan = _decided_together(lambda: _plan(folder, recipe, existing))
     if tasks is None:
-        with preparing(console, "reading tasks") as show:
-            tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=show)
+        activity.begin("reading tasks")
+        tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=activity.show)
     if plan == "found":
+        activity.begin("comparing the finished run with its recipe")
         return _found_run(recipe, tasks, folder)
-    progress = TrainingProgress(console)
+    progress = TrainingProgress(activity)
     # Each part of a sharded model runs in all processes at once, so all of them measure everything.
     shares = {"share_out": shared_out} if world_size() > 1 and not is_sharded() else {}
     measured = measure and measure(
@@ -118,19 +132,19 @@ def ensure_trained(
         **shares,
     )
     files = base_files(recipe.model.base)
-    with preparing(console, "tokenizing tasks") as show:
-        run = prepare_run(recipe, tasks, show)
+    run = prepare_run(recipe, tasks, activity)
     for sentence in filter(None, (*run.sentences(), remark_on_precision(recipe))):
-        say(sentence)
+        activity.say(sentence)
     with explained_ends(folder), folder.held() if is_main_process() else nullcontext():
         point = _decided_together(lambda: _enter_folder(folder, run, plan, files))
         if plan == "resume":
-            say(point.sentence())
+            activity.say(point.sentence())
+        activity.begin("starting")
         finished, trainer = train_prepared(
-            run, arguments, folder, progress, measure=measured, checkpoint=point.checkpoint
+            run, arguments, folder, activity, progress, measure=measured, checkpoint=point.checkpoint
         )
         for sentence in filter(None, (trainer.run_counts.total.sentence(), trainer.throughput_sentence())):
-            say(sentence)
+            activity.say(sentence)
     state = trainer.state
     best_step = state.best_global_step if measured else None
     return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)

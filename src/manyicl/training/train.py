@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from manyicl.activity import Activity
 from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written, template_identity
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.packed_sequence import PackedSequences
@@ -21,7 +22,6 @@ from manyicl.episodes.token_store import TokenStore
 from manyicl.errors import pluralized
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
-from manyicl.tasks.files import OnProgress
 from manyicl.tasks.task import Task
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.estimate import SequenceStatistics, num_weights, sample_sequences
@@ -71,24 +71,27 @@ class PreparedRun:
         )
 
 
-def prepare_run(recipe: Recipe, tasks: RecipeTasks, on_progress: OnProgress | None = None) -> PreparedRun:
+def prepare_run(recipe: Recipe, tasks: RecipeTasks, activity: Activity | None = None) -> PreparedRun:
     """Load or make the model of a recipe, and check that tasks, text format and model go together.
 
     Args:
         recipe: The run.
         tasks: Its tasks.
-        on_progress: Called with how many tasks are tokenized, of how many that were not before.
+        activity: Shows that the model is loaded, and how many tasks are tokenized, of how many that were not before.
 
     Raises:
         UserError: If they do not.
     """
+    activity = activity or Activity()
+    activity.begin(f"loading {recipe.model.base}" if recipe.model.base else "making a new model")
     start = starting_point(recipe, tasks.train)
     require_unseen_by_base(tasks.held_out, start.base, start.base_tasks)
-    sequences = packed_sequences(recipe, tasks.train, start.tokenizer, on_progress)
+    sequences = packed_sequences(recipe, tasks.train, start.tokenizer, activity)
     for task in tasks.held_out:
         # The engine would refuse to evaluate on it when the first evaluation is due.
         sequences.encoder.require_encodable(task)
     require_rows_as_written(recipe.format, start.tokenizer, sequences.encoder.format, tasks.held_out)
+    activity.begin("looking at the first packed sequences")
     statistics = sample_sequences(sequences, recipe.objective)
     manifest = run_manifest(recipe, tasks, start, sequences.encoder.format, statistics)
     return PreparedRun(recipe, start, sequences, statistics, manifest)
@@ -98,9 +101,11 @@ def packed_sequences(
     recipe: Recipe,
     tasks: tuple[Task, ...],
     tokenizer: PreTrainedTokenizerBase,
-    on_progress: OnProgress | None = None,
+    activity: Activity | None = None,
 ) -> PackedSequences:
     """Return the packed sequences of a whole run; tasks whose rows are in files are tokenized once."""
+    activity = activity or Activity()
+    activity.begin("tokenizing tasks")
     encoder = Encoder(tokenizer, chosen_format(recipe.format, tokenizer))
     store = TokenStore(
         encoder,
@@ -115,7 +120,7 @@ def packed_sequences(
         seed=recipe.training.seed,
         episodes=recipe.sequences,
         mixture=recipe.tasks.mixture,
-        shots=store.shots_of(tasks, on_progress),
+        shots=store.shots_of(tasks, activity.show),
     )
 
 
@@ -192,6 +197,7 @@ def train_prepared(
     run: PreparedRun,
     arguments: TrainingArguments,
     folder: RunFolder,
+    activity: Activity,
     progress: TrainingProgress,
     *,
     measure: Measure | None,
@@ -203,7 +209,8 @@ def train_prepared(
         run: What is trained.
         arguments: Of transformers.
         folder: Where the run lives; it has started.
-        progress: Shows how far the run is.
+        activity: Shows what is done.
+        progress: Shows in it how far the run is.
         measure: Called when an evaluation is due, with the model; returns figures, ``score`` among them.
         checkpoint: Where the run resumes; None for its beginning.
 
@@ -226,7 +233,7 @@ def train_prepared(
     trainer = ManyShotTrainer(start.model, arguments, run.sequences, run.recipe.objective, evaluation, callbacks)
     progress.num_tokens = lambda: trainer.run_counts.total.num_tokens
     if sentence := trainer.chunk_logits():
-        progress.say(sentence)
+        activity.say(sentence)
     finished = trainer.train_until_stopped(str(checkpoint) if checkpoint else None)
     if finished:
         start.model.config.use_cache = use_cache
