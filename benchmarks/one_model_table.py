@@ -217,7 +217,7 @@ def queries_of(record: Result, predictions: Sequence[PredictedAnswer], task: Tas
         raise UserError(
             "queries_changed",
             f"the queries of {record.stem} cannot be found again",
-            remedy="Keep the files *.predictions.jsonl beside the records.",
+            remedy="Keep the predictions with the records.",
         )
     return queries
 

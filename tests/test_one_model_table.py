@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,11 +114,21 @@ def test_demonstrations_that_did_not_fit_are_given_to_no_baseline(tasks: list[Ta
         assert len(demonstrations) == record.num_shots_used
 
 
-def test_a_context_file_with_other_demonstrations_is_refused(tasks: list[Task], tmp_path: Path) -> None:
+def change_points(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the lines of all files of results."""
+    for path in (folder / "records").glob("*.results.jsonl"):
+        points = [change(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        path.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
+
+
+def change_context(point: dict[str, Any]) -> dict[str, Any]:
+    return {**point, "context": json.loads(json.dumps(point["context"]).replace("number 1", "number 9"))}
+
+
+def test_a_context_with_other_demonstrations_is_refused(tasks: list[Task], tmp_path: Path) -> None:
     score(tasks, tmp_path / "records", BASE)
     record = score(tasks, tmp_path / "records", ONE)[2]
-    path = tmp_path / "records" / f"{record.stem}.context.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace("number 1", "number 9"), encoding="utf-8")
+    change_points(tmp_path, lambda point: change_context(point) if point["record"]["key"] == record.key else point)
     with pytest.raises(UserError) as raised:
         load(tmp_path)
     assert raised.value.code == "demonstrations_changed"
@@ -130,8 +140,7 @@ def test_other_data_lost_predictions_and_an_unknown_model_are_refused(tasks: lis
         load(tmp_path)
     assert raised.value.code == "unknown_model"
     score(tasks[:1], tmp_path / "records", ONE)
-    for path in (tmp_path / "records").glob("*.predictions.jsonl"):
-        path.unlink()
+    change_points(tmp_path, lambda point: {**point, "predictions": []})
     with pytest.raises(UserError) as raised:
         load(tmp_path)
     assert raised.value.code == "queries_changed"

@@ -162,7 +162,7 @@ class Activity:
         self.part(f"prefix: {num_done:,} of {num_all:,} tokens" if num_done < num_all else "")
 
     def counting(self, items: Iterable[ItemT]) -> Iterator[ItemT]:
-        """Pass items on, and count each once the next one is asked for."""
+        """Pass items on, and count each once the next one is requested."""
         for item in items:
             yield item
             self.advance()

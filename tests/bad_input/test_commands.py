@@ -480,10 +480,11 @@ def _with_earlier_curves(folder: Path) -> None:
 
 
 def _changed(change: Mapping[str, object], text: str) -> str:
-    return json.dumps({**json.loads(text), **change})
+    points = [json.loads(line) for line in text.split("\n")[:-1]]
+    return "".join(json.dumps({**point, "record": {**point["record"], **change}}) + "\n" for point in points)
 
 
-RECORD = "*.result.json"
+FILES_OF_RESULTS = "*.results.jsonl"
 MEASURED = [
     accepted("a report of whole results", "report results", "Report: results/report.html"),
     *(
@@ -492,13 +493,14 @@ MEASURED = [
             "report results",
             "broken_record",
             what=f"not a complete record of this version, {what}",
-            file="results/t-",
-            prepare=each(RECORD, partial(_changed, change)),
+            file="results/t.results.jsonl",
+            row=1,
+            prepare=each(FILES_OF_RESULTS, partial(_changed, change)),
         )
         for name, change, what in (
-            ("a record with a field too many", {"colour": 1}, "colour: extra inputs are not permitted, found 1"),
-            ("a score above one", {"score": 2}, "score: input should be less than or equal to 1, found 2"),
-            ("a score that is none", {"score": float("nan")}, "score: "),
+            ("a record with a field too many", {"colour": 1}, "record.colour: extra inputs are not permitted, found 1"),
+            ("a score above one", {"score": 2}, "record.score: input should be less than or equal to 1, found 2"),
+            ("a score that is none", {"score": float("nan")}, "record.score: "),
         )
     ),
     refused(
@@ -506,22 +508,30 @@ MEASURED = [
         f"{EVALUATE} --shots 0,2 --seeds 1",
         "broken_record",
         remedy="Delete the result and evaluate again",
-        file="results/t-",
-        prepare=each(RECORD, lambda text: text[:200]),
+        file="results/t.results.jsonl",
+        row=1,
+        prepare=each(FILES_OF_RESULTS, lambda text: text[:200] + "\n"),
+    ),
+    accepted(
+        "a result of which a killed process wrote half",
+        f"{EVALUATE} --shots 0,2 --seeds 1",
+        "2 results in results, 1 of them found from an earlier run",
+        prepare=each(FILES_OF_RESULTS, lambda text: text[:-200]),
     ),
     refused(
-        "predictions that are cut",
+        "predictions of another form",
         "report results",
         "broken_record",
-        row=4,
-        prepare=each("*.predictions.jsonl", lambda text: text[:-20]),
+        what="not a complete record of this version, predictions.0.references: field required",
+        row=2,
+        prepare=each(FILES_OF_RESULTS, lambda text: text.replace('"references"', '"reference"')),
     ),
     refused(
-        "predictions of bytes",
+        "results of bytes",
         "report results",
         "broken_record",
         row=1,
-        prepare=each("*.predictions.jsonl", lambda _: b"\xff\xfe"),
+        prepare=each(FILES_OF_RESULTS, lambda _: b"\xff\xfe\n"),
     ),
     refused(
         "curves in a format that there is not",

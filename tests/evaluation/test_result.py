@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -74,10 +77,83 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert store.context(result) == [SHOWN]
 
 
-def test_no_partial_file_is_left_behind(tmp_path: Path) -> None:
-    ResultStore(tmp_path).save(make_result(), [ANSWER], [])
+def point(number: int, task: str = "toy") -> Result:
+    """A result among others of its task."""
+    return make_result(task=task, key=f"{number:016}", seed=number)
+
+
+def test_a_task_has_one_file_however_many_results_it_has(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    for number in range(4):
+        store.save(point(number, "toy" if number % 2 else "other"), [ANSWER], [SHOWN])
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert [name.split(".", 1)[1] for name in names] == ["context.jsonl", "predictions.jsonl", "result.json"]
+    assert names == [".results.lock", "other.results.jsonl", "toy.results.jsonl"]
+
+
+def test_what_a_killed_process_left_of_a_line_is_not_there_and_is_replaced(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    first, second, third = map(point, range(3))
+    path = store.save(first, [ANSWER], [SHOWN])
+    line = path.read_bytes()
+    # As long as a long text is read back in.
+    for half in (line[:-1], line[:50], b"{" + b"x" * 200_000):
+        path.write_bytes(line + half)
+        again = ResultStore(tmp_path)
+        assert again.load() == [first]
+        assert again.find(second.task, second.num_shots, second.seed, second.key) is None
+    again.save(second, [ANSWER, ANSWER], [])
+    assert again.find(second.task, second.num_shots, second.seed, second.key) == second
+    store.save(third, [], [SHOWN])
+    assert ResultStore(tmp_path).load() == store.load() == again.load() == [first, second, third]
+    assert [len(store.predictions(one)) for one in (first, second, third)] == [1, 2, 0]
+
+
+def test_the_last_of_several_results_of_a_key_counts(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.save(make_result(score=0.25), [ANSWER], [])
+    store.save(make_result(), [ANSWER, ANSWER], [SHOWN])
+    assert store.load() == [make_result()]
+    assert len(store.predictions(make_result())) == 2
+
+
+def test_a_store_sees_what_another_one_adds(tmp_path: Path) -> None:
+    one, other = ResultStore(tmp_path), ResultStore(tmp_path)
+    for number in range(3):
+        one.save(point(number), [ANSWER], [])
+        assert other.find("toy", 4, number, point(number).key) == point(number)
+
+
+def test_a_store_reads_a_file_anew_that_was_written_again(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    path = store.save(point(0), [ANSWER], [])
+    assert store.load() == [point(0)]
+    path.unlink()
+    for number in range(1, 3):
+        ResultStore(tmp_path).save(point(number), [ANSWER] * number, [])
+    assert store.load() == [point(1), point(2)]
+    assert len(store.predictions(point(2))) == 2
+
+
+def save_many(folder: Path, first: int) -> None:
+    store = ResultStore(folder)
+    for number in range(first, first + 40):
+        # Longer than a buffer, so that a line is written in several pieces.
+        store.save(point(number), [ANSWER] * 100, [SHOWN] * number)
+
+
+def test_two_processes_add_to_one_file_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=save_many, args=(tmp_path, first)) for first in (0, 100)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    store = ResultStore(tmp_path)
+    records = store.load()
+    assert sorted(record.seed for record in records) == [*range(40), *range(100, 140)]
+    assert all(store.context(record) == [SHOWN] * record.seed for record in records)
+    assert all(store.predictions(record) == [ANSWER] * 100 for record in records)
 
 
 def test_folders_inside_the_folder_are_read_too(tmp_path: Path) -> None:
@@ -99,9 +175,10 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert store.predictions(result) == [ANSWER]
 
 
-def test_a_folder_named_like_a_record_is_no_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x.result.json", "x.results.jsonl"])
+def test_a_folder_named_like_a_record_is_no_record(name: str, tmp_path: Path) -> None:
     result = make_result()
-    ResultStore(tmp_path / "x.result.json").save(result, [], [])
+    ResultStore(tmp_path / name).save(result, [], [])
     assert ResultStore(tmp_path).load() == [result]
 
 
@@ -117,7 +194,14 @@ def test_a_record_of_version_1_is_read(tmp_path: Path) -> None:
     )
     assert len(store.predictions(result)) == result.num_queries == 2
     assert len(store.context(result)) == result.num_shots_used == 6
-    assert ResultStore(tmp_path).save(result, [], []).name == next(folder.glob("*.result.json")).name
+    assert store.find(result.task, result.num_shots, result.seed, result.key) == result
+    (tmp_path / "results").mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path / "results")
+    both = ResultStore(tmp_path / "results")
+    both.save(point(1), [ANSWER], [])
+    assert [record.task for record in both.load()] == ["toy", "old"]
+    assert len(both.context(result)) == 6
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "x"}', "\x00"])
@@ -126,6 +210,13 @@ def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=r"toy\.result\.json: not a complete record"):
         ResultStore(tmp_path).load()
+    path.unlink()
+    results = ResultStore(tmp_path).save(make_result(), [], [])
+    results.write_text(results.read_text(encoding="utf-8") + text + "\n", encoding="utf-8")
+    reads: list[Callable[[ResultStore], object]] = [ResultStore.load, lambda store: store.find("toy", 4, 0, "key")]
+    for read in reads:
+        with pytest.raises(UserError, match=r"toy\.results\.jsonl:2: not a complete record"):
+            read(ResultStore(tmp_path))
 
 
 def test_a_record_that_is_no_text_is_named(tmp_path: Path) -> None:

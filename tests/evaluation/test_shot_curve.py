@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
@@ -57,7 +59,9 @@ def test_a_second_run_measures_nothing_and_returns_the_same(tmp_path: Path) -> N
 def test_an_interrupted_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     curves = measure(OracleEngine(), [make_task()], tmp_path)
     lost = curves.results[2]
-    (tmp_path / f"{lost.stem}.result.json").unlink()
+    path = tmp_path / "toy.results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if lost.key not in line), encoding="utf-8")
     engine = OracleEngine()
     again = measure(engine, [make_task()], tmp_path)
     assert engine.calls == ["encode 2"]
@@ -249,10 +253,33 @@ def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(
     assert all(line.confidence is None for line in free)
 
 
-def test_a_cut_predictions_file_is_named_with_its_line(tmp_path: Path) -> None:
-    store = ResultStore(tmp_path)
+def test_predictions_of_another_form_are_named_with_their_line(tmp_path: Path) -> None:
     curves = measure(OracleEngine(), [make_task()], tmp_path, EvaluationSettings(shots=(0,), num_queries=5))
-    path = next(tmp_path.glob("*.predictions.jsonl"))
-    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(UserError, match=r"predictions\.jsonl:5: not a complete record"):
-        store.predictions(curves.results[0])
+    path = next(tmp_path.glob("*.results.jsonl"))
+    path.write_text(path.read_text(encoding="utf-8").replace('"origin"', '"place"', 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"results\.jsonl:1: not a complete record"):
+        ResultStore(tmp_path).predictions(curves.results[0])
+
+
+def measure_as(reference: str, folder: Path) -> None:
+    measure(OracleEngine(reference), small_world(), folder)
+
+
+def test_two_processes_evaluate_into_one_folder_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    # Two of them measure the same.
+    workers = [context.Process(target=measure_as, args=(name, tmp_path)) for name in ("one", "other", "other")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    store = ResultStore(tmp_path)
+    records = store.load()
+    points = Counter((record.model_name, record.task) for record in records)
+    assert points == {(name, task.name): 7 for name in ("one", "other") for task in small_world()}
+    assert all(len(store.predictions(record)) == record.num_queries for record in records)
+    for name in ("one", "other"):
+        engine = OracleEngine(name)
+        assert measure(engine, small_world(), tmp_path).num_found == 7 * len(small_world())
+        assert engine.calls == []

@@ -90,9 +90,9 @@ def quickstart_command(
 
 def _remove_results(folder: Path) -> None:
     """Delete the records of earlier runs, and nothing else."""
-    from manyicl.evaluation.result import CONTEXT_ENDING, PREDICTIONS_ENDING, RECORD_ENDING
+    from manyicl.evaluation.result import CONTEXT_ENDING, PREDICTIONS_ENDING, RECORD_ENDING, RESULTS_ENDING
 
-    for ending in (RECORD_ENDING, PREDICTIONS_ENDING, CONTEXT_ENDING):
+    for ending in (RESULTS_ENDING, RECORD_ENDING, PREDICTIONS_ENDING, CONTEXT_ENDING):
         for path in folder.glob(f"*{ending}"):
             path.unlink()
 

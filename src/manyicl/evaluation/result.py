@@ -1,26 +1,44 @@
-"""The record on disk: one typed JSON file per result, with its predictions and its context next to it."""
+"""Results on disk: one file of JSON lines for each task, each line a result with its predictions and its context.
+
+::
+
+    results/
+      tickets.results.jsonl   {"record": {…}, "predictions": […], "context": […]}, one line per model, shots and seed
+      .results.lock           held while a line is added
+
+A line is added as a whole, so several processes may evaluate into one folder. What a killed process left of a line has
+no line end: it counts as not there, and the next result takes its place. The last line of a key counts.
+
+Earlier versions wrote three files for each result (see `_SeparateFiles`); they are read, and no longer written.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from manyicl.atomic import write_atomically
+from manyicl.atomic import sync_folder
 from manyicl.errors import UserError
 from manyicl.library_errors import reason
 from manyicl.paths import files_below
 from manyicl.tasks.task import Family
 
+RESULTS_ENDING = ".results.jsonl"
+LOCK_FILE = ".results.lock"
+# Of the three files that earlier versions wrote for each result.
 RECORD_ENDING = ".result.json"
 PREDICTIONS_ENDING = ".predictions.jsonl"
 CONTEXT_ENDING = ".context.jsonl"
+BYTES_READ_BACK = 1 << 16
 
 
 class _Record(BaseModel):
@@ -98,12 +116,12 @@ class Result(_Record):
 
     @property
     def stem(self) -> str:
-        """Return the name that the record, its predictions and its context share."""
+        """Return a readable name of the result, which the three files of earlier versions shared."""
         return file_stem(self.task, self.num_shots, self.seed, self.key)
 
 
 class PredictedAnswer(_Record):
-    """One line of a predictions file."""
+    """The answer to one query."""
 
     origin: str = Field(description="File and line of the test row.")
     query: str
@@ -116,7 +134,7 @@ class PredictedAnswer(_Record):
 
 
 class ContextExample(_Record):
-    """One line of a context file: a demonstration, in the order of the context."""
+    """A demonstration, in the order of the context."""
 
     origin: str
     query: str
@@ -136,13 +154,49 @@ def hash_of(*texts: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def readable_name(task: str) -> str:
+    """Return the name of a task as a file can have it; several tasks may have the same."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip("-.")[:60] or "task"
+
+
 def file_stem(task: str, num_shots: int, seed: int, key: str) -> str:
     """Return a readable file name that the key makes unique."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip("-.")[:60] or "task"
-    return f"{readable}-{num_shots}shots-seed{seed}-{key}"
+    return f"{readable_name(task)}-{num_shots}shots-seed{seed}-{key}"
 
 
 RecordT = TypeVar("RecordT", bound=_Record)
+
+
+class _Point(_Record):
+    """A line of a file of results."""
+
+    record: Result
+    predictions: tuple[PredictedAnswer, ...]
+    context: tuple[ContextExample, ...]
+
+
+class _RecordOfLine(BaseModel):
+    """The record of a line; the rest of the line is only looked at when it is needed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    record: Result
+
+
+class _Line(NamedTuple):
+    """A record, and where the line begins and ends that holds it."""
+
+    record: Result
+    path: Path
+    row: int
+    start: int
+    end: int
+
+    def point(self) -> _Point:
+        """Read the whole line."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return _parsed(_Point, file.read(self.end - self.start), self.path, self.row)
 
 
 class ResultStore:
@@ -151,24 +205,35 @@ class ResultStore:
     def __init__(self, folder: str | Path) -> None:
         """Name the folder; it is made when the first result is saved."""
         self.folder = Path(folder)
-        self._folders: dict[str, Path] = {}
+        self._separate = _SeparateFiles(self.folder)
+        self._lines: dict[str, _Line] = {}
+        # How many lines and bytes of a file are in `_lines`.
+        self._read: dict[Path, tuple[int, int]] = {}
 
     def find(self, task: str, num_shots: int, seed: int, key: str) -> Result | None:
         """Return the result of this measurement, None if there is none.
 
         Raises:
-            UserError: If the record is broken.
+            UserError: If a record of the task is broken.
         """
-        path = self.folder / f"{file_stem(task, num_shots, seed, key)}{RECORD_ENDING}"
-        return _parsed(Result, path.read_bytes(), path) if path.is_file() else None
+        self._read_new_lines(self._path(task))
+        if (line := self._lines.get(key)) is not None:
+            return line.record
+        return self._separate.find(task, num_shots, seed, key)
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
-        """Write predictions and context, then the record, so that a record exists only if the rest is complete."""
+        """Add a result to the file of its task, and wait until it is on the disk; return that file."""
+        point = _Point(record=result, predictions=tuple(predictions), context=tuple(context))
+        path = self._path(result.task)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path(result, PREDICTIONS_ENDING), _lines(predictions))
-        write_atomically(self._path(result, CONTEXT_ENDING), _lines(context))
-        path = self._path(result, RECORD_ENDING)
-        write_atomically(path, result.model_dump_json(indent=1) + "\n")
+        with FileLock(self.folder / LOCK_FILE), path.open("ab+") as file:
+            is_new = not file.tell()
+            file.truncate(_end_of_last_line(file))
+            file.write(point.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.folder)
         return path
 
     def load(self) -> list[Result]:
@@ -179,43 +244,107 @@ class ResultStore:
         """
         if not self.folder.is_dir():
             raise UserError("not_a_folder", "not a folder of results", file=self.folder)
-        records = []
+        # Anew, for files may have been removed and written again.
+        self._lines, self._read, self._separate = {}, {}, _SeparateFiles(self.folder)
         for path in files_below(self.folder):
-            if not path.name.endswith(RECORD_ENDING):
-                continue
-            records.append(_parsed(Result, path.read_bytes(), path))
-            self._folders[records[-1].stem] = path.parent
+            if path.name.endswith(RESULTS_ENDING):
+                self._read_new_lines(path)
+            elif path.name.endswith(RECORD_ENDING):
+                self._separate.read(path)
+        records = self._separate.records | {key: line.record for key, line in self._lines.items()}
         if not records:
             remedy = f"Run `manyicl evaluate --output {self.folder}` first."
             raise UserError("no_results", "the folder holds no result", remedy=remedy, file=self.folder)
-        return sorted(records, key=lambda record: (record.created, record.stem))
+        return sorted(records.values(), key=lambda record: (record.created, record.stem))
+
+    def predictions(self, result: Result) -> list[PredictedAnswer]:
+        """Read the predictions of a result that was found, saved or loaded; empty if none were kept."""
+        line = self._line_of(result)
+        return self._separate.predictions(result) if line is None else list(line.point().predictions)
+
+    def context(self, result: Result) -> list[ContextExample]:
+        """Read the demonstrations of a result in order; empty if none were kept."""
+        line = self._line_of(result)
+        return self._separate.context(result) if line is None else list(line.point().context)
+
+    def _path(self, task: str) -> Path:
+        return self.folder / f"{readable_name(task)}{RESULTS_ENDING}"
+
+    def _line_of(self, result: Result) -> _Line | None:
+        if result.key not in self._lines:
+            self._read_new_lines(self._path(result.task))
+        return self._lines.get(result.key)
+
+    def _read_new_lines(self, path: Path) -> None:
+        """Read the records that were added to a file since it was read last."""
+        if not path.is_file():
+            return
+        num_rows, end = self._read.get(path, (0, 0))
+        with path.open("rb") as file:
+            file.seek(end)
+            for content in file:
+                if not content.endswith(b"\n"):
+                    break
+                num_rows, start, end = num_rows + 1, end, end + len(content)
+                record = _parsed(_RecordOfLine, content, path, num_rows).record
+                self._lines[record.key] = _Line(record, path, num_rows, start, end)
+                self._read[path] = num_rows, end
+
+
+class _SeparateFiles:
+    """Results of earlier versions: a record, its predictions and its context in a file each, with a common name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[str, Result] = {}
+        self._folders: dict[str, Path] = {}
+
+    def find(self, task: str, num_shots: int, seed: int, key: str) -> Result | None:
+        """Return the result of a measurement, None if there is none in the folder itself."""
+        path = self.folder / f"{file_stem(task, num_shots, seed, key)}{RECORD_ENDING}"
+        return self.read(path) if path.is_file() else None
+
+    def read(self, path: Path) -> Result:
+        """Read a record."""
+        record = _parsed(Result, path.read_bytes(), path)
+        self.records[record.key] = record
+        self._folders[record.key] = path.parent
+        return record
 
     def predictions(self, result: Result) -> list[PredictedAnswer]:
         """Read the predictions of a result; empty if their file is missing."""
         return self._lines_of(result, PREDICTIONS_ENDING, PredictedAnswer)
 
     def context(self, result: Result) -> list[ContextExample]:
-        """Read the demonstrations of a result in order; empty if their file is missing."""
+        """Read the demonstrations of a result; empty if their file is missing."""
         return self._lines_of(result, CONTEXT_ENDING, ContextExample)
 
-    def _path(self, result: Result, ending: str) -> Path:
-        return self._folders.get(result.stem, self.folder) / f"{result.stem}{ending}"
-
     def _lines_of(self, result: Result, ending: str, kind: type[RecordT]) -> list[RecordT]:
-        path = self._path(result, ending)
+        path = self._folders.get(result.key, self.folder) / f"{result.stem}{ending}"
         # Not splitlines: answers may contain line separators that JSON leaves as they are.
         lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.is_file() and path.stat().st_size else []
         return [_parsed(kind, line, path, row) for row, line in enumerate(lines, start=1)]
 
 
-def _parsed(kind: type[RecordT], content: bytes, path: Path, row: int | None = None) -> RecordT:
+def _end_of_last_line(file: IO[bytes]) -> int:
+    """Return where the last complete line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - BYTES_READ_BACK, 0)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def _parsed(kind: type[ModelT], content: bytes, path: Path, row: int | None = None) -> ModelT:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         what = f"not a complete record of this version, {reason(error)}"
         remedy = "Delete the result and evaluate again."
         raise UserError("broken_record", what, remedy=remedy, file=path, row=row) from error
-
-
-def _lines(records: Iterable[_Record]) -> str:
-    return "".join(record.model_dump_json() + "\n" for record in records)
