@@ -87,11 +87,8 @@ def train_command(
 
 def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool, quiet: bool, as_json: bool) -> None:
     """Print what is known of a run, line by line or as one JSON object."""
-    from rich.console import Console
-
-    with Activity(Console(stderr=True), quiet=quiet) as activity:
+    with _loading(quiet=quiet) as activity:
         found = _read(recipe, changes)
-        activity.begin("loading libraries")
         from manyicl.training import dry_run
 
         findings = dry_run.findings(found, overwrite=overwrite, rehash=rehash, activity=activity)
@@ -106,10 +103,11 @@ def _describe(recipe: Path, changes: list[str], *, overwrite: bool, rehash: bool
 
 
 def _train(recipe: Path, changes: list[str], existing: Existing, *, rehash: bool, quiet: bool) -> None:
-    read = _read(recipe, changes)
-    from manyicl.training.checkpoint import Checkpoints, SavingFailedError
-    from manyicl.training.launch import ProcessLostError
-    from manyicl.training.run_folder import RunFolder
+    with _loading(quiet=quiet):
+        read = _read(recipe, changes)
+        from manyicl.training.checkpoint import Checkpoints, SavingFailedError
+        from manyicl.training.launch import ProcessLostError
+        from manyicl.training.run_folder import RunFolder
 
     folder = RunFolder(read.output)
     began_before = folder.began_at()
@@ -171,13 +169,24 @@ def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool, quiet: bool
     from rich.console import Console
 
     from manyicl.cli.main import quiet_libraries
-    from manyicl.evaluation.held_out import held_out_measure
-    from manyicl.training.job import ensure_trained
+
+    with _loading(quiet=quiet or not is_main_process()):
+        from manyicl.evaluation.held_out import held_out_measure
+        from manyicl.training.job import ensure_trained
 
     quiet_libraries()
     _hide_progress_of_libraries()
     console = Console(stderr=True, quiet=True) if quiet else None
     return ensure_trained(recipe, measure=held_out_measure, existing=existing, rehash=rehash, console=console)
+
+
+def _loading(*, quiet: bool) -> Activity:
+    """Show that libraries are loaded."""
+    from rich.console import Console
+
+    activity = Activity(Console(stderr=True), quiet=quiet)
+    activity.begin("loading libraries")
+    return activity
 
 
 def _read(recipe: Path, changes: list[str]) -> Recipe:
