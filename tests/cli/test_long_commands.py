@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from manyicl.evaluation.result import ResultStore
 from tests.cli.test_predict import run
+from tests.evaluation.test_summary import RECORDS
 from tests.training.recipes import TEXT
 from tests.training.test_train import write_task
 
@@ -121,3 +123,15 @@ def test_an_export_says_what_it_is_doing(
 
 def test_the_doctor_says_that_it_looks(said: Callable[..., list[str]]) -> None:
     assert has(said("manyicl.model.machine.this_machine", "doctor"), "looking at this machine and its libraries; ")
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        ("manyicl.evaluation.report.write_report", "drawing the report; "),
+        ("manyicl.evaluation.mistakes.errors_as_csv", "writing wrong answers; "),
+    ],
+)
+def test_the_report_says_what_it_is_doing(said: Callable[..., list[str]], tmp_path: Path, step: str, line: str) -> None:
+    ResultStore(tmp_path / "results").save(RECORDS[0], [], [])
+    assert has(said(step, "report", tmp_path / "results", "--errors", tmp_path / "wrong.csv"), line)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.outputs import require_output_file
 
@@ -57,31 +58,35 @@ def report_command(
     from manyicl.evaluation.result import ResultStore
     from manyicl.evaluation.summary import scores_as_json, summarise
 
-    console = Console()
-    store = ResultStore(results)
-    records = store.load()
     page = output or results / "report.html"
-    require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
-    if plot is not None:
-        require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
-    if errors is not None:
-        require_output_file(errors, endings=(".csv",), is_ours=_holds_errors, with_parents=True)
+    with Activity(Console(stderr=True), quiet=quiet) as activity:
+        activity.begin("reading results")
+        store = ResultStore(results)
+        records = store.load()
+        require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
+        if plot is not None:
+            require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
+        if errors is not None:
+            require_output_file(errors, endings=(".csv",), is_ours=_holds_errors, with_parents=True)
+        activity.begin("drawing the report")
+        summary = summarise(records)
+        if plot is not None:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            plot_shot_curves(records, plot)
+        write_report(results, page, title=title, examples=examples)
+        if errors is not None:
+            activity.begin("writing wrong answers")
+            answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
+            errors.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(errors, errors_as_csv(answered))
     if as_json:
-        typer.echo(json.dumps(scores_as_json(summarise(records)), ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(scores_as_json(summary), ensure_ascii=False, indent=2))
     elif not quiet:
+        console = Console()
         print_table(records, console, per_task=per_task)
-    is_told = not quiet and not as_json
-    if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_shot_curves(records, plot)
-    write_report(results, page, title=title, examples=examples)
-    if errors is not None:
-        answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
-        errors.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(errors, errors_as_csv(answered))
-    for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
-        if path is not None and is_told:
-            console.print(f"{what}: {path}", markup=False, soft_wrap=True)
+        for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
+            if path is not None:
+                console.print(f"{what}: {path}", markup=False, soft_wrap=True)
 
 
 def _holds_errors(path: Path) -> bool:
