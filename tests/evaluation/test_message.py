@@ -53,9 +53,9 @@ def test_a_trivial_baseline_that_is_better_comes_first() -> None:
 def test_it_says_whether_more_examples_helped() -> None:
     gains, ties, falls = ((0.4, 0.7), (0.5, 0.51), (0.9, 0.6))
     for (fewer, more), expected in (
-        (gains, "From 16 to 64 examples it gains 0.30: more may help."),
+        (gains, "From 16 to 64 examples it gains 30 points: more may help."),
         (ties, "From 16 to 64 examples it does not change beyond the noise."),
-        (falls, "From 16 to 64 examples it loses 0.30: use fewer."),
+        (falls, "From 16 to 64 examples it loses 30 points: use fewer."),
     ):
         assert message(Part("", points("tuned", "a", s0=0.1, s16=fewer, s64=more)))["a"].endswith(expected)
 
@@ -63,6 +63,8 @@ def test_it_says_whether_more_examples_helped() -> None:
 def test_a_metric_that_is_no_share_of_right_answers_is_named() -> None:
     records = [changed(one, metric="rougeL") for one in points("tuned", "a", s4=0.44)]
     assert message(Part("", records))["a"].startswith("After 4 examples tuned scores 0.44 in rougeL")
+    records = [changed(one, metric="rougeL") for one in points("tuned", "a", s0=0.1, s16=0.4, s64=0.7)]
+    assert message(Part("", records))["a"].endswith("From 16 to 64 examples it gains 0.30: more may help.")
 
 
 def test_one_sentence_for_the_mean_or_for_every_task() -> None:
@@ -79,7 +81,7 @@ def test_what_a_reader_would_stumble_over_is_said_at_the_curve(tmp_path: Path) -
     assert said == [
         "base never gave an accepted answer here, with any number of examples.",
         "80 of 200 answers of base were cut at the token limit.",
-        "tuned falls by 0.40 from 0 to 16 examples.",
+        "tuned falls by 40 points from 0 to 16 examples.",
     ]
     page = write_report(records, tmp_path / "page.html").read_text(encoding="utf-8")
     assert all(remark in page for remark in said)

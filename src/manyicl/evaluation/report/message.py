@@ -76,9 +76,9 @@ def _growth(summary: Summary, group: Group, model: str, shots: Sequence[int]) ->
     if _is_tie(change):
         yield f"From {fewer} to {more} examples it does not change beyond the noise."
     elif change.mean > 0:
-        yield f"From {fewer} to {more} examples it gains {change.mean:.2f}: more may help."
+        yield f"From {fewer} to {more} examples it gains {_change(summary, group, change.mean)}: more may help."
     else:
-        yield f"From {fewer} to {more} examples it loses {-change.mean:.2f}: use fewer."
+        yield f"From {fewer} to {more} examples it loses {_change(summary, group, -change.mean)}: use fewer."
 
 
 def remarks(summary: Summary, section: Section) -> list[str]:
@@ -99,7 +99,8 @@ def _falls(summary: Summary, group: Group, line: Line) -> Iterator[str]:
     for fewer, more in pairwise(counts):
         change = summary.growth(line.label, group, fewer, more)
         if change is not None and change.mean < 0 and not _is_tie(change):
-            yield f"{line.label} falls by {-change.mean:.2f} from {fewer} to {pluralized(more, 'example')}."
+            lost = _change(summary, group, -change.mean)
+            yield f"{line.label} falls by {lost} from {fewer} to {pluralized(more, 'example')}."
 
 
 def _cut_answers(summary: Summary, group: Group, model: str) -> Iterator[str]:
@@ -143,6 +144,13 @@ def _amount(summary: Summary, group: Group, value: float, *, unit: bool = True) 
     if metric in COUNTS_RIGHT_ANSWERS:
         return f"{100 * value:.0f}" + (" % right" if unit else "")
     return f"{value:.2f}" + (f" in {metric}" if unit and metric != "score" else "")
+
+
+def _change(summary: Summary, group: Group, value: float) -> str:
+    """Write a difference in the unit of the scores: ``45 points`` of percent right, or ``0.44``."""
+    if metric_of(summary, group) in COUNTS_RIGHT_ANSWERS:
+        return pluralized(round(100 * value), "point")
+    return f"{value:.2f}"
 
 
 def _is_tie(difference: Estimate) -> bool:
