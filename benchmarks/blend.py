@@ -80,7 +80,7 @@ def record(engine: Engine, task: Task, draw: int, plan: dict[str, Any]) -> dict[
                 "shots": shots,
                 "demonstrations": [positions[id(example)] for example in shown],
                 "queries": [list(one.scores.log_probabilities.values()) for one in predictions if one.scores],
-                "before_shown": [known[shown[: position + 1]] for position in fitted],
+                "before_shown": {position: known[shown[: position + 1]] for position in fitted},
                 "num_tokens": prefix.num_tokens,
                 "seconds": {
                     "prefill": prefilled - started,
@@ -182,9 +182,10 @@ def point_of(
 ) -> Point:
     """Fit words and blend at one point."""
     positions = fitted_positions(shown)
-    before_shown = model_log_probabilities(named(point["before_shown"], labels), labels)
+    before_shown = [point["before_shown"][str(position)] for position in positions]
     answers = [labels.index(shown[position].answer) for position in positions]
-    weights = fit_weights(before_shown, held_out_words(shown, labels, positions), answers)
+    of_model = model_log_probabilities(named(before_shown, labels), labels)
+    weights = fit_weights(of_model, held_out_words(shown, labels, positions), answers)
     model = model_log_probabilities(named(point["queries"], labels), labels)
     texts = [example.query.text for example in queries]
     words = WordClassifier.fit(shown).log_probabilities(texts, labels)

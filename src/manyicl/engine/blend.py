@@ -14,7 +14,7 @@ nine tenths of them; the weights err on the side of the words.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -28,10 +28,10 @@ from manyicl.engine.label_scores import LabelScores
 from manyicl.engine.linear import WordClassifier
 from manyicl.tasks.task import Example
 
-# Weights are fitted on at most so many demonstrations, the last, which come after the most others; each costs a query.
+# Weights are fitted on the last half of the demonstrations, at most so many; each costs a query.
 MOST_FITTED = 64
-# With fewer demonstrations the weights are fixed.
-FEWEST_FITTED = 16
+# With fewer demonstrations, or fewer of their last half whose text comes once, the weights are fixed.
+FEWEST_DEMONSTRATIONS, FEWEST_FITTED = 16, 8
 NUM_FOLDS = 10
 
 Scores = NDArray[np.float64]
@@ -47,11 +47,12 @@ class BlendWeights(BaseModel):
     num_fitted: int = Field(ge=0, description="Demonstrations that they were fitted on; 0 where they are fixed.")
 
 
-# Where nothing is fitted.
-FIXED_WEIGHTS = BlendWeights(model=0.5, words=2.0, num_fitted=0)
-# What the weight of a part is drawn to whose scores have a spread of 1 over the labels, and how strongly: a weight that
-# differs from it by 1 costs half of so many nats of log-loss, summed over demonstrations.
-USUAL_WEIGHT, PULL = 0.7, 1.0
+# Where nothing is fitted; a linear classifier of few examples is less sure of itself than it could be, a model more.
+FIXED_WEIGHTS = BlendWeights(model=0.5, words=1.0, num_fitted=0)
+# A weight that is e times the fixed one, or the e-th part of it, costs half of so many nats of log-loss, summed over
+# demonstrations.
+PULL = 2.0
+MOST_LOG_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,24 +105,28 @@ def model_log_probabilities(scores: Sequence[Mapping[str, float]], labels: Seque
 def fitted_positions(demonstrations: Sequence[Example]) -> list[int]:
     """Return the demonstrations that weights are fitted on; none where these are too few.
 
-    They are the last ``MOST_FITTED`` of those whose text occurs once: of a text that comes again, each part may have
-    seen the answer before.
+    They are the last half, up to ``MOST_FITTED``: in the first half a model is still learning from its context and
+    worse than it will be. Those whose text comes twice are omitted, for each part may have seen the answer.
     """
     counts = Counter(example.query.text for example in demonstrations)
-    single = [n for n, example in enumerate(demonstrations) if counts[example.query.text] == 1]
-    return single[-MOST_FITTED:] if len(single) >= FEWEST_FITTED else []
+    last_half = range(len(demonstrations) // 2, len(demonstrations))
+    single = [position for position in last_half if counts[demonstrations[position].query.text] == 1]
+    are_enough = len(demonstrations) >= FEWEST_DEMONSTRATIONS and len(single) >= FEWEST_FITTED
+    return single[-MOST_FITTED:] if are_enough else []
 
 
 def held_out_words(demonstrations: Sequence[Example], labels: Sequence[str], positions: Sequence[int]) -> Scores:
     """Score the words of some demonstrations by classifiers that were fitted on the folds without them, (N, L).
 
-    The examples of each label are dealt out to the folds in turn, so that folds are alike in labels.
+    The examples of each label are dealt out to the folds in turn, beginning with the first fold for every label: where
+    labels are balanced, what is left is balanced. Otherwise the label that is to be found would be the one with fewer
+    examples left, and the classifier would seem worse than it is.
     """
-    by_label: defaultdict[str, list[int]] = defaultdict(list)
-    for position, example in enumerate(demonstrations):
-        by_label[example.answer].append(position)
-    in_turn = [position for label in labels for position in by_label[label]]
-    fold_of = {position: turn % NUM_FOLDS for turn, position in enumerate(in_turn)}
+    num_before: Counter[str] = Counter()
+    fold_of = []
+    for example in demonstrations:
+        fold_of.append(num_before[example.answer] % NUM_FOLDS)
+        num_before[example.answer] += 1
     row_of = {position: row for row, position in enumerate(positions)}
     found = np.empty((len(positions), len(labels)))
     for fold in range(NUM_FOLDS):
@@ -135,10 +140,7 @@ def held_out_words(demonstrations: Sequence[Example], labels: Sequence[str], pos
 
 
 def fit_weights(model: Scores, words: Scores, answers: Sequence[int]) -> BlendWeights:
-    """Fit the weights of the two parts by logistic regression, never below zero.
-
-    Each part is divided by its spread over the labels, and the weights after that are drawn to a usual one. So it does
-    not matter how sure of itself a part is.
+    """Fit the weights of the two parts by logistic regression, their logarithms drawn to those of the fixed weights.
 
     Args:
         model: The model's log-probabilities of labels for examples that it has not seen, (N, L).
@@ -149,24 +151,18 @@ def fit_weights(model: Scores, words: Scores, answers: Sequence[int]) -> BlendWe
         return FIXED_WEIGHTS
     from scipy.optimize import minimize
 
-    spreads = np.array([spread_over_labels(model), spread_over_labels(words)])
-    rows, parts = np.arange(len(answers)), np.stack([model / spreads[0], words / spreads[1]])
-    right = parts[:, rows, list(answers)]
+    fixed, parts = np.array([FIXED_WEIGHTS.model, FIXED_WEIGHTS.words]), np.stack([model, words])
+    rows, columns = np.arange(len(answers)), list(answers)
+    right = parts[:, rows, columns]
 
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Return the log-loss with its penalty, in nats, and its gradient."""
+    def loss(log_factors: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Return the penalised log-loss of weights that are multiples of the fixed ones, in nats, and its gradient."""
+        weights = fixed * np.exp(log_factors)
         log_probabilities = log_softmax(np.tensordot(weights, parts, axes=1), axis=1)
         expected = (np.exp(log_probabilities) * parts).sum(axis=2)
-        distance = weights - USUAL_WEIGHT
-        nats = -log_probabilities[rows, list(answers)].sum() + PULL / 2 * distance @ distance
-        return float(nats), (expected - right).sum(axis=1) + PULL * distance
+        nats = PULL / 2 * log_factors @ log_factors - log_probabilities[rows, columns].sum()
+        return float(nats), (expected - right).sum(axis=1) * weights + PULL * log_factors
 
-    found = minimize(loss, np.full(2, USUAL_WEIGHT), jac=True, method="L-BFGS-B", bounds=[(0, None), (0, None)])
-    of_model, of_words = map(float, found.x / spreads)
+    found = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-MOST_LOG_FACTOR, MOST_LOG_FACTOR)] * 2)
+    of_model, of_words = map(float, fixed * np.exp(found.x))
     return BlendWeights(model=of_model, words=of_words, num_fitted=len(answers))
-
-
-def spread_over_labels(log_probabilities: Scores) -> float:
-    """Standard deviation of labels' scores around the mean of their row; 1 where all are equal."""
-    spread = float((log_probabilities - log_probabilities.mean(axis=1, keepdims=True)).std())
-    return spread or 1.0
