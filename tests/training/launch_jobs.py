@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import sys
 import time
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 from manyicl.training.launch import in_processes
-from manyicl.training.processes import is_main_process, world_size
+from manyicl.training.processes import is_main_process, raise_in_all, world_size
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
@@ -50,16 +52,61 @@ def describe(greeting: str) -> tuple[str, int, int, float, bool]:
     return greeting, world_size(), torch.get_num_threads(), meet(), is_main_process()
 
 
+def fail(how: str) -> None:
+    """Fail as a user's mistake, a failing machine, a bug or a kill does."""
+    if how == "mistake":
+        raise UserError("a_code", "something is wrong", remedy="Make it right.", field="a.key")
+    if how == "machine":
+        raise MachineError("The disk is full.")
+    if how == "bug":
+        raise UnpicklableError("a bug", "of ours")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fail_in_second(how: str) -> float:
     """Fail in one process of two, while the other waits."""
     meet()
     if not is_main_process():
-        if how == "mistake":
-            raise UserError("a_code", "something is wrong", remedy="Make it right.", field="a.key")
-        if how == "bug":
-            raise UnpicklableError("a bug", "of ours")
-        os.kill(os.getpid(), signal.SIGKILL)
+        fail(how)
     return meet()
+
+
+def fail_in_second_and_then_first(how: str, then: str) -> float:
+    """Fail in one process of two; the other notices that and fails in its own way."""
+    meet()
+    if not is_main_process():
+        fail(how)
+    try:
+        return meet()
+    except RuntimeError as error:
+        if then == "aborts":
+            os.abort()
+        raise MachineError(f"A checkpoint could not be saved: {error}") from error
+
+
+def fail_in_second_and_tell_first() -> None:
+    """Fail in one process of two by a bug that the other is told of; it is the first to end."""
+    from accelerate.state import PartialState
+
+    PartialState(cpu=True, backend="gloo")
+    failure = None
+    if not is_main_process():
+        failure = ZeroDivisionError("seven by nothing")
+    try:
+        raise_in_all(failure)
+    except ZeroDivisionError:
+        time.sleep(0.5)
+        raise
+
+
+def die_while_reporting() -> None:
+    """Let the report of this process be cut off by a kill."""
+
+    def send_half(sender: Connection, report: bytes) -> None:
+        os.write(sender.fileno(), struct.pack("!i", len(report)) + report[: len(report) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection.send_bytes = send_half  # type: ignore[method-assign, assignment]
 
 
 def train_small(recipe: Recipe) -> TrainedRun:

@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from safetensors.torch import load_file
 
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.launch import ProcessLostError, in_processes
 from manyicl.training.run_folder import RunFolder
@@ -62,6 +62,34 @@ def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
     # One of them looks after what is shared, for as long as this process lives.
     new = [child for child in psutil.Process().children() if child.pid not in before]
     assert all("resource_tracker" in " ".join(child.cmdline()) for child in new)
+
+
+@pytest.mark.parametrize("then", ["aborts", "cannot save"])
+@pytest.mark.parametrize(
+    ("how", "expected", "sentence"),
+    [
+        ("mistake", UserError, r"something is wrong. Make it right\."),
+        ("machine", MachineError, r"The disk is full\."),
+        ("kill", ProcessLostError, r"One of the 2 processes of the run was ended by SIGKILL"),
+    ],
+)
+def test_the_first_failure_is_shown_however_another_process_fails_because_of_it(
+    how: str, expected: type[Exception], sentence: str, then: str
+) -> None:
+    with pytest.raises(expected, match=sentence) as caught:
+        in_processes(partial(launch_jobs.fail_in_second_and_then_first, how, then), 2, 1)
+    assert type(caught.value) is expected
+
+
+def test_a_bug_is_shown_by_the_process_that_has_it_and_not_by_one_that_was_told() -> None:
+    with pytest.raises(ZeroDivisionError, match="seven by nothing") as caught:
+        in_processes(launch_jobs.fail_in_second_and_tell_first, 2, 1)
+    assert "fail_in_second_and_tell_first" in "".join(caught.value.__notes__)
+
+
+def test_a_process_that_is_killed_while_it_reports_is_lost() -> None:
+    with pytest.raises(ProcessLostError, match="SIGKILL"):
+        in_processes(launch_jobs.die_while_reporting, 1, 1)
 
 
 def waiting_command(folder: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:

@@ -1,8 +1,9 @@
 """Starts the processes of a run on a CPU, waits for them, and leaves none alive; imports no torch itself.
 
 The process of the command computes nothing: it passes signals on, returns what the first process returns, and raises
-what the first failing one raises. ``torchrun`` would do less: it ends processes 30 seconds after Ctrl-C, though a step
-and its checkpoint may take longer, ends with 1 whatever happened, and listens on all network interfaces.
+what the process raises that failed first, not what others raise because it is gone. ``torchrun`` would do less: it ends
+processes 30 seconds after Ctrl-C, though a step and its checkpoint may take longer, ends with 1 whatever happened, and
+listens on all network interfaces.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from rich.console import Console
 
 from manyicl.errors import MachineError
-from manyicl.training.processes import SECONDS_WAITED, end_processes, loopback_interface
+from manyicl.training.processes import SECONDS_WAITED, end_processes, is_consequence, loopback_interface
 from manyicl.training.stopping import SECONDS_OF_ONE_REQUEST, taking_signals
 
 Outcome = TypeVar("Outcome")
@@ -52,12 +53,24 @@ class _Report(NamedTuple):
     Attributes:
         outcome: What the job returned.
         error: What it raised instead; KeyboardInterrupt where it was ended at once.
+        is_consequence: Whether it was raised only because another process had failed.
         sent_at: Seconds on the clock that all processes of a machine share.
     """
 
     outcome: Any
     error: BaseException | None
+    is_consequence: bool
     sent_at: float
+
+
+class _Loss(NamedTuple):
+    """What is noted of a process that ended without a report.
+
+    Attributes:
+        noticed_at: Seconds on the same clock.
+    """
+
+    noticed_at: float
 
 
 class _Meeting(NamedTuple):
@@ -97,7 +110,7 @@ def in_processes(job: Callable[[], Outcome], num_processes: int, num_threads: in
     Raises:
         ProcessLostError: If a process ended without a word.
         KeyboardInterrupt: If they were ended at once.
-        Exception: What a process raised; of several, the first.
+        Exception: What a process raised; of several, the first that raised it of its own accord.
     """
     # They meet in a file of their own, so that no port is taken and two runs never meet.
     interface = loopback_interface()
@@ -164,21 +177,22 @@ def _end(members: Sequence[_Member]) -> None:
         console.line()
 
 
-def _reports(members: Sequence[_Member]) -> dict[int, _Report | None]:
-    """Wait for all processes, or until one fails; None is the report of one that ended without any."""
-    reports: dict[int, _Report | None] = {}
+def _reports(members: Sequence[_Member]) -> dict[int, _Report | _Loss]:
+    """Wait for all processes, or until one fails and the others had a moment to say what they saw of it."""
+    reports: dict[int, _Report | _Loss] = {}
     deadline: float | None = None
     while len(reports) < len(members) and (deadline is None or time.monotonic() < deadline):
         waiting = {member.receiver: rank for rank, member in enumerate(members) if rank not in reports}
         timeout = None if deadline is None else deadline - time.monotonic()
         for receiver in connection.wait(list(waiting), timeout):
             rank = waiting[cast(Connection, receiver)]
+            report: _Report | _Loss
             try:
                 report = cast(Connection, receiver).recv()
-            except EOFError:
-                report = None
+            except (EOFError, OSError):  # the second where it was killed in the middle of its report
+                report = _Loss(time.monotonic())
             reports[rank] = report
-            if (report is None or report.error is not None) and deadline is None:
+            if (isinstance(report, _Loss) or report.error is not None) and deadline is None:
                 deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
     if deadline is None:
         for member in members:
@@ -186,25 +200,31 @@ def _reports(members: Sequence[_Member]) -> dict[int, _Report | None]:
     return reports
 
 
-def _outcome(members: Sequence[_Member], reports: dict[int, _Report | None], *, is_stopping: bool) -> object:
+def _outcome(members: Sequence[_Member], reports: dict[int, _Report | _Loss], *, is_stopping: bool) -> object:
     """Return what the first process returned, or raise why the run failed."""
-    failed = [report for report in reports.values() if report is not None and report.error is not None]
-    lost = [members[rank].process for rank, report in reports.items() if report is None]
-    for process in lost:
-        process.join(SECONDS_TO_END)
+    failed = [each for each in reports.values() if isinstance(each, _Report) and each.error is not None]
+    lost = {rank: each.noticed_at for rank, each in reports.items() if isinstance(each, _Loss)}
+    for rank in lost:
+        members[rank].process.join(SECONDS_TO_END)
+    exit_codes = {rank: members[rank].process.exitcode for rank in lost}
     if any(isinstance(report.error, KeyboardInterrupt) for report in failed) or (
         # Before a process takes signals itself, one ends it.
-        is_stopping and any(process.exitcode == -signal.SIGTERM for process in lost)
+        is_stopping and -signal.SIGTERM in exit_codes.values()
     ):
         raise KeyboardInterrupt
+    causes = {report.sent_at: report.error for report in failed if not report.is_consequence}
     if lost:
-        raise ProcessLostError(f"One of the {len(members)} processes of the run {_end_of(lost[0].exitcode)}.")
-    if failed:
-        error = min(failed, key=lambda report: report.sent_at).error
+        # No process kills itself because another one is gone, though it may abort.
+        rank = min(lost, key=lambda each: (exit_codes[each] != -signal.SIGKILL, lost[each]))
+        ending = f"One of the {len(members)} processes of the run {_end_of(exit_codes[rank])}."
+        causes[lost[rank]] = ProcessLostError(ending)
+    causes = causes or {report.sent_at: report.error for report in failed}
+    if causes:
+        error = causes[min(causes)]
         assert error is not None
         raise error
     first = reports[0]
-    assert first is not None
+    assert isinstance(first, _Report)
     return first.outcome
 
 
@@ -275,17 +295,19 @@ def _pickled(outcome: object, error: BaseException | None) -> bytes:
     """Write a report; an error that does not pickle becomes one that says the same."""
     sent_at = time.monotonic()
     if error is None:
-        return pickle.dumps(_Report(outcome, None, sent_at))
+        return pickle.dumps(_Report(outcome, None, False, sent_at))
+    # Its causes do not pickle.
+    report = _Report(None, error, is_consequence(error), sent_at)
     note = "".join(traceback.format_exception(error))
     error.add_note(note)
     try:
-        report = pickle.dumps(_Report(None, error, sent_at))
-        pickle.loads(report)
+        written = pickle.dumps(report)
+        pickle.loads(written)
     except Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}")
         error.add_note(note)
-        report = pickle.dumps(_Report(None, error, sent_at))
-    return report
+        written = pickle.dumps(report._replace(error=error))
+    return written
 
 
 def _end_with_parent() -> None:

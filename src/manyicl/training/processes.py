@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +19,10 @@ SECONDS_WAITED = 24 * 3600
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+
+class AnotherProcessFailedError(MachineError):
+    """A process fails because another one did, for a reason that the other one shows."""
 
 
 def world_size() -> int:
@@ -93,7 +98,26 @@ def _for_other_processes(failure: Exception) -> Exception:
     """Return an error that other processes can read, and that ends a command in one sentence."""
     if isinstance(failure, UserError | MachineError):
         return failure
-    return MachineError(f"Another process failed: {type(failure).__name__}, {reason(failure)}.")
+    return AnotherProcessFailedError(f"Another process failed: {type(failure).__name__}, {reason(failure)}.")
+
+
+def is_consequence(failure: BaseException) -> bool:
+    """Tell whether a process failed only because another one had: it was told so, or its connection was cut."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, AnotherProcessFailedError) or (isinstance(seen, RuntimeError) and _is_of_connection(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Recognise an error of the process group; gloo raises no class of its own, and names its source file."""
+    import torch
+
+    return (
+        isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo\b", str(error), re.IGNORECASE) is not None
+    )
 
 
 def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]]) -> list[Outcome]:
