@@ -8,10 +8,11 @@ import signal
 import struct
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -24,8 +25,10 @@ from manyicl.training.processes import is_main_process, raise_in_all, world_size
 from manyicl.training.stopping import taking_signals
 
 if TYPE_CHECKING:
+    from manyicl.tasks.task import Task
     from manyicl.training.job import TrainedRun
     from manyicl.training.recipe import Recipe
+    from manyicl.training.recipe_tasks import RecipeTasks
 
 
 class UnpicklableError(Exception):
@@ -107,6 +110,37 @@ def die_while_reporting() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     Connection.send_bytes = send_half  # type: ignore[method-assign, assignment]
+
+
+class LoadedError(Exception):
+    """Ends a run once its tasks are loaded."""
+
+
+def load_with_rehash(recipe: Recipe) -> list[tuple[list[str], list[str]]]:
+    """Load the tasks of a run whose rows are read again.
+
+    Returns:
+        For each process, the files of the tasks that it read, and the hash of each task that it has.
+    """
+    from manyicl.tasks import task_cache
+    from manyicl.training import job
+
+    load_place, read, hashes = task_cache.load_place, list[str](), list[str]()
+
+    def noted(place: str | Path, data_root: Path | None) -> Task:
+        read.append(str(place))
+        return load_place(place, data_root)
+
+    def loaded(recipe: Recipe, tasks: RecipeTasks, on_progress: object) -> None:
+        hashes.extend(task.data_hash for side in tasks for task in side)
+        raise LoadedError
+
+    vars(task_cache)["load_place"], vars(job)["prepare_run"] = noted, loaded
+    with suppress(LoadedError):
+        job.ensure_trained(recipe, rehash=True, console=Console(file=io.StringIO()))
+    of_processes: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(of_processes, (read, hashes))
+    return of_processes
 
 
 def train_small(recipe: Recipe) -> TrainedRun:

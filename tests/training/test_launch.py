@@ -17,11 +17,14 @@ import pytest
 from safetensors.torch import load_file
 
 from manyicl.errors import MachineError, UserError
+from manyicl.tasks.files import load_task
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.launch import ProcessLostError, in_processes
+from manyicl.training.recipe_tasks import load_recipe_tasks
 from manyicl.training.run_folder import RunFolder
 from tests.training import launch_jobs
 from tests.training.recipes import small_recipe
+from tests.training.test_train import write_task
 
 
 def test_processes_form_a_group_and_the_first_one_answers() -> None:
@@ -150,3 +153,25 @@ def test_two_processes_train_the_weights_that_one_does(tmp_path: Path, is_full: 
     name = "model.safetensors" if is_full else "adapter_model.safetensors"
     expected, found = (load_file(recipe.output / name) for recipe in (alone, shared))
     assert max((expected[key] - found[key]).abs().max().item() for key in expected) <= 1e-6
+
+
+def test_rows_that_are_to_be_read_again_are_read_by_one_process(tmp_path: Path, cache: Path) -> None:
+    train, held_out = write_task(tmp_path / "a", "reviews"), write_task(tmp_path / "b", "news")
+    recipe = small_recipe(tmp_path / "run", f"tasks.train=[{train}]", f"tasks.evaluate=[{held_out}]")
+    before = [task.data_hash for side in load_recipe_tasks(recipe) for task in side]
+    rows = train / "train.jsonl"
+    stat = rows.stat()
+    rows.write_text(rows.read_text(encoding="utf-8").replace("train 0", "train X"), encoding="utf-8")
+    os.utime(rows, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (first, hashes), (second, others) = in_processes(partial(launch_jobs.load_with_rehash, recipe), 2, 1)
+    assert (first, second) == ([str(train / "task.yaml"), str(held_out / "task.yaml")], [])
+    assert hashes == others == [load_task(folder).data_hash for folder in (train, held_out)]
+    assert [old == new for old, new in zip(before, hashes, strict=True)] == [False, True]
+
+
+def test_a_mistake_in_rows_that_are_read_again_ends_all_processes(tmp_path: Path, cache: Path) -> None:
+    task = write_task(tmp_path / "a", "reviews")
+    recipe = small_recipe(tmp_path / "run", f"tasks.train=[{task}]", "tasks.evaluate=[]")
+    (task / "train.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"train\.jsonl:1"):
+        in_processes(partial(launch_jobs.load_with_rehash, recipe), 2, 1)

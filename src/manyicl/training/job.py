@@ -19,8 +19,16 @@ from manyicl.model.load import load_model, read_manifest
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
+from manyicl.tasks.files import OnProgress
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
-from manyicl.training.processes import is_main_process, is_sharded, shared_out, world_size
+from manyicl.training.processes import (
+    is_main_process,
+    is_sharded,
+    local_rank,
+    raise_in_all,
+    shared_out,
+    world_size,
+)
 from manyicl.training.progress import TrainingProgress
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks, load_recipe_tasks
@@ -116,7 +124,7 @@ def _found_or_trained(
     plan = _decided_together(lambda: _plan(folder, recipe, existing))
     if tasks is None:
         activity.begin("reading tasks")
-        tasks = load_recipe_tasks(recipe, rehash=rehash, on_progress=activity.show)
+        tasks = _load_tasks(recipe, activity.show, rehash=rehash)
     if plan == "found":
         activity.begin("comparing the finished run with its recipe")
         return _found_run(recipe, tasks, folder)
@@ -180,6 +188,20 @@ def _enter_folder(folder: RunFolder, run: PreparedRun, plan: _Plan, files: str |
         point = ResumePoint(None, [])
     folder.remember_base(files)
     return point
+
+
+def _load_tasks(recipe: Recipe, on_progress: OnProgress, *, rehash: bool) -> RecipeTasks:
+    """Load the tasks of a recipe; rows are read again by one process of each machine, and others take its records."""
+    if not rehash or world_size() == 1:
+        return load_recipe_tasks(recipe, rehash=rehash, on_progress=on_progress)
+    tasks = failure = None
+    if local_rank() == 0:
+        try:
+            tasks = load_recipe_tasks(recipe, rehash=True, on_progress=on_progress)
+        except Exception as error:
+            failure = error
+    raise_in_all(failure)
+    return tasks or load_recipe_tasks(recipe)
 
 
 def _decided_together(decide: Callable[[], Decision]) -> Decision:
