@@ -124,8 +124,8 @@ def measure(folder: Path, with_workers: bool) -> None:
         setattr(module, function, timed(figures, name, getattr(module, function)))
     prepare, end_step = train.prepare_run, ManyShotTrainer.count_step_time
 
-    def kept(*arguments: Any) -> train.PreparedRun:
-        runs.append(prepare(*arguments))
+    def kept(*arguments: Any, **named: Any) -> train.PreparedRun:
+        runs.append(prepare(*arguments, **named))
         return runs[-1]
 
     def end_seen(trainer: ManyShotTrainer) -> None:

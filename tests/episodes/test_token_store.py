@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -252,8 +254,70 @@ def test_a_full_disk_is_one_sentence_that_names_the_folder(tmp_path: Path, monke
 
     task = load_known(write_task(tmp_path / "free"), None)
     monkeypatch.setattr(token_store, "write_atomically", full)
-    with pytest.raises(MachineError, match=r"tokens of task 'free' could not be written.*MANYICL_CACHE"):
+    with pytest.raises(MachineError, match=r"tokens of task 'free' could be written neither to.*MANYICL_CACHE"):
         TokenStore(Encoder(byte_level_bpe())).shots_of([task])
+    monkeypatch.setattr(token_store, "mkdtemp", full)
+    with pytest.raises(MachineError, match=r"tokens of tasks cannot be written to .*no space left on.*MANYICL_CACHE"):
+        TokenStore(Encoder(byte_level_bpe())).shots_of([task])
+
+
+@pytest.fixture(name="temporary")
+def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary ones are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_where_the_folder_cannot_be_written_tokens_are_kept_in_a_temporary_one_until_the_end(
+    tmp_path: Path, cache: Path, temporary: Path
+) -> None:
+    encoder, said = Encoder(byte_level_bpe()), list[str]()
+    paths = places(tmp_path)
+    expected = list(sequences([load_task(path) for path in paths], encoder, None))
+    tasks = [load_known(path, None) for path in paths]
+    (cache / "tokens").write_text("no folder", encoding="utf-8")
+    store = TokenStore(encoder, say=said.append)
+    shots = store.shots_of(tasks)
+    assert all(isinstance(each, StoredShots) for each in shots)
+    assert list(sequences(tasks, encoder, shots)) == expected
+    (folder,) = temporary.iterdir()
+    assert len(list(folder.glob("*.arrow"))) == len(tasks)
+    (sentence,) = said
+    for part in (f"cannot be written to {str(store.folder)!r}", f"temporary folder {str(folder)!r}", "MANYICL_CACHE"):
+        assert part in sentence
+    # A process to which they are given reads them, and leaves them there.
+    again = pickle.loads(pickle.dumps(sequences(tasks, encoder, shots)))
+    assert list(again) == expected
+    del again
+    assert folder.exists()
+    del store, shots
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_tokens_that_are_there_are_used_where_others_cannot_be_added(
+    tmp_path: Path, cache: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, said = Encoder(byte_level_bpe()), list[str]()
+    tasks = [load_known(path, None) for path in places(tmp_path)]
+    expected = _stored(tasks[:-1], encoder)
+    lock = token_store.FileLock
+
+    def locked(path: Path) -> Any:
+        if cache in path.parents:
+            raise PermissionError(13, "Permission denied")
+        return lock(path)
+
+    monkeypatch.setattr(token_store, "FileLock", locked)
+    (flipped, *_) = (cache / "tokens").glob("*/*.arrow")
+    _flip(flipped)
+    shots = TokenStore(encoder, say=said.append).shots_of(tasks)
+    assert len(list(temporary.glob("*/*.arrow"))) == len(said) == 1, "the last task"
+    assert list(sequences(tasks[:-1], encoder, shots[:-1])) == expected
+    assert len(list(temporary.glob("*/*.arrow"))) == 2, "and the one whose tokens are damaged"
+    assert len(said) == 1
 
 
 def test_tokens_of_a_tokenizer_that_was_not_used_for_long_are_removed(tmp_path: Path, cache: Path) -> None:

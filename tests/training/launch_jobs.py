@@ -131,7 +131,7 @@ def load_with_rehash(recipe: Recipe) -> list[tuple[list[str], list[str]]]:
         read.append(str(place))
         return load_place(place, data_root)
 
-    def loaded(recipe: Recipe, tasks: RecipeTasks, on_progress: object) -> None:
+    def loaded(recipe: Recipe, tasks: RecipeTasks, *others: object) -> None:
         hashes.extend(task.data_hash for side in tasks for task in side)
         raise LoadedError
 

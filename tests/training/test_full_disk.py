@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from manyicl.training.job import TrainedRun, ensure_trained
 from manyicl.training.recipe import Recipe
 from tests.training.killing import score_of_bits
 from tests.training.recipes import measuring, small_recipe, small_tasks
+from tests.training.test_train import write_task
 
 # Between what the smallest files take and what weights take, and between what weights and the optimizer's state take.
 NO_ROOM_FOR_WEIGHTS, NO_ROOM_FOR_OPTIMIZER = 20_000, 120_000
@@ -123,3 +125,18 @@ def test_a_disk_that_is_really_full_never_costs_the_last_good_checkpoint(
         assert (recipe.output / "model.safetensors").read_bytes() == expected
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_cache_folder_that_cannot_be_written_changes_no_weight_and_is_said_once(tmp_path: Path, cache: Path) -> None:
+    task, screen = write_task(tmp_path / "a", "reviews"), io.StringIO()
+    named = (f"tasks.train=[{task}]", "tasks.evaluate=[]")
+    weights = []
+    for name in ("with", "without"):
+        recipe = small_recipe(tmp_path / name, *named)
+        ensure_trained(recipe, console=Console(file=screen, width=200))
+        weights.append((recipe.output / "model.safetensors").read_bytes())
+        if name == "with":
+            shutil.rmtree(cache / "tokens")
+            (cache / "tokens").write_text("no folder", encoding="utf-8")
+    assert weights[0] == weights[1]
+    assert screen.getvalue().count("are kept in the temporary folder") == 1

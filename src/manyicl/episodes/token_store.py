@@ -14,12 +14,14 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import numpy
@@ -50,6 +52,7 @@ SECONDS_KEPT = 30 * 24 * 3600
 
 _LOG = logging.getLogger(__name__)
 Check = Callable[[Task], None]
+Say = Callable[[str], object]
 
 
 class _Entry(NamedTuple):
@@ -71,40 +74,48 @@ class TokenStore:
 
     Attributes:
         folder: Where the files are; it may be removed at any time.
+        folders: It, and a temporary folder once something could not be written there.
     """
 
-    def __init__(self, encoder: Encoder, *, identity: str = "", check: Check | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, *, identity: str = "", check: Check | None = None, say: Say | None = None
+    ) -> None:
         """Name the folder of a tokenizer and format.
 
         Args:
             encoder: Encodes what is not in the folder.
             identity: All else that the checks depend on.
             check: Refuses a task with a `UserError`, after the encoder's own checks.
+            say: Called with a sentence where the folder cannot be written; by default it is logged.
         """
         self.encoder = encoder
         self._check = check
+        self._say = say or _LOG.warning
         versions = [str(FORMAT_VERSION), __version__, version("tokenizers")]
         parts = [*versions, encoder.text_hash, str(encoder.tokenizer.unk_token_id), identity]
         self.folder = cache_folder() / FOLDER / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        self.folders = (self.folder,)
         self._open: OrderedDict[str, _File] = OrderedDict()
-        self._verified: set[str] = set()
+        self._verified: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Files are open in this process alone, and checks are done.
-        return {**self.__dict__, "_open": OrderedDict(), "_verified": set(), "_check": None}
+        # Files are open in this process alone, which also removes what is temporary, and checks are done.
+        own = {"_open": OrderedDict(), "_verified": set(), "_check": None, "_say": _LOG.warning}
+        return {**self.__dict__, **own}
 
     def shots_of(self, tasks: Iterable[Task], on_progress: OnProgress | None = None) -> list[TaskShots]:
         """Return the demonstrations of tasks; those of tasks whose rows are in files are written first where they lack.
 
-        One process writes at a time, others wait for it and find what it wrote.
+        One process writes at a time, others wait for it and find what it wrote. Where the folder cannot be written,
+        each writes to a temporary folder of its own.
 
         Raises:
             UserError: If a task cannot be encoded.
-            MachineError: If the tokens cannot be written.
+            MachineError: If the tokens cannot be written there either.
         """
         tasks = tuple(tasks)
         shots: list[TaskShots | None] = [
-            self._known(task) if _is_in_files(task) else self._unstored(task) for task in tasks
+            self._known(task, *self.folders) if _is_in_files(task) else self._unstored(task) for task in tasks
         ]
         missing = [number for number, known in enumerate(shots) if known is None]
         if missing:
@@ -123,36 +134,60 @@ class TokenStore:
             self._check(task)
         return ShotsInMemory(task, self.encoder)
 
-    def _known(self, task: Task) -> StoredShots | None:
-        """Return the shots of a task whose file is there, as far as that shows without reading it."""
+    def _known(self, task: Task, *folders: Path) -> StoredShots | None:
+        """Return the shots of a task whose file is in a folder, as far as that shows without reading it."""
         name = _name_of(task)
-        with suppress(OSError, ValueError, TypeError):
-            entry = _Entry(**json.loads((self.folder / f"{name}.json").read_bytes()))
-            if os.stat(self.folder / f"{name}.arrow").st_size == entry.num_bytes:  # noqa: PTH116
-                return StoredShots(task, self, name, entry)
+        for folder in folders:
+            with suppress(OSError, ValueError, TypeError):
+                entry = _Entry(**json.loads((folder / f"{name}.json").read_bytes()))
+                if os.stat(folder / f"{name}.arrow").st_size == entry.num_bytes:  # noqa: PTH116
+                    return StoredShots(task, self, folder, name, entry)
         return None
 
     def _written(self, task: Task) -> StoredShots:
         """Return the shots of a task, encoded and written unless another process has done so meanwhile."""
+        folder = self.folders[-1]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
-                known = self._known(task)
-                return known or self._write(task)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                known = self._known(task, folder)
+                return known or self._write(task, folder)
         except (OSError, pyarrow.ArrowException) as error:
+            if folder == self.folder:
+                self._use_temporary_folder(error)
+                return self._written(task)
             raise MachineError(
-                f"The tokens of task {task.name!r} could not be written to {str(self.folder)!r}: {reason(error)}. Free "
-                f"some space, or name another folder with {CACHE_VARIABLE}."
+                f"The tokens of task {task.name!r} could be written neither to {str(self.folder)!r} nor to "
+                f"{str(folder)!r}: {reason(error)}. Free some space, or name another folder with {CACHE_VARIABLE}."
             ) from error
 
-    def _write(self, task: Task) -> StoredShots:
+    def _use_temporary_folder(self, error: Exception) -> None:
+        """Write to a temporary folder from now on, which is removed with this store, and say so.
+
+        Raises:
+            MachineError: If there is none.
+        """
+        remedy = f"Free some space, or name another folder with {CACHE_VARIABLE}."
+        why = f"The tokens of tasks cannot be written to {str(self.folder)!r}: {reason(error)}"
+        try:
+            temporary = Path(mkdtemp(prefix="manyicl-tokens-"))
+        except OSError:
+            raise MachineError(f"{why}. {remedy}") from error
+        weakref.finalize(self, _remove, temporary, os.getpid())
+        self.folders = (self.folder, temporary)
+        self._say(
+            f"{why}. Until this run ends they are kept in the temporary folder {str(temporary)!r}, and the next run "
+            f"makes them again. {remedy}"
+        )
+
+    def _write(self, task: Task, folder: Path) -> StoredShots:
         if self._check:
             self._check(task)
         self.encoder.require_encodable(task)
         name = _name_of(task)
-        path, described = self.folder / f"{name}.arrow", self.folder / f"{name}.json"
+        path, described = folder / f"{name}.arrow", folder / f"{name}.json"
         if described.exists():
-            _LOG.warning("The tokens of task %r in %s are damaged; they are made again.", task.name, self.folder)
+            _LOG.warning("The tokens of task %r in %s are damaged; they are made again.", task.name, folder)
         table, fewest_tokens = _table_of(task, self.encoder)
 
         def write(aside: Path) -> None:
@@ -163,7 +198,7 @@ class TokenStore:
         entry = _Entry(path.stat().st_size, sha256_of_file(path), fewest_tokens)
         # Last, so that a file which it describes is there.
         write_atomically(described, json.dumps(entry._asdict()), sync=False)
-        return StoredShots(task, self, name, entry)
+        return StoredShots(task, self, folder, name, entry)
 
     def file_of(self, shots: StoredShots) -> _File:
         """Open the file of a task; of those that were opened, the ones used last stay open.
@@ -177,27 +212,27 @@ class TokenStore:
         if (file := self._open.get(shots.name)) is not None:
             self._open.move_to_end(shots.name)
             return file
-        path = self.folder / f"{shots.name}.arrow"
         # Hashed once in a process, even if it is closed and opened again.
-        if not path.is_file() or (shots.name not in self._verified and not self._is_whole(path, shots)):
-            shots.entry = self._written(shots.task).entry
-        self._verified.add(shots.name)
-        file = self._open[shots.name] = _File(path)
+        if not shots.path.is_file() or (shots.path not in self._verified and not self._is_whole(shots)):
+            again = self._written(shots.task)
+            shots.folder, shots.entry = again.folder, again.entry
+        self._verified.add(shots.path)
+        file = self._open[shots.name] = _File(shots.path)
         if len(self._open) > MOST_FILES_OPEN:
             self._open.popitem(last=False)
         return file
 
-    def _is_whole(self, path: Path, shots: StoredShots) -> bool:
+    def _is_whole(self, shots: StoredShots) -> bool:
         """Tell whether a file is as it was written; a damaged one is removed while no other process writes it."""
-        if sha256_of_file(path) == shots.entry.sha256:
+        if sha256_of_file(shots.path) == shots.entry.sha256:
             return True
-        with suppress(OSError), FileLock(self.folder / ".lock"):
+        with suppress(OSError), FileLock(shots.folder / ".lock"):
             # Another process may have written it anew meanwhile.
-            known = self._known(shots.task)
-            if known is not None and sha256_of_file(path) == known.entry.sha256:
+            known = self._known(shots.task, shots.folder)
+            if known is not None and sha256_of_file(known.path) == known.entry.sha256:
                 shots.entry = known.entry
                 return True
-            path.unlink(missing_ok=True)
+            shots.path.unlink(missing_ok=True)
         return False
 
     def _clean_up(self) -> None:
@@ -218,16 +253,23 @@ class StoredShots(TaskShots):
 
     Attributes:
         task: The task; its rows are read only where the file does not hold what is needed.
-        name: Name of the file.
+        folder: Folder of the file.
+        name: Name of the file, without its ending.
         entry: What is known of the file.
     """
 
-    def __init__(self, task: Task, store: TokenStore, name: str, entry: _Entry) -> None:
+    def __init__(self, task: Task, store: TokenStore, folder: Path, name: str, entry: _Entry) -> None:
         """Name the file of a task in a store."""
         self.task = task
+        self.folder = folder
         self.name = name
         self.entry = entry
         self._store = store
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / f"{self.name}.arrow"
 
     @property
     def _file(self) -> _File:
@@ -308,6 +350,12 @@ class _File:
     @property
     def plain_words(self) -> set[str]:
         return set(self._metadata[b"plain_words"].decode().split())
+
+
+def _remove(temporary: Path, process_id: int) -> None:
+    """Remove a temporary folder, in the process that made it and not in one that was forked from it."""
+    if os.getpid() == process_id:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_in_files(task: Task) -> bool:

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,7 +25,6 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -114,7 +114,7 @@ def in_processes(job: Callable[[], Outcome], num_processes: int, num_threads: in
     """
     # They meet in a file of their own, so that no port is taken and two runs never meet.
     interface = loopback_interface()
-    with TemporaryDirectory(prefix="manyicl-") as folder:
+    with tempfile.TemporaryDirectory(prefix="manyicl-") as folder:
         meeting = _Meeting(Path(folder) / "processes", interface, num_processes, num_threads)
         with _started(job, meeting) as members:
             requests = _Requests(members)
@@ -245,6 +245,8 @@ def _run(job: Callable[[], object], rank: int, meeting: _Meeting, sender: Connec
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if rank > 0:
         warnings.simplefilter("ignore")
+    # What this process leaves in it goes when the run ends, even if this process is killed.
+    tempfile.tempdir = str(meeting.file.parent)
     # torch reads some of it when it is imported, accelerate the rest.
     os.environ |= {
         "RANK": str(rank),

@@ -104,6 +104,7 @@ def packed_sequences(
     activity: Activity | None = None,
 ) -> PackedSequences:
     """Return the packed sequences of a whole run; tasks whose rows are in files are tokenized once."""
+    say = activity.say if activity else None
     activity = activity or Activity()
     activity.begin("tokenizing tasks")
     encoder = Encoder(tokenizer, chosen_format(recipe.format, tokenizer))
@@ -111,6 +112,7 @@ def packed_sequences(
         encoder,
         identity=template_identity(recipe.format, tokenizer),
         check=lambda task: require_rows_as_written(recipe.format, tokenizer, encoder.format, [task]),
+        say=say,
     )
     return PackedSequences(
         tasks,
