@@ -11,20 +11,27 @@ Then, with the base in the cache (`manyicl models get smollm2`), from the root o
     python -m benchmarks.training_peers --trl trl-venv/bin/python --data-root DATA                   # the mixture
     python -m benchmarks.training_peers --trl trl-venv/bin/python --data-root DATA --workloads cola dialogsum
     python -m benchmarks.training_peers --trl trl-venv/bin/python --data-root DATA --bf16
+    python -m benchmarks.training_peers --trl trl-venv/bin/python --data-root DATA --by-default      # see below
     python -m benchmarks.training_peers --trl trl-venv/bin/python --context 512 --steps 1            # to try it out
 
 First the losses: conversations with the tokens that both make of them, through the same base and the same adapter,
 whose weights are random so that it has an effect. A difference beyond rounding ends the benchmark with 1.
 
-Then speed. manyicl is `manyicl train` as it comes. Its packed sequences are drawn first; the very episodes in them
-become conversations for TRL, with the instruction as the system turn, every query a user turn and every answer an
-assistant turn, loss on assistant turns. TRL runs with each of the settings named by --settings, its own default among
-them, and the best of them counts. Its isolated packing is made for FlashAttention; without it, on a CPU, transformers
-isolates the conversations by a dense mask; its loss is printed, and it is measured too. Both sides keep activations
-(SFTTrainer would recompute them by default, which is slower and saves memory: --recompute does so on both sides), and
-nothing is cut off. Every run is a process of its own and takes a step that is not timed first. Peak memory is that of
-all its processes, sampled from outside. Useful tokens are those up to the end of a conversation's last answer; padding
-is not counted.
+Then speed. manyicl is `manyicl train` with as many threads as TRL. Its packed sequences are drawn first; the very
+episodes in them become conversations for TRL, with the instruction as the system turn, every query a user turn and
+every answer an assistant turn, loss on assistant turns. TRL runs with each of the settings named by --settings, its own
+default among them, and the best of them counts. Its isolated packing is made for FlashAttention; without it, on a CPU,
+transformers isolates the conversations by a dense mask; its loss is printed, and it is measured too. Both sides keep
+activations (SFTTrainer would recompute them by default, which is slower and saves memory: --recompute does so on both
+sides), and nothing is cut off. Every run is a process of its own and takes a step that is not timed first. Peak memory
+is that of all its processes, sampled from outside. Useful tokens are those up to the end of a conversation's last
+answer; padding is not counted.
+
+With --by-default no number of threads is given: `manyicl train` starts as many processes as it chooses, and SFTTrainer
+runs in one process with the threads that torch takes. A user who knows better would start TRL with torchrun, so it also
+runs with one process of one thread per core, whose gradients gloo averages, on the same conversations. There are as
+many sequences in a step as cores, or a multiple. Conversations that TRL repeats so that its processes have equally many
+count as useful. The aim is checked against TRL's fastest row.
 """
 
 from __future__ import annotations
@@ -40,6 +47,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +60,7 @@ from transformers import PreTrainedModel
 from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.packed_sequence import PackedSequence
 from manyicl.model.load import load_tokenizer
-from manyicl.model.manifest import library_versions
+from manyicl.model.manifest import Manifest, library_versions
 from manyicl.model.reference import resolve_reference
 from manyicl.training.batch import sequence_tensors
 from manyicl.training.loss import TOLERANCE, sequence_loss
@@ -61,6 +69,7 @@ from manyicl.training.recipe_tasks import load_recipe_tasks
 from manyicl.training.train import packed_sequences
 
 ROOT = Path(__file__).parent.parent
+NUM_CORES = psutil.cpu_count(logical=False) or 1
 SECONDS_BETWEEN_SAMPLES = 0.25
 AIM_ON_THE_MIXTURE, AIM_ON_A_TASK = 1.5, 1.0
 COLUMNS = ("Run", "Useful tokens/s", "Supervised answers/s", "Padding", "Seconds", "Peak memory, GiB")
@@ -81,6 +90,32 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "single": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     "packed": {"per_device_train_batch_size": 1, "packing": True},
 }
+
+
+# DDP would look at each step which weights take part; here all do.
+TOGETHER: Mapping[str, Any] = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a side is started.
+
+    Attributes:
+        num_threads: CPU threads of each process; None for what it takes by itself.
+        num_processes: Processes that torchrun starts; 1 starts none.
+    """
+
+    num_threads: int | None
+    num_processes: int = 1
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the environment says of threads."""
+        return {} if self.num_threads is None else {"OMP_NUM_THREADS": str(self.num_threads)}
+
+    def __str__(self) -> str:
+        threads = "as it starts" if self.num_threads is None else f"{self.num_threads} thread(s)"
+        return threads if self.num_processes == 1 else f"torchrun, {self.num_processes} processes of {threads}"
 
 
 @dataclass(frozen=True)
@@ -172,8 +207,10 @@ def random_adapter(reference: str, folder: Path) -> PreTrainedModel:
 def peak_of(command: Sequence[str], environment: Mapping[str, str], log: Path) -> float:
     """Run a command to its end and return the peak memory of all its processes together, in GiB."""
     peak = 0
+    # A number of threads is given here or not at all.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with log.open("w", encoding="utf-8") as lines:
-        process = psutil.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=lines, stderr=lines)
+        process = psutil.Popen(command, cwd=ROOT, env={**inherited, **environment}, stdout=lines, stderr=lines)
         while process.poll() is None:
             with suppress(psutil.Error):
                 peak = max(peak, used_bytes(process))
@@ -202,7 +239,9 @@ class Peer:
         self.adapter = folder / "adapter"
         self.settings: dict[str, dict[str, str]] = {}
 
-    def call(self, kind: str, conversations: Sequence[Conversation], settings: Mapping[str, Any], threads: int) -> Any:
+    def call(
+        self, kind: str, conversations: Sequence[Conversation], settings: Mapping[str, Any], start: Start
+    ) -> dict[str, Any]:
         """Start TRL's side on a job and return its result with its peak memory."""
         job = {
             "kind": kind,
@@ -214,37 +253,41 @@ class Peer:
                 "max_length": self.arguments.context,
                 "gradient_checkpointing": self.arguments.recompute,
                 **settings,
+                **(TOGETHER if start.num_processes > 1 else {}),
             },
             "bf16": self.arguments.bf16,
-            "threads": threads,
+            "threads": start.num_threads,
             "output": str(self.folder / "trl"),
         }
         paths = self.folder / "job.json", self.folder / "result.json"
         paths[0].write_text(json.dumps(job), encoding="utf-8")
-        command = [str(self.arguments.trl), str(ROOT / "benchmarks" / "training_peers_trl.py"), *map(str, paths)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(start.num_processes)]
+        script = [str(ROOT / "benchmarks" / "training_peers_trl.py"), *map(str, paths)]
+        command = [str(self.arguments.trl), *(launcher if start.num_processes > 1 else []), *script]
         # Its environment is its own: nothing of ours is to be found in it.
-        environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+        environment = {**start.environment, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
         peak = peak_of(command, environment, self.folder / "trl.log")
         return {**json.loads(paths[1].read_text(encoding="utf-8")), "peak_gib": peak}
 
-    def speed(self, name: str, conversations: Sequence[Conversation], threads: int) -> tuple[Speed, dict[str, str]]:
+    def speed(self, name: str, conversations: Sequence[Conversation], start: Start) -> tuple[Speed, dict[str, str]]:
         """Train on conversations once with one of the settings."""
-        result = self.call("train", conversations, SETTINGS[name], threads)
-        expected = sum(len(each.encoded.answer_spans) for each in conversations)
-        if result["num_answers"] != expected:
-            raise SystemExit(f"TRL supervised {result['num_answers']} answers of {expected}.")
-        useful = sum(each.num_useful_tokens for each in conversations)
+        result = self.call("train", conversations, SETTINGS[name], start)
+        expected, num_answers = sum(len(each.encoded.answer_spans) for each in conversations), result["num_answers"]
+        # Of several processes, all are given equally many conversations.
+        if num_answers < expected or (num_answers > expected and start.num_processes == 1):
+            raise SystemExit(f"TRL supervised {num_answers} answers of {expected}.")
+        useful = round(sum(each.num_useful_tokens for each in conversations) * num_answers / expected)
         padding = 1 - result["num_tokens"] / result["num_positions"]
-        label = f"TRL, {name}, {threads} thread(s)"
-        return Speed(label, result["seconds"], useful, expected, padding, result["peak_gib"]), result["settings"]
+        label = f"TRL, {name}, {start}"
+        return Speed(label, result["seconds"], useful, num_answers, padding, result["peak_gib"]), result["settings"]
 
 
-def our_speed(recipe: Recipe, sequences: Sequence[Sequence[Conversation]], threads: int, folder: Path) -> Speed:
+def our_speed(recipe: Recipe, sequences: Sequence[Sequence[Conversation]], start: Start, folder: Path) -> Speed:
     """Let `manyicl train` run a recipe, and read the time of its steps from its log."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("manyicl")), "train", str(path), "--overwrite"]
-    peak = peak_of(command, {"OMP_NUM_THREADS": str(threads)}, folder / "manyicl.log")
+    peak = peak_of(command, start.environment, folder / "manyicl.log")
     (state,) = recipe.output.glob(f"checkpoints/checkpoint-{recipe.num_steps}/trainer_state.json")
     steps = [line for line in json.loads(state.read_text(encoding="utf-8"))["log_history"] if "loss" in line]
     per_step = recipe.training.sequences_per_step
@@ -255,7 +298,10 @@ def our_speed(recipe: Recipe, sequences: Sequence[Sequence[Conversation]], threa
         seconds += num_tokens / line["tokens_per_second"]
     useful = sum(each.num_useful_tokens for sequence in timed for each in sequence)
     answers = sum(len(each.encoded.answer_spans) for sequence in timed for each in sequence)
-    return Speed(f"manyicl, {threads} thread(s)", seconds, useful, answers, 0.0, peak)
+    manifest = Manifest.read(recipe.output)
+    assert manifest is not None
+    chosen = f": {int(manifest.throughput['num_processes'])} process(es)" if start.num_threads is None else ""
+    return Speed(f"manyicl, {start}{chosen}", seconds, useful, answers, 0.0, peak)
 
 
 def our_loss(model: PreTrainedModel, episodes: Sequence[EncodedEpisode], bf16: bool) -> float:
@@ -283,7 +329,7 @@ def same_tokens(conversation: Conversation, row: Mapping[str, list[int]]) -> Enc
 def compare_losses(peer: Peer, model: PreTrainedModel, conversations: Sequence[Conversation]) -> None:
     """Print the losses of both sides; end the benchmark if they differ beyond rounding."""
     bf16 = peer.arguments.bf16
-    theirs = peer.call("losses", conversations, SETTINGS["default"], peer.arguments.threads)
+    theirs = peer.call("losses", conversations, SETTINGS["default"], Start(peer.arguments.threads))
     episodes = [same_tokens(each, row) for each, row in zip(conversations, theirs["rows"], strict=True)]
     rows = [
         (f"conversation {number}, {len(episode.token_ids):,} tokens, alone", our_loss(model, [episode], bf16), loss)
@@ -327,16 +373,22 @@ def measure(name: str, folders: Sequence[Path], peer: Peer, model: PreTrainedMod
     lengths = sorted(each.num_useful_tokens for each in timed)
     print(f"## {name}: {len(timed)} conversations of {lengths[0]:,} to {lengths[-1]:,} tokens\n")
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}", flush=True)
-    ours = our_speed(recipe, sequences, arguments.threads, peer.folder)
+    ours = our_speed(recipe, sequences, Start(None if arguments.by_default else arguments.threads), peer.folder)
     show(ours)
     others = []
-    for threads in arguments.trl_threads or (arguments.threads,):
-        for setting in arguments.settings:
-            speed, in_force = peer.speed(setting, timed, threads)
-            peer.settings.setdefault(setting, in_force)
-            others.append(speed)
-            show(speed)
+    for start, setting in product(starts_of_trl(arguments), arguments.settings):
+        speed, in_force = peer.speed(setting, timed, start)
+        peer.settings.setdefault(f"{setting}, {start}", in_force)
+        others.append(speed)
+        show(speed)
     print(f"\n{verdict(name, ours, others)}\n", flush=True)
+
+
+def starts_of_trl(arguments: argparse.Namespace) -> list[Start]:
+    """List the ways in which TRL is started."""
+    if not arguments.by_default:
+        return [Start(threads) for threads in arguments.trl_threads or (arguments.threads,)]
+    return [Start(None), *([Start(1, NUM_CORES)] if NUM_CORES > 1 else [])]
 
 
 def show(speed: Speed) -> None:
@@ -349,7 +401,6 @@ def show(speed: Speed) -> None:
 
 
 def main() -> None:
-    cores = psutil.cpu_count(logical=False) or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, required=True, help="Python of TRL's environment.")
     parser.add_argument("--data-root", type=Path)
@@ -358,14 +409,16 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=("default", "single", "packed"))
     parser.add_argument("--context", type=int, default=2048, help="Tokens of a packed sequence.")
     parser.add_argument("--examples-per-episode", type=int, nargs=2, default=(4, 16), metavar=("LEAST", "MOST"))
-    parser.add_argument("--sequences-per-step", type=int, default=1)
+    parser.add_argument("--sequences-per-step", type=int, help="1 by default; with --by-default one per core.")
     parser.add_argument("--steps", type=int, default=3, help="Timed steps of manyicl; TRL gets their conversations.")
-    parser.add_argument("--threads", type=int, default=cores)
+    parser.add_argument("--threads", type=int, default=NUM_CORES)
     parser.add_argument("--trl-threads", type=int, nargs="+", help="Try TRL with each of these; default --threads.")
+    parser.add_argument("--by-default", action="store_true", help="Start each side as its command does by itself.")
     parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16 (autocast), both sides.")
     parser.add_argument("--recompute", action="store_true", help="Recompute activations, both sides.")
     parser.add_argument("--no-losses", action="store_true", help="Leave out the comparison of losses.")
     arguments = parser.parse_args()
+    arguments.sequences_per_step = arguments.sequences_per_step or (NUM_CORES if arguments.by_default else 1)
     torch.set_num_threads(arguments.threads)
     workloads, started = task_folders(arguments.data_root), time.perf_counter()
     for name in arguments.workloads:
@@ -374,7 +427,7 @@ def main() -> None:
     print(
         f"{arguments.model}, LoRA of rank 16 on all linear layers without dropout, "
         f"{'bfloat16 autocast' if arguments.bf16 else 'float32'}, sequences of {arguments.context:,} tokens, "
-        f"{platform.processor() or platform.machine()}, {cores} cores, "
+        f"{platform.processor() or platform.machine()}, {NUM_CORES} cores, "
         + ", ".join(f"{name} {version}" for name, version in library_versions().items())
         + "\n"
     )

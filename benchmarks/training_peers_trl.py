@@ -2,9 +2,10 @@
 
     python benchmarks/training_peers_trl.py JOB.json RESULT.json
 
-The job says what to do: ``losses`` compares tokens and returns losses of given conversations, ``train`` trains on
-conversations and returns how long it took. `SFTTrainer` is used as it comes: it applies
-the chat template, makes the labels of assistant turns, pads or packs, and computes its default loss.
+It may also be started by torchrun, and counts what all processes train on then. The job says what to do: ``losses``
+compares tokens and returns losses of given conversations, ``train`` trains on conversations and returns how long it
+took. `SFTTrainer` is used as it comes: it applies the chat template, makes the labels of assistant turns, pads or
+packs, and computes its default loss.
 """
 
 from __future__ import annotations
@@ -132,19 +133,30 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     trainer.model.zero_grad()
     trainer.train()
     settings = {name: str(getattr(trainer.args, name)) for name in PRINTED}
+    settings["processes"] = f"{trainer.args.world_size} of {torch.get_num_threads()} thread(s)"
     settings["attention"] = trainer.model.config._attn_implementation
     settings["versions"] = f"torch {torch.__version__}, trl {trl.__version__}, transformers {transformers.__version__}"
     counted = ("num_tokens", "num_positions", "num_answers", "num_episodes")
-    counts = {name: getattr(trainer, name) for name in counted}
-    return {**counts, "seconds": times.ended - times.began, "settings": settings}
+    counts = torch.tensor([getattr(trainer, name) for name in counted])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return {
+        **dict(zip(counted, counts.tolist(), strict=True)),
+        "seconds": times.ended - times.began,
+        "settings": settings,
+    }
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(job["threads"])
+    if job["threads"] is not None:
+        torch.set_num_threads(job["threads"])
     result = {"losses": losses, "train": train}[job["kind"]](job)
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
