@@ -36,7 +36,7 @@ WORDS = ["".join(parts) for parts in product(("ka", "lo", "mi", "ru", "se", "ta"
 RECIPE = """
 model: {{base: "{base}"}}
 tasks: {{train: ["{tasks}"]}}
-sequences: {{max_context_tokens: {context}, examples_per_episode: [4, 40]}}
+sequences: {{max_context_tokens: {context}, examples_per_episode: [4, 40], rename_labels: {renamed}}}
 training: {{num_steps: 2, sequences_per_step: 1, learning_rate: 1e-3, num_threads: 1}}
 output: "{output}"
 """
@@ -107,14 +107,14 @@ def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) ->
     return wrapped
 
 
-def measure(folder: Path, with_workers: bool) -> None:
+def measure(folder: Path, with_workers: bool, renamed: float) -> None:
     """Train two steps over the tasks of a folder, and print the figures as JSON."""
     from manyicl.training import job, train
     from manyicl.training.recipe import Recipe
     from manyicl.training.trainer import ManyShotTrainer
 
     output = folder / "run"
-    text = RECIPE.format(base=folder / "base", tasks=folder / "tasks", context=CONTEXT, output=output)
+    text = RECIPE.format(base=folder / "base", tasks=folder / "tasks", context=CONTEXT, output=output, renamed=renamed)
     recipe = Recipe.parse(text, overrides=[])
     figures: dict[str, float] = {}
     runs: list[train.PreparedRun] = []
@@ -182,11 +182,12 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--rows", type=int, default=1000, help="Training rows of a task.")
     parser.add_argument("--workers", action="store_true", help="Also start data-loader workers.")
+    parser.add_argument("--rename-labels", type=float, default=0.0, help="Share of episodes; reads all files first.")
     parser.add_argument("--folder", type=Path, help="Where to write; kept, and used again where it is there.")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.workers)
+        measure(arguments.measure, arguments.workers, arguments.rename_labels)
         return
     with tempfile.TemporaryDirectory() as temporary:
         for num_tasks in arguments.tasks:
@@ -216,6 +217,7 @@ def main() -> None:
 def run(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure in a process of its own."""
     command = [sys.executable, __file__, "--measure", str(folder)]
+    command += ["--rename-labels", str(arguments.rename_labels)]
     command += ["--workers"] if arguments.workers else []
     environment = {**os.environ, "MANYICL_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

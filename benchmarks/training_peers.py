@@ -29,8 +29,8 @@ answer; padding is not counted.
 
 With --by-default no number of threads is given: `manyicl train` starts as many processes as it chooses, and SFTTrainer
 runs in one process with the threads that torch takes. A user who knows better would start TRL with torchrun, so it also
-runs with one process of one thread per core, whose gradients gloo averages, on the same conversations. There are as
-many sequences in a step as cores, or a multiple. Conversations that TRL repeats so that its processes have equally many
+runs with one process of one thread per core, whose gradients gloo averages, on the same conversations. A step of
+manyicl takes one sequence per core. Conversations that TRL repeats so that its processes have equally many
 count as useful. The aim is checked against TRL's fastest row.
 """
 

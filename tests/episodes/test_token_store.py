@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from manyicl.episodes import token_store
@@ -303,12 +304,11 @@ def test_tokens_that_are_there_are_used_where_others_cannot_be_added(
     encoder, said = Encoder(byte_level_bpe()), list[str]()
     tasks = [load_known(path, None) for path in places(tmp_path)]
     expected = _stored(tasks[:-1], encoder)
-    lock = token_store.FileLock
 
-    def locked(path: Path) -> Any:
+    def locked(path: Path) -> FileLock:
         if cache in path.parents:
             raise PermissionError(13, "Permission denied")
-        return lock(path)
+        return FileLock(path)
 
     monkeypatch.setattr(token_store, "FileLock", locked)
     (flipped, *_) = (cache / "tokens").glob("*/*.arrow")

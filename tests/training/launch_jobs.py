@@ -123,9 +123,10 @@ def load_with_rehash(recipe: Recipe) -> list[tuple[list[str], list[str]]]:
         For each process, the files of the tasks that it read, and the hash of each task that it has.
     """
     from manyicl.tasks import task_cache
+    from manyicl.tasks.files import load_place
     from manyicl.training import job
 
-    load_place, read, hashes = task_cache.load_place, list[str](), list[str]()
+    read, hashes = list[str](), list[str]()
 
     def noted(place: str | Path, data_root: Path | None) -> Task:
         read.append(str(place))

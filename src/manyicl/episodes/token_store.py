@@ -94,14 +94,13 @@ class TokenStore:
         versions = [str(FORMAT_VERSION), __version__, version("tokenizers")]
         parts = [*versions, encoder.text_hash, str(encoder.tokenizer.unk_token_id), identity]
         self.folder = cache_folder() / FOLDER / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-        self.folders = (self.folder,)
+        self.folders: tuple[Path, ...] = (self.folder,)
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._verified: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Files are open in this process alone, which also removes what is temporary, and checks are done.
-        own = {"_open": OrderedDict(), "_verified": set(), "_check": None, "_say": _LOG.warning}
-        return {**self.__dict__, **own}
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set(), "_check": None, "_say": _LOG.warning}
 
     def shots_of(self, tasks: Iterable[Task], on_progress: OnProgress | None = None) -> list[TaskShots]:
         """Return the demonstrations of tasks; those of tasks whose rows are in files are written first where they lack.
