@@ -65,14 +65,14 @@ def test_the_problem_of_every_kind_of_row_is_named_in_its_place() -> None:
             list(engine.answer(task, task.train, [GOOD[0], row]))
 
 
-def test_a_row_too_long_with_its_nearest_examples_takes_no_demonstration_from_the_others() -> None:
+def test_a_row_too_long_with_its_retrieved_examples_takes_no_demonstration_from_the_others() -> None:
     pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
     engine, task = Engine.local(tiny_loaded(), max_context_tokens=200), make_task()
     length = next(n for n in range(1, 200) if engine.num_reserved_tokens(task, ["film " * n]) > 185)
     rows = ["film", "film " * (length - 1), "play"]
-    predictions = list(engine.answer(task, task.train, rows, num_nearest=4, bad_rows="report"))
+    predictions = list(engine.answer(task, task.train, rows, num_retrieved=4, bad_rows="report"))
     assert [one.problem and one.problem.code for one in predictions] == [None, "query_too_long", None]
-    assert predictions[0] == next(engine.answer(task, task.train, ["film", "play"], num_nearest=4))
+    assert predictions[0] == next(engine.answer(task, task.train, ["film", "play"], num_retrieved=4))
     assert predictions[0].num_shots > 0
 
 

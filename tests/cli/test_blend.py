@@ -57,7 +57,7 @@ def test_a_compiled_task_answers_with_the_blend_that_it_carries(
     ("table_of", "arguments", "sentence"),
     [
         (lambda i: f"film {i},label {i % 34}", (), "at most 32 labels, found 34 labels"),
-        (lambda i: f"film {i},{('good', 'bad')[i % 2]}", ("--nearest", 2), "--blend does not go with --nearest"),
+        (lambda i: f"film {i},{('good', 'bad')[i % 2]}", ("--retrieve", 2), "--blend does not go with --retrieve"),
     ],
 )
 def test_what_cannot_be_blended_is_refused_before_a_model_is_loaded(

@@ -52,6 +52,34 @@ def test_a_compiled_task_answers_as_the_task_itself(
         assert sum(a["probabilities"].values()) == pytest.approx(1)  # type: ignore[attr-defined]
 
 
+def test_it_ends_with_what_to_do_and_only_with_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    # The last word of a row decides, which a model with random weights does not learn.
+    rows = [f"{n} {'yes' if n % 2 else 'no'},{('bad', 'good')[n % 2]}" for n in range(52)]
+    arguments = [
+        "compile",
+        "-m",
+        model_folder,
+        "-t",
+        f"{table}:text:label,test_fraction=0",
+        "-o",
+        tmp_path / "t.prefix",
+    ]
+
+    def printed(num_rows: int, *more: object) -> list[str]:
+        table.write_text("\n".join(["text,label", *rows[:num_rows]]) + "\n", encoding="utf-8")
+        assert run(monkeypatch, *arguments, "--shots", 32, *more) == 0
+        return capsys.readouterr().out.splitlines()
+
+    *_, first, _, third, _ = printed(52)
+    assert re.match(r"(TF-IDF|Repeating).* is better than the model: right on .* of the last 16 demonstrations", first)
+    assert third.startswith("Measured on 20 rows that the prefix does not hold, in ")
+    # Too few rows are left to try retrieval on them; an update does not try it.
+    assert "Measured on" not in " ".join(printed(47) + printed(52, "--update"))
+
+
 def test_the_help_says_that_the_file_contains_the_examples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,14 +150,14 @@ def test_a_packed_csv_has_the_score_columns_of_a_plain_one(
     assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
 
 
-def test_nearest_rows_are_shown_to_each_query(
+def test_rows_are_retrieved_for_each_query(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
     common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
     assert run(monkeypatch, "predict", *common, "--output", one) == 0
-    assert run(monkeypatch, "predict", *common, "--nearest", 2, "--output", other) == 0
+    assert run(monkeypatch, "predict", *common, "--retrieve", 2, "--output", other) == 0
     scores = [[row["log_probability"] for row in answers(path)] for path in (one, other)]
     assert all(a != b for a, b in zip(*scores, strict=True))
 
@@ -140,7 +168,7 @@ def test_nearest_rows_are_shown_to_each_query(
         ([], "--task, --prefix or both"),
         (["--task", "TABLE", "--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
         (["--prefix", "PREFIX", "--shots", 3], "--shots goes with --task"),
-        (["--prefix", "PREFIX", "--nearest", 3], "--nearest goes with --task"),
+        (["--prefix", "PREFIX", "--retrieve", 3], "holds no rows to retrieve. Compile it with --retrieve, or name"),
         (["--prefix", "none.prefix"], "does not exist"),
         (["--prefix", "INPUT"], "no complete compiled task"),
         (["--prefix", "PREFIX", "--max-context-tokens", 20], "max_context_tokens, 20"),
@@ -222,13 +250,13 @@ def test_the_tasks_own_rows_are_never_written_over(
     assert "--prefix and the output are the same file" in capsys.readouterr().err
 
 
-def test_rows_that_did_not_fit_the_prefix_may_still_be_the_nearest(
+def test_rows_that_did_not_fit_the_prefix_may_still_be_retrieved(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
     output = tmp_path / "answers.jsonl"
     common = ["predict", "--model", model_folder, "--task", f"{table}:text:label,test_fraction=0", "--input", queries]
-    assert run(monkeypatch, *common, "--nearest", 2, "--max-context-tokens", 300, "--output", output) == 0
+    assert run(monkeypatch, *common, "--retrieve", 2, "--max-context-tokens", 300, "--output", output) == 0
     assert len(answers(output)) == 30
 
 
@@ -347,3 +375,139 @@ def test_an_update_of_another_model_compiles_everything_and_says_why(
 
 def loaded(model: Path, prefix: Path) -> TaskPrefix:
     return Engine.from_pretrained(model).load(prefix)
+
+
+@pytest.mark.parametrize("num_shots", [0, 6])
+def test_a_compiled_task_retrieves_what_the_task_itself_does(
+    num_shots: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    queries: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "task.yaml").write_text(
+        "family: classification\ninstruction: Which?\nquery: '{{ text }}'\nanswer: '{{ label }}'\nlabels: from_train\n"
+        f"data: {{file: {table.name}, test_fraction: 0}}\n",
+        encoding="utf-8",
+    )
+    table.rename(folder / table.name)
+    prefix, plain = tmp_path / "with.prefix", tmp_path / "plain.prefix"
+    compiling = ["compile", "-m", model_folder, "-t", folder, "--shots", num_shots, "-o"]
+    assert run(monkeypatch, *compiling, prefix, "--retrieve", 2) == 0
+    assert f"recoverable form, and {40 - num_shots} other rows as text." in capsys.readouterr().out
+    assert run(monkeypatch, *compiling, plain) == 0
+    assert "other rows" not in capsys.readouterr().out
+    assert b"film 3 was" in prefix.read_bytes()
+    common = ["predict", "-m", model_folder, "--input", queries, "--scores", "--similar", 2, "--retrieve"]
+    found = {}
+    for name, source in {
+        "task": ["-t", folder, "--shots", num_shots],
+        "compiled": ["--prefix", prefix],
+        "both": ["--prefix", plain, "-t", folder],
+    }.items():
+        assert run(monkeypatch, *common, 2, *source, "--output", tmp_path / f"{name}.jsonl") == 0
+        found[name] = answers(tmp_path / f"{name}.jsonl")
+    for one in ("compiled", "both"):
+        for a, b in zip(found[one], found["task"], strict=True):
+            assert (a["answer"], a["similar"]) == (b["answer"], b["similar"])
+            assert a["log_probability"] == pytest.approx(b["log_probability"], abs=1e-4)
+    assert run(monkeypatch, *common, 0, "--prefix", prefix, "--output", tmp_path / "without.jsonl") == 0
+    without = answers(tmp_path / "without.jsonl")
+    assert [row["log_probability"] for row in without] != [row["log_probability"] for row in found["compiled"]]
+
+
+def test_an_update_keeps_rows_to_retrieve_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    task, prefix = f"{table}:text:label,test_fraction=0", tmp_path / "t.prefix"
+    arguments = ["compile", "-m", model_folder, "-t", task, "-o", prefix, "--shots", 4, "--update"]
+    assert run(monkeypatch, *arguments, "--retrieve", 2) == 0
+    before = loaded(model_folder, prefix)
+    assert len(before.rows) == 36
+    capsys.readouterr()
+    assert run(monkeypatch, *arguments) == 2
+    assert "--update would lose them" in capsys.readouterr().err
+    assert loaded(model_folder, prefix).rows == before.rows
+    table.write_text(table.read_text(encoding="utf-8") + "one more row,good\n", encoding="utf-8")
+    assert run(monkeypatch, *arguments, "--retrieve", 2) == 0
+    after = loaded(model_folder, prefix)
+    assert after.demonstrations == before.demonstrations
+    assert [row.query.text for row in after.rows if row not in before.rows] == ["one more row"]
+
+
+def test_a_compiled_task_keeps_room_for_the_rows_to_retrieve(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    task, prefix, output = f"{table}:text:label,test_fraction=0", tmp_path / "t.prefix", tmp_path / "answers.jsonl"
+    common = ["-m", model_folder, "--max-context-tokens", 300, "--retrieve", 4]
+    assert run(monkeypatch, "compile", *common, "-t", task, "-o", prefix) == 0
+    compiled = loaded(model_folder, prefix)
+    assert compiled.num_dropped > 0
+    assert len(compiled.rows) == compiled.num_dropped
+    assert run(monkeypatch, "predict", *common, "--prefix", prefix, "--input", queries, "--output", output) == 0
+
+
+def test_where_every_row_is_a_demonstration_none_is_left_to_retrieve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:21]), encoding="utf-8")
+    task, prefix = f"{table}:text:label,test_fraction=0", tmp_path / "t.prefix"
+    assert run(monkeypatch, "compile", "-m", model_folder, "-t", task, "-o", prefix, "--retrieve", 4) == 2
+    assert "No example is left to retrieve: 20 were given and 20 excluded" in capsys.readouterr().err
+    assert not prefix.exists()
+
+
+def test_similar_demonstrations_are_written_beside_the_same_answers(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    queries = tmp_path / "some.jsonl"
+    queries.write_text('{"text": "film 7 was"}\n{"text": ""}\n{"text": "zebra"}\n', encoding="utf-8")
+    common = ["predict", "-m", model_folder, "-t", f"{table}:text:label,test_fraction=0", "--input", queries]
+    plain, lines, fields = (tmp_path / name for name in ("plain.jsonl", "similar.jsonl", "similar.csv"))
+    assert run(monkeypatch, *common, "--shots", 12, "--output", plain) == 3
+    for output in (lines, fields):
+        assert run(monkeypatch, *common, "--shots", 12, "--similar", 2, "--output", output) == 3
+    written = answers(lines)
+    assert [{name: value for name, value in row.items() if name != "similar"} for row in written] == answers(plain)
+    found, none, unlike = (row["similar"] for row in written)
+    assert isinstance(found, list)
+    assert [sorted(one) for one in found] == [["answer", "text"]] * 2
+    assert (none, unlike) == (None, [])
+    rows = list(csv.DictReader(io.StringIO(fields.read_text(encoding="utf-8"))))
+    assert [row["similar"] and json.loads(row["similar"]) for row in rows] == [found, "", []]
+
+
+def test_a_retrieved_row_is_among_the_similar_ones(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    table.write_text(table.read_text(encoding="utf-8") + "an unheard zebra,good\n", encoding="utf-8")
+    queries, output = tmp_path / "some.jsonl", tmp_path / "answers.jsonl"
+    queries.write_text('{"text": "unheard zebra film"}\n', encoding="utf-8")
+    common = ["predict", "-m", model_folder, "-t", f"{table}:text:label,test_fraction=0", "--input", queries]
+    common += ["--shots", 4, "--similar", 3, "--output", output]
+    found = {}
+    for num_retrieved in (0, 1):
+        assert run(monkeypatch, *common, "--retrieve", num_retrieved) == 0
+        found[num_retrieved] = [one["text"] for one in answers(output)[0]["similar"]]  # type: ignore[attr-defined]
+    assert "an unheard zebra" not in found[0]
+    assert found[1][0] == "an unheard zebra"
+
+
+def test_a_table_without_rows_has_the_column_of_similar_ones(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries, output = tmp_path / "none.csv", tmp_path / "answers.csv"
+    queries.write_text("text\n", encoding="utf-8")
+    common = ["predict", "-m", model_folder, "-t", f"{table}:text:label", "--input", queries, "--shots", 4]
+    assert run(monkeypatch, *common, "--similar", 3, "--output", output) == 0
+    assert "similar" in output.read_text(encoding="utf-8").strip().split(",")

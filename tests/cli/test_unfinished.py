@@ -87,14 +87,14 @@ def test_answers_that_are_cut_after_any_byte_are_continued_to_the_same_file(
 
 
 @pytest.mark.parametrize(
-    "kind", ["labels", "free", "drawn", "nearest", "compiled"], ids=lambda kind: f"with {kind} answers"
+    "kind", ["labels", "free", "drawn", "retrieved", "compiled"], ids=lambda kind: f"with {kind} answers"
 )
 def test_what_is_left_of_a_stream_is_answered_to_the_last_bit_as_in_one_go(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "FITTED_QUERIES", 8)
     monkeypatch.setattr(engine_module, "READ_AHEAD_QUERIES", 4)
-    if kind == "nearest":
+    if kind == "retrieved":
         pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
     engine = Engine.local(tiny_loaded(), max_context_tokens=200)
     task = free() if kind in ("free", "drawn") else make_task()
@@ -110,7 +110,7 @@ def test_what_is_left_of_a_stream_is_answered_to_the_last_bit_as_in_one_go(
         if kind == "compiled":
             found = engine.predict(compiled, rows, **more)
         else:
-            found = engine.answer(task, task.train, rows, num_nearest=2 * (kind == "nearest"), **more)
+            found = engine.answer(task, task.train, rows, num_retrieved=2 * (kind == "retrieved"), **more)
         return [(one.answer, str(one.log_probability), one.num_shots, str(one.problem)) for one in found]
 
     whole = answers(0)

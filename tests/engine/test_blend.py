@@ -290,7 +290,7 @@ def test_what_cannot_be_blended_is_refused() -> None:
     with refused("conflicting_options", what="scores='all'", field="blend"):
         engine.predict(prefix, ["film"], blend=True)
     with refused("conflicting_options", what="additional examples", field="blend"):
-        engine.predict(prefix, ["film"], scores="all", blend=True, nearest=lambda query: ())
+        engine.predict(prefix, ["film"], scores="all", blend=True, retrieve=lambda query: ())
 
 
 def test_a_compiled_task_carries_its_blend(tmp_path: Path) -> None:

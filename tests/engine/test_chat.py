@@ -57,14 +57,14 @@ def test_every_label_scores_as_in_a_full_pass_over_the_conversation(name: str, i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nearest_examples_stand_as_turns_between_the_prefix_and_the_query(name: str) -> None:
+def test_retrieved_examples_stand_as_turns_between_the_prefix_and_the_query(name: str) -> None:
     engine = Engine.local(chat_model(name))
     plain = plain_copy(model_of(engine))
     task = make_task(labels=LABELS)
     near = task.train[7:9]
     for num_shots in (0, 2):
-        prefix = engine.prefill(task, task.demonstrations(num_shots), nearest=lambda _: near)
-        (prediction,) = engine.predict(prefix, ["a film"], scores="all", nearest=lambda _: near)
+        prefix = engine.prefill(task, task.demonstrations(num_shots), retrieve=lambda _: near)
+        (prediction,) = engine.predict(prefix, ["a film"], scores="all", retrieve=lambda _: near)
         shown = (*task.demonstrations(num_shots), *near)
         before = (*engine.encoder.encode_prefix("", shown), *engine.encoder.query_ids("a film"))
         assert prediction.scores is not None

@@ -112,8 +112,8 @@ def test_examples_of_its_own_stand_between_prefix_and_query() -> None:
     own = (task.train[7], task.train[3])
     for num_shots in (0, 4):
         shown = task.train[10 : 10 + num_shots]
-        prefix = engine.prefill(task, shown, nearest=lambda query: own)
-        (with_own,) = engine.predict(prefix, ["film"], scores="all", nearest=lambda query: own)
+        prefix = engine.prefill(task, shown, retrieve=lambda query: own)
+        (with_own,) = engine.predict(prefix, ["film"], scores="all", retrieve=lambda query: own)
         (plain,) = engine.predict(engine.prefill(task, (*shown, *own)), ["film"], scores="all")
         assert with_own.scores is not None
         assert plain.scores is not None

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import takewhile
 
 from manyicl.engine.backend import Identity, ScoreScope
-from manyicl.engine.engine import Prediction
+from manyicl.engine.engine import Prediction, Retrieve
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.model.manifest import Manifest
@@ -60,14 +60,22 @@ class OracleEngine:
     def max_answer_tokens(self, task: Task) -> int:
         return 8
 
-    def num_reserved_tokens(self, task: Task, queries: Sequence[Query] | None = None) -> int:
+    def num_reserved_tokens(
+        self, task: Task, queries: Sequence[Query] | None = None, retrieve: Retrieve | None = None
+    ) -> int:
         queries = queries or [example.query for example in task.test or task.train]
-        return num_tokens_for_asking(task, self.encoder, 8, queries)
+        found = [sum(map(self.encoder.num_shot_tokens, retrieve(query))) for query in queries] if retrieve else [0]
+        return num_tokens_for_asking(task, self.encoder, 8, queries) + max(found)
 
     def prefill(
-        self, task: Task, demonstrations: Sequence[Example] = (), *, reuse: OraclePrefix | None = None
+        self,
+        task: Task,
+        demonstrations: Sequence[Example] = (),
+        *,
+        retrieve: Retrieve | None = None,
+        reuse: OraclePrefix | None = None,
     ) -> OraclePrefix:
-        reserved = self.num_reserved_tokens(task)
+        reserved = self.num_reserved_tokens(task, retrieve=retrieve)
         fitting, _ = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserved)
         shared = zip(fitting, reuse.demonstrations if reuse else (), strict=False)
         num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], shared)))
@@ -75,14 +83,21 @@ class OracleEngine:
         return OraclePrefix(task, fitting, self.encoder.encode_prefix(task.instruction(), fitting))
 
     def predict(
-        self, prefix: OraclePrefix, rows: Iterable[Query], *, scores: ScoreScope = "best"
+        self,
+        prefix: OraclePrefix,
+        rows: Iterable[Query],
+        *,
+        retrieve: Retrieve | None = None,
+        scores: ScoreScope = "best",
     ) -> Iterator[Prediction]:
         assert scores == "best", "it has no scores"
         known = {example.query.text: example.answer for example in prefix.task.test}
         answers = prefix.task.labels or tuple(dict.fromkeys(example.answer for example in prefix.task.train))
         for row in rows:
             draw = _draw(self.reference, row.text, *(e.query.text for e in prefix.demonstrations[:3]))
-            right = draw < self.skill * prefix.num_shots / (prefix.num_shots + 8)
+            # A retrieved example is worth ten others.
+            num_shots = prefix.num_shots + 10 * len(retrieve(row) if retrieve else ())
+            right = draw < self.skill * num_shots / (num_shots + 8)
             guess = answers[int(_draw("guess", row.text, str(prefix.num_shots)) * len(answers))]
             yield Prediction(known[row.text] if right else guess, -0.5)
 

@@ -14,7 +14,8 @@ from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import ResultStore
-from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, measure_shot_curves
+from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
+from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, choose_queries, measure_shot_curves
 from manyicl.evaluation.uncertainty import spread
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
@@ -251,6 +252,88 @@ def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(
     expected = [one.probabilities[line.answer] for one, line in zip(scores, closed, strict=True) if one]
     assert [line.confidence for line in closed] == pytest.approx(expected, abs=1e-4)
     assert all(line.confidence is None for line in free)
+
+
+RETRIEVING = SETTINGS.model_copy(update={"num_retrieved": 3})
+
+
+def test_retrieval_adds_a_second_point_to_each_that_answers_the_same_queries(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    task = make_task()
+    plain = measure(OracleEngine(), [task], tmp_path / "plain").results
+    curves = measure(OracleEngine(), [task], tmp_path / "both", RETRIEVING)
+    points = [(result.seed, result.num_shots, result.num_retrieved) for result in curves.results]
+    assert points == [(r.seed, r.num_shots, n) for r in plain for n in (0, 3)]
+    without, with_retrieved = curves.results[::2], curves.results[1::2]
+    assert [result.key for result in without] == [result.key for result in plain]
+    for one, other in zip(without, with_retrieved, strict=True):
+        assert one.queries_hash == other.queries_hash
+        assert one.key != other.key
+        assert one.prompt_hash != other.prompt_hash
+        assert (one.num_shots_used, one.mean_num_retrieved) == (other.num_shots_used, 0)
+        assert 0 < other.mean_num_retrieved <= 3
+        assert (one.line, other.line) == ("oracle", "oracle, 3 retrieved")
+
+
+def test_points_with_retrieval_are_found_again_and_added_to_those_without(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    plain = measure(OracleEngine(), [make_task()], tmp_path)
+    added = measure(OracleEngine(), [make_task()], tmp_path, RETRIEVING)
+    assert added.num_found == len(plain.results)
+    assert added.results[::2] == plain.results
+    engine = OracleEngine()
+    again = measure(engine, [make_task()], tmp_path, RETRIEVING)
+    assert (again.results, engine.calls) == (added.results, [])
+    other = measure(OracleEngine(), [make_task()], tmp_path, SETTINGS.model_copy(update={"num_retrieved": 2}))
+    assert other.num_found == len(plain.results)
+
+
+def test_no_demonstration_and_no_row_with_the_text_of_the_query_is_retrieved(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    task = make_task()
+    leaking = make_task(train=(*task.train, *task.test))
+    engine = OracleEngine()
+    demonstrations = leaking.demonstrations(8)
+    prefix, retrieve = prefill_to_retrieve(cast(Engine, engine), leaking, demonstrations, 5, None)
+    assert retrieve is not None
+    assert prefix.demonstrations == demonstrations
+    for example in leaking.test:
+        found = retrieve(example.query)
+        assert found
+        assert not {one.query.text for one in found} & {example.query.text, *(one.query.text for one in demonstrations)}
+
+
+def test_where_no_row_is_left_nothing_is_retrieved(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    settings = EvaluationSettings(shots=(40,), num_seeds=1, num_queries=5, num_retrieved=3)
+    without, with_none = measure(OracleEngine(), [make_task()], tmp_path, settings).results
+    assert (with_none.num_retrieved, with_none.mean_num_retrieved) == (3, 0)
+    assert with_none.query_scores == without.query_scores
+
+
+@pytest.mark.parametrize("most", [60, 90, 150, 400])
+def test_a_real_engine_answers_as_when_it_retrieves_itself_in_any_context(most: int, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    engine, task = Engine.local(tiny_loaded(), max_context_tokens=most), make_task()
+    settings = EvaluationSettings(shots=(0, 4, 30), num_seeds=1, num_queries=7, num_retrieved=2)
+    curves = measure_shot_curves(engine, [task], tmp_path, settings)
+    store = ResultStore(tmp_path)
+    asked, _ = choose_queries(engine, task, settings)
+    for result in curves.results[1::2]:
+        expected = list(
+            engine.answer(
+                task,
+                task.demonstrations(result.num_shots),
+                [one.query for one in asked.test],
+                num_retrieved=2,
+                bad_rows="report",
+            )
+        )
+        for one, other in zip(store.predictions(result), expected, strict=True):
+            # Where a query does not fit with its rows, fewer are retrieved here, and none is unanswered.
+            if other.problem is None and other.num_shots == result.num_shots_used:
+                assert one.answer == other.answer
+                assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
 
 
 def test_predictions_of_another_form_are_named_with_their_line(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from manyicl.errors import UserError
+from manyicl.evaluation.report.lines import notes
 from manyicl.evaluation.result import Result
-from manyicl.evaluation.summary import OVERALL, summarise
+from manyicl.evaluation.summary import OVERALL, scores_as_json, summarise
 from tests.evaluation.test_result import make_result
 
 
@@ -114,6 +115,25 @@ def test_older_records_of_other_queries_are_superseded() -> None:
     summary = summarise([older, *RECORDS])
     assert summary.num_superseded == 1
     assert mean(summary.score("base", "classification", 4)) == 0.25
+
+
+def test_a_model_that_retrieves_is_a_line_of_its_own_and_compared_in_pairs() -> None:
+    records = [
+        scored("one", "a", 4, (1.0, 0.0, 0.0)),
+        scored("one", "a", 4, (1.0, 1.0, 0.0), num_retrieved=3, key="other", mean_num_retrieved=2.5),
+    ]
+    summary = summarise(records)
+    assert summary.models == ("one", "one, 3 retrieved")
+    difference = summary.difference(*summary.models, "classification", 4)
+    assert difference is not None
+    assert difference.mean == pytest.approx(1 / 3)
+    assert difference.pairing == "paired"
+    assert [line["retrieved"] for line in scores_as_json(summary)] == [0, 3]
+    assert summary.num_superseded == 0
+    said = " ".join(notes(summary))
+    assert "“N retrieved”: the N training rows" in said
+    assert "1 of 2 results retrieved fewer rows" in said
+    assert "retrieved" not in " ".join(notes(summarise(records[:1])))
 
 
 def test_models_that_share_a_name_are_told_apart_by_fingerprint() -> None:

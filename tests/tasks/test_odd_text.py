@@ -21,7 +21,7 @@ from manyicl.errors import UserError
 from manyicl.tasks.catalog import catalog_entries
 from manyicl.tasks.files import load_task
 from manyicl.tasks.leakage import normalised
-from manyicl.tasks.nearest import terms
+from manyicl.tasks.retrieval import terms
 from manyicl.tasks.rows import read_rows
 from manyicl.tasks.task import Task
 from manyicl.tasks.words import folded, parts, without_invisible, words

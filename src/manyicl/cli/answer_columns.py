@@ -11,6 +11,7 @@ from manyicl.engine.label_scores import MOST_LABELS_SCORED
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
     from manyicl.engine.engine import Prediction
+    from manyicl.engine.queries import AnswerOptions
     from manyicl.tasks.task import Task
 
 
@@ -25,6 +26,7 @@ class AnswerColumns:
         may_abstain: Whether it abstained, and what it would have answered.
         may_have_problems: Why there is no answer.
         score_labels: Labels of which each gets a column of its own; None for one column with the scores of all.
+        has_similar: The demonstrations most like the query.
     """
 
     has_probability: bool
@@ -33,15 +35,18 @@ class AnswerColumns:
     may_abstain: bool
     may_have_problems: bool
     score_labels: tuple[str, ...] | None
+    has_similar: bool
 
     @classmethod
-    def of(cls, task: Task, has_scores: bool, may_abstain: bool, may_have_problems: bool, is_csv: bool) -> Self:
+    def of(cls, task: Task, has_scores: bool, how: AnswerOptions, is_csv: bool) -> Self:
         """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
+        may_abstain, may_have_problems = how.get("abstain_below") is not None, how.get("bad_rows") == "report"
         has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_SCORED
         has_probability = has_few_labels or has_scores or may_abstain
         has_margin = task.is_closed and not has_probability
         score_labels = task.labels if is_csv else None
-        return cls(has_probability, has_margin, has_scores, may_abstain, may_have_problems, score_labels)
+        has_similar = how.get("num_similar", 0) > 0
+        return cls(has_probability, has_margin, has_scores, may_abstain, may_have_problems, score_labels, has_similar)
 
     @property
     def scope(self) -> ScoreScope:
@@ -74,6 +79,8 @@ class AnswerColumns:
             columns |= {f"score:{label}": four_digits.get(label) for label in self.score_labels}
         elif self.has_scores:
             columns |= {name: known.get(name) for name in ("scores", "probabilities")}
+        if self.has_similar:
+            columns["similar"] = known.get("similar")
         if self.may_have_problems:
             columns["problem"] = known.get("problem")
         return columns

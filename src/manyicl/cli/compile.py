@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
     from manyicl.engine.engine import Engine
     from manyicl.engine.task_prefix import TaskPrefix
-    from manyicl.evaluation.uncertainty import Estimate
     from manyicl.tasks.task import Example, Query, Task
 
 BAR_CHARACTERS = 20
-# Groups of fewer demonstrations are too small to be compared.
-FEWEST_COMPARED = 8
-# A difference of so many standard errors is called one: 95 % of a normal distribution.
-CLEAR_STANDARD_ERRORS = 1.96
+# Rows that are retrieved for each query to see whether that would help, where the command does not say how many.
+NUM_RETRIEVED = 4
 MOST_LABELS_NAMED = 5
 
 
@@ -35,6 +32,14 @@ def compile_command(
     task: Annotated[str, options.TASK_OPTION],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as `tickets.prefix`.")],
     shots: options.Shots = None,
+    retrieve: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Keep the texts of the other training rows in the file, and room for so many of them in each query's "
+            "context, for `predict --prefix F --retrieve N`.",
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the choice and order of demonstrations.")] = 0,
     update: Annotated[
         bool,
@@ -53,20 +58,27 @@ def compile_command(
 
     From the same pass it reports how well the model predicts each demonstration given those before it: whether the
     answer, chosen token by token among the labels (among all tokens, for free answers), is right. So it shows before
-    the first query whether the task will work, and whether more examples would help.
+    the first query whether the task will work.
+
+    It ends with what to do, as far as that was measured: whether a trivial baseline that learns from the same
+    demonstrations is better or as good, and whether fewer or more shots would be. With labels, and where at least 16
+    rows of the task are not among the demonstrations, up to 40 of them are answered twice to see whether retrieving
+    similar rows for each query would help; `--update` does not do that.
 
     `--update` brings a compiled task up to date: demonstrations that are still rows of the task stay in their order,
     new rows come after them, as far as `--shots` allows, and only what follows the first change is encoded. Without
     such a file, or where it is of another model, everything is compiled.
 
-    The file contains the demonstrations in recoverable form: anyone who has it can read them. It works only with the
-    model it was made with.
+    The file contains the demonstrations in recoverable form, and with `--retrieve` the other training rows as text;
+    anyone who has it can read them. It works only with the model it was made with.
 
     Examples:
 
         manyicl compile --model runs/one-model --task tasks/tickets --output tickets.prefix
 
         manyicl predict --model runs/one-model --prefix tickets.prefix --input new.csv --output answers.csv
+
+        manyicl compile --model runs/one-model --task tasks/tickets --shots 64 --retrieve 4 --output tickets.prefix
     """
     from rich.console import Console
 
@@ -79,14 +91,14 @@ def compile_command(
     loaded_task = load_task(task, data_root)
     demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
     engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
-    earlier = _earlier(engine, output, console) if update else None
+    earlier = _earlier(engine, output, retrieve, console) if update else None
     if earlier is not None:
         in_order = loaded_task.demonstrations(len(loaded_task.train), seed)
         demonstrations = kept_first(earlier.demonstrations, in_order)[: len(demonstrations)]
         if earlier.task.data_hash != loaded_task.data_hash:
             say_unused(loaded_task, demonstrations, console)
     with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
-        compiled = engine.compile(loaded_task, demonstrations, reuse=earlier)
+        compiled = engine.compile(loaded_task, demonstrations, num_retrieved=retrieve, reuse=earlier)
         if can_blend(loaded_task):
             compiled = engine.with_blend(compiled)
         engine.save(compiled, output)
@@ -97,20 +109,38 @@ def compile_command(
     describe(out, engine, compiled)
     if compiled.answers:
         print_observed(compiled, out)
+        with console.status("Comparing with trivial baselines, and with rows retrieved for each query"):
+            sentences = advice_for(
+                engine, compiled, loaded_task, num_retrieved=0 if update else retrieve or NUM_RETRIEVED
+            )
+        for sentence in sentences:
+            out.print(sentence, markup=False, soft_wrap=True)
     size = f"{output.stat().st_size / 2**20:,.1f} MiB"
-    typer.echo(f"{output}, {size}. It contains the demonstrations in recoverable form.")
+    others = f", and {pluralized(len(compiled.rows), 'other row')} as text" if compiled.rows else ""
+    typer.echo(f"{output}, {size}. It contains the demonstrations in recoverable form{others}.")
 
 
-def _earlier(engine: Engine, path: Path, console: Console) -> TaskPrefix | None:
-    """Load what is to be brought up to date; None, and a line that says why, where everything is to be compiled."""
+def _earlier(engine: Engine, path: Path, num_retrieved: int, console: Console) -> TaskPrefix | None:
+    """Load what is to be brought up to date; None, and a line that says why, where everything is to be compiled.
+
+    Raises:
+        UserError: If it holds rows to retrieve, and the update would not.
+    """
     if not path.exists():
         return None
     try:
-        return engine.load(path)
+        earlier = engine.load(path)
     except UserError as error:
         say = f"Compiling everything: {error}"
         console.print(say, markup=False, highlight=False, soft_wrap=True)
         return None
+    if earlier.rows and not num_retrieved:
+        what, remedy = (
+            "the compiled task holds rows to retrieve, and --update would lose them",
+            "Give --retrieve again.",
+        )
+        raise UserError("rows_would_be_lost", what, remedy=remedy, file=path, field="--retrieve")
+    return earlier
 
 
 def kept_first(earlier: Sequence[Example], examples: Sequence[Example]) -> tuple[Example, ...]:
@@ -147,7 +177,6 @@ def print_observed(prefix: TaskPrefix, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("shots before", "demonstrations", "right", "", "nats per answer"):
         table.add_column(name, justify="left" if not name else "right")
-    estimates = []
     for first, last, group in groups_of_shots(prefix.answers):
         right = mean_over_queries([float(one.is_right) for one in group])
         nats = -sum(one.log_probability for one in group) / len(group)
@@ -155,25 +184,19 @@ def print_observed(prefix: TaskPrefix, console: Console) -> None:
         bar = "█" * round(BAR_CHARACTERS * right.mean)
         shots = f"{first}" if first == last else f"{first}–{last}"
         table.add_row(shots, f"{len(group)}", f"{right.mean:.2f}{error}", bar, f"{nats:.2f}")
-        estimates.append(right)
     console.print(table)
-    ((answer, number),) = Counter(example.answer for example in prefix.demonstrations).most_common(1)
-    share = f"{number / prefix.num_shots:.2f}"
-    typer.echo(f"Always answering {answer!r} would be right on {share} of them. {_tendency(estimates)}")
 
 
-def _tendency(estimates: Sequence[Estimate]) -> str:
-    """Say whether the last doubling of shots helped, as far as the numbers show."""
-    from manyicl.evaluation.uncertainty import independent_difference
+def advice_for(engine: Engine, prefix: TaskPrefix, task: Task, *, num_retrieved: int) -> list[str]:
+    """Measure what the advice needs besides the pass itself, and say what to do; 0 retrieved rows are not tried."""
+    from manyicl.evaluation.advice import advice, first_compared
+    from manyicl.evaluation.prequential import prequential_baselines
+    from manyicl.evaluation.retrieval_gain import measure_retrieval
 
-    if len(estimates) < 2 or min(estimates[-1].num_scores, estimates[-2].num_scores) < FEWEST_COMPARED:
-        return "Too few demonstrations to say whether more would help."
-    last, before = estimates[-1], estimates[-2]
-    difference = independent_difference(before, last)
-    gain, error = difference.mean, difference.standard_error or 0.0
-    change = f"{gain:+.2f} ± {error:.2f}"
-    if last.mean == 1:
-        return "Every one of the last was right."
-    if gain > CLEAR_STANDARD_ERRORS * error:
-        return f"Still rising at the last doubling ({change}): more examples should help."
-    return f"No clear rise at the last doubling ({change})."
+    first = first_compared(prefix.num_shots)
+    return advice(
+        [float(one.is_right) for one in prefix.answers],
+        [-one.log_probability for one in prefix.answers],
+        prequential_baselines(task, prefix.demonstrations, first),
+        measure_retrieval(engine, prefix, task, num_retrieved) if num_retrieved else None,
+    )

@@ -13,6 +13,7 @@ from manyicl.cli.answers import require_no_rows_of
 from manyicl.engine.compiled_file import require_compiled_file
 from manyicl.errors import UserError, pluralized
 from manyicl.tasks.files import load_task
+from manyicl.tasks.retrieval import Retriever
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine, Prediction
@@ -74,6 +75,8 @@ class Demonstrations:
         """Refuse an output with the name of a file that some of the examples came from."""
         for task in {id(task): task for task in (self.task, self.compiled and self.compiled.task) if task}.values():
             require_no_rows_of(task.name, chain(task.train, task.test), output)
+        if self.compiled is not None:
+            require_no_rows_of(self.compiled.task.name, self.compiled.rows, output)
 
     def content_hash(self) -> str:
         """Hash all that answers depend on, SHA-256 in hex."""
@@ -88,17 +91,31 @@ class Demonstrations:
         self,
         engine: Engine,
         rows: Iterable[StreamedRow],
-        num_nearest: int,
+        num_retrieved: int,
         on_prefix: Callable[[TaskPrefix], None],
         how: AnswerOptions,
     ) -> Iterator[Prediction]:
         """Answer queries after the demonstrations; see `manyicl.engine.engine.Engine.answer`."""
         if self.compiled is None:
             return engine.answer(
-                self.queried_task, self.examples, rows, num_nearest=num_nearest, on_prefix=on_prefix, **how
+                self.queried_task, self.examples, rows, num_retrieved=num_retrieved, on_prefix=on_prefix, **how
             )
+        retrieve = self._retriever(self.compiled, num_retrieved) if num_retrieved else None
         on_prefix(self.compiled)
-        return engine.predict(self.compiled, rows, **how)
+        return engine.predict(self.compiled, rows, retrieve=retrieve, **how)
+
+    def _retriever(self, compiled: TaskPrefix, num_retrieved: int) -> Retriever:
+        """Retrieve from the rows of the compiled task, or of the task that was named with it.
+
+        Raises:
+            UserError: If there are none.
+        """
+        rows = compiled.rows or (self.task.train if self.task else ())
+        if not rows:
+            what = "the compiled task holds no rows to retrieve"
+            remedy = "Compile it with --retrieve, or name its task with --task, too."
+            raise UserError("no_rows_to_retrieve", what, remedy=remedy, file=self.file, field="--retrieve")
+        return Retriever(rows, num_retrieved, exclude=compiled.demonstrations)
 
 
 def require_same_task(compiled: TaskPrefix, task: Task, file: Path) -> None:

@@ -30,6 +30,13 @@ def evaluate_command(
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
     seeds: Annotated[int, typer.Option(min=1, help="Number of draws of demonstrations per task.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Number of test queries per task.")] = 200,
+    retrieve: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Measure every point once more, with so many training rows most like a query (BM25) before it.",
+        ),
+    ] = 0,
     data_root: options.DataRoot = None,
     activation_budget_mib: options.ActivationBudgetMib = None,
     seed: Annotated[int, typer.Option(help="Seed of the query order and of the first draw.")] = 0,
@@ -49,6 +56,9 @@ def evaluate_command(
     Every task, shot count and seed becomes one record in the output folder; a second run skips existing ones.
     Every shot count, seed and model answers the same test queries, so that models can be compared query by query.
 
+    `--retrieve N` adds a second curve: the same queries after the same demonstrations, and before each query the N
+    training rows most like it. Tables and report show both.
+
     Examples:
 
         manyicl evaluate --model runs/one-model --tasks tasks/banking77 --output results
@@ -67,7 +77,9 @@ def evaluate_command(
     from manyicl.tasks.files import load_tasks
 
     require_output_folder(output)
-    settings = EvaluationSettings(shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed)
+    settings = EvaluationSettings(
+        shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed, num_retrieved=retrieve
+    )
     with Activity(Console(stderr=True), quiet=quiet) as activity:
         activity.begin("reading tasks")
         loaded = load_tasks(tasks, data_root, on_progress=activity.show)

@@ -78,8 +78,16 @@ def predict_command(
         Path, typer.Option(help="File of answers: .jsonl, .csv, these packed as .gz, .xlsx; - for JSON lines.")
     ] = STANDARD_STREAM,
     shots: options.Shots = None,
-    nearest: Annotated[
-        int, typer.Option(min=0, help="Number of training rows most similar to a query (BM25) to add for it.")
+    retrieve: Annotated[
+        int,
+        typer.Option(min=0, help="Number of other training rows, those most like a query (BM25), to put before it."),
+    ] = 0,
+    similar: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Number of demonstrations most like a query (BM25) to write in the column `similar`, to explain.",
+        ),
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of demonstrations and of sampling. [default: 0]")] = None,
     scores: Annotated[
@@ -94,7 +102,7 @@ def predict_command(
         typer.Option(
             "--blend/--no-blend",
             help="Combine the model's label scores with those of a linear classifier on the words of the same "
-            "demonstrations. For up to 32 labels, without --nearest. [default: --no-blend]",
+            "demonstrations. For up to 32 labels, without --retrieve. [default: --no-blend]",
         ),
     ] = None,
     abstain_below: Annotated[
@@ -133,6 +141,10 @@ def predict_command(
     As many demonstrations are used as fit with the longest of the first 1,024 queries. If a later query needs more
     tokens, fewer demonstrations are used from there on, and a message says so.
 
+    `--retrieve N` puts the N training rows most like a query before it, after the shared demonstrations. `--similar N`
+    changes no answer: it writes which N demonstrations in the query's context are most like it, most similar first.
+    With `--prefix`, rows are retrieved from it if it was compiled with `--retrieve`, else from `--task`.
+
     With `--prefix`, `--task` may name the task that was compiled: if it changed since then, the command says so and
     answers nothing.
 
@@ -151,15 +163,15 @@ def predict_command(
 
     console = Console(stderr=True)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    how = _answer_options(temperature, top_p, seed or 0, abstain_below, bad_rows)
-    with_task = {"--shots": shots, "--nearest": nearest or None, "--data-root": None if task else data_root}
+    how = _answer_options(temperature, top_p, seed or 0, abstain_below, bad_rows, similar)
+    with_task = {"--shots": shots, "--data-root": None if task else data_root}
     _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
     with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
         queries = open_queries(input_path, task, delimiter, encoding, bad_rows)
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
         examples = Demonstrations.of(task, data_root, shots, seed or 0, prefix)
         examples.require_no_rows_of(output)
-        _is_blended(blend, examples.task, nearest)
+        _is_blended(blend, examples.task, retrieve)
         first = [] if examples.task is None or input_path == STANDARD_STREAM else queries.read_ahead(examples.task)
         engine = options.load_engine(
             model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
@@ -172,10 +184,10 @@ def predict_command(
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
         task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
-        layout = AnswerColumns.of(task_of_queries, scores, abstain_below is not None, bad_rows == "report", is_csv)
-        how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, nearest)
+        layout = AnswerColumns.of(task_of_queries, scores, how, is_csv)
+        how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, retrieve)
         stream = chain(first, queries.rendered(task_of_queries))
-        predictions = examples.answer(engine, stream, nearest, partial(describe, console, engine), how)
+        predictions = examples.answer(engine, stream, retrieve, partial(describe, console, engine), how)
         rows = tally.counting(_tracked(console, queries.answered(predictions, layout.columns)))
         answers.write(rows, partial(_columns_without_rows, queries, task_of_queries, layout.columns))
     if output != STANDARD_STREAM:
@@ -192,6 +204,7 @@ def _answer_options(
     seed: int,
     abstain_below: float | None,
     bad_rows: BadRows,
+    num_similar: int,
 ) -> AnswerOptions:
     """Turn options of the command into those of the engine."""
     from manyicl.engine.backend import Sampling
@@ -202,27 +215,28 @@ def _answer_options(
         "abstain_below": abstain_below,
         "sampling": Sampling(**given, seed=seed) if given else None,
         "bad_rows": bad_rows,
+        "num_similar": num_similar,
     }
 
 
-def _is_blended(choice: bool | None, task: Task | None, num_nearest: int) -> bool:
+def _is_blended(choice: bool | None, task: Task | None, num_retrieved: int) -> bool:
     """Tell whether answers are blended; refuse a wish that cannot be met.
 
     Args:
         choice: What --blend or --no-blend says; None without either.
         task: Task of the queries; None before a compiled one is loaded.
-        num_nearest: Number of examples for each query.
+        num_retrieved: Number of examples for each query.
 
     Raises:
         UserError: If the task has no closed label set or too many labels, or each query gets examples of its own.
     """
-    if choice and num_nearest:
-        what = "--blend does not go with --nearest: its weights are fitted without examples for each query"
+    if choice and num_retrieved:
+        what = "--blend does not go with --retrieve: its weights are fitted without examples for each query"
         raise UserError("conflicting_options", what, field="--blend")
     if choice and task is not None:
         require_blendable(task)
     if choice is None:
-        choice = BLENDS_BY_DEFAULT and not num_nearest and (task is None or can_blend(task))
+        choice = BLENDS_BY_DEFAULT and not num_retrieved and (task is None or can_blend(task))
     return choice
 
 

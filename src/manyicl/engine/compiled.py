@@ -1,7 +1,8 @@
 """Compiled tasks: a prefix on disk, with how well the model predicted its own demonstrations.
 
 One safetensors file holds keys, values and tokens, and in its header the task, the demonstrations, the text format and
-the identity of the model. It holds the demonstrations in recoverable form, as text and as keys and values.
+the identity of the model. It holds the demonstrations in recoverable form, as text and as keys and values; compiled to
+retrieve, it holds the other training rows as text.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from manyicl.tasks.task import Example, Task, TaskSpec
 
 # Version 2 had no blend; all else is the same.
 READ_VERSIONS = (2, 3)
+_ROWS = TypeAdapter(tuple[Example, ...])
 COMPILE_AGAIN = "Compile the task again."
 
 
@@ -73,6 +75,9 @@ def save_compiled(prefix: TaskPrefix, path: Path, text_format: AnyFormat) -> Non
     for layer in range(len(cache.blocks[0].keys)):
         tensors[f"keys.{layer}"] = torch.cat([block.keys[layer] for block in cache.blocks], dim=2)
         tensors[f"values.{layer}"] = torch.cat([block.values[layer] for block in cache.blocks], dim=2)
+    if prefix.rows:
+        # Not in the header, whose length the format limits.
+        tensors["rows"] = torch.frombuffer(bytearray(_ROWS.dump_json(prefix.rows)), dtype=torch.uint8)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = Header(
         identity=cache.identity,
@@ -117,9 +122,10 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
         require_own(header.identity, backend.identity)
         if header.text_format != encoder.format:
             raise foreign_prefix("another text format", header.identity, backend.identity)
-        require_demonstrations(header.demonstrations, Task(header.task, ()))
+        rows = _rows(tensors.pop("rows", None))
+        require_demonstrations((*header.demonstrations, *rows), Task(header.task, ()))
+        encoder.require_encodable(Task(header.task, (*header.demonstrations, *rows)))
         task = Task(header.task, header.demonstrations, (), header.data_hash)
-        encoder.require_encodable(task)
         token_ids = encoder.encode_prefix(task.instruction(), header.demonstrations)
         if tensors.pop("token_ids", torch.empty(0)).tolist() != list(token_ids):
             raise foreign_prefix("another tokenizer", header.identity, backend.identity)
@@ -132,8 +138,19 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
         encoder.text_hash,
         cache,
         answers=header.answers,
+        rows=rows,
         blend=header.blend,
     )
+
+
+def _rows(tensor: Tensor | None) -> tuple[Example, ...]:
+    """Read the rows to retrieve from; none where the task was not compiled to retrieve."""
+    if tensor is None:
+        return ()
+    try:
+        return _ROWS.validate_json(tensor.numpy().tobytes())
+    except ValidationError as error:
+        raise _incomplete(reason(error)) from error
 
 
 def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedModel) -> Block:

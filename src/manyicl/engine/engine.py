@@ -49,7 +49,7 @@ from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, 
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from manyicl.paths import required_path
-from manyicl.tasks.nearest import NearestExamples
+from manyicl.tasks.retrieval import MostSimilar, Retriever
 from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ FITTED_QUERIES = 1024
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
-Nearest = Callable[[Query], Sequence[Example]]
+Retrieve = Callable[[Query], Sequence[Example]]
+Explain = Callable[[Query], tuple[Example, ...]]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -93,6 +94,8 @@ class Prediction:
             ``log_probability`` is the model's alone.
         problem: Why there is no answer, where bad rows are reported; ``answer`` is then empty, and
             ``log_probability`` not a number.
+        similar: Demonstrations in the context that are most like the query, the most similar first, where they were
+            wanted; None otherwise.
 
     Examples:
         >>> prediction = Prediction("good", -0.25, num_shots=4)
@@ -112,6 +115,7 @@ class Prediction:
     num_shots: int = 0
     blended: bool = False
     problem: UserError | None = None
+    similar: tuple[Example, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as JSON holds it; the answer is null where it abstained."""
@@ -125,6 +129,8 @@ class Prediction:
             known |= {"second": self.second, "margin": self.margin}
         if self.scores is not None:
             known |= {"scores": dict(self.scores.log_probabilities), "probabilities": self.scores.probabilities}
+        if self.similar is not None:
+            known["similar"] = [{"text": example.query.text, "answer": example.answer} for example in self.similar]
         return known
 
 
@@ -228,7 +234,7 @@ class Engine:
         demonstrations: Iterable[Example] = (),
         queries: Iterable[Row] | None = None,
         *,
-        nearest: Nearest | None = None,
+        retrieve: Retrieve | None = None,
         reuse: TaskPrefix | None = None,
         between_chunks: BetweenChunks | None = None,
     ) -> TaskPrefix:
@@ -242,7 +248,7 @@ class Engine:
             demonstrations: Examples, in the order in which they will be in the context.
             queries: Queries that will follow, so that the longest fits; None for the task's test rows, or its
                 training rows if it has none.
-            nearest: Finds additional examples for each query, for which tokens are reserved too.
+            retrieve: Retrieves examples for each query, for which tokens are reserved too.
             reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
             between_chunks: Called between chunks of a long prefill with the number of tokens done and in total. Chunks
                 then take a fraction of a second, so that other work can go first. If it raises, the prefill ends.
@@ -253,7 +259,7 @@ class Engine:
         """
         if reuse is not None:
             self._require_own(reuse)
-        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, nearest)
+        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
         cache = self.backend.prefill(token_ids, reuse.cache if reuse else None, between_chunks=between_chunks)
         return self._prefix(task, fitting, num_dropped, cache, reuse)
 
@@ -297,7 +303,9 @@ class Engine:
             raise UserError("too_many_demonstrations", what, expected=expected)
         cache = self.backend.prefill(token_ids, prefix.cache, between_chunks=between_chunks)
         longer = self._prefix(task, together, prefix.num_dropped, cache, prefix)
-        return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens)
+        in_prefix = {(example.query, example.answer) for example in together}
+        rows = tuple(row for row in prefix.rows if (row.query, row.answer) not in in_prefix)
+        return replace(longer, rebuilt=longer.num_reused_tokens < prefix.num_tokens, rows=rows)
 
     def compile(
         self,
@@ -305,19 +313,23 @@ class Engine:
         demonstrations: Iterable[Example],
         queries: Iterable[Row] | None = None,
         *,
+        num_retrieved: int = 0,
         reuse: TaskPrefix | None = None,
     ) -> TaskPrefix:
         """Encode demonstrations once, and record from the same pass how well each is predicted given those before it.
 
-        ``reuse`` is a compiled task whose first demonstrations may be the same: these are taken over with their records
-        and not encoded again. Other arguments and errors are those of `prefill`; `save` and `load` keep the result on
-        disk.
+        ``num_retrieved`` reserves tokens for so many examples retrieved for each query, and keeps the other training
+        rows of the task in ``rows``, to retrieve from; 0 keeps none. ``reuse`` is a compiled task whose first
+        demonstrations may be the same: these are taken over with their records and not encoded again. Other arguments
+        and errors are those of `prefill`; `save` and `load` keep the result on disk.
         """
         if not isinstance(self.backend, ObservingBackend):
             raise backend_cannot_compile(self.identity)
         if reuse is not None:
             self._require_own(reuse)
-        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, None)
+        retrieve = Retriever(task.train, num_retrieved) if num_retrieved else None
+        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
+        rows = Retriever(task.train, num_retrieved, exclude=fitting).candidates if num_retrieved else ()
         targets = answer_targets(task, fitting, self.encoder)
         kept: tuple[ObservedAnswer, ...] = ()
         num_reused = 0
@@ -330,7 +342,7 @@ class Engine:
         cache, scores = self.backend.observe(token_ids, list(chain(*observed)), reuse.cache if reuse else None)
         answers = (*kept, *observed_answers(observed, scores, len(kept)))
         prefix = self._prefix(task, fitting, num_dropped, cache)
-        return replace(prefix, num_reused_tokens=num_reused, answers=answers)
+        return replace(prefix, num_reused_tokens=num_reused, answers=answers, rows=rows)
 
     def with_blend(self, prefix: TaskPrefix) -> TaskPrefix:
         """Return the prefix with the weights of its blend, which `predict` with ``blend=True`` uses, fitted once.
@@ -431,7 +443,7 @@ class Engine:
             raise foreign_prefix("another tokenizer or text format", prefix.cache.identity, self.identity)
 
     def _fitting(
-        self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None, nearest: Nearest | None
+        self, task: Task, demonstrations: Iterable[Example], queries: Iterable[Row] | None, retrieve: Retrieve | None
     ) -> tuple[tuple[Example, ...], int, tuple[int, ...]]:
         """Choose the demonstrations that fit the context with the longest query, and encode them; see `prefill`."""
         demonstrations = tuple(demonstrations)
@@ -442,22 +454,24 @@ class Engine:
             chat = FormatSettings(kind="chat")
             require_rows_as_written(chat, self.encoder.tokenizer, self.encoder.format, [task])
             self._compared.add((task.name, task.data_hash))
-        reserve = self.num_reserved_tokens(task, queries, nearest)
+        reserve = self.num_reserved_tokens(task, queries, retrieve)
         fitting, num_dropped = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)
         return fitting, num_dropped, self.encoder.encode_prefix(task.instruction(), fitting)
 
     def num_reserved_tokens(
-        self, task: Task, queries: Iterable[Row] | None = None, nearest: Nearest | None = None
+        self, task: Task, queries: Iterable[Row] | None = None, retrieve: Retrieve | None = None
     ) -> int:
-        """Count the tokens reserved for the longest query, its nearest examples and its answer; see `prefill`."""
+        """Count the tokens reserved for the longest query, its retrieved examples and its answer; see `prefill`."""
         if queries is None:
             queries = [example.query for example in task.test or task.train]
         asked = [row if isinstance(row, Query | EncodedQuery) else task.query(row) for row in queries]
         each = [row.query if isinstance(row, EncodedQuery) else row for row in asked]
-        of_nearest = [sum(map(self.encoder.num_shot_tokens, nearest(query))) for query in each] if nearest else []
+        of_retrieved = [sum(map(self.encoder.num_shot_tokens, retrieve(query))) for query in each] if retrieve else []
         query = max(map(self._num_query_tokens, asked), default=0)
         return (
-            max(of_nearest, default=0) + query + longest_answer(task, self.encoder, self.max_answer_tokens(task), each)
+            max(of_retrieved, default=0)
+            + query
+            + longest_answer(task, self.encoder, self.max_answer_tokens(task), each)
         )
 
     def _num_query_tokens(self, row: Query | EncodedQuery) -> int:
@@ -513,7 +527,7 @@ class Engine:
         prefix: TaskPrefix,
         rows: Iterable[StreamedRow],
         *,
-        nearest: Nearest | None = None,
+        retrieve: Retrieve | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[Prediction]:
         """Answer queries in order, in bounded memory; closing the iterator ends the work.
@@ -522,7 +536,7 @@ class Engine:
             prefix: From `prefill` or `extend`.
             rows: Mappings with the task's columns, plain strings if the task has one column, or queries; an error in
                 place of a row that cannot be answered.
-            nearest: Finds additional examples for each query, which come between the prefix and the query.
+            retrieve: Retrieves examples for each query, which come between the prefix and the query.
             **options: ``scores="best"`` finds the best label alone, ``"best_two"`` the second best too, and with it the
                 margin, for a few more tokens of labels; ``"all"`` scores every label, at the cost of processing them
                 all; ``abstain_below`` marks answers whose probability among the labels is below it,
@@ -532,17 +546,18 @@ class Engine:
                 ``bad_rows="report"`` gives a row that cannot be answered a prediction with a ``problem``, and all
                 others what they get without it; ``"refuse"`` raises. ``num_answered`` first rows have their answers
                 from an earlier call that was interrupted: they are prepared as they were then, so that the others get
-                the same answers to the last bit, and not answered.
+                the same answers to the last bit, and not answered. ``num_similar`` finds so many demonstrations most
+                like each query, to explain its answer, which they do not change.
 
         Raises:
             UserError: If a row lacks a column, or a query does not fit after the prefix, with the number of the row;
                 or if the options contradict each other or the task, or another engine made the prefix.
         """
         self._require_own(prefix)
-        require_options(prefix.task, rows, options, retrieves=nearest is not None)
-        after_shots = bool(prefix.num_shots or nearest)
+        require_options(prefix.task, rows, options, retrieves=retrieve is not None)
+        after_shots = bool(prefix.num_shots or retrieve)
         numbered = self._encoded(prefix.task, enumerate(rows, start=1), after_shots, options)
-        return self._predict(prefix, numbered, nearest, options)
+        return self._predict(prefix, numbered, retrieve, options)
 
     def answer(
         self,
@@ -550,7 +565,7 @@ class Engine:
         demonstrations: Iterable[Example],
         rows: Iterable[StreamedRow],
         *,
-        num_nearest: int = 0,
+        num_retrieved: int = 0,
         on_prefix: Callable[[TaskPrefix], None] | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[Prediction]:
@@ -563,16 +578,16 @@ class Engine:
             task: Task of demonstrations and queries.
             demonstrations: Examples, in the order in which they will be in the context.
             rows: As for `predict`.
-            num_nearest: Number of nearest examples to add for each query, found among the training rows that are no
-                demonstrations; 0 for none.
+            num_retrieved: Number of examples most like a query to put before it, found among the training rows that are
+                no demonstrations; 0 for none.
             on_prefix: Called with every prefix before its answers.
             **options: As for `predict`.
 
         Raises:
             UserError: As for `prefill` and `predict`.
         """
-        require_options(task, rows, options, retrieves=num_nearest > 0)
-        return self._answer(task, tuple(demonstrations), rows, num_nearest, on_prefix, options)
+        require_options(task, rows, options, retrieves=num_retrieved > 0)
+        return self._answer(task, tuple(demonstrations), rows, num_retrieved, on_prefix, options)
 
     def prior(self, prefix: TaskPrefix, neutral_queries: Sequence[str] = NEUTRAL_QUERIES) -> LabelScores:
         """Score the labels after content-free queries, for `LabelScores.corrected`.
@@ -594,11 +609,11 @@ class Engine:
         task: Task,
         demonstrations: tuple[Example, ...],
         rows: Iterable[StreamedRow],
-        num_nearest: int,
+        num_retrieved: int,
         on_prefix: Callable[[TaskPrefix], None] | None,
         options: AnswerOptions,
     ) -> Iterator[Prediction]:
-        prefix, nearest = None, NearestExamples(task.train, num_nearest) if num_nearest else None
+        prefix, retrieve = None, Retriever(task.train, num_retrieved) if num_retrieved else None
         numbered = self._encoded(task, enumerate(rows, start=1), bool(demonstrations), options)
         if options.get("bad_rows") == "report":
             # Before batches are made, so that these do not depend on them.
@@ -608,15 +623,15 @@ class Engine:
             earlier, queries = prefix, _queries_of(batch)
             while queries:
                 # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
-                possible = [query for query in queries if self.num_reserved_tokens(task, [query], nearest) <= most]
-                if prefix and not (prefix.num_shots and self._exceeds_context(prefix, possible, nearest)):
+                possible = [query for query in queries if self.num_reserved_tokens(task, [query], retrieve) <= most]
+                if prefix and not (prefix.num_shots and self._exceeds_context(prefix, possible, retrieve)):
                     break
-                # Which rows are left to be the nearest is known once demonstrations are chosen, and how many of these
-                # fit depends on the nearest: so it is tried until both fit.
+                # Which rows are left to retrieve is known once demonstrations are chosen, and how many of these fit
+                # depends on the retrieved rows: so it is tried until both fit.
                 chosen = demonstrations if prefix is None else prefix.demonstrations
-                prefix = self.prefill(task, chosen, possible, nearest=nearest, reuse=prefix)
-                if num_nearest:
-                    nearest = NearestExamples(task.train, num_nearest, exclude=prefix.demonstrations)
+                prefix = self.prefill(task, chosen, possible, retrieve=retrieve, reuse=prefix)
+                if num_retrieved:
+                    retrieve = Retriever(task.train, num_retrieved, exclude=prefix.demonstrations)
             if prefix is None:
                 yield from _merged(batch, iter(()), options)
                 continue
@@ -626,8 +641,8 @@ class Engine:
                     on_prefix(prefix)
                 if options.get("blend"):
                     prefix = self.with_blend(prefix)
-            after_shots = bool(prefix.num_shots or nearest)
-            yield from self._predict(prefix, self._encoded(task, batch, after_shots, options), nearest, options)
+            after_shots = bool(prefix.num_shots or retrieve)
+            yield from self._predict(prefix, self._encoded(task, batch, after_shots, options), retrieve, options)
 
     def _fitting_alone(self, task: Task, number: int, query: EncodedQuery | UserError) -> Numbered:
         """Return a query that fits the context without any demonstration, or why it cannot be answered."""
@@ -639,36 +654,37 @@ class Engine:
         needed = self.max_context_tokens - room + num_query_tokens + self._num_answer_tokens(task, query)
         return number, self._too_long(needed, 0, 0) if needed > self.max_context_tokens else query
 
-    def _exceeds_context(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], nearest: Nearest | None) -> bool:
-        return prefix.num_tokens + self.num_reserved_tokens(prefix.task, queries, nearest) > self.max_context_tokens
+    def _exceeds_context(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], retrieve: Retrieve | None) -> bool:
+        return prefix.num_tokens + self.num_reserved_tokens(prefix.task, queries, retrieve) > self.max_context_tokens
 
     def _predict(
-        self, prefix: TaskPrefix, numbered: Iterable[Numbered], nearest: Nearest | None, options: AnswerOptions
+        self, prefix: TaskPrefix, numbered: Iterable[Numbered], retrieve: Retrieve | None, options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Answer the queries of a stream, in order."""
-        fitting = (self._fitting_query(prefix, number, query, nearest, options) for number, query in numbered)
+        fitting = (self._fitting_query(prefix, number, query, retrieve, options) for number, query in numbered)
         blend = self.with_blend(prefix).blend_with_words() if options.get("blend") else None
         answer = self._choose if prefix.task.is_closed else self._generate
+        explain = _explanation(prefix, retrieve, options)
         for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
             if batch[-1][0] <= options.get("num_answered", 0):
                 continue
             with closing(answer(prefix, batch, options)) as answers:
                 predictions = _blended(blend, _queries_of(batch), answers, options) if blend else answers
-                yield from _merged(batch, predictions, options)
+                yield from _merged(batch, predictions, options, explain)
 
     def _fitting_query(
         self,
         prefix: TaskPrefix,
         number: int,
         query: EncodedQuery | UserError,
-        nearest: Nearest | None,
+        retrieve: Retrieve | None,
         options: AnswerOptions,
     ) -> Numbered:
         """Put a query's own examples before it, and make sure that it fits after the prefix."""
         if isinstance(query, UserError):
             return number, query
-        own_examples = tuple(nearest(query.query)) if nearest else ()
-        if nearest is not None:
+        own_examples = tuple(retrieve(query.query)) if retrieve else ()
+        if retrieve is not None:
             # After a shot the instruction does not matter, and it would be rendered for every query.
             instruction = "" if prefix.num_shots else prefix.task.instruction()
             own_ids: list[int] = []
@@ -689,9 +705,9 @@ class Engine:
         """Count the tokens to keep free for the answer to a query."""
         return max(map(len, query.option_ids), default=self.max_answer_tokens(task))
 
-    def _too_long(self, num_tokens: int, num_shots: int, num_nearest: int) -> UserError:
+    def _too_long(self, num_tokens: int, num_shots: int, num_retrieved: int) -> UserError:
         """Make the error for a query that does not fit the context."""
-        own = f" and {num_nearest} nearest" if num_nearest else ""
+        own = f" and {num_retrieved} retrieved" if num_retrieved else ""
         what = (
             f"{num_tokens:,} tokens are needed with {num_shots}{own} demonstrations and its answer; "
             f"max_context_tokens is {self.max_context_tokens:,}"
@@ -777,6 +793,14 @@ def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:
     return [query for _, query in batch if isinstance(query, EncodedQuery)]
 
 
+def _explanation(prefix: TaskPrefix, retrieve: Retrieve | None, options: AnswerOptions) -> Explain | None:
+    """Return what finds the demonstrations most like a query; None where none are wanted."""
+    if not (num_similar := options.get("num_similar", 0)):
+        return None
+    similar = MostSimilar(prefix.demonstrations, num_similar)
+    return lambda query: similar(query, retrieve(query) if retrieve else ())
+
+
 def _refused_or_reported(error: UserError, number: int, options: AnswerOptions) -> UserError:
     """Return why a row cannot be answered, where bad rows are reported.
 
@@ -789,7 +813,10 @@ def _refused_or_reported(error: UserError, number: int, options: AnswerOptions) 
 
 
 def _merged(
-    batch: Iterable[Numbered], predictions: Iterator[Prediction], options: AnswerOptions
+    batch: Iterable[Numbered],
+    predictions: Iterator[Prediction],
+    options: AnswerOptions,
+    explain: Explain | None = None,
 ) -> Iterator[Prediction]:
     """Yield the predictions of a batch and, between them, what its other rows have; rows answered before are omitted.
 
@@ -797,9 +824,13 @@ def _merged(
         batch: Queries, and why other rows cannot be answered.
         predictions: One for each query.
         options: Say how many rows have their answers.
+        explain: Finds the demonstrations most like a query.
     """
     for number, query in batch:
         unanswered = Prediction("", math.nan, problem=query) if isinstance(query, UserError) else None
         prediction = unanswered or next(predictions)
-        if number > options.get("num_answered", 0):
-            yield prediction
+        if number <= options.get("num_answered", 0):
+            continue
+        if explain is not None and isinstance(query, EncodedQuery):
+            prediction = replace(prediction, similar=explain(query.query))
+        yield prediction

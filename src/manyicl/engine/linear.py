@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyicl.errors import UserError
-from manyicl.tasks.nearest import terms
+from manyicl.tasks.retrieval import terms
 from manyicl.tasks.task import Example
 
 # Labels x terms that a logistic regression is fitted for: its solver keeps some twenty copies of them, 1.6 GB here.

@@ -77,6 +77,7 @@ class AnswerOptions(TypedDict, total=False):
     sampling: Sampling | None
     bad_rows: BadRows
     num_answered: int
+    num_similar: int
 
 
 def can_blend(task: Task) -> bool:
@@ -125,6 +126,8 @@ def require_options(task: Task, rows: object, options: AnswerOptions, *, retriev
         raise UserError("unknown_value", what, expected="'refuse' or 'report'", found=repr(bad_rows), field="bad_rows")
     if (num_answered := options.get("num_answered", 0)) < 0:
         raise out_of_range("num_answered", num_answered, "at least 0")
+    if (num_similar := options.get("num_similar", 0)) < 0:
+        raise out_of_range("num_similar", num_similar, "at least 0")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise out_of_range("abstain_below", abstain_below, "a probability among all labels, from 0 to 1")
     if blend := options.get("blend", False):

@@ -28,6 +28,7 @@ class TaskPrefix:
         answers: How the model did on each demonstration; empty where the prefix was not compiled.
         blend: Weights of the model's label scores and those of the words; None before
             `manyicl.engine.engine.Engine.with_blend`.
+        rows: The task's other training rows, to retrieve from; empty unless it was compiled to retrieve.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class TaskPrefix:
     rebuilt: bool = False
     answers: tuple[ObservedAnswer, ...] = ()
     blend: BlendWeights | None = None
+    rows: tuple[Example, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:

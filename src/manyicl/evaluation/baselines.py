@@ -11,7 +11,7 @@ from typing import NamedTuple
 from manyicl.engine.linear import WordClassifier
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
-from manyicl.tasks.nearest import NearestExamples
+from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Task
 
 
@@ -24,7 +24,12 @@ class Level(NamedTuple):
 
 def majority_answer(task: Task) -> str:
     """Return the most frequent answer of the training side; among equals, the one that comes first there."""
-    return _most_frequent(task.train)
+    return most_frequent_answer(task.train)
+
+
+def most_frequent_answer(examples: Sequence[Example]) -> str:
+    """Return the most frequent answer; among equals, the one that comes first."""
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
 def majority_level(task: Task, queries: Sequence[Example]) -> Level:
@@ -89,14 +94,9 @@ def nearest_answers(demonstrations: Sequence[Example], test: Sequence[Example]) 
     Raises:
         UserError: If bm25s is not installed.
     """
-    nearest = NearestExamples(demonstrations, 1)
-    found = [nearest(example.query) for example in test]
+    most_similar = Retriever(demonstrations, 1)
+    found = [most_similar(example.query) for example in test]
     return [examples[-1].answer if examples else None for examples in found]
-
-
-def _most_frequent(examples: Sequence[Example]) -> str:
-    """Return the most frequent answer; among equals, the one that comes first."""
-    return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
 def _score(task: Task, predictions: Sequence[str], queries: Sequence[Example], note: str = "") -> Level:

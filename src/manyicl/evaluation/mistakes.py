@@ -81,7 +81,7 @@ def errors_as_csv(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) 
     for result, predictions in answered:
         for line in wrong_answers(predictions):
             confidence = "" if line.confidence is None else f"{line.confidence:.4f}"
-            place = (result.task, result.model_name, result.num_shots, result.seed, line.origin)
+            place = (result.task, result.line, result.num_shots, result.seed, line.origin)
             table.writerow([*place, line.query, _expected(line), line.answer, confidence])
     return text.getvalue()
 

@@ -70,6 +70,8 @@ class Result(_Record):
     num_shots_used: int = Field(ge=0, description="Demonstrations in the context.")
     num_shots_missing: int = Field(0, ge=0, description="Requested beyond the task's training rows.")
     num_shots_dropped: int = Field(0, ge=0, description="Dropped because they did not fit the context.")
+    num_retrieved: int = Field(0, ge=0, description="Requested number of training rows retrieved for each query.")
+    mean_num_retrieved: float = Field(0, ge=0, description="Rows retrieved for a query, on average.")
     seed: int = Field(description="Seed of the draw of demonstrations.")
     sampling: str = Field(description="How demonstrations are chosen: balanced by answer, or random.")
 
@@ -113,6 +115,11 @@ class Result(_Record):
         if not isinstance(fields, dict) or fields.get("record_version") != 1:
             return fields
         return {_RENAMED.get(name, name): value for name, value in fields.items()} | {"record_version": 2}
+
+    @property
+    def line(self) -> str:
+        """Return what a table calls the line of this result: the model, and the rows that it retrieves."""
+        return f"{self.model_name}, {self.num_retrieved} retrieved" if self.num_retrieved else self.model_name
 
     @property
     def stem(self) -> str:

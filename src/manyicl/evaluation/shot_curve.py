@@ -23,6 +23,7 @@ from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore, hash_of, result_key
+from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
 from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
 from manyicl.model.manifest import library_versions
 from manyicl.outputs import require_output_folder
@@ -31,8 +32,16 @@ from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
-    from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.engine import Engine, Prediction, Retrieve
     from manyicl.engine.task_prefix import TaskPrefix
+
+
+class Point(NamedTuple):
+    """One measurement of a task: seed, demonstrations for all queries, and rows retrieved for each."""
+
+    seed: int
+    num_shots: int
+    num_retrieved: int
 
 
 class EvaluationSettings(BaseModel):
@@ -48,11 +57,21 @@ class EvaluationSettings(BaseModel):
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
     keep_confidence: bool = Field(False, description="Score all labels, to record the probability of each answer.")
+    num_retrieved: int = Field(
+        0,
+        ge=0,
+        description="Training rows retrieved for each query at a second point after each; 0 for no such points.",
+    )
 
-    def points(self) -> list[tuple[int, int]]:
-        """Return (seed, shots) in the order of measurement; without demonstrations one seed says it all."""
-        seeds = range(self.seed, self.seed + self.num_seeds)
-        return [(seed, shots) for seed in seeds for shots in self.shots if shots > 0 or seed == self.seed]
+    def points(self) -> list[Point]:
+        """Return the points in the order of measurement; without demonstrations one seed says it all."""
+        return [
+            Point(seed, shots, num_retrieved)
+            for seed in range(self.seed, self.seed + self.num_seeds)
+            for shots in self.shots
+            for num_retrieved in sorted({0, self.num_retrieved})
+            if shots > 0 or seed == self.seed
+        ]
 
 
 class ShotCurves(NamedTuple):
@@ -182,40 +201,54 @@ def _curve(
     keep_confidence = settings.keep_confidence and task.is_closed
     unrecorded |= {"keep_confidence": True} if keep_confidence else {}
     prefix: TaskPrefix | None = None
-    answers: list[PredictedAnswer] = []
-    seconds = 0.0
-    for seed, num_shots in settings.points():
-        key = result_key({**conditions, **unrecorded, "num_shots": num_shots, "seed": seed})
+    answered: dict[int, _Answered] = {}
+    for seed, num_shots, num_retrieved in settings.points():
+        # Where nothing is retrieved, the key is that of records from before there was retrieval.
+        retrieved = {"num_retrieved": num_retrieved} if num_retrieved else {}
+        key = result_key({**conditions, **unrecorded, **retrieved, "num_shots": num_shots, "seed": seed})
         found = store.find(task.name, num_shots, seed, key)
         if found is not None:
             yield _under_name(found, name, store), True
             continue
-        activity.now(f"{task.name}, {pluralized(num_shots, 'shot')}, seed {seed}")
-        start, before = time.perf_counter(), prefix
+        and_retrieved = f", {num_retrieved} retrieved" if num_retrieved else ""
+        activity.now(f"{task.name}, {pluralized(num_shots, 'shot')}{and_retrieved}, seed {seed}")
+        start = time.perf_counter()
         num_available = min(num_shots, len(task.train))
-        prefix = engine.prefill(task, task.demonstrations(num_available, seed, settings.sampling), reuse=before)
+        demonstrations = task.demonstrations(num_available, seed, settings.sampling)
+        prefix, retrieve = prefill_to_retrieve(engine, task, demonstrations, num_retrieved, prefix)
         # Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
+        before = answered.get(num_retrieved)
         if before is None or before.demonstrations != prefix.demonstrations:
-            answers = _answers(engine, task, prefix, "all" if keep_confidence else "best", activity)
-            seconds = time.perf_counter() - start
+            answers = _answers(engine, task, prefix, retrieve, "all" if keep_confidence else "best", activity)
+            before = _Answered(prefix.demonstrations, answers, time.perf_counter() - start)
+            answered[num_retrieved] = before
         result = Result(
             key=key,
             num_shots=num_shots,
             num_shots_used=prefix.num_shots,
             num_shots_missing=num_shots - num_available,
             num_shots_dropped=num_available - prefix.num_shots,
+            num_retrieved=num_retrieved,
             seed=seed,
-            seconds=seconds,
+            seconds=before.seconds,
             created=datetime.now(UTC),
             **conditions,
             **description,
-            **_scores(task, answers),
+            **_scores(task, before.answers),
             **_baselines(task, prefix.demonstrations),
-            **_context(engine, task, prefix, description["trained_shots"]),
+            **_context(engine, task, prefix, retrieve, description["trained_shots"]),
         )
         context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations)
-        store.save(result, answers, context)
+        store.save(result, before.answers, context)
         yield result, False
+
+
+class _Answered(NamedTuple):
+    """Answers to the queries, after which demonstrations, and the time that they took."""
+
+    demonstrations: tuple[Example, ...]
+    answers: list[PredictedAnswer]
+    seconds: float
 
 
 def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
@@ -272,11 +305,16 @@ def _under_name(found: Result, name: str, store: ResultStore) -> Result:
 
 
 def _answers(
-    engine: Engine, task: Task, prefix: TaskPrefix, scores: ScoreScope, activity: Activity
+    engine: Engine,
+    task: Task,
+    prefix: TaskPrefix,
+    retrieve: Retrieve | None,
+    scores: ScoreScope,
+    activity: Activity,
 ) -> list[PredictedAnswer]:
     """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
     metrics = [METRICS[name] for name in metrics_of(task)]
-    predictions = engine.predict(prefix, [one.query for one in task.test], scores=scores)
+    predictions = engine.predict(prefix, [one.query for one in task.test], retrieve=retrieve, scores=scores)
     answered = _with_progress(predictions, len(task.test), activity)
     return [
         PredictedAnswer(
@@ -301,14 +339,20 @@ def _with_progress(predictions: Iterator[Prediction], num_queries: int, activity
         yield prediction
 
 
-def _context(engine: Engine, task: Task, prefix: TaskPrefix, trained_shots: int | None) -> dict[str, Any]:
+def _context(
+    engine: Engine, task: Task, prefix: TaskPrefix, retrieve: Retrieve | None, trained_shots: int | None
+) -> dict[str, Any]:
     """Describe the context in tokens, and whether training ever went so far."""
     preceding = engine.encoder.preceding(task.instruction(), prefix.num_shots)
     query_ids = (engine.encoder.query_ids_uncached(one.query.text, preceding) for one in task.test)
-    num_tokens = prefix.num_tokens + engine.num_reserved_tokens(task)
-    limits = ((num_tokens, engine.trained_context_tokens), (prefix.num_shots, trained_shots))
+    retrieved = [tuple(retrieve(one.query)) if retrieve else () for one in task.test]
+    num_tokens = prefix.num_tokens + engine.num_reserved_tokens(task, retrieve=retrieve)
+    num_shots = prefix.num_shots + max(map(len, retrieved))
+    limits = ((num_tokens, engine.trained_context_tokens), (num_shots, trained_shots))
+    texts = [text for found in retrieved for example in found for text in (example.query.text, example.answer)]
     return {
-        "prompt_hash": hash_of(str(prefix.token_ids), *map(str, query_ids)),
+        "prompt_hash": hash_of(str(prefix.token_ids), *map(str, query_ids), *texts),
+        "mean_num_retrieved": sum(map(len, retrieved)) / len(retrieved),
         "num_context_tokens": prefix.num_tokens,
         "beyond_training": any(trained is not None and number > trained for number, trained in limits),
     }

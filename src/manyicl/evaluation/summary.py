@@ -35,7 +35,8 @@ class Summary:
 
     Attributes:
         records: Records that count, see `summarise`.
-        models: Display names, in the order in which the models were first measured.
+        models: Display names, in the order in which the models were first measured; a model that retrieves rows counts
+            as another one.
         shots: Requested shot counts, ascending.
         families: Task -> family, by family and name; every task that was measured.
         compared: Tasks measured at every shot count of every model: means are over these alone.
@@ -154,6 +155,7 @@ def scores_as_json(summary: Summary) -> list[dict[str, object]]:
                 "task": task,
                 "metric": summary.by_point[model, task, shots][0].metric,
                 "shots": shots,
+                "retrieved": summary.by_point[model, task, shots][0].num_retrieved,
                 "score": score.mean,
                 "standard_error": score.standard_error,
                 "interval": score.interval,
@@ -191,7 +193,7 @@ def _queries(record: Result) -> tuple[object, ...]:
 
 
 def _model(record: Result) -> tuple[str, str]:
-    return record.model_name, record.model_fingerprint
+    return record.line, record.model_fingerprint
 
 
 def _display_names(records: Sequence[Result]) -> dict[tuple[str, str], str]:

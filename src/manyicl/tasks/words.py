@@ -1,4 +1,4 @@
-"""Split text of any script into words, for ROUGE, TF-IDF and the search for nearest examples."""
+"""Split text of any script into words, for ROUGE, TF-IDF and the search for similar examples."""
 
 from __future__ import annotations
 

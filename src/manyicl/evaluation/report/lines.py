@@ -110,6 +110,17 @@ def notes(summary: Summary) -> list[str]:
     for what, field in flags:
         if num_flagged := sum(bool(getattr(record, field)) for record in records):
             lines.append(f"{num_flagged} of {len(records)} results {what}.")
+    if any(record.num_retrieved for record in records):
+        lines.append(
+            "“N retrieved”: the N training rows most like a query (BM25), none of them a demonstration, come just "
+            "before it; the trivial baselines know the demonstrations alone."
+        )
+    fewer = sum(record.mean_num_retrieved < record.num_retrieved for record in records)
+    if fewer:
+        lines.append(
+            f"{fewer} of {len(records)} results retrieved fewer rows for a query, because no more are like it, left, "
+            "or fit the context."
+        )
     # Not every ROUGE is the same: a figure says which one it is.
     metrics = {record.metric for record in records} & METRICS.keys() - {"accuracy"}
     lines += [f"{name}: {METRICS[name].description}." for name in sorted(metrics)]

@@ -1,12 +1,12 @@
-"""A few nearest examples per query behind a shared prefix: what they add, what they cost, and what BM25 alone reaches.
+"""Examples retrieved for each query, after a shared prefix: what they add, what they cost, what BM25 alone reaches.
 
-    python benchmarks/nearest.py --tasks recipes/real/unseen --data-root DATA --model runs/one-model
+    python benchmarks/retrieval.py --tasks recipes/real/unseen --data-root DATA --model runs/one-model
 
 Prints Markdown tables. Every column answers the same queries: after the shared demonstrations alone; with k examples
-of each query's own between them and the query, nearest by BM25 or drawn at random; by repeating the answer of the
-nearest training row; by always giving the most frequent answer. The prefix is encoded once per seed and used by all.
-Examples of a query's own may fill half of the context; of k long ones only the nearest that fit are shown, and the
-second table says how many.
+of each query's own between them and the query, most similar by BM25 or drawn at random; by repeating the answer of the
+most similar training row; by always giving the most frequent answer. The prefix is encoded once per seed and used by
+all. Examples of a query's own may fill half of the context; of k long ones only the most similar that fit are
+shown, and the second table says how many.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from manyicl.engine.engine import Engine, Nearest
+from manyicl.engine.engine import Engine, Retrieve
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.evaluation.baselines import majority_answer, nearest_answers
 from manyicl.evaluation.metrics import METRICS
@@ -37,7 +37,7 @@ from manyicl.evaluation.uncertainty import (
 from manyicl.model.load import load_model
 from manyicl.model.manifest import library_versions
 from manyicl.tasks.files import load_tasks
-from manyicl.tasks.nearest import NearestExamples
+from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Query, Task
 
 SHARED, BM25, MAJORITY = "shared only", "BM25 nearest", "majority"
@@ -65,16 +65,16 @@ class Measured:
     num_own: dict[str, float]
 
 
-def nearest_column(k: int) -> str:
-    return f"+ {k} nearest"
+def retrieved_column(k: int) -> str:
+    return f"+ {k} retrieved"
 
 
 def random_column(k: int) -> str:
     return f"+ {k} random"
 
 
-def own_examples(engine: Engine, nearest: NearestExamples, k: int, seed: int) -> dict[str, Nearest]:
-    """Give each query its nearest examples, and as many drawn from the same rows; both as far as they fit."""
+def own_examples(engine: Engine, retriever: Retriever, k: int, seed: int) -> dict[str, Retrieve]:
+    """Give each query the examples retrieved for it, and as many drawn from the same rows; both as far as they fit."""
     budget = int(SHARE_FOR_OWN_EXAMPLES * engine.max_context_tokens)
 
     def that_fit(examples: Sequence[Example]) -> tuple[Example, ...]:
@@ -87,17 +87,17 @@ def own_examples(engine: Engine, nearest: NearestExamples, k: int, seed: int) ->
             fitting.append(example)
         return tuple(reversed(fitting))
 
-    def nearest_that_fit(query: Query) -> tuple[Example, ...]:
-        return that_fit(nearest(query))
+    def retrieved_that_fit(query: Query) -> tuple[Example, ...]:
+        return that_fit(retriever(query))
 
     def random_that_fit(query: Query) -> tuple[Example, ...]:
         rng = random.Random(f"{seed} {k} {query.text}")
-        return that_fit(rng.sample(nearest.candidates, len(nearest_that_fit(query))))
+        return that_fit(rng.sample(retriever.candidates, len(retrieved_that_fit(query))))
 
-    return {nearest_column(k): nearest_that_fit, random_column(k): random_that_fit}
+    return {retrieved_column(k): retrieved_that_fit, random_column(k): random_that_fit}
 
 
-def measure(engine: Engine, task: Task, num_shared: int, nearest_counts: Sequence[int], num_seeds: int) -> Measured:
+def measure(engine: Engine, task: Task, num_shared: int, retrieved_counts: Sequence[int], num_seeds: int) -> Measured:
     """Answer all queries of a task in every way."""
     queries = [example.query for example in task.test]
     scores: defaultdict[str, list[Scores]] = defaultdict(list)
@@ -106,15 +106,15 @@ def measure(engine: Engine, task: Task, num_shared: int, nearest_counts: Sequenc
     shared_shown: list[int] = []
     for seed in range(num_seeds):
         shared = task.demonstrations(min(num_shared, len(task.train) - 1), seed)
-        ways: dict[str, Nearest] = {}
-        for k in nearest_counts:
-            ways.update(own_examples(engine, NearestExamples(task.train, k, exclude=shared), k, seed))
+        ways: dict[str, Retrieve] = {}
+        for k in retrieved_counts:
+            ways.update(own_examples(engine, Retriever(task.train, k, exclude=shared), k, seed))
         prefix = prefix_with_room(engine, task, shared, ways)
         shared_shown.append(prefix.num_shots)
         list(engine.predict(prefix, queries[:1]))  # not timed: what is set up once
         for column, own in [(SHARED, None), *ways.items()]:
             started = time.perf_counter()
-            answers = [prediction.answer for prediction in engine.predict(prefix, queries, nearest=own)]
+            answers = [prediction.answer for prediction in engine.predict(prefix, queries, retrieve=own)]
             seconds[column].append((time.perf_counter() - started) / len(queries))
             scores[column].append(scored(task, answers))
             num_own[column] += [len(own(query)) for query in queries] if own else [0]
@@ -131,14 +131,14 @@ def measure(engine: Engine, task: Task, num_shared: int, nearest_counts: Sequenc
     )
 
 
-def prefix_with_room(engine: Engine, task: Task, shared: Sequence[Example], ways: dict[str, Nearest]) -> TaskPrefix:
+def prefix_with_room(engine: Engine, task: Task, shared: Sequence[Example], ways: dict[str, Retrieve]) -> TaskPrefix:
     """Encode the shared demonstrations that leave room for the longest own examples of any way."""
 
     def longest(query: Query) -> tuple[Example, ...]:
         sets = [tuple(own(query)) for own in ways.values()]
         return max(sets, key=lambda examples: sum(map(engine.encoder.num_shot_tokens, examples)), default=())
 
-    return engine.prefill(task, shared, [example.query for example in task.test], nearest=longest)
+    return engine.prefill(task, shared, [example.query for example in task.test], retrieve=longest)
 
 
 def scored(task: Task, answers: Sequence[str]) -> Scores:
@@ -188,14 +188,14 @@ def print_costs(measured: Sequence[Measured], columns: Sequence[str]) -> None:
     print_row("**mean**", "", f"{mean([one.num_shared for one in measured]):.1f}", *means)
 
 
-def print_differences(measured: Sequence[Measured], nearest_counts: Sequence[int]) -> None:
-    """Print what nearest examples add, paired by query, in the mean over tasks."""
-    print_header("k", *(f"k nearest minus {other}" for other in ("shared only", "k random", BM25, MAJORITY)))
-    for k in nearest_counts:
+def print_differences(measured: Sequence[Measured], retrieved_counts: Sequence[int]) -> None:
+    """Print what retrieved examples add, paired by query, in the mean over tasks."""
+    print_header("k", *(f"k retrieved minus {other}" for other in ("shared only", "k random", BM25, MAJORITY)))
+    for k in retrieved_counts:
         others = (SHARED, random_column(k), BM25, MAJORITY)
         differences = [
             mean_of_independent(
-                [paired_difference(one.scores[other], one.scores[nearest_column(k)]) for one in measured]
+                [paired_difference(one.scores[other], one.scores[retrieved_column(k)]) for one in measured]
             )
             for other in others
         ]
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Folder or hf:owner/name.")
     parser.add_argument("--context", type=int, help="Longest prefix and query; the trained context if left out.")
     parser.add_argument("--shared", type=int, default=32, help="Shared demonstrations, as far as they fit.")
-    parser.add_argument("--nearest", type=counts, default=(2, 4, 8), help="Own examples, such as 0,2,4,8.")
+    parser.add_argument("--retrieve", type=counts, default=(2, 4, 8), help="Retrieved examples, such as 0,2,4,8.")
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2, help="Draws of the shared and of the random examples.")
     parser.add_argument("--threads", type=int, default=1)
@@ -223,15 +223,15 @@ def main() -> None:
     loaded = load_model(arguments.model)
     trained_context = loaded.manifest.max_context_tokens if loaded.manifest else None
     engine = Engine.local(loaded, max_context_tokens=arguments.context or trained_context)
-    nearest_counts = [k for k in arguments.nearest if k > 0]  # none is "shared only"
+    retrieved_counts = [k for k in arguments.retrieve if k > 0]  # none is "shared only"
     settings = EvaluationSettings(num_queries=arguments.queries)
     measured = []
     for task in load_tasks(arguments.tasks, arguments.data_root):
         scored_task = task.with_spec(metric="accuracy") if task.labels or task.choices_column else task
         asked, _ = choose_queries(engine, scored_task, settings)
-        measured.append(measure(engine, asked, arguments.shared, nearest_counts, arguments.seeds))
+        measured.append(measure(engine, asked, arguments.shared, retrieved_counts, arguments.seeds))
 
-    asked_ways = [column for k in nearest_counts for column in (nearest_column(k), random_column(k))]
+    asked_ways = [column for k in retrieved_counts for column in (retrieved_column(k), random_column(k))]
     num_weights = sum(weights.numel() for weights in loaded.model.parameters())
     print(
         f"{len(measured)} tasks, up to {arguments.queries} queries, {arguments.seeds} seed(s), up to "
@@ -243,7 +243,7 @@ def main() -> None:
     print("\nPercent with standard error, in accuracy or the task's metric; means count every task the same:\n")
     print_scores(measured, [SHARED, *asked_ways, BM25, MAJORITY])
     print("\nPaired by seed and query, points in the mean over tasks:\n")
-    print_differences(measured, nearest_counts)
+    print_differences(measured, retrieved_counts)
     print("\nOwn examples per query, and milliseconds per query with the prefix encoded:\n")
     print_costs(measured, [SHARED, *asked_ways])
 
