@@ -88,7 +88,7 @@ class Activity:
         self._console = None if quiet else console
         self._bar = _bar(self._console) if self._console is not None and self._console.is_terminal else None
         self._seconds = max(SECONDS_BETWEEN_LINES if seconds is None else seconds, 0.01)
-        self._said_at = time.monotonic()
+        self._made_at = self._said_at = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._work = _Work("starting")
@@ -114,6 +114,11 @@ class Activity:
     def has_bar(self) -> bool:
         """Whether a bar shows how far the work is, so that no line has to."""
         return self._bar is not None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._made_at
 
     def begin(self, what: str, total: int | None = None, *, found: int = 0) -> None:
         """Begin the next part of the work.

@@ -53,6 +53,17 @@ def has(lines: list[str], beginning: str, ending: str = "") -> bool:
     return any(line.startswith(beginning) and line.endswith(ending) for line in lines)
 
 
+def test_compile_says_how_many_tokens_of_the_demonstrations_are_encoded(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("manyicl.engine.local.OBSERVED_CHUNK_TOKENS", 50)
+    task = ["--task", f"{table}:text:label", "--shots", 8]
+    arguments = ["compile", "--model", model_folder, *task, "--output", tmp_path / "tickets.prefix"]
+    assert has(
+        said("manyicl.engine.prefix_cache.continue_model", *arguments), "reading 8 demonstrations, prefix: 50 of "
+    )
+
+
 def test_evaluate_says_which_task_shots_and_seed_it_measures(
     said: Callable[..., list[str]], model_folder: Path, table: Path, tmp_path: Path
 ) -> None:

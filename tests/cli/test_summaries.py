@@ -78,3 +78,29 @@ def test_json_of_a_training_is_refused(
 ) -> None:
     assert run(monkeypatch, "train", recipe, "--json") == 2
     assert "--json goes with --dry-run" in capsys.readouterr().err
+
+
+def test_a_compiled_task_is_told_in_json(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "tickets.prefix"
+    arguments = ["compile", "-m", model_folder, "-t", f"{table}:text:label", "-o", output]
+    told = summary(monkeypatch, capsys, *arguments, "--shots", 12)
+    groups = told["observed"]
+    assert set(told) == documented("formats.md", "Compile")
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in groups[0])
+    assert (told["output"], told["num_bytes"]) == (str(output), output.stat().st_size)
+    assert (told["num_shots"], told["num_dropped"], told["num_other_rows"]) == (12, 0, 0)
+    assert told["num_encoded_tokens"] == told["num_tokens"]
+    assert [(one["first_shots"], one["last_shots"]) for one in groups] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 11)]
+    assert sum(one["num_demonstrations"] for one in groups) == 12
+    assert all(isinstance(sentence, str) for sentence in told["advice"])
+    again = summary(monkeypatch, capsys, *arguments, "--shots", 16, "--update")
+    assert 0 < again["num_encoded_tokens"] < again["num_tokens"]
+    assert run(monkeypatch, *arguments, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.engine.queries import can_blend
 from manyicl.errors import UserError, pluralized, quoted
@@ -53,6 +56,8 @@ def compile_command(
     end_of_answer: options.EndOfAnswer = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Prefill a task's demonstrations once and save the result, so that `manyicl predict --prefix` starts at once.
 
@@ -82,42 +87,115 @@ def compile_command(
     """
     from rich.console import Console
 
-    from manyicl.cli.predict import describe
     from manyicl.engine.compiled_file import require_output
     from manyicl.tasks.files import load_task
 
     require_output(output)
-    console = Console(stderr=True)
-    loaded_task = load_task(task, data_root)
-    demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
-    engine = options.load_engine(model, dtype, device, text_format, end_of_answer, max_context_tokens)
-    earlier = _earlier(engine, output, retrieve, console) if update else None
-    if earlier is not None:
-        in_order = loaded_task.demonstrations(len(loaded_task.train), seed)
-        demonstrations = kept_first(earlier.demonstrations, in_order)[: len(demonstrations)]
-        if earlier.task.data_hash != loaded_task.data_hash:
-            say_unused(loaded_task, demonstrations, console)
-    with console.status(f"Reading {pluralized(len(demonstrations), 'demonstration')}"):
+    console = Console(stderr=True, quiet=quiet)
+    with Activity(console, quiet=quiet) as activity:
+        activity.begin("reading the task")
+        loaded_task = load_task(task, data_root)
+        demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
+        engine = options.load_engine(
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activity=activity
+        )
+        earlier = _earlier(engine, output, retrieve, console) if update else None
+        if earlier is not None:
+            in_order = loaded_task.demonstrations(len(loaded_task.train), seed)
+            demonstrations = kept_first(earlier.demonstrations, in_order)[: len(demonstrations)]
+            if earlier.task.data_hash != loaded_task.data_hash:
+                say_unused(loaded_task, demonstrations, console)
+        activity.begin(f"reading {pluralized(len(demonstrations), 'demonstration')}")
         compiled = engine.compile(loaded_task, demonstrations, num_retrieved=retrieve, reuse=earlier)
         if can_blend(loaded_task):
+            activity.begin("fitting a blend with a linear classifier")
             compiled = engine.with_blend(compiled)
+        activity.begin(f"writing {output}")
         engine.save(compiled, output)
+        activity.begin("comparing with trivial baselines, and with rows retrieved for each query")
+        num_retrieved = 0 if update else retrieve or NUM_RETRIEVED
+        sentences = advice_for(engine, compiled, loaded_task, num_retrieved=num_retrieved) if compiled.answers else []
+    if as_json:
+        summary = _as_json(compiled, sentences, output, model, activity.seconds)
+        typer.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+    elif not quiet:
+        _print_compiled(engine, compiled, sentences, output, is_updated=earlier is not None)
+
+
+def _print_compiled(
+    engine: Engine, compiled: TaskPrefix, sentences: Sequence[str], output: Path, *, is_updated: bool
+) -> None:
+    """Print what was compiled, how well the model predicts it, and what to do."""
+    from rich.console import Console
+
+    from manyicl.cli.predict import describe
+
     out = Console(highlight=False)
-    if earlier is not None:
+    if is_updated:
         num_encoded = compiled.num_tokens - compiled.num_reused_tokens
         out.print(f"{num_encoded:,} of {pluralized(compiled.num_tokens, 'token')} encoded; the others were kept")
     describe(out, engine, compiled)
     if compiled.answers:
         print_observed(compiled, out)
-        with console.status("Comparing with trivial baselines, and with rows retrieved for each query"):
-            sentences = advice_for(
-                engine, compiled, loaded_task, num_retrieved=0 if update else retrieve or NUM_RETRIEVED
-            )
-        for sentence in sentences:
-            out.print(sentence, markup=False, soft_wrap=True)
+    for sentence in sentences:
+        out.print(sentence, markup=False, soft_wrap=True)
     size = f"{output.stat().st_size / 2**20:,.1f} MiB"
     others = f", and {pluralized(len(compiled.rows), 'other row')} as text" if compiled.rows else ""
     typer.echo(f"{output}, {size}. It contains the demonstrations in recoverable form{others}.")
+
+
+def _as_json(
+    compiled: TaskPrefix, sentences: Sequence[str], output: Path, model: str, seconds: float
+) -> dict[str, Any]:
+    """Return the summary that ``--json`` prints."""
+    return {
+        "output": str(output),
+        "num_bytes": output.stat().st_size,
+        "model": model,
+        "task": compiled.task.name,
+        "num_shots": compiled.num_shots,
+        "num_dropped": compiled.num_dropped,
+        "num_tokens": compiled.num_tokens,
+        "num_encoded_tokens": compiled.num_tokens - compiled.num_reused_tokens,
+        "num_other_rows": len(compiled.rows),
+        "observed": [asdict(one) for one in observed_groups(compiled)],
+        "advice": list(sentences),
+        "seconds": round(seconds, 3),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedGroup:
+    """How well the model predicted demonstrations with similarly many before them.
+
+    Attributes:
+        first_shots: Fewest demonstrations before one of the group.
+        last_shots: Most demonstrations before one of the group.
+        num_demonstrations: Demonstrations in the group.
+        right: Share of them whose answer was right.
+        standard_error: Standard error of that share; None for one demonstration.
+        nats_per_answer: Mean negative log-probability of their answers.
+    """
+
+    first_shots: int
+    last_shots: int
+    num_demonstrations: int
+    right: float
+    standard_error: float | None
+    nats_per_answer: float
+
+
+def observed_groups(prefix: TaskPrefix) -> list[ObservedGroup]:
+    """Group the demonstrations of a compiled task by the number of those before them."""
+    from manyicl.engine.observed import groups_of_shots
+    from manyicl.evaluation.uncertainty import mean_over_queries
+
+    found = []
+    for first, last, group in groups_of_shots(prefix.answers):
+        right = mean_over_queries([float(one.is_right) for one in group])
+        nats = -sum(one.log_probability for one in group) / len(group)
+        found.append(ObservedGroup(first, last, len(group), right.mean, right.standard_error, nats))
+    return found
 
 
 def _earlier(engine: Engine, path: Path, num_retrieved: int, console: Console) -> TaskPrefix | None:
@@ -171,19 +249,14 @@ def print_observed(prefix: TaskPrefix, console: Console) -> None:
     """Print how often the model was right on demonstrations, by the number of demonstrations before them."""
     from rich.table import Table
 
-    from manyicl.engine.observed import groups_of_shots
-    from manyicl.evaluation.uncertainty import mean_over_queries
-
     table = Table(box=None, pad_edge=False)
     for name in ("shots before", "demonstrations", "right", "", "nats per answer"):
         table.add_column(name, justify="left" if not name else "right")
-    for first, last, group in groups_of_shots(prefix.answers):
-        right = mean_over_queries([float(one.is_right) for one in group])
-        nats = -sum(one.log_probability for one in group) / len(group)
-        error = f" ± {right.standard_error:.2f}" if right.standard_error is not None else ""
-        bar = "█" * round(BAR_CHARACTERS * right.mean)
-        shots = f"{first}" if first == last else f"{first}–{last}"
-        table.add_row(shots, f"{len(group)}", f"{right.mean:.2f}{error}", bar, f"{nats:.2f}")
+    for one in observed_groups(prefix):
+        error = f" ± {one.standard_error:.2f}" if one.standard_error is not None else ""
+        bar = "█" * round(BAR_CHARACTERS * one.right)
+        shots = f"{one.first_shots}" if one.first_shots == one.last_shots else f"{one.first_shots}–{one.last_shots}"
+        table.add_row(shots, f"{one.num_demonstrations}", f"{one.right:.2f}{error}", bar, f"{one.nats_per_answer:.2f}")
     console.print(table)
 
 
