@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import UserError, did_you_mean, located, pluralized, quoted, shortened
+from manyicl.tasks.accepted_answers import AcceptedAnswers
 from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import OneFile, TaskFile, TwoFiles, fit_name
@@ -20,9 +20,8 @@ from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Pairs, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
-from manyicl.tasks.values import as_option, as_written, columns_in, missing_column, num_characters, value_at
+from manyicl.tasks.values import as_written, columns_in, missing_column, num_characters
 
-_UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 MOST_DROPPED_NOTED = 1_000
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
 _BAD_ROWS = {
@@ -68,10 +67,10 @@ class TaskBuilder:
         self.dropped_rows: defaultdict[str, list[str]] = defaultdict(list)
         with located(file=file):
             query_template = self._template(keys.query, "query")
-            self.answer_template = self._template(keys.answer, "answer")
+            answer_template = self._template(keys.answer, "answer")
             with _within_key("instruction"):
                 compiled(keys.instruction or "")
-            self.read_columns = {*query_template.columns, *self.answer_template.columns}
+            self.read_columns = {*query_template.columns, *answer_template.columns}
             self._require_class_names_read()
         self.is_closed = keys.closed_labels is not None
         self.labels = keys.closed_labels if isinstance(keys.closed_labels, tuple) else None
@@ -79,7 +78,9 @@ class TaskBuilder:
         values = keys.model_dump(include={"family", "metric", "class_names", "source", "max_answer_tokens"})
         values |= {"name": self.name, "labels": self.labels, "choices_column": keys.choices}
         values |= {"query_template": keys.query, "instruction_template": keys.instruction}
+        values |= {"answer_template": keys.answer, "references_column": keys.references}
         self.spec = TaskSpec(**{key: value for key, value in values.items() if value})
+        self.accepted = AcceptedAnswers(self.spec, is_closed=self.is_closed)
 
     def _template(self, source: str, key: str) -> Template:
         with _within_key(key):
@@ -160,7 +161,7 @@ class TaskBuilder:
         """
         try:
             query = self.spec.query(row.columns)
-            answers = self._answers(row.columns)
+            answers = self.accepted(row.columns)
         except UserError as error:
             if error.code not in _BAD_ROWS:  # a row that is too long may be bad, and the template good for others
                 for column in sorted(self.read_columns & row.columns.keys()):
@@ -182,47 +183,6 @@ class TaskBuilder:
             expected = f"at most {self.keys.max_characters:,} (max_characters)"
             found = pluralized(num_characters, "character")
             raise UserError("text_too_long", f"{what} is too long", expected=expected, found=found)
-
-    def _answers(self, columns: Mapping[str, object]) -> tuple[str, ...]:
-        """Render every accepted answer, the canonical one first, without repeats."""
-        template, class_names = self.answer_template, self.keys.class_names
-        for column in class_names.keys() & set(template.columns):
-            if str(columns.get(column)) == _UNLABELLED and _UNLABELLED not in class_names[column]:
-                raise UserError("row_without_label", f"the column {column!r} is -1: the row has no label", field=column)
-        bare = template.bare_column
-        values = columns.get(bare) if bare is not None else None
-        if isinstance(values, list | tuple):
-            answers = [template.render({**columns, str(bare): answer}, class_names) for answer in values]
-            if not answers:
-                raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
-        else:
-            answers = [template.render(columns, class_names)]
-        if self.is_closed and len(labels := self._labels_in(answers, columns)) > 1:
-            # One answer of a closed set is supervised and scored, never several.
-            what = f"task {self.name!r} is multi-label: this row has {sorted(labels)}"
-            remedy = "Keep the rows with one label, or make a yes/no task of each label."
-            raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
-        if self.keys.references is not None:
-            references = value_at(columns, self.keys.references)
-            if not isinstance(references, list | tuple):
-                column, found = self.keys.references, quoted(references)
-                what = f"the column {column!r} lists the accepted answers"
-                raise UserError("not_a_list", what, expected="a list", found=found, field=column)
-            answers += [str(as_written(reference)) for reference in references]
-        plain = str.strip if self.keys.choices is None else as_option
-        return tuple(dict.fromkeys(map(plain, answers)))
-
-    def _labels_in(self, answers: Sequence[str], columns: Mapping[str, object]) -> set[str]:
-        """Find several labels in one answer: a list as it is, a list joined, or a text that joins labels."""
-        if len(answers) > 1:
-            return set(answers)
-        answer = answers[0]
-        for column in self.answer_template.columns:
-            value = columns.get(column)
-            if isinstance(value, list | tuple) and answer not in map(str, value):
-                return set(map(str, value))
-        parts = {part.strip() for part in re.split(r"[,;|]", answer)}
-        return parts if self.labels and answer not in self.label_set and parts <= self.label_set else {answer}
 
     def _require_known(self, answer: str, query: Query) -> None:
         """Check an answer against the row's options or the closed set."""

@@ -77,8 +77,14 @@ class TaskSpec(BaseModel):
     instruction_template: str | None = Field(
         None, description="Jinja2 template of the instruction, with `labels` in scope; none without an instruction."
     )
+    answer_template: str | None = Field(
+        None, description="Jinja2 template that renders the columns of a row to its answer; none where it is not known."
+    )
+    references_column: str | None = Field(
+        None, description="Place of a row's list of further accepted answers, as `value_at` reads it."
+    )
     class_names: Mapping[str, Mapping[str, str]] = Field(
-        default_factory=dict, description="Column -> class number -> name, applied before the query is rendered."
+        default_factory=dict, description="Column -> class number -> name, applied before a template is rendered."
     )
     labels: tuple[str, ...] | None = Field(
         None, min_length=1, description="Closed answer set in a fixed order; none for free answers and row options."
