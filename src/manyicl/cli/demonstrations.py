@@ -60,6 +60,16 @@ class Demonstrations:
         assert self.task is not None, "a task is named, or a compiled one is loaded"
         return self.task
 
+    @property
+    def newest_task(self) -> Task:
+        """The task as it is named, if it is; a compiled one may be of an earlier version."""
+        return self.task or self.queried_task
+
+    @property
+    def chosen(self) -> tuple[Example, ...]:
+        """Demonstrations that were chosen, before any is dropped because it does not fit."""
+        return self.examples if self.compiled is None else self.compiled.demonstrations
+
     def load_compiled(self, engine: Engine) -> None:
         """Load the compiled task, if there is one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from manyicl.cli import options
 from manyicl.cli.answer_columns import AnswerColumns
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
+from manyicl.cli.tally import Tally
 from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine.queries import BadRows, can_blend, require_blendable
 from manyicl.errors import UserError, pluralized
@@ -134,6 +134,10 @@ def predict_command(
     that reached the length limit before it ended has `stopped: false`. A row that cannot be answered, because it is
     empty, too long or lacks a value, has no answer, and `problem` says why; the command then ends with exit code 3.
 
+    If the input has the column with the task's answers, they are compared: accuracy, precision, recall and F1 of each
+    label and the most confused pairs, on standard error. Rows without one, those that could not be answered and those
+    for which the model abstained are in no score and counted.
+
     Until all answers are complete they are in `OUTPUT.part`. A run that was interrupted is continued by the same
     command, to the same answers; if input, model, task or options changed, it starts anew, says so, and keeps the
     answers so far in `OUTPUT.part.old`.
@@ -178,23 +182,20 @@ def predict_command(
         )
         examples.load_compiled(engine)
         examples.require_no_rows_of(output)
-        tally = Tally()
-        made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, queries, context.params)
-        tally.take(answers.begin(made_of, say))
-        how["num_answered"] = tally.num_rows
-        queries.skip(tally.num_rows)
         task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
         layout = AnswerColumns.of(task_of_queries, scores, how, is_csv)
+        tally = Tally(layout, examples, retrieve)
+        made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, queries, context.params)
+        tally.take(answers.begin(made_of, say), queries.again())
+        how["num_answered"] = tally.num_rows
+        queries.skip(tally.num_rows)
         how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, retrieve)
         stream = chain(first, queries.rendered(task_of_queries))
         predictions = examples.answer(engine, stream, retrieve, partial(describe, console, engine), how)
-        rows = tally.counting(_tracked(console, queries.answered(predictions, layout.columns)))
+        rows = _tracked(console, queries.answered(predictions, layout.columns, tally.count))
         answers.write(rows, partial(_columns_without_rows, queries, task_of_queries, layout.columns))
-    if output != STANDARD_STREAM:
-        say(f"{pluralized(tally.num_rows, 'answer')} written to {output}")
+    tally.print_summary(console, output)
     if bad_rows == "report" and tally.num_problems:
-        what = f"{tally.num_problems:,} of {pluralized(tally.num_rows, 'row')} could not be answered"
-        say(f"{what}; the column `problem` says why.")
         raise typer.Exit(BAD_ROWS_EXIT_CODE)
 
 
@@ -238,31 +239,6 @@ def _is_blended(choice: bool | None, task: Task | None, num_retrieved: int) -> b
     if choice is None:
         choice = BLENDS_BY_DEFAULT and not num_retrieved and (task is None or can_blend(task))
     return choice
-
-
-@dataclass
-class Tally:
-    """Counts of the rows of an output.
-
-    Attributes:
-        num_rows: Rows that are written.
-        num_problems: Rows among them that could not be answered.
-    """
-
-    num_rows: int = 0
-    num_problems: int = 0
-
-    def counting(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Pass rows on, and count them."""
-        for row in rows:
-            self.num_rows += 1
-            self.num_problems += bool(row.get("problem"))
-            yield row
-
-    def take(self, rows: Iterable[Row]) -> None:
-        """Count rows that are written already."""
-        for _ in self.counting(rows):
-            pass
 
 
 def _made_of(engine: Engine, examples: Demonstrations, queries: Queries, options: Mapping[str, object]) -> MadeOf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -67,7 +67,8 @@ def open_queries(
         "quotes": how.get("quotes", "csv"),
         "encoding": str(how["encoding"]),
     }
-    return Queries(path, iter_rows(path, **how), bad_rows, partial(column_names, path, **how), read_as)
+    again, header = partial(iter_rows, path, **how), partial(column_names, path, **how)
+    return Queries(path, again(), bad_rows, again, header, read_as)
 
 
 def _require_usable(path: Path, delimiter: str | None, encoding: str | None) -> None:
@@ -115,6 +116,7 @@ class Queries:
         source: File they come from.
         rows: Rows that are still to be read.
         bad_rows: Whether a row that cannot be rendered is refused, or passed on with the reason.
+        again: Reads the rows of a file anew, from the first.
         header: Reads the columns that the file has even without rows; none of JSON lines.
         read_as: What the rows of a file depend on besides its content: suffix, delimiter, quotes and encoding.
         waiting: Rows that were read and not answered yet.
@@ -124,6 +126,7 @@ class Queries:
     source: Path
     rows: Iterator[LocatedRow]
     bad_rows: BadRows = "refuse"
+    again: Callable[[], Iterable[LocatedRow]] = tuple
     header: Callable[[], Sequence[str]] = tuple
     read_as: Mapping[str, str] = field(default_factory=dict)
     waiting: deque[LocatedRow] = field(default_factory=deque)
@@ -179,8 +182,19 @@ class Queries:
         for _ in range(min(num_answered, len(self.waiting))):
             self.waiting.popleft()
 
-    def answered(self, predictions: Iterator[Prediction], columns: Callable[[Prediction], Row]) -> Iterator[Row]:
-        """Combine each prediction with the row that it answers; name the location of a query that does not fit."""
+    def answered(
+        self,
+        predictions: Iterator[Prediction],
+        columns: Callable[[Prediction], Row],
+        on_answer: Callable[[Row, Row], object] = lambda row, answer: None,
+    ) -> Iterator[Row]:
+        """Combine each prediction with the row that it answers; name the location of a query that does not fit.
+
+        Args:
+            predictions: One for each row that is still to be answered.
+            columns: Makes the columns of an answer.
+            on_answer: Called with the columns of each row and those of its answer.
+        """
         while True:
             try:
                 prediction = next(predictions, None)
@@ -192,7 +206,9 @@ class Queries:
             if prediction is None:
                 break
             self.num_answered += 1
-            yield with_answer(self.waiting.popleft().columns, columns(prediction))
+            answered, answer = self.waiting.popleft().columns, columns(prediction)
+            on_answer(answered, answer)
+            yield with_answer(answered, answer)
 
 
 def require_columns(task: Task, columns: Sequence[str], file: Path) -> None:

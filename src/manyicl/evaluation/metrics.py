@@ -77,6 +77,16 @@ def accuracy(prediction: str, references: References) -> float:
     return float(prediction.strip() in {reference.strip() for reference in references})
 
 
+def expected_and_answered(prediction: str, references: References) -> tuple[str, str]:
+    """Return the label that was expected and the one that was answered, the same where the answer is accepted.
+
+    >>> expected_and_answered("sport ", ("world", "sport")), expected_and_answered("art", ("world", "sport"))
+    (('sport', 'sport'), ('world', 'art'))
+    """
+    answer, accepted = prediction.strip(), [reference.strip() for reference in references]
+    return answer if answer in accepted else accepted[0], answer
+
+
 def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
     """Mean F1 over all labels that occur among answers or predictions (scikit-learn's default).
 
@@ -85,11 +95,7 @@ def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> fl
     """
     from sklearn.metrics import f1_score
 
-    pairs = []
-    for prediction, references_of_one in zip(predictions, references, strict=True):
-        answer, accepted = prediction.strip(), [reference.strip() for reference in references_of_one]
-        pairs.append((answer if answer in accepted else accepted[0], answer))
-    truth, answered = zip(*pairs, strict=True)
+    truth, answered = zip(*map(expected_and_answered, predictions, references), strict=True)
     return float(f1_score(truth, answered, average="macro", zero_division=0.0))
 
 

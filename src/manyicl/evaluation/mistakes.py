@@ -1,4 +1,4 @@
-"""Predictions on a closed label set -> where a model is wrong: per label, by pair, and every wrong answer."""
+"""Answers among labels -> where a model is wrong: per label, by pair, and every wrong answer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from manyicl.evaluation.metrics import accuracy
+from manyicl.evaluation.metrics import accuracy, expected_and_answered
 from manyicl.evaluation.result import PredictedAnswer, Result
 
-# More labels than these are not shown one by one.
-MOST_LABELS = 40
+# More labels than these are not shown one by one, and more than these make no matrix that can be read.
+MOST_LABELS, MOST_LABELS_OF_A_MATRIX = 40, 12
 ERROR_COLUMNS = ("task", "model", "shots", "seed", "origin", "query", "expected", "answer", "confidence")
+
+# Expected label and answered one -> number of such answers; all that the scores of labels depend on.
+PairCounts = Mapping[tuple[str, str], int]
 
 
 class LabelScore(NamedTuple):
@@ -43,29 +46,53 @@ class Confusion(NamedTuple):
     num_answers: int
 
 
-def label_scores(predictions: Sequence[PredictedAnswer]) -> list[LabelScore]:
+def pair_counts(predictions: Iterable[PredictedAnswer]) -> PairCounts:
+    """Count the pairs of an expected and an answered label."""
+    return Counter(_pair(line) for line in predictions)
+
+
+def labels_in(pairs: PairCounts) -> list[str]:
+    """List every label that is expected or answered, the one most often expected first."""
+    counts: Counter[str] = Counter()
+    for (expected, answer), number in pairs.items():
+        counts[expected] += number
+        counts[answer] += 0
+    return sorted(counts, key=lambda label: (-counts[label], label))
+
+
+def label_scores(pairs: PairCounts) -> list[LabelScore]:
     """Return precision, recall and F1 of every label that is expected or answered, the most frequent first.
 
     Through ``sklearn.metrics.precision_recall_fscore_support``; a share of nothing is 0.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    expected = [_expected(line) for line in predictions]
-    answers = [line.answer.strip() for line in predictions]
-    counts = Counter(expected)
-    labels = sorted(counts.keys() | set(answers), key=lambda label: (-counts[label], label))
-    columns = precision_recall_fscore_support(expected, answers, labels=labels, zero_division=0)
+    expected, answers = zip(*pairs, strict=True)
+    labels, weights = labels_in(pairs), list(pairs.values())
+    columns = precision_recall_fscore_support(expected, answers, labels=labels, sample_weight=weights, zero_division=0)
     return [
-        LabelScore(label, float(precision), float(recall), float(f1), int(support))
+        LabelScore(label, float(precision), float(recall), float(f1), round(float(support)))
         for label, precision, recall, f1, support in zip(labels, *columns, strict=True)
     ]
 
 
-def confusions(predictions: Iterable[PredictedAnswer]) -> list[Confusion]:
+def confusion_matrix(pairs: PairCounts) -> tuple[list[str], list[list[int]]]:
+    """Return the labels and, for each expected one, how often each was answered; (L,) and (L, L).
+
+    Through ``sklearn.metrics.confusion_matrix``.
+    """
+    from sklearn import metrics
+
+    expected, answers = zip(*pairs, strict=True)
+    labels = labels_in(pairs)
+    counts = metrics.confusion_matrix(expected, answers, labels=labels, sample_weight=list(pairs.values()))
+    return labels, [[round(float(number)) for number in row] for row in counts]
+
+
+def confusions(pairs: PairCounts) -> list[Confusion]:
     """Return the pairs of an expected and another answered label, the most frequent first."""
-    pairs = Counter((_expected(line), line.answer.strip()) for line in predictions if not is_right(line))
-    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [Confusion(expected, answer, num_answers) for (expected, answer), num_answers in ordered]
+    wrong = [Confusion(expected, answer, number) for (expected, answer), number in pairs.items() if expected != answer]
+    return sorted(wrong, key=lambda pair: (-pair.num_answers, pair))
 
 
 def wrong_answers(predictions: Iterable[PredictedAnswer]) -> list[PredictedAnswer]:
@@ -74,15 +101,15 @@ def wrong_answers(predictions: Iterable[PredictedAnswer]) -> list[PredictedAnswe
 
 
 def errors_as_csv(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) -> str:
-    """Write every wrong answer as a row of CSV, to be corrected and added to a task's rows."""
+    """Write every wrong answer as a row of CSV, the surest first, to be corrected and added to a task's rows."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(ERROR_COLUMNS)
-    for result, predictions in answered:
-        for line in wrong_answers(predictions):
-            confidence = "" if line.confidence is None else f"{line.confidence:.4f}"
-            place = (result.task, result.line, result.num_shots, result.seed, line.origin)
-            table.writerow([*place, line.query, _expected(line), line.answer, confidence])
+    wrong = [(result, line) for result, predictions in answered for line in wrong_answers(predictions)]
+    for result, line in sorted(wrong, key=lambda one: -_certainty(one[1])):
+        confidence = "" if line.confidence is None else f"{line.confidence:.4f}"
+        place = (result.task, result.line, result.num_shots, result.seed, line.origin)
+        table.writerow([*place, line.query, _pair(line)[0], line.answer, confidence])
     return text.getvalue()
 
 
@@ -91,8 +118,8 @@ def is_right(line: PredictedAnswer) -> bool:
     return bool(accuracy(line.answer, line.references))
 
 
-def _expected(line: PredictedAnswer) -> str:
-    return line.references[0].strip()
+def _pair(line: PredictedAnswer) -> tuple[str, str]:
+    return expected_and_answered(line.answer, line.references)
 
 
 def _certainty(line: PredictedAnswer) -> float:
