@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,12 @@ def test_it_writes_one_record_per_point_and_skips_them_again(
     evaluate_command(**arguments)  # type: ignore[arg-type]
     records = ResultStore(tmp_path / "results").load()
     assert [(r.seed, r.num_shots) for r in records] == [(0, 0), (0, 2), (1, 2)]
-    assert "3 results in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 results in" in printed
+    # Two draws of two examples, each with four queries.
+    assert re.search(r"reviews after 2 examples, tiny: \d of 8 answers wrong. It is \d+ % sure on average", printed)
+    assert all(word in printed for word in ("precision", "recall", "expected ↓ answered →", "--abstain-below"))
+    assert all(line.confidence for one in records for line in ResultStore(tmp_path / "results").predictions(one))
     evaluate_command(**arguments)  # type: ignore[arg-type]
     assert "3 of them found" in capsys.readouterr().out
     assert ResultStore(tmp_path / "results").load() == records

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
+from math import log
 
 from manyicl.engine.backend import Identity, ScoreScope
 from manyicl.engine.engine import Prediction, Retrieve
+from manyicl.engine.label_scores import LabelScores
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.model.manifest import Manifest
@@ -90,7 +92,6 @@ class OracleEngine:
         retrieve: Retrieve | None = None,
         scores: ScoreScope = "best",
     ) -> Iterator[Prediction]:
-        assert scores == "best", "it has no scores"
         known = {example.query.text: example.answer for example in prefix.task.test}
         answers = prefix.task.labels or tuple(dict.fromkeys(example.answer for example in prefix.task.train))
         for row in rows:
@@ -99,7 +100,15 @@ class OracleEngine:
             num_shots = prefix.num_shots + 10 * len(retrieve(row) if retrieve else ())
             right = draw < self.skill * num_shots / (num_shots + 8)
             guess = answers[int(_draw("guess", row.text, str(prefix.num_shots)) * len(answers))]
-            yield Prediction(known[row.text] if right else guess, -0.5)
+            answer = known[row.text] if right else guess
+            label_scores = _scores(row.choices or answers, answer) if scores == "all" else None
+            yield Prediction(answer, -0.5, label_scores)
+
+
+def _scores(labels: Sequence[str], answer: str) -> LabelScores:
+    """The answer has half of the probability, the others the rest in equal parts."""
+    rest = log(0.5 / max(1, len(labels) - 1))
+    return LabelScores({label: log(0.5) if label == answer else rest for label in labels}, dict.fromkeys(labels, 1))
 
 
 def _draw(*texts: str) -> float:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
 
 from manyicl.cli.report import report_command
 from manyicl.errors import UserError
-from manyicl.evaluation.mistakes import Confusion, confusions, errors_as_csv, label_scores, wrong_answers
+from manyicl.evaluation.mistakes import (
+    Confusion,
+    confusion_matrix,
+    confusions,
+    errors_as_csv,
+    label_scores,
+    pair_counts,
+    wrong_answers,
+)
 from manyicl.evaluation.result import PredictedAnswer, ResultStore
+from tests.evaluation.test_report import WellFormed
 from tests.evaluation.test_summary import scored
 
 # Expected, answered, confidence.
@@ -34,15 +44,28 @@ def lines() -> list[PredictedAnswer]:
 
 
 def test_every_label_has_its_scores() -> None:
-    scores = {one.label: one for one in label_scores(lines())}
+    scores = {one.label: one for one in label_scores(pair_counts(lines()))}
     assert list(scores) == ["a", "b", "c"], "the most frequent first"
     assert scores["a"][1:] == pytest.approx((1.0, 1 / 3, 0.5, 3))
     assert scores["b"][1:] == pytest.approx((1 / 3, 1 / 2, 0.4, 2))
     assert scores["c"][1:] == pytest.approx((1 / 2, 1.0, 2 / 3, 1))
 
 
+def test_the_matrix_counts_every_pair() -> None:
+    labels, counts = confusion_matrix(pair_counts(lines()))
+    assert labels == ["a", "b", "c"]
+    assert counts == [[1, 2, 0], [0, 1, 1], [0, 0, 1]]
+
+
+def test_another_accepted_answer_is_right_and_no_confusion() -> None:
+    (line, *_) = lines()
+    other = line.model_copy(update={"answer": "b", "references": ("a", "b")})
+    assert pair_counts([other]) == {("b", "b"): 1}
+    assert wrong_answers([other]) == []
+
+
 def test_pairs_are_counted_and_wrong_answers_ordered_by_confidence() -> None:
-    assert confusions(lines()) == [Confusion("a", "b", 2), Confusion("b", "c", 1)]
+    assert confusions(pair_counts(lines())) == [Confusion("a", "b", 2), Confusion("b", "c", 1)]
     # Without a confidence it is the probability of the text: exp(-0.1) is 0.90.
     assert [line.origin for line in wrong_answers(lines())] == ["test.jsonl:5", "test.jsonl:3", "test.jsonl:2"]
 
@@ -54,6 +77,13 @@ def test_every_wrong_answer_is_a_row() -> None:
         ("a", "b", "0.8000"),
         ("a", "b", "0.6000"),
     ]
+    other = scored("other", "u", 4, (1.0,))
+    rows_of_both = csv.DictReader(
+        io.StringIO(errors_as_csv([(scored("m", "t", 4, (1.0,)), lines()), (other, lines())]))
+    )
+    assert [(row["model"], row["confidence"]) for row in rows_of_both] == [
+        (model, confidence) for confidence in ("", "0.8000", "0.6000") for model in ("m", "other")
+    ], "the surest first, whatever the task"
     assert rows[0] | {} == {**rows[0], "task": "t", "model": "m", "shots": "4", "seed": "0", "query": "text, 5"}
 
 
@@ -65,6 +95,15 @@ def test_the_command_writes_them_and_the_page_shows_them(tmp_path: Path) -> None
     assert len(errors.read_text(encoding="utf-8").splitlines()) == 4
     page = (store.folder / "report.html").read_text(encoding="utf-8")
     assert "3 of 6 wrong" in page
+    matrix = page[page.index('<table class="matrix">') :].partition("</table>")[0]
+    assert [int(count) for count in re.findall(r">(\d+)</td>", matrix)] == [1, 2, 0, 0, 1, 1, 0, 0, 1]
+    assert "70 % sure on average and 60 % right" in page
+    assert page.count("Accuracy against coverage") == 2
+    parser = WellFormed()
+    parser.feed(page)
+    assert not parser.open
+    drawn = re.findall(r' id="([pm][0-9a-f]{10})"', page[page.index('id="mistakes"') : page.index('id="provenance"')])
+    assert len(drawn) == len(set(drawn)) > 0
     report_command(store.folder, errors=errors, examples=False)
     assert "text, 5" not in (store.folder / "report.html").read_text(encoding="utf-8")
     errors.write_text("mine\n", encoding="utf-8")

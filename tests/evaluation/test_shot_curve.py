@@ -11,11 +11,18 @@ import pytest
 from pydantic import ValidationError
 
 from manyicl.engine.engine import Engine
+from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import ResultStore
 from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
-from manyicl.evaluation.shot_curve import EvaluationSettings, ShotCurves, choose_queries, measure_shot_curves
+from manyicl.evaluation.shot_curve import (
+    EvaluationSettings,
+    ShotCurves,
+    choose_queries,
+    keeps_confidence,
+    measure_shot_curves,
+)
 from manyicl.evaluation.uncertainty import spread
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
@@ -232,7 +239,7 @@ def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(
     engine = Engine.local(tiny_loaded())
     task = make_task()
     tasks = [task, task.with_spec(name="free", labels=None, metric="exact_match", family="qa", max_answer_tokens=4)]
-    settings = EvaluationSettings(shots=(2,), num_seeds=1, num_queries=5)
+    settings = EvaluationSettings(shots=(2,), num_seeds=1, num_queries=5, keep_confidence=False)
     plain = measure_shot_curves(engine, tasks, tmp_path / "plain", settings)
     with_confidence = settings.model_copy(update={"keep_confidence": True})
     kept = measure_shot_curves(engine, tasks, tmp_path / "kept", with_confidence)
@@ -240,6 +247,10 @@ def test_the_confidence_of_an_answer_is_kept_where_wanted_and_changes_no_answer(
     assert again.num_found == 1, "only the free answers have no confidence to add"
     assert all(line.confidence is not None for line in ResultStore(tmp_path / "plain").predictions(again.results[0]))
     assert measure_shot_curves(engine, tasks, tmp_path / "plain", settings).num_found == 2
+    by_default = settings.model_copy(update={"keep_confidence": None})
+    assert measure_shot_curves(engine, tasks, tmp_path / "plain", by_default).num_found == 2
+    many = task.with_spec(labels=tuple(f"label {number}" for number in range(MOST_LABELS_SCORED + 1)))
+    assert [keeps_confidence(one, by_default) for one in (*tasks, many)] == [True, False, False]
     for result, kept_result in zip(plain.results, kept.results, strict=True):
         without = ResultStore(tmp_path / "plain").predictions(result)
         with_it = ResultStore(tmp_path / "kept").predictions(kept_result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -70,6 +70,11 @@ class Demonstrations:
         """Demonstrations that were chosen, before any is dropped because it does not fit."""
         return self.examples if self.compiled is None else self.compiled.demonstrations
 
+    @property
+    def retrievable(self) -> Sequence[Example]:
+        """Rows to retrieve from: those of the compiled task, or of the task that was named."""
+        return (self.compiled.rows if self.compiled else ()) or (self.task.train if self.task else ())
+
     def load_compiled(self, engine: Engine) -> None:
         """Load the compiled task, if there is one.
 
@@ -120,7 +125,7 @@ class Demonstrations:
         Raises:
             UserError: If there are none.
         """
-        rows = compiled.rows or (self.task.train if self.task else ())
+        rows = self.retrievable
         if not rows:
             what = "the compiled task holds no rows to retrieve"
             remedy = "Compile it with --retrieve, or name its task with --task, too."

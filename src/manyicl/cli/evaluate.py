@@ -59,6 +59,10 @@ def evaluate_command(
     `--retrieve N` adds a second curve: the same queries after the same demonstrations, and before each query the N
     training rows most like it. Tables and report show both.
 
+    Of tasks with labels it also says where the model is wrong with the most examples: precision, recall and F1 of each
+    label, confusions, the errors it was surest of; up to 32 labels also how far its probabilities can be relied on.
+    `manyicl report --errors` writes all errors as CSV.
+
     Examples:
 
         manyicl evaluate --model runs/one-model --tasks tasks/banking77 --output results
@@ -71,7 +75,6 @@ def evaluate_command(
 
     from rich.console import Console
 
-    from manyicl.evaluation.report import print_table
     from manyicl.evaluation.shot_curve import EvaluationSettings
     from manyicl.evaluation.summary import scores_as_json, summarise
     from manyicl.tasks.files import load_tasks
@@ -91,9 +94,22 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(scores_as_json(summarise(curves.results)), ensure_ascii=False, indent=2))
     elif not quiet:
-        print_table(curves.results, Console())
-        found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
-        typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
+        _print_results(curves, output)
+
+
+def _print_results(curves: ShotCurves, output: Path) -> None:
+    """Print the scores, where the model is wrong, and what to do next."""
+    from rich.console import Console
+
+    from manyicl.cli.mistake_tables import print_task_mistakes
+    from manyicl.evaluation.report import print_table
+    from manyicl.evaluation.report.task_mistakes import tasks_with_mistakes
+    from manyicl.evaluation.result import ResultStore
+
+    console = Console()
+    print_task_mistakes(tasks_with_mistakes(print_table(curves.results, console), ResultStore(output)), console)
+    found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
+    typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
 
 
 def _warn_of_changed_data(engine: Engine, tasks: list[Task]) -> None:

@@ -51,7 +51,7 @@ def print_task_mistakes(tasks: Sequence[TaskMistakes], console: Console) -> None
     from manyicl.evaluation.calibration import sentence
 
     for one in tasks[:MOST_TASKS_PRINTED]:
-        after = f"{one.result.task} after {pluralized(one.result.num_shots, 'example')}, {one.result.model_name}"
+        after = f"{one.result.task} after {pluralized(one.result.num_shots, 'example')}, {one.result.line}"
         calibrated = f" {sentence(one.calibration)}" if one.calibration else ""
         say(console, f"{after}: {len(one.wrong):,} of {pluralized(one.num_answers, 'answer')} wrong.{calibrated}")
         if len(tasks) <= MOST_TASKS_IN_FULL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,14 @@ class Tally:
     Attributes:
         layout: Columns that answers have.
         examples: Demonstrations, with the task that says in which columns a row's own answer is.
-        num_nearest: Training rows that are added for each query.
+        num_retrieved: Training rows that are retrieved for each query.
         num_rows: Rows that are written.
         num_problems: Rows among them that could not be answered.
     """
 
     layout: AnswerColumns
     examples: Demonstrations
-    num_nearest: int = 0
+    num_retrieved: int = 0
     num_rows: int = 0
     num_problems: int = 0
 
@@ -44,8 +45,9 @@ class Tally:
         """How the answers compare with those that rows have; its module is not loaded where none has one."""
         from manyicl.evaluation.known_answers import KnownAnswers
 
-        demonstrated = self.examples.task.train if self.examples.task and self.num_nearest else self.examples.chosen
-        return KnownAnswers(self.examples.newest_task, (example.query for example in demonstrated))
+        retrievable = self.examples.retrievable if self.num_retrieved else ()
+        given = chain(self.examples.chosen, retrievable)
+        return KnownAnswers(self.examples.newest_task, (example.query for example in given))
 
     @cached_property
     def _known_columns(self) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def held_out_measure(
     from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
 
     validation_tasks = [validation_task(task, num_queries, seed) for task in tasks]
-    settings = EvaluationSettings(shots=shots, num_seeds=1, num_queries=num_queries, seed=seed)
+    settings = EvaluationSettings(shots=shots, num_seeds=1, num_queries=num_queries, seed=seed, keep_confidence=False)
     report = on_progress or (lambda num_done, num_all: None)
 
     def scores_of(loaded: LoadedModel, own_tasks: Sequence[Task]) -> list[ScoreAt]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
 
 from manyicl.activity import Activity
+from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.episodes.budget import require_instruction_fits
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
@@ -56,7 +57,11 @@ class EvaluationSettings(BaseModel):
     num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
-    keep_confidence: bool = Field(False, description="Score all labels, to record the probability of each answer.")
+    keep_confidence: bool | None = Field(
+        None,
+        description="Score all labels, to record the probability of each answer; none to do so up to "
+        f"{MOST_LABELS_SCORED} labels.",
+    )
     num_retrieved: int = Field(
         0,
         ge=0,
@@ -198,7 +203,7 @@ def _curve(
         "max_answer_tokens": engine.max_answer_tokens(task),
     }
     # No score depends on it, but a record without confidences cannot take the place of one that has them.
-    keep_confidence = settings.keep_confidence and task.is_closed
+    keep_confidence = keeps_confidence(task, settings)
     unrecorded |= {"keep_confidence": True} if keep_confidence else {}
     prefix: TaskPrefix | None = None
     answered: dict[int, _Answered] = {}
@@ -249,6 +254,12 @@ class _Answered(NamedTuple):
     demonstrations: tuple[Example, ...]
     answers: list[PredictedAnswer]
     seconds: float
+
+
+def keeps_confidence(task: Task, settings: EvaluationSettings) -> bool:
+    """Tell whether the probability of each answer of a task is recorded, for which all labels are scored."""
+    has_few_labels = len(task.labels or ()) <= MOST_LABELS_SCORED
+    return task.is_closed and (has_few_labels if settings.keep_confidence is None else settings.keep_confidence)
 
 
 def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dict[str, Any]:

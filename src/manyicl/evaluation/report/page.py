@@ -13,10 +13,18 @@ from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
-from manyicl.evaluation.mistakes import MOST_LABELS, Confusion, LabelScore, confusions, label_scores, wrong_answers
+from manyicl.evaluation.calibration import sentence
 from manyicl.evaluation.report.lines import Part, notes, sections
 from manyicl.evaluation.report.message import message, remarks
-from manyicl.evaluation.report.plots import TFIDF_COLOUR, family_title, inline_panel, model_colours
+from manyicl.evaluation.report.plots import (
+    TFIDF_COLOUR,
+    coverage_panel,
+    family_title,
+    inline_panel,
+    model_colours,
+    reliability_panel,
+)
+from manyicl.evaluation.report.task_mistakes import TaskMistakes, tasks_with_mistakes
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
 from manyicl.evaluation.summary import OVERALL, Summary
 from manyicl.evaluation.uncertainty import Estimate, estimate_over_tasks
@@ -26,7 +34,8 @@ from manyicl.outputs import require_output_file
 WORKED_SHOTS = 8
 WORKED_QUERIES = 2
 MAX_SHOWN_CHARACTERS = 700
-SHOWN_CONFUSIONS, SHOWN_MISTAKES = 8, 12
+# Tasks whose calibration is drawn; beyond these, a page would be megabytes of curves.
+MOST_CALIBRATIONS_DRAWN = 12
 # How a page of ours is recognised: its generator, or in older pages the end of its title.
 PAGE_MARKS = (b'<meta name="generator" content="manyicl">', " · manyicl</title>".encode())
 
@@ -94,6 +103,9 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         "worked": worked_tasks(summary, store) if store is not None else [],
         "mistakes": tasks_with_mistakes(summary, store) if store is not None else [],
+        "calibrated": sentence,
+        "calibration_panels": _calibration_panels,
+        "most_drawn": MOST_CALIBRATIONS_DRAWN,
         "notes": notes(summary),
         # One record describes its model; one knows the metric, source, hash, labels and counts of its task.
         "models": {model: records[0] for (model, _, _), records in summary.by_point.items()},
@@ -102,6 +114,13 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         # Several versions are joined, so that a mixture shows.
         "versions": {name: ", ".join(sorted({r.versions.get(name, "–") for r in summary.records})) for name in names},
     }
+
+
+def _calibration_panels(one: TaskMistakes) -> list[Markup]:
+    """Draw how far the confidence of a model on a task can be relied on."""
+    salt = f"{one.result.task} {one.result.line} {one.result.num_shots}"
+    found = one.calibration
+    return [Markup(draw(found, salt)) for draw in (reliability_panel, coverage_panel)] if found else []
 
 
 def is_report(path: Path) -> bool:
@@ -222,44 +241,3 @@ def _worked_task(summary: Summary, store: ResultStore, task: str) -> WorkedTask 
     result, asked, _, _ = answered[0]
     # A model with a shorter context may have fewer demonstrations; it is then not part of this comparison.
     return WorkedTask(result, asked[0], {model: answers for _, same, model, answers in answered if same == asked})
-
-
-class TaskMistakes(NamedTuple):
-    """Where a model is wrong on a task with labels, after the most demonstrations that were measured.
-
-    Attributes:
-        result: One of the results; it knows model, task and shots.
-        labels: Scores of every label; empty where there are too many.
-        pairs: The most frequent confusions.
-        wrong: The wrong answers that the model was surest of.
-        num_wrong: Number of all wrong answers.
-        num_answers: Number of answers.
-    """
-
-    result: Result
-    labels: list[LabelScore]
-    pairs: list[Confusion]
-    wrong: list[PredictedAnswer]
-    num_wrong: int
-    num_answers: int
-
-
-def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistakes]:
-    """Collect the mistakes of the last model on each task with labels, over all draws of demonstrations."""
-    if not summary.models:
-        return []
-    found = []
-    for task in summary.families:
-        model = summary.models[-1]
-        measured = [shots for name, of, shots in summary.by_point if (name, of) == (model, task)]
-        records = summary.by_point[model, task, max(measured)] if measured else ()
-        if not records or records[0].num_labels is None:
-            continue
-        predictions = [line for record in records for line in store.predictions(record)]
-        if not predictions:
-            continue
-        labels, wrong = label_scores(predictions), wrong_answers(predictions)
-        few_labels = labels if len(labels) <= MOST_LABELS else []
-        pairs = confusions(predictions)[:SHOWN_CONFUSIONS]
-        found.append(TaskMistakes(records[0], few_labels, pairs, wrong[:SHOWN_MISTAKES], len(wrong), len(predictions)))
-    return found

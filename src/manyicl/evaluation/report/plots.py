@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
+from manyicl.evaluation.calibration import Calibration
 from manyicl.evaluation.report.lines import BASELINES, Part, Section, sections
 from manyicl.evaluation.report.message import group_of, metric_of
 from manyicl.evaluation.result import Result
@@ -33,6 +34,7 @@ MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a
 TFIDF_COLOUR = "#d98324"
 
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+SMALL_PANEL = (3.9, 2.9)  # inches
 # Names at the ends of curves: their distance in score, and their length.
 LEAST_DISTANCE_OF_LABELS, MOST_LABEL_CHARACTERS = 0.065, 24
 # What a picture says of who made it.
@@ -147,12 +149,49 @@ def _with_escapes(name: str) -> str:
 
 def inline_panel(summary: Summary, section: Section, *, wide: bool = False) -> str:
     """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
-    with rc_context(_style(f"manyicl {section.group}")), _no_font_warnings():
-        figure = Figure(figsize=(10.6, 4.2) if wide else (3.9, 2.9), layout="constrained")
-        draw_panel(figure.subplots(), summary, section, ink=_INK, faint=_FAINT, labelled=wide)
+    spoken = f"Shot curves, {section.group}; the tables on this page have their numbers."
+    size = (10.6, 4.2) if wide else SMALL_PANEL
+    return _inline(
+        lambda ax: draw_panel(ax, summary, section, ink=_INK, faint=_FAINT, labelled=wide), section.group, spoken, size
+    )
+
+
+def reliability_panel(found: Calibration, salt: str) -> str:
+    """Draw how often answers are right against how sure the model was of them; see `inline_panel`."""
+
+    def draw(ax: Axes) -> None:
+        ax.plot([0, 1], [0, 1], color=_INK, alpha=0.55, lw=1.1, ls=(0, (5, 3)))
+        most = max(one.num_answers for one in found.bins)
+        x, y = [one.confidence for one in found.bins], [one.accuracy for one in found.bins]
+        ax.plot(x, y, color=MODEL_COLOURS[1], lw=2)
+        ax.scatter(x, y, s=[12 + 70 * one.num_answers / most for one in found.bins], color=MODEL_COLOURS[1], zorder=3)
+        ax.set_xlim(0, 1.02)
+        _finish_axes(ax, "probability of the answer", "share that is right", _INK, _FAINT)
+
+    spoken = "Reliability: share of right answers against their mean probability; larger dots hold more answers."
+    return _inline(draw, f"reliability {salt}", spoken, SMALL_PANEL)
+
+
+def coverage_panel(found: Calibration, salt: str) -> str:
+    """Draw how many of the surest answers are right against how many are kept; see `inline_panel`."""
+
+    def draw(ax: Axes) -> None:
+        x, y = [one.share for one in found.coverage], [one.accuracy for one in found.coverage]
+        ax.plot(x, y, color=MODEL_COLOURS[1], marker="o", ms=3.6, lw=2)
+        ax.set_xlim(0, 1.02)
+        _finish_axes(ax, "share of answers kept, the surest first", "share that is right", _INK, _FAINT)
+
+    spoken = "Accuracy against coverage: share of right answers among the surest; the table has its numbers."
+    return _inline(draw, f"coverage {salt}", spoken, SMALL_PANEL)
+
+
+def _inline(draw: Callable[[Axes], None], salt: str, spoken: str, size: tuple[float, float]) -> str:
+    """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
+    with rc_context(_style(f"manyicl {salt}")), _no_font_warnings():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    spoken = f"Shot curves, {section.group}; the tables on this page have their numbers."
     return _for_page(buffer.getvalue(), spoken)
 
 
@@ -216,12 +255,18 @@ def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint:
     if labelled:
         _label_ends(ax)
     ax.set_xticks(positions, [str(shots) for shots in summary.shots])
+    metric = metric_of(summary, group_of(summary, section))
+    _finish_axes(ax, "demonstrations in context", metric, ink, faint)
+
+
+def _finish_axes(ax: Axes, x_label: str, y_label: str, ink: str, faint: str) -> None:
+    """Give an axis of scores its range, grid and names."""
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     ax.grid(axis="y", color=faint, lw=0.7)
     ax.set_axisbelow(True)
     ax.tick_params(colors=ink, length=3)
-    ax.set_xlabel("demonstrations in context", color=ink)
-    ax.set_ylabel(metric_of(summary, group_of(summary, section)), color=ink)
+    ax.set_xlabel(x_label, color=ink)
+    ax.set_ylabel(y_label, color=ink)
     for spine in ax.spines.values():
         spine.set_color(faint)

@@ -1,0 +1,83 @@
+"""Records -> where the last model is wrong on each task with labels, and how far its confidence can be relied on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from manyicl.evaluation.calibration import Calibration, calibration
+from manyicl.evaluation.mistakes import (
+    MOST_LABELS,
+    MOST_LABELS_OF_A_MATRIX,
+    Confusion,
+    LabelScore,
+    PairCounts,
+    confusion_matrix,
+    confusions,
+    label_scores,
+    pair_counts,
+    wrong_answers,
+)
+from manyicl.evaluation.result import PredictedAnswer, Result, ResultStore
+from manyicl.evaluation.summary import Summary
+
+SHOWN_CONFUSIONS, SHOWN_MISTAKES = 8, 12
+
+
+class TaskMistakes(NamedTuple):
+    """Where a model is wrong on a task with labels, after the most demonstrations that were measured.
+
+    Attributes:
+        result: One of the results; it knows model, task and shots.
+        pairs: Expected and answered label -> number of such answers.
+        wrong: Wrong answers, the one that the model was surest of first.
+        calibration: How confidences and right answers go together; None where no confidence was recorded.
+    """
+
+    result: Result
+    pairs: PairCounts
+    wrong: list[PredictedAnswer]
+    calibration: Calibration | None
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers, right or wrong."""
+        return sum(self.pairs.values())
+
+    @property
+    def labels(self) -> list[LabelScore]:
+        """Scores of every label; empty where there are too many."""
+        scores = label_scores(self.pairs)
+        return scores if len(scores) <= MOST_LABELS else []
+
+    @property
+    def matrix(self) -> tuple[list[str], list[list[int]]] | None:
+        """Labels and how often each was answered for each; None where there are too many."""
+        labels, counts = confusion_matrix(self.pairs)
+        return (labels, counts) if len(labels) <= MOST_LABELS_OF_A_MATRIX else None
+
+    @property
+    def confused(self) -> list[Confusion]:
+        """The most frequent confusions."""
+        return confusions(self.pairs)[:SHOWN_CONFUSIONS]
+
+    @property
+    def surest_wrong(self) -> list[PredictedAnswer]:
+        """The wrong answers that the model was surest of."""
+        return self.wrong[:SHOWN_MISTAKES]
+
+
+def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistakes]:
+    """Collect the mistakes of the last model on each task with labels, over all draws of demonstrations."""
+    if not summary.models:
+        return []
+    found = []
+    for task in summary.families:
+        model = summary.models[-1]
+        measured = [shots for name, of, shots in summary.by_point if (name, of) == (model, task)]
+        records = summary.by_point[model, task, max(measured)] if measured else ()
+        if not records or records[0].num_labels is None:
+            continue
+        if predictions := [line for record in records for line in store.predictions(record)]:
+            counts, wrong = pair_counts(predictions), wrong_answers(predictions)
+            found.append(TaskMistakes(records[0], counts, wrong, calibration(predictions)))
+    return found
