@@ -53,6 +53,34 @@ def has(lines: list[str], beginning: str, ending: str = "") -> bool:
     return any(line.startswith(beginning) and line.endswith(ending) for line in lines)
 
 
+@pytest.fixture(name="predict")
+def _predict(model_folder: Path, table: Path, tmp_path: Path) -> list[object]:
+    queries = tmp_path / "new.csv"
+    queries.write_text("text\nfilm 1\nfilm 2\nfilm 3\n", encoding="utf-8")
+    task = ["--task", f"{table}:text:label", "--shots", 8]
+    return ["predict", "--model", model_folder, *task, "--input", queries, "--output", tmp_path / "answers.csv"]
+
+
+def test_predict_says_what_it_loads(said: Callable[..., list[str]], predict: list[object], model_folder: Path) -> None:
+    assert has(said("manyicl.model.load.load_model", *predict), f"loading {model_folder}; 0 s so far")
+
+
+def test_predict_says_how_many_tokens_of_the_prefix_there_are(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]], predict: list[object]
+) -> None:
+    monkeypatch.setattr("manyicl.engine.prefix_cache.PREFILL_CHUNK_TOKENS", {"cpu": 50})
+    assert has(said("manyicl.engine.prefix_cache.continue_model", *predict), "answering: 0 of 3, prefix: 50 of ")
+
+
+def test_predict_says_how_many_queries_are_answered_and_how_long_the_others_take(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]], predict: list[object]
+) -> None:
+    monkeypatch.setattr("manyicl.engine.engine.READ_AHEAD_QUERIES", 1)
+    lines = said("manyicl.engine.local.score_labels", *predict)
+    assert has(lines, "answering: 0 of 3; 0 s so far")
+    assert has(lines, "answering: 1 of 3; 0 s so far, about ", " s left")
+
+
 def test_compile_says_how_many_tokens_of_the_demonstrations_are_encoded(
     monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]], model_folder: Path, table: Path, tmp_path: Path
 ) -> None:

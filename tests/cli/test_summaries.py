@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from manyicl.cli.answer_columns import AnswerColumns
+from manyicl.engine.engine import Prediction
 from manyicl.training.dry_run import FIELDS
 from tests.cli.test_predict import run
 from tests.documents import DOCS
@@ -104,3 +106,73 @@ def test_a_compiled_task_is_told_in_json(
     assert 0 < again["num_encoded_tokens"] < again["num_tokens"]
     assert run(monkeypatch, *arguments, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture(name="predict")
+def _predict(model_folder: Path, table: Path, tmp_path: Path) -> list[object]:
+    queries = tmp_path / "new.csv"
+    queries.write_text("text\nfilm 1\nfilm 2\n\nfilm 3\n", encoding="utf-8")
+    task = ["--task", f"{table}:text:label", "--shots", 8]
+    return ["predict", "--model", model_folder, *task, "--input", queries, "--output", tmp_path / "answers.csv"]
+
+
+def test_predict_is_told_in_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], predict: list[object], tmp_path: Path
+) -> None:
+    told = summary(monkeypatch, capsys, *predict, "--abstain-below", 1, exit_code=3)
+    assert set(told) == documented("formats.md", "Predict")
+    assert told["output"] == str(tmp_path / "answers.csv")
+    assert (told["task"], told["num_rows"], told["num_problems"], told["num_abstained"]) == ("tickets", 4, 1, 3)
+    assert (told["num_shots"], told["num_dropped"], told["num_continued"]) == (8, 0, 0)
+    assert told["num_prefix_tokens"] > 8
+    assert told["seconds"] > 0
+    assert told["scores"] is None
+
+
+def test_predict_tells_how_good_the_answers_are_where_the_rows_have_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], predict: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "new.csv").write_text("text,label\nfilm 1,good\nfilm 2,bad\n", encoding="utf-8")
+    scores = summary(monkeypatch, capsys, *predict)["scores"]
+    assert scores["num_scored"] == 2
+    assert 0 <= scores["accuracy"] <= 1
+
+
+def test_a_quiet_predict_says_how_many_rows_have_a_problem_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], predict: list[object], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, *predict, "--quiet") == 3
+    assert capsys.readouterr() == ("", "1 of 4 rows could not be answered; the column `problem` says why.\n")
+    (tmp_path / "new.csv").write_text("text\nfilm 1\n", encoding="utf-8")
+    assert run(monkeypatch, *predict, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_summary_where_the_answers_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], predict: list[object]
+) -> None:
+    assert run(monkeypatch, *predict, "--output", "-", "--json") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Name a file with --output" in printed.err
+
+
+def test_a_quiet_run_continues_one_that_was_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], predict: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "new.csv").write_text("text\n" + "film\n" * 6, encoding="utf-8")
+    monkeypatch.setattr("manyicl.engine.engine.READ_AHEAD_QUERIES", 2)
+    with monkeypatch.context() as interrupted:
+        columns = AnswerColumns.columns
+        left = iter(range(4))
+
+        def interrupt(self: AnswerColumns, prediction: Prediction) -> dict[str, object]:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return columns(self, prediction)
+
+        interrupted.setattr(AnswerColumns, "columns", interrupt)
+        assert run(monkeypatch, *predict) == 130
+    capsys.readouterr()
+    told = summary(monkeypatch, capsys, *predict, "--quiet")
+    assert (told["num_rows"], told["num_continued"]) == (6, 4)

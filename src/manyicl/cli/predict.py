@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.cli.answer_columns import AnswerColumns
 from manyicl.cli.answers import STANDARD_STREAM, Row, with_answer
-from manyicl.cli.tally import Tally
+from manyicl.cli.tally import Tally, require_summary_apart
 from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine.queries import BadRows, can_blend, require_blendable
 from manyicl.errors import UserError, pluralized
@@ -20,7 +22,7 @@ from manyicl.paths import sha256_of_file
 from manyicl.tasks.rows import GZIP, suffix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from rich.console import Console
 
@@ -36,6 +38,8 @@ BAD_ROWS_EXIT_CODE = 3
 BLENDS_BY_DEFAULT = False
 # Parameters of the command that say where things are, or how queries are read: what comes of them is compared.
 _COMPARED_BY_EFFECT = ("model", "task", "prefix", "data_root", "input_path", "output", "delimiter", "encoding")
+# These, and parameters that change no answer.
+_NOT_COMPARED = frozenset({*_COMPARED_BY_EFFECT, "quiet", "as_json"})
 BadRowsOption = Annotated[
     BadRows,
     typer.Option(
@@ -123,6 +127,8 @@ def predict_command(
     end_of_answer: options.EndOfAnswer = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer the queries in a file, given demonstrations of a task.
 
@@ -160,17 +166,16 @@ def predict_command(
 
         cat new.jsonl | manyicl predict --model runs/one-model --task tickets.csv:text:label --shots 64 --input -
     """
-    from rich.console import Console
-
     from manyicl.cli.demonstrations import Demonstrations
     from manyicl.cli.queries import open_queries
 
-    console = Console(stderr=True)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    require_summary_apart(output, as_json)
+    console = _console(output, quiet=quiet)
     how = _answer_options(temperature, top_p, seed or 0, abstain_below, bad_rows, similar)
     with_task = {"--shots": shots, "--data-root": None if task else data_root}
     _require_one_source(task, prefix, with_task if how["sampling"] else {**with_task, "--seed": seed})
-    with answers_written(output, {"--input": input_path, "--prefix": prefix}) as answers:
+    inputs = {"--input": input_path, "--prefix": prefix}
+    with Activity(console, quiet=quiet) as activity, answers_written(output, inputs) as answers:
         queries = open_queries(input_path, task, delimiter, encoding, bad_rows)
         # Mistakes in the task, the shots and the first queries of a file are found before a model is loaded.
         examples = Demonstrations.of(task, data_root, shots, seed or 0, prefix)
@@ -178,7 +183,7 @@ def predict_command(
         _is_blended(blend, examples.task, retrieve)
         first = [] if examples.task is None or input_path == STANDARD_STREAM else queries.read_ahead(examples.task)
         engine = options.load_engine(
-            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib, activity
         )
         examples.load_compiled(engine)
         examples.require_no_rows_of(output)
@@ -186,17 +191,28 @@ def predict_command(
         layout = AnswerColumns.of(task_of_queries, scores, how, is_csv)
         tally = Tally(layout, examples, retrieve)
         made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, queries, context.params)
-        tally.take(answers.begin(made_of, say), queries.again())
+        tally.take(answers.begin(made_of, activity.say), queries.again())
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
         how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, retrieve)
         stream = chain(first, queries.rendered(task_of_queries))
-        predictions = examples.answer(engine, stream, retrieve, partial(describe, console, engine), how)
-        rows = _tracked(console, queries.answered(predictions, layout.columns, tally.count))
+        on_prefix = tally.noting(partial(describe, console, engine), activity)
+        predictions = examples.answer(engine, stream, retrieve, on_prefix, how)
+        activity.begin("answering", queries.count(), found=tally.num_rows)
+        rows = activity.counting(queries.answered(predictions, layout.columns, tally.count))
         answers.write(rows, partial(_columns_without_rows, queries, task_of_queries, layout.columns))
-    tally.print_summary(console, output)
+        activity.begin(f"writing {output}")
+    tally.print_summary(console, output, model, activity.seconds, as_json=as_json)
     if bad_rows == "report" and tally.num_problems:
         raise typer.Exit(BAD_ROWS_EXIT_CODE)
+
+
+def _console(output: Path, *, quiet: bool) -> Console:
+    """Return standard error, without a bar where answers come to the same terminal."""
+    from rich.console import Console
+
+    are_shown = output == STANDARD_STREAM and sys.stdout is not None and sys.stdout.isatty()
+    return Console(stderr=True, quiet=quiet, force_terminal=False if are_shown else None)
 
 
 def _answer_options(
@@ -253,19 +269,11 @@ def _made_of(engine: Engine, examples: Demonstrations, queries: Queries, options
         read_as=dict(queries.read_as),
         model=" ".join(map(str, (*model, *sorted(identity.end_token_ids)))),
         task=examples.content_hash(),
-        options={name: str(value) for name, value in options.items() if name not in _COMPARED_BY_EFFECT},
+        options={name: str(value) for name, value in options.items() if name not in _NOT_COMPARED},
         device=computed_on(engine.backend),
         max_context_tokens=engine.max_context_tokens,
         versions=library_versions(),
     )
-
-
-def _tracked(console: Console, rows: Iterable[Row]) -> Iterator[Row]:
-    """Pass rows on, and show their progress."""
-    from rich.progress import Progress
-
-    with Progress(console=console) as progress:
-        yield from progress.track(rows, description="Answering")
 
 
 def _columns_without_rows(queries: Queries, task: Task, columns: Callable[[Prediction], Row]) -> list[str]:

@@ -176,6 +176,15 @@ class Queries:
         require_columns(task, columns, self.source)
         return columns
 
+    def count(self) -> int | None:
+        """Count all rows, those with answers among them; None of standard input, or where one cannot be read."""
+        if self.source == STANDARD_STREAM:
+            return None
+        try:
+            return sum(1 for _ in self.again())
+        except UserError:
+            return None
+
     def skip(self, num_answered: int) -> None:
         """Leave out first rows that have their answers, so that the next answer belongs to the row after them."""
         self.num_answered = num_answered

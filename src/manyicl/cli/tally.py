@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from manyicl.cli.answers import STANDARD_STREAM, Row
 from manyicl.cli.mistake_tables import print_mistakes, say
-from manyicl.errors import pluralized
+from manyicl.errors import UserError, pluralized
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from manyicl.activity import Activity
     from manyicl.cli.answer_columns import AnswerColumns
     from manyicl.cli.demonstrations import Demonstrations
+    from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.evaluation.known_answers import KnownAnswers
     from manyicl.tasks.rows import LocatedRow
 
@@ -32,6 +37,9 @@ class Tally:
         num_retrieved: Training rows that are retrieved for each query.
         num_rows: Rows that are written.
         num_problems: Rows among them that could not be answered.
+        num_abstained: Rows among them for which the model abstained.
+        num_continued: Rows among them that an interrupted run had written.
+        prefix: What came before the last queries; None where none was answered.
     """
 
     layout: AnswerColumns
@@ -39,6 +47,9 @@ class Tally:
     num_retrieved: int = 0
     num_rows: int = 0
     num_problems: int = 0
+    num_abstained: int = 0
+    num_continued: int = 0
+    prefix: TaskPrefix | None = None
 
     @cached_property
     def known(self) -> KnownAnswers:
@@ -66,8 +77,9 @@ class Tally:
         has_problem = self.layout.may_have_problems and bool(answer["problem"])
         self.num_rows += 1
         self.num_problems += has_problem
+        abstained = self.layout.may_abstain and answer["abstained"] in (True, "true")
+        self.num_abstained += abstained
         if self._known_columns and all(column in row for column in self._known_columns):
-            abstained = self.layout.may_abstain and answer["abstained"] in (True, "true")
             guess = answer["guess"] if abstained else None
             self.known.add(row, None if abstained else answer["answer"] or "", guess, has_problem)
 
@@ -75,16 +87,67 @@ class Tally:
         """Count rows that are written already, together with the rows that they answer, from the first."""
         for answer, row in zip(answers, rows, strict=False):
             self.count(row.columns, answer)
+        self.num_continued = self.num_rows
 
-    def print_summary(self, console: Console, output: Path) -> None:
-        """Print how many rows are written, how the answers compare with those that rows have, and how many lack one."""
-        if output != STANDARD_STREAM:
-            say(console, f"{pluralized(self.num_rows, 'answer')} written to {output}")
-        if self.has_known and self.known.num_without < self.known.num_rows:
-            print_known_answers(self.known, console)
+    def noting(self, show: Callable[[TaskPrefix], None], activity: Activity) -> Callable[[TaskPrefix], None]:
+        """Return a function that shows what comes before the queries from now on, and keeps it for the summary."""
+
+        def note(prefix: TaskPrefix) -> None:
+            self.prefix = prefix
+            show(prefix)
+            activity.restart()
+
+        return note
+
+    def print_summary(self, console: Console, output: Path, model: str, seconds: float, *, as_json: bool) -> None:
+        """Print how many rows are written, how the answers compare with those that rows have, and how many lack one.
+
+        The last is printed even where the console is quiet, or the summary is JSON on standard output.
+        """
+        if as_json:
+            typer.echo(json.dumps(self.as_json(output, model, seconds), ensure_ascii=False, indent=2))
+        else:
+            if output != STANDARD_STREAM:
+                say(console, f"{pluralized(self.num_rows, 'answer')} written to {output}")
+            if self._has_scores:
+                print_known_answers(self.known, console)
         if self.num_problems:
             what = f"{self.num_problems:,} of {pluralized(self.num_rows, 'row')} could not be answered"
-            say(console, f"{what}; the column `problem` says why.")
+            typer.echo(f"{what}; the column `problem` says why.", err=True)
+
+    def as_json(self, output: Path, model: str, seconds: float) -> dict[str, Any]:
+        """Return the summary that ``--json`` prints."""
+        prefix = self.prefix
+        return {
+            "output": str(output),
+            "model": model,
+            "task": self.examples.queried_task.name,
+            "num_rows": self.num_rows,
+            "num_problems": self.num_problems,
+            "num_abstained": self.num_abstained,
+            "num_continued": self.num_continued,
+            "num_shots": None if prefix is None else prefix.num_shots,
+            "num_dropped": None if prefix is None else prefix.num_dropped,
+            "num_prefix_tokens": None if prefix is None else prefix.num_tokens,
+            "seconds": round(seconds, 3),
+            "scores": self.known.as_json() if self._has_scores else None,
+        }
+
+    @property
+    def _has_scores(self) -> bool:
+        """Whether any row has an answer of its own."""
+        return self.has_known and self.known.num_without < self.known.num_rows
+
+
+def require_summary_apart(output: Path, as_json: bool) -> None:
+    """Refuse ``--json`` where standard output holds the answers.
+
+    Raises:
+        UserError: If so.
+    """
+    if output == STANDARD_STREAM and as_json:
+        what = "--json prints a summary on standard output, where the answers are already"
+        raise UserError("conflicting_options", what, remedy="Name a file with --output.", field="--json")
 
 
 def print_known_answers(known: KnownAnswers, console: Console) -> None:
