@@ -160,10 +160,10 @@ def test_every_option_named_in_a_sentence_exists() -> None:
         pending += getattr(command, "commands", {}).values()
         known |= {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
     for script in (ROOT / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r"\"(--[a-z-]+)\"", read(script)))
+        known |= set(re.findall(r"\"(--[a-z0-9-]+)\"", read(script)))
     for page in PAGES:
         named = [code for code in INLINE_CODE.findall(prose(read(page))) if code.startswith("--")]
-        unknown = {word for code in named for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", code)} - known
+        unknown = {word for code in named for word in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)} - known
         assert not unknown, page.name
 
 
