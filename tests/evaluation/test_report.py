@@ -105,6 +105,21 @@ def test_worked_predictions_show_the_context_and_every_models_answer(folder: Pat
     assert worked.count('<dt dir="auto">base</dt>') == worked.count('<dt dir="auto">tuned</dt>') == 2 * 5
 
 
+def test_the_page_shows_the_curve_with_retrieved_rows_beside_the_one_without(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
+    name = "a model with a rather long name"
+    settings = EvaluationSettings(shots=(0, 4), num_seeds=1, num_queries=30, num_retrieved=3)
+    measure_shot_curves(cast(Engine, OracleEngine()), small_world()[:1], tmp_path, settings, model_name=name)
+    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    for line in (name, f"{name} + 3 retrieved", f"{name} + 3 retrieved − {name}"):
+        assert f"{line}</" in page
+    message = " ".join(re.sub("<[^>]+>", "", page[: page.index('id="worked"')]).split())
+    assert f"After 4 examples {name} + 3 retrieved answers" in message
+    assert "come just before it; the trivial baselines know the demonstrations alone." in page
+    # The ends of the curves are told apart, though names are cut.
+    assert len({label for label in re.findall(r">([^<>]*…[^<>]*)<", page) if label.strip().startswith("a model")}) == 2
+
+
 def test_texts_of_tasks_and_names_of_models_cannot_write_markup(tmp_path: Path) -> None:
     rows = [make_example(f"{EVIL} {i}", EVIL if i % 2 else "fine") for i in range(30)]
     task = make_task(EVIL, rows[:20], rows[20:], ("fine", EVIL))

@@ -283,7 +283,7 @@ def test_retrieval_adds_a_second_point_to_each_that_answers_the_same_queries(tmp
         assert one.prompt_hash != other.prompt_hash
         assert (one.num_shots_used, one.mean_num_retrieved) == (other.num_shots_used, 0)
         assert 0 < other.mean_num_retrieved <= 3
-        assert (one.line, other.line) == ("oracle", "oracle, 3 retrieved")
+        assert (one.line, other.line) == ("oracle", "oracle + 3 retrieved")
 
 
 def test_points_with_retrieval_are_found_again_and_added_to_those_without(tmp_path: Path) -> None:

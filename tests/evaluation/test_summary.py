@@ -123,7 +123,7 @@ def test_a_model_that_retrieves_is_a_line_of_its_own_and_compared_in_pairs() -> 
         scored("one", "a", 4, (1.0, 1.0, 0.0), num_retrieved=3, key="other", mean_num_retrieved=2.5),
     ]
     summary = summarise(records)
-    assert summary.models == ("one", "one, 3 retrieved")
+    assert summary.models == ("one", "one + 3 retrieved")
     difference = summary.difference(*summary.models, "classification", 4)
     assert difference is not None
     assert difference.mean == pytest.approx(1 / 3)
@@ -131,7 +131,7 @@ def test_a_model_that_retrieves_is_a_line_of_its_own_and_compared_in_pairs() -> 
     assert [line["retrieved"] for line in scores_as_json(summary)] == [0, 3]
     assert summary.num_superseded == 0
     said = " ".join(notes(summary))
-    assert "“N retrieved”: the N training rows" in said
+    assert "“+ N retrieved”: the N training rows" in said
     assert "1 of 2 results retrieved fewer rows" in said
     assert "retrieved" not in " ".join(notes(summarise(records[:1])))
 

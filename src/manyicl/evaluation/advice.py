@@ -73,8 +73,8 @@ def _against_baselines(right: Sequence[float], baselines: Mapping[str, Sequence[
     where = f"of the last {len(right)} demonstrations, each given those before it"
     if difference.includes_zero:
         yield (
-            f"{name} is as good as the model within the noise: right on {baseline:.2f} {where}; the model on "
-            f"{model:.2f} ({_signed(difference)})."
+            f"{name} ties with the model within the noise: right on {baseline:.2f} {where}; the model on {model:.2f} "
+            f"({_signed(difference)})."
         )
     elif difference.mean > 0:
         yield (

@@ -119,7 +119,7 @@ class Result(_Record):
     @property
     def line(self) -> str:
         """Return what a table calls the line of this result: the model, and the rows that it retrieves."""
-        return f"{self.model_name}, {self.num_retrieved} retrieved" if self.num_retrieved else self.model_name
+        return f"{self.model_name} + {self.num_retrieved} retrieved" if self.num_retrieved else self.model_name
 
     @property
     def stem(self) -> str:

@@ -112,7 +112,7 @@ def notes(summary: Summary) -> list[str]:
             lines.append(f"{num_flagged} of {len(records)} results {what}.")
     if any(record.num_retrieved for record in records):
         lines.append(
-            "“N retrieved”: the N training rows most like a query (BM25), none of them a demonstration, come just "
+            "“+ N retrieved”: the N training rows most like a query (BM25), none of them a demonstration, come just "
             "before it; the trivial baselines know the demonstrations alone."
         )
     fewer = sum(record.mean_num_retrieved < record.num_retrieved for record in records)

@@ -221,7 +221,9 @@ def _label_ends(ax: Axes) -> None:
     for end, position, curve in sorted(curves, key=lambda one: one[:2]):
         height = max(end, height + LEAST_DISTANCE_OF_LABELS)
         name = _as_text(str(curve.get_label()))
-        label = name if len(name) <= MOST_LABEL_CHARACTERS else f"{name[: MOST_LABEL_CHARACTERS - 1]}…"
+        # The end of a name says how a line differs from another one of the same model.
+        half = MOST_LABEL_CHARACTERS // 2
+        label = name if len(name) <= MOST_LABEL_CHARACTERS else f"{name[: half - 1]}…{name[-half:]}"
         ax.annotate(label, (position, height), color=curve.get_color(), fontsize=9, **place)
 
 
