@@ -113,6 +113,9 @@ def record_all(data: Path, plan: dict[str, Any], model: str, output: Path) -> No
         return
     engine = Engine.local(load_model(model), merge=True, max_context_tokens=plan["max_context_tokens"])
     for file, path in missing:
+        # Another process may share the work.
+        if path.exists():
+            continue
         started = time.perf_counter()
         draw = int(path.stem.rpartition("-")[2])
         content = json.dumps(record(engine, load_task(RECIPES / file / "task.yaml", data), draw, plan))
