@@ -337,6 +337,17 @@ def test_a_figure_is_quoted_as_it_was_measured(source: str, measured: str, page:
     assert " ".join(quoted.split()) in " ".join(read(DOCS / page).split())
 
 
+def test_the_citation_of_the_site_is_that_of_the_file() -> None:
+    cited = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    (paper,) = cited["references"]
+    (block,) = [block.text for block in blocks(read(DOCS / "index.md")) if block.language == "bibtex"]
+    authors = " and ".join(author["family-names"] for author in paper["authors"])
+    number = paper["url"].rpartition("/")[2]
+    for value in (paper["title"], authors, paper["year"], number, cited["title"], cited["version"], cited["license"]):
+        assert f"{{{value}}}" in block or f":{value}}}" in block, value
+    assert cited["authors"][0]["name"] in block
+
+
 # Worked examples
 
 

@@ -134,6 +134,27 @@ def test_check_of_a_table_alone_proposes_its_columns(tmp_path: Path) -> None:
     assert "classification" in run("check", f"{table}:body:team").output
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-16"])
+def test_the_proposal_names_the_encoding_where_it_needs_one(tmp_path: Path, encoding: str) -> None:
+    rows = [f"Gerät {i} ist für Zoë kaputt;{('login', 'billing')[i % 2]}\n" for i in range(40)]
+    table = tmp_path / "tickets.csv"
+    table.write_bytes("".join(["text;team\n", *rows]).encode(encoding))
+    with pytest.raises(UserError) as caught:
+        run("check", table)
+    assert caught.value.found == f"text that looks like {encoding}"
+    named = f"{table}:text:team,encoding={encoding}"
+    assert f"as in {named}, for queries" in str(caught.value)
+    assert "billing" in run("check", named).output
+
+
+def test_a_table_in_an_encoding_that_is_not_recognised_is_refused_for_that(tmp_path: Path) -> None:
+    table = tmp_path / "tickets.csv"
+    table.write_bytes("text,team\nпривет мир,x\n".encode("cp1251"))
+    with pytest.raises(UserError) as caught:
+        run("check", table)
+    assert caught.value.code == "not_utf8"
+
+
 def test_check_as_json_holds_every_figure(folder: Path) -> None:
     output = run("check", f"{folder}/tickets.csv:text:label", "--model", folder / "model", "--json").stdout
     (check,) = json.loads(output)

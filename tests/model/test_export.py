@@ -32,6 +32,7 @@ from manyicl.model.manifest import Manifest
 from manyicl.tasks.files import load_task
 from manyicl.tasks.task import Query
 from tests.builders import byte_level_bpe, make_task, sentencepiece_bpe, tiny_loaded, unigram
+from tests.documents import DOCS
 from tests.episodes.chat_templates import FAMILIES
 from tests.model.exports import FORMAT, adapter_logits, logits, save_adapter, save_model
 
@@ -501,6 +502,25 @@ def test_the_code_of_the_guide_makes_the_ids_that_the_engine_uses(
     assert body["prompt"] == [*prefix.token_ids, *encoded.token_ids]
     assert body["model"] == "one-model"
     assert body["stop"] == [FORMAT.end_of_answer]
+
+
+def test_the_code_of_the_page_on_other_engines_answers_as_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, exported: Path
+) -> None:
+    [code] = blocks((DOCS / "other_engines.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "one-model").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "other_engines.md", "exec"), {})
+    written = capsys.readouterr().out.strip()
+
+    engine = Engine.from_pretrained(str(exported))
+    changes: dict[str, Any] = {"labels": None, "family": "qa", "metric": "exact_match", "max_answer_tokens": 64}
+    examples = prompt_guide.DEMONSTRATIONS
+    task = make_task(train=examples, test=(), instruction=prompt_guide.INSTRUCTION, **changes)
+    (prediction,) = engine.predict(engine.prefill(task, examples), [prompt_guide.QUERY])
+    assert written
+    assert written == prediction.answer.strip()
 
 
 def test_the_example_of_the_guide_is_encoded_as_the_engine_does() -> None:

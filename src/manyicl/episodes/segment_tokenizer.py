@@ -48,7 +48,8 @@ class SegmentTokenizer:
         without_marker = _without_leading_marker(description)
         self.marks_first = without_marker != description
         self._first = _copy(description)
-        self._inner = _copy(without_marker)
+        # Parsing a vocabulary takes tenths of a second, so where there is no marker, one copy is both.
+        self._inner = _copy(without_marker) if self.marks_first else self._first
         self._added = tuple(token["content"] for token in description["added_tokens"])
         control = [token for token in description["added_tokens"] if token["content"] in written]
         self._control_ids = {token["content"]: token["id"] for token in control}
@@ -56,7 +57,9 @@ class SegmentTokenizer:
         self._byte_of_token = _byte_of_token(backend, description)
         if written:
             self._control_first = _copy(description, with_control_tokens=True)
-            self._control_inner = _copy(without_marker, with_control_tokens=True)
+            self._control_inner = (
+                _copy(without_marker, with_control_tokens=True) if self.marks_first else self._control_first
+            )
         for segment in constants:
             self._require_kept(segment)
 

@@ -144,18 +144,7 @@ def load_model(
     path = _path_without_code(reference)
     reference = str(reference)
     device = _checked_device(device)
-    torch_dtype = require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto")
-    if (Path(path) / "adapter_config.json").is_file():
-        model = _load_adapter(reference, Path(path))
-        cast_weights(model, torch_dtype)
-    elif (base := _named_base(reference)) is not None:
-        model = _load_weights(reference, path, torch.float32)
-        if (found := fingerprint(model)) != base.fingerprint:
-            what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
-            raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
-        cast_weights(model, torch_dtype)
-    else:
-        model = _load_weights(reference, path, torch_dtype)
+    model = _load_network(reference, path, require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto"))
     torch.nn.Module.to(model, device=device)
     model.eval()
     tokenizer = load_tokenizer(reference)
@@ -164,6 +153,21 @@ def load_model(
     if check_isolation:
         passed_before(_what_isolation_depends_on(model, weights_hash), lambda: require_isolation(model))
     return LoadedModel(model, tokenizer, read_manifest(path), weights_hash, reference)
+
+
+def _load_network(reference: str, path: str, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a network on the CPU: an adapter over its base, a base whose weights are known, or any other weights."""
+    if (Path(path) / "adapter_config.json").is_file():
+        model = _load_adapter(reference, Path(path))
+    elif (base := _named_base(reference)) is not None:
+        model = _load_weights(reference, path, torch.float32)
+        if (found := fingerprint(model)) != base.fingerprint:
+            what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
+            raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
+    else:
+        return _load_weights(reference, path, torch_dtype)
+    cast_weights(model, torch_dtype)
+    return model
 
 
 def _what_isolation_depends_on(model: PreTrainedModel, weights_hash: str) -> dict[str, object]:
@@ -316,16 +320,16 @@ def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
         raise UserError("no_weights", f"The adapter {reference!r} holds no adapter_model.safetensors", remedy=RESTORE)
     # The base's fingerprint was taken in the precision of the recipe, and rounding changes it.
     trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
-    base = load_model(base_reference, dtype=trained_in, device="cpu", check_isolation=False)
-    if manifest and manifest.base_fingerprint and manifest.base_fingerprint != base.fingerprint:
+    base = _load_network(base_reference, _path_without_code(base_reference), require_dtype(trained_in) or torch.float32)
+    expected_hash = manifest.base_fingerprint if manifest else None
+    if expected_hash and (found := fingerprint(base)) != expected_hash:
         what = f"The adapter {reference!r} was trained over other weights than those of {base_reference!r}"
-        expected, found = f"a fingerprint {manifest.base_fingerprint[:12]}", base.fingerprint[:12]
-        remedy = "Restore the base it was trained on."
-        raise UserError("another_base", what, expected=expected, found=found, remedy=remedy)
+        expected, remedy = f"a fingerprint {expected_hash[:12]}", "Restore the base it was trained on."
+        raise UserError("another_base", what, expected=expected, found=found[:12], remedy=remedy)
     # peft 0.21 asks transformers 5.23 for a property by its deprecated name, and only warns of missing tensors.
     with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        adapter = PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False)
+        adapter = PeftModel.from_pretrained(base, str(folder), trust_remote_code=False)
         _require_adapter_tensors(reference, folder, adapter)
     return cast(PreTrainedModel, adapter)
 

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from peft import LoraModel, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,11 @@ def is_mergeable(model: nn.Module) -> bool:
     That is LoRA in float32, since in half precision the sum would be rounded, and none of the kinds of which peft says
     only half-way through a merge that it cannot merge them.
     """
+    if not hasattr(model, "peft_config"):
+        return False
+    # Importing peft takes a good part of a second, which a model without an adapter need not wait for.
+    from peft import LoraModel, PeftModel
+
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoraModel):
         return False
     config: Any = model.peft_config[model.active_adapter]

@@ -34,6 +34,8 @@ from manyicl.tasks.task import Family, Task
 from manyicl.tasks.values import as_written
 
 TASK_FILE = "task.yaml"
+# As the error of a text that is not UTF-8 calls what it looks like; a name comes before its own beginning.
+ENCODINGS_RECOGNISED = ("cp1252", "utf-16-le", "utf-16")
 OnProgress = Callable[[int, int], None]
 TABLE = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(?P<columns>.+)", re.IGNORECASE)
 _TABLE_FORM = (
@@ -153,9 +155,24 @@ def task_places(pattern: str | Path) -> list[str | Path]:
     if not path.is_file():
         _refuse_missing(path)
     if suffix_of(path) in SUFFIXES:
-        remedy = f"Name its columns too, as in {proposal(path, list(islice(iter_rows(path), NUM_ROWS_EXAMINED)))}"
-        raise UserError("table_without_columns", "a table is no task by itself", remedy=remedy, file=path)
+        raise _without_columns(path)
     return [path]
+
+
+def _without_columns(path: Path) -> UserError:
+    """Make the error for a table that is named alone: it proposes the columns, and the encoding where it needs one."""
+    encoding = None
+    try:
+        rows = list(islice(iter_rows(path), NUM_ROWS_EXAMINED))
+    except UserError as error:
+        seems = f"{error.what} {error.remedy}".lower()
+        encoding = next((name for name in ENCODINGS_RECOGNISED if error.code == "not_utf8" and name in seems), None)
+        if encoding is None:
+            raise
+        rows = list(islice(iter_rows(path, encoding=encoding), NUM_ROWS_EXAMINED))
+    what, found = "a table is no task by itself", f"text that looks like {encoding}" if encoding else None
+    remedy = f"Name its columns too, as in {proposal(path, rows, encoding)}"
+    return UserError("table_without_columns", what, found=found, remedy=remedy, file=path)
 
 
 def _refuse_missing(path: Path) -> NoReturn:

@@ -23,12 +23,13 @@ def are_labels(answers: Sequence[str]) -> bool:
     return is_closed and not any("\n" in answer for answer in counts)
 
 
-def proposal(path: Path, rows: Sequence[LocatedRow]) -> str:
+def proposal(path: Path, rows: Sequence[LocatedRow], encoding: str | None = None) -> str:
     """Write a table with the two columns that seem to be the query and the answer, and why; two examples if none do.
 
     Args:
         path: The table.
         rows: Its first rows.
+        encoding: Encoding that has to be named; None for UTF-8.
     """
     columns = {name: [text for row in rows if (text := _text(row, name))] for name in (rows[0].columns if rows else ())}
     texts = {name: values for name, values in columns.items() if values and not all(map(_is_number, values))}
@@ -44,7 +45,8 @@ def proposal(path: Path, rows: Sequence[LocatedRow]) -> str:
     kind = f"the {labels[answer]} labels of {answer!r}" if answer in labels else f"the texts of {answer!r}"
     more = [name for name in others if name in labels and name != answer]
     note = f" Labels are in {', '.join(map(repr, more))}, too." if more else ""
-    named = shlex.quote(f"{path}:{query}:{answer}")
+    option = f",encoding={encoding}" if encoding else ""
+    named = shlex.quote(f"{path}:{query}:{answer}{option}")
     return f"{named}, for queries from {query!r}, which has the longest texts, and {kind} as answers.{note}"
 
 
