@@ -137,7 +137,7 @@ class Desk:
 
     @cached_property
     def killed(self) -> tuple[int, bool, Ended]:
-        """The same night again, killed half-way: how that ended, whether it left answers, and the run that continues."""
+        """The same night again, killed half-way: how that ended, whether it left answers, the next run."""
         assert self.first_night.code == 3, self.first_night.err
         output = self.folder / "killed.csv"
         code = in_a_process([*self.predict, output], 4_000, self.folder / "killed.csv.part")
