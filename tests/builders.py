@@ -47,18 +47,18 @@ def make_task(
     return Task(spec, *sides, **examples)
 
 
-def byte_level_bpe() -> PreTrainedTokenizerFast:
+def byte_level_bpe(texts: Sequence[str] = TEXTS, vocabulary_size: int = 330) -> PreTrainedTokenizerFast:
     """GPT-2 style: any text, a space belongs to the word behind it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330,
+        vocab_size=vocabulary_size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(TEXTS, trainer)
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=None, eos_token="</s>", unk_token="<unk>")
 
 

@@ -106,7 +106,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _random_model(tmp_path: Path) -> Path:
     """A model of the machine that stands for the page's, which knows no words and is there without a base."""
     tokenizer = byte_level_bpe()
-    tiny_model("llama", len(tokenizer), max_position_embeddings=8192).save_pretrained(tmp_path / "model")
+    model = tiny_model("llama", len(tokenizer))
+    model.config.max_position_embeddings = 8192
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

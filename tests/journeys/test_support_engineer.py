@@ -23,7 +23,7 @@ import pytest
 from manyicl.cli.main import main
 from tests.builders import byte_level_bpe, tiny_model
 from tests.cli.test_unfinished import in_a_process
-from tests.journeys.tickets import FAULTS, LABELS, Ticket, as_csv, lines_of, tickets
+from tests.journeys.tickets import FAULTS, LABELS, Ticket, as_csv, lines_of, new_tickets, tickets
 
 TASK = """family: classification
 instruction: "Which team? One of: {{ labels | join(', ') }}"
@@ -33,7 +33,7 @@ labels: [billing, delivery, login, returns]
 bad_rows: drop
 data: {file: ../tickets.csv, encoding: cp1252, test_fraction: FRACTION}
 """
-NUM_NEW = 200
+NUM_NEW = 150
 BAD_NEW = {3: "  ", 50: "", 120: "far too long " * 9000}
 CORRECTED, ADDED = "returns", Ticket("90001", "the parcel for my neighbour is here, what now?", "delivery")
 
@@ -50,7 +50,9 @@ def command(folder: Path, *words: object) -> Ended:
     """Run a command in a folder, as a shell would."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = patch("sys.argv", ["manyicl", *map(str, words)])
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err), argv:
+    # As in the process that is killed: few queries together, so that it can be caught between them.
+    few = patch.multiple("manyicl.engine.engine", FITTED_QUERIES=32, READ_AHEAD_QUERIES=8)
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), argv, few:
         try:
             main()
         except SystemExit as leave:
@@ -74,8 +76,11 @@ class Desk:
         # One that keeps rows back to measure, one that uses all rows every night.
         self.write_task("support", TASK.replace("FRACTION", "0.2"))
         self.write_task("nightly", TASK.replace("FRACTION", "0"))
-        tokenizer = byte_level_bpe()
-        tiny_model("llama", len(tokenizer), max_position_embeddings=32_768).save_pretrained(folder / "model")
+        # A vocabulary of these texts, so that all rows fit in a context that is computed in a second.
+        tokenizer = byte_level_bpe([row.text for row in self.rows], 1_000)
+        model = tiny_model("llama", len(tokenizer))
+        model.config.max_position_embeddings = 16_384
+        model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
 
     def write_task(self, name: str, text: str) -> None:
@@ -129,7 +134,7 @@ class Desk:
     @cached_property
     def first_night(self) -> Ended:
         assert self.compiled.code == 0, self.compiled.err
-        self.new = tickets(NUM_NEW, seed=1)
+        self.new = new_tickets(NUM_NEW, seed=1)
         for place, text in BAD_NEW.items():
             self.new[place] = self.new[place]._replace(text=text)
         (self.folder / "new.csv").write_bytes(as_csv(self.new, with_team=False))
@@ -228,10 +233,8 @@ def test_the_report_opens_with_its_message_and_lists_every_error(desk: Desk) -> 
     assert page.index("message") < page.index("<svg")
     wrong = rows_of(desk.folder / "wrong.csv")
     assert wrong
-    at_eight = [row for row in wrong if row["shots"] == "8"]
-    assert [float(row["confidence"]) for row in at_eight] == sorted(
-        (float(r["confidence"]) for r in at_eight), reverse=True
-    )
+    sure = [float(row["confidence"]) for row in wrong if row["shots"] == "8" and row["confidence"]]
+    assert sure == sorted(sure, reverse=True)
     text_of = {desk.origin(place): row for place, row in enumerate(tickets())}
     for row in wrong:
         assert text_of[row["origin"]].text.strip() == row["query"].strip()

@@ -61,10 +61,9 @@ class Ticket(NamedTuple):
     team: str
 
 
-def tickets(num_rows: int = 300, seed: int = 0) -> list[Ticket]:
-    """Make the rows, faults among them: see `FAULTS`."""
-    rng = random.Random(seed)
-    rows = [_ticket(rng, f"{number:05}") for number in range(1, num_rows + 1)]
+def tickets() -> list[Ticket]:
+    """Make the 300 rows of the table, faults among them: see `FAULTS`."""
+    rows = new_tickets(300, seed=0)
     texts = [row.text for row in rows]
     for place in FAULTS["no team"]:
         rows[place] = rows[place]._replace(team="")
@@ -91,6 +90,12 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "duplicate": (104, 150, 207, 290),
     "two teams": (111, 245),
 }
+
+
+def new_tickets(num_rows: int, seed: int) -> list[Ticket]:
+    """Make rows without those faults."""
+    rng = random.Random(seed)
+    return [_ticket(rng, f"{number:05}") for number in range(1, num_rows + 1)]
 
 
 def _ticket(rng: random.Random, number: str) -> Ticket:
