@@ -139,7 +139,7 @@ def test_the_first_answer_of_the_readme_is_that_of_the_site() -> None:
     page, readme = read(DOCS / "first_answer.md"), read(ROOT / "README.md")
     tables = [block.text for block in blocks(page) if block.language == "csv"]
     assert tables == [block.text for block in blocks(readme) if block.language == "csv"][:2]
-    (command,) = [words for block in blocks(page) for words in commands(block.text) if words[1] == "predict"]
+    (command,) = [words for block in blocks(page) for words in commands(block.text) if words[1:2] == ["predict"]]
     assert command in [words for block in blocks(readme) for words in commands(block.text)]
 
 
