@@ -17,18 +17,21 @@ def encoder_of(
     reference: str | None, kind: FormatKind | None, end_of_answer: str | None, tasks: Sequence[Task]
 ) -> tuple[Encoder, int | None, int | None]:
     """Load a model's tokenizer and format, the context that it takes, and that with which it was fine-tuned."""
-    from manyicl.episodes.encoding import Encoder
-    from manyicl.model.load import load_tokenizer, max_positions_of, read_manifest
-    from manyicl.model.manifest import format_to_ask_in
-    from manyicl.model.reference import resolve_reference
-
     if reference is None:
         if (kind, end_of_answer) != (None, None):
             what, remedy = "--format and --end-of-answer belong to a model", "Name it with --model, or leave them out."
             raise UserError("no_effect", what, remedy=remedy, field="--format")
         return character_encoder(), None, None
+    from manyicl.episodes.encoding import Encoder
+    from manyicl.model.reference import resolve_reference
+
+    # A wrong name is refused before torch is loaded.
+    folder = resolve_reference(reference)
+    from manyicl.model.load import load_tokenizer, max_positions_of, read_manifest
+    from manyicl.model.manifest import format_to_ask_in
+
     tokenizer = load_tokenizer(reference)
-    manifest = read_manifest(resolve_reference(reference))
+    manifest = read_manifest(folder)
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
     for task in tasks:
         encoder.require_no_end_inside(task)
