@@ -71,9 +71,9 @@ def test_a_mistake_is_found_before_torch_is_imported(words: str, folder: Path) -
     assert ended.stderr.startswith("error "), ended.stderr
 
 
-@pytest.mark.parametrize("command", ["check", "show", "list"])
-def test_a_task_is_looked_at_without_torch(command: str, folder: Path) -> None:
-    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, "tasks", command, TABLE]
+@pytest.mark.parametrize("command", [["check"], ["show", "--shots", "2"], ["list"]], ids=lambda words: words[0])
+def test_a_task_is_looked_at_without_torch(command: list[str], folder: Path) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, "tasks", *command, TABLE]
     ended = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1:] == ["code 0 torch False"]
