@@ -47,8 +47,13 @@ def make_task(
     return Task(spec, *sides, **examples)
 
 
-def byte_level_bpe(texts: Sequence[str] = TEXTS, vocabulary_size: int = 330) -> PreTrainedTokenizerFast:
+def byte_level_bpe() -> PreTrainedTokenizerFast:
     """GPT-2 style: any text, a space belongs to the word behind it."""
+    return byte_level_bpe_of(TEXTS, 330)
+
+
+def byte_level_bpe_of(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer like `byte_level_bpe` with the words of other texts."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pytest
 
 from manyicl.cli.main import main
-from tests.builders import byte_level_bpe, tiny_model
+from tests.builders import byte_level_bpe_of, tiny_model
 from tests.cli.test_unfinished import in_a_process
 from tests.journeys.tickets import FAULTS, LABELS, Ticket, as_csv, lines_of, new_tickets, tickets
 
@@ -77,7 +77,7 @@ class Desk:
         self.write_task("support", TASK.replace("FRACTION", "0.2"))
         self.write_task("nightly", TASK.replace("FRACTION", "0"))
         # A vocabulary of these texts, so that all rows fit in a context that is computed in a second.
-        tokenizer = byte_level_bpe([row.text for row in self.rows], 1_000)
+        tokenizer = byte_level_bpe_of([row.text for row in self.rows], 1_000)
         model = tiny_model("llama", len(tokenizer))
         model.config.max_position_embeddings = 16_384
         model.save_pretrained(folder / "model")
