@@ -80,6 +80,20 @@ def test_it_ends_with_what_to_do_and_only_with_what_it_measured(
     assert "Measured on" not in " ".join(printed(47) + printed(52, "--update"))
 
 
+def test_nothing_is_measured_for_advice_that_nobody_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("manyicl.cli.compile.advice_for", lambda *_, **how: [f"retrieve {how['num_retrieved']}"])
+    arguments = ["compile", "-m", model_folder, "-t", f"{table}:text:label", "-o", tmp_path / "t.prefix", "--shots", 4]
+    assert run(monkeypatch, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["advice"] == ["retrieve 4"]
+    assert run(monkeypatch, *arguments) == 0
+    assert "retrieve 4" in capsys.readouterr().out
+    monkeypatch.setattr("manyicl.cli.compile.advice_for", None)
+    assert run(monkeypatch, *arguments, "--quiet") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_the_help_says_that_the_file_contains_the_examples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

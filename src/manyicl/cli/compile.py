@@ -112,9 +112,11 @@ def compile_command(
             compiled = engine.with_blend(compiled)
         activity.begin(f"writing {output}")
         engine.save(compiled, output)
-        activity.begin("comparing with trivial baselines, and with rows retrieved for each query")
-        num_retrieved = 0 if update else retrieve or NUM_RETRIEVED
-        sentences = advice_for(engine, compiled, loaded_task, num_retrieved=num_retrieved) if compiled.answers else []
+        sentences: list[str] = []
+        if compiled.answers and (as_json or not quiet):
+            activity.begin("comparing with trivial baselines, and with rows retrieved for each query")
+            num_retrieved = 0 if update else retrieve or NUM_RETRIEVED
+            sentences = advice_for(engine, compiled, loaded_task, num_retrieved=num_retrieved)
     if as_json:
         summary = _as_json(compiled, sentences, output, model, activity.seconds)
         typer.echo(json.dumps(summary, ensure_ascii=False, indent=2))
