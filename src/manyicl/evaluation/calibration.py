@@ -52,8 +52,8 @@ class Covered(NamedTuple):
 
     @property
     def abstain_below(self) -> str:
-        """The threshold with two digits, never above it: ``predict --abstain-below`` of it keeps these answers."""
-        return f"{math.floor(100 * self.threshold) / 100:.2f}"
+        """The threshold with four digits, never above it: ``predict --abstain-below`` of it keeps these answers."""
+        return str(math.floor(10_000 * self.threshold) / 10_000)
 
 
 class Calibration(NamedTuple):

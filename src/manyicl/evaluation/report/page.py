@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
-from manyicl.evaluation.calibration import sentence
+from manyicl.evaluation.calibration import COVERAGES, sentence
 from manyicl.evaluation.report.lines import Part, notes, sections
 from manyicl.evaluation.report.message import message, remarks
 from manyicl.evaluation.report.plots import (
@@ -100,6 +100,7 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         "remarks": lambda section: remarks(summary, section),
         # On a narrow screen a table keeps the first, the middle and the last shot count.
         "kept_columns": {0, len(summary.shots) // 2, len(summary.shots) - 1},
+        "kept_coverages": {COVERAGES.index(share) for share in (1.0, 0.8, 0.5)},
         "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         "worked": worked_tasks(summary, store) if store is not None else [],
         "mistakes": tasks_with_mistakes(summary, store) if store is not None else [],
