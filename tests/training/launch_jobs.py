@@ -8,12 +8,14 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -116,11 +118,11 @@ class LoadedError(Exception):
     """Ends a run once its tasks are loaded."""
 
 
-def load_with_rehash(recipe: Recipe) -> list[tuple[list[str], list[str]]]:
-    """Load the tasks of a run whose rows are read again.
+def load_with_rehash(recipe: Recipe, wrong: Recipe) -> list[tuple[tuple[str, ...], tuple[str, ...], UserError]]:
+    """Load the tasks of a run whose rows are read again, then those of one with a mistake in its rows.
 
     Returns:
-        For each process, the files of the tasks that it read, and the hash of each task that it has.
+        For each process, the files of the tasks that it read, the hash of each task that it has, and the mistake.
     """
     from manyicl.tasks import task_cache
     from manyicl.tasks.files import load_place
@@ -139,9 +141,17 @@ def load_with_rehash(recipe: Recipe) -> list[tuple[list[str], list[str]]]:
     vars(task_cache)["load_place"], vars(job)["prepare_run"] = noted, loaded
     with suppress(LoadedError):
         job.ensure_trained(recipe, rehash=True, console=Console(file=io.StringIO()))
+    own = tuple(read), tuple(hashes)
+    with pytest.raises(UserError) as mistake:
+        job.ensure_trained(wrong, rehash=True, console=Console(file=io.StringIO()))
     of_processes: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(of_processes, (read, hashes))
+    torch.distributed.all_gather_object(of_processes, (*own, mistake.value))
     return of_processes
+
+
+def train_all_small(recipes: Sequence[Recipe]) -> list[TrainedRun]:
+    """Train on the small tasks again and again."""
+    return [train_small(recipe) for recipe in recipes]
 
 
 def train_small(recipe: Recipe) -> TrainedRun:

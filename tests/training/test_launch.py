@@ -21,7 +21,7 @@ from manyicl.tasks.files import load_task
 from manyicl.training.checkpoint import Checkpoints
 from manyicl.training.launch import ProcessLostError, in_processes
 from manyicl.training.recipe_tasks import load_recipe_tasks
-from manyicl.training.run_folder import RunFolder
+from manyicl.training.run_folder import RunFolder, RunState
 from tests.training import launch_jobs
 from tests.training.recipes import small_recipe
 from tests.training.test_train import write_task
@@ -67,17 +67,17 @@ def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
     assert all("resource_tracker" in " ".join(child.cmdline()) for child in new)
 
 
-@pytest.mark.parametrize("then", ["aborts", "cannot save"])
 @pytest.mark.parametrize(
-    ("how", "expected", "sentence"),
+    ("how", "then", "expected", "sentence"),
     [
-        ("mistake", UserError, r"something is wrong. Make it right\."),
-        ("machine", MachineError, r"The disk is full\."),
-        ("kill", ProcessLostError, r"One of the 2 processes of the run was ended by SIGKILL"),
+        ("mistake", "aborts", UserError, r"something is wrong. Make it right\."),
+        ("machine", "aborts", MachineError, r"The disk is full\."),
+        ("kill", "aborts", ProcessLostError, r"One of the 2 processes of the run was ended by SIGKILL"),
+        ("kill", "cannot save", ProcessLostError, r"One of the 2 processes of the run was ended by SIGKILL"),
     ],
 )
 def test_the_first_failure_is_shown_however_another_process_fails_because_of_it(
-    how: str, expected: type[Exception], sentence: str, then: str
+    how: str, then: str, expected: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(expected, match=sentence) as caught:
         in_processes(partial(launch_jobs.fail_in_second_and_then_first, how, then), 2, 1)
@@ -138,21 +138,23 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not are_alive(processes), seconds=20)
 
 
-@pytest.mark.parametrize("is_full", [True, False], ids=["all weights", "adapter"])
-def test_two_processes_train_the_weights_that_one_does(tmp_path: Path, is_full: bool) -> None:
+def test_two_processes_train_the_weights_that_one_does(tmp_path: Path) -> None:
     changes = ["model.from_scratch.config.attention_dropout=0", "training.learning_rate=1e-3", "tasks.evaluate=[]"]
-    if not is_full:
-        base = tmp_path / "base"
-        launch_jobs.train_small(small_recipe(base, *changes, "training.num_steps=1"))
-        changes = ["model.from_scratch=null", f"model.base={base}", "model.lora={rank: 4}", *changes[1:]]
-    alone, shared = (small_recipe(tmp_path / name, *changes) for name in ("alone", "shared"))
-    launch_jobs.train_small(alone)
-    run = in_processes(partial(launch_jobs.train_small, shared), 2, 1)
-    assert (run.finished, run.num_steps) == (True, 4)
-    assert Checkpoints(RunFolder(shared.output).checkpoints).num_processes() == 2
-    name = "model.safetensors" if is_full else "adapter_model.safetensors"
-    expected, found = (load_file(recipe.output / name) for recipe in (alone, shared))
-    assert max((expected[key] - found[key]).abs().max().item() for key in expected) <= 1e-6
+    base = tmp_path / "base"
+    launch_jobs.train_small(small_recipe(base, *changes, "training.num_steps=1"))
+    over_base = ["model.from_scratch=null", f"model.base={base}", "model.lora={rank: 4}", *changes[1:]]
+    kinds = (("model.safetensors", changes), ("adapter_model.safetensors", over_base))
+    alone, shared = (
+        [small_recipe(tmp_path / number / name, *of_kind) for name, of_kind in kinds] for number in ("one", "two")
+    )
+    launch_jobs.train_all_small(alone)
+    runs = in_processes(partial(launch_jobs.train_all_small, shared), 2, 1)
+    assert [(run.finished, run.num_steps) for run in runs] == [(True, 4)] * 2
+    for (name, _), one, two in zip(kinds, alone, shared, strict=True):
+        assert RunFolder(two.output).state() is RunState.FINISHED
+        assert Checkpoints(RunFolder(two.output).checkpoints).num_processes() == 2
+        expected, found = (load_file(recipe.output / name) for recipe in (one, two))
+        assert max((expected[key] - found[key]).abs().max().item() for key in expected) <= 1e-6
 
 
 def test_rows_that_are_to_be_read_again_are_read_by_one_process(tmp_path: Path, cache: Path) -> None:
@@ -163,15 +165,13 @@ def test_rows_that_are_to_be_read_again_are_read_by_one_process(tmp_path: Path, 
     stat = rows.stat()
     rows.write_text(rows.read_text(encoding="utf-8").replace("train 0", "train X"), encoding="utf-8")
     os.utime(rows, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    (first, hashes), (second, others) = in_processes(partial(launch_jobs.load_with_rehash, recipe), 2, 1)
-    assert (first, second) == ([str(train / "task.yaml"), str(held_out / "task.yaml")], [])
-    assert hashes == others == [load_task(folder).data_hash for folder in (train, held_out)]
+    mistaken = write_task(tmp_path / "c", "letters")
+    (mistaken / "train.jsonl").write_text("{", encoding="utf-8")
+    wrong = small_recipe(tmp_path / "wrong", f"tasks.train=[{mistaken}]", "tasks.evaluate=[]")
+    of_processes = in_processes(partial(launch_jobs.load_with_rehash, recipe, wrong), 2, 1)
+    (first, hashes, mistake), (second, others, told) = of_processes
+    assert (first, second) == ((str(train / "task.yaml"), str(held_out / "task.yaml")), ())
+    assert hashes == others == tuple(load_task(folder).data_hash for folder in (train, held_out))
     assert [old == new for old, new in zip(before, hashes, strict=True)] == [False, True]
-
-
-def test_a_mistake_in_rows_that_are_read_again_ends_all_processes(tmp_path: Path, cache: Path) -> None:
-    task = write_task(tmp_path / "a", "reviews")
-    recipe = small_recipe(tmp_path / "run", f"tasks.train=[{task}]", "tasks.evaluate=[]")
-    (task / "train.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"train\.jsonl:1"):
-        in_processes(partial(launch_jobs.load_with_rehash, recipe), 2, 1)
+    assert str(mistake) == str(told)
+    assert str(mistaken / "train.jsonl:1") in str(told)
