@@ -381,7 +381,7 @@ def test_the_examples_of_your_own_data_run_and_print_what_the_page_says(workplac
                 assert result.exit_code == 0, (words, result.exception, result.output)
                 printed += result.stdout
                 num_commands += 1
-        elif block.language == "text":
+        elif block.language in ("text", "output"):
             assert fits(block.text, printed), printed
             num_compared += 1
     assert num_commands > 10
