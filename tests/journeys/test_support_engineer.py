@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 import signal
@@ -127,9 +128,12 @@ class Desk:
 
     @property
     def predict(self) -> tuple[object, ...]:
+        return self.predict_of("new.csv")
+
+    def predict_of(self, queries: str) -> tuple[object, ...]:
         folder = self.folder
         task = ("--task", folder / "nightly", "--prefix", folder / "nightly.prefix")
-        return ("-m", folder / "model", *task, "--input", folder / "new.csv", "--output")
+        return ("-m", folder / "model", *task, "--input", folder / queries, "--output")
 
     @cached_property
     def first_night(self) -> Ended:
@@ -165,6 +169,13 @@ class Desk:
     def updated(self) -> Ended:
         assert self.corrections[1].code == 2, self.corrections[1].err
         return self.run("compile", "-m", "model", "--task", "nightly", "--output", "nightly.prefix", "--update")
+
+    @cached_property
+    def scored(self) -> Ended:
+        """A week later the tickets of that night have their teams, and the same command says how often it was right."""
+        assert self.updated.code == 0, self.updated.err
+        (self.folder / "solved.csv").write_bytes(as_csv(self.new))
+        return self.run("predict", "--json", *self.predict_of("solved.csv"), "scored.csv")
 
 
 @pytest.fixture(name="desk", scope="module")
@@ -233,7 +244,8 @@ def test_the_report_opens_with_its_message_and_lists_every_error(desk: Desk) -> 
     assert page.index("message") < page.index("<svg")
     wrong = rows_of(desk.folder / "wrong.csv")
     assert wrong
-    sure = [float(row["confidence"]) for row in wrong if row["shots"] == "8" and row["confidence"]]
+    sure = [float(row["confidence"]) for row in wrong if row["shots"] == "8"]
+    assert sure
     assert sure == sorted(sure, reverse=True)
     text_of = {desk.origin(place): row for place, row in enumerate(tickets())}
     for row in wrong:
@@ -293,3 +305,13 @@ def test_an_update_encodes_what_changed_and_the_next_night_works(desk: Desk) -> 
     assert len(rows_of(desk.folder / "answers.csv")) == NUM_NEW
     again = desk.run("compile", "-m", "model", "--task", "nightly", "--output", "nightly.prefix", "--update")
     assert again.out.startswith("0 of ")
+
+
+def test_rows_that_have_their_team_are_scored(desk: Desk) -> None:
+    assert desk.scored.code == 3, desk.scored.err
+    scores = json.loads(desk.scored.out)["scores"]
+    answered = [row for row in rows_of(desk.folder / "scored.csv") if not row["problem"]]
+    num_right = sum(row["answer"] == row["team"] for row in answered)
+    assert (scores["num_rows"], scores["num_scored"], scores["num_problems"]) == (NUM_NEW, len(answered), len(BAD_NEW))
+    assert scores["accuracy"] == pytest.approx(num_right / len(answered))
+    assert {label["label"] for label in scores["labels"]} == set(LABELS)
