@@ -387,7 +387,7 @@ def test_the_examples_of_your_own_data_run_and_print_what_the_page_says(workplac
     assert num_commands > 10
     assert num_compared > 5
     answers = (workplace / "answers.csv").read_text(encoding="utf-8").splitlines()
-    columns = "answer,probability,second,second_probability,log_probability,stopped,blended,abstained,guess,problem"
+    columns = "answer,probability,second,second_probability,log_probability,stopped,abstained,guess,problem"
     assert answers[0] == f"id,subject,body,{columns}"
     assert len(answers) == 3
     assert '"stopped"' in (workplace / "summaries.jsonl").read_text(encoding="utf-8")

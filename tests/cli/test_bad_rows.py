@@ -167,7 +167,7 @@ def test_a_header_without_rows_gives_one_without_rows(
         output.write_text(EARLIER, encoding="utf-8")
     assert predict(monkeypatch, model_folder, table, queries, output) == 0
     header = (
-        "input_answer,text,answer,probability,second,second_probability,log_probability,stopped,blended,problem\r\n"
+        "input_answer,text,answer,probability,second,second_probability,log_probability,stopped,problem\r\n"
     )
     assert output.read_bytes().decode() == (header if ending == "csv" else "")
     prefix = tmp_path / "t.prefix"

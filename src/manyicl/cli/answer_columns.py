@@ -20,7 +20,8 @@ class AnswerColumns:
     """Which columns answers get.
 
     Attributes:
-        has_probability: Probability of the answer, the second best and its probability, and whether they are blended.
+        has_probability: Probability of the answer, the second best and its probability.
+        may_be_blended: Whether answer and probabilities are a blend.
         has_margin: The second best and the margin, where probabilities would need the scores of many labels.
         has_scores: Scores of all labels.
         may_abstain: Whether it abstained, and what it would have answered.
@@ -30,6 +31,7 @@ class AnswerColumns:
     """
 
     has_probability: bool
+    may_be_blended: bool
     has_margin: bool
     has_scores: bool
     may_abstain: bool
@@ -46,7 +48,16 @@ class AnswerColumns:
         has_margin = task.is_closed and not has_probability
         score_labels = task.labels if is_csv else None
         has_similar = how.get("num_similar", 0) > 0
-        return cls(has_probability, has_margin, has_scores, may_abstain, may_have_problems, score_labels, has_similar)
+        return cls(
+            has_probability=has_probability,
+            may_be_blended=how.get("blend", False),
+            has_margin=has_margin,
+            has_scores=has_scores,
+            may_abstain=may_abstain,
+            may_have_problems=may_have_problems,
+            score_labels=score_labels,
+            has_similar=has_similar,
+        )
 
     @property
     def scope(self) -> ScoreScope:
@@ -69,7 +80,7 @@ class AnswerColumns:
             columns["margin"] = None if prediction.margin is None else round(prediction.margin, 6)
         columns["log_probability"] = None if prediction.problem else round(prediction.log_probability, 6)
         columns["stopped"] = known["stopped"]
-        if self.has_probability:
+        if self.may_be_blended:
             columns["blended"] = known["blended"]
         if self.may_abstain:
             columns["abstained"] = known["abstained"]

@@ -188,13 +188,14 @@ def predict_command(
         examples.load_compiled(engine)
         examples.require_no_rows_of(output)
         task_of_queries, is_csv = examples.queried_task, suffix_of(output).removesuffix(GZIP) == ".csv"
+        how["blend"] = _is_blended(blend, task_of_queries, retrieve)
         layout = AnswerColumns.of(task_of_queries, scores, how, is_csv)
         tally = Tally(layout, examples, retrieve)
         made_of = None if input_path == STANDARD_STREAM else _made_of(engine, examples, queries, context.params)
         tally.take(answers.begin(made_of, activity.say), queries.again())
         how["num_answered"] = tally.num_rows
         queries.skip(tally.num_rows)
-        how["scores"], how["blend"] = layout.scope, _is_blended(blend, task_of_queries, retrieve)
+        how["scores"] = layout.scope
         stream = chain(first, queries.rendered(task_of_queries))
         on_prefix = tally.noting(partial(describe, console, engine), activity)
         predictions = examples.answer(engine, stream, retrieve, on_prefix, how)
