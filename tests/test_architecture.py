@@ -50,6 +50,11 @@ def test_every_folder_of_the_package_has_its_place_in_the_order() -> None:
     assert folders == set(MAY_IMPORT)
 
 
+def test_consoles_are_made_in_one_place_so_that_none_replaces_text_by_emoji() -> None:
+    made = {path.name for path in PACKAGE.rglob("*.py") if re.search(r"\bConsole\(", path.read_text(encoding="utf-8"))}
+    assert made == {"printing.py"}
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.name)
 def test_the_command_line_parses_and_prints(path: Path) -> None:
     assert "torch" not in {module.split(".")[0] for module in imported_modules(path)}

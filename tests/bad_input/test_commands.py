@@ -247,8 +247,9 @@ ASKED = [
         spoilt("answers.jsonl", "answers.csv", PREDICT),
         "other_columns",
         row=2,
+        found="no 'note', 'id'",
         remedy="Write to .jsonl, where rows may differ.",
-        files=asking(lines({"text": "a"}, {"text": "b", "id": 1})),
+        files=asking(lines({"text": "a", "note": "c"}, {"text": "b", "id": 1})),
         leaves=("answers.csv.part", "answers.csv.part.json"),
     ),
     Case(
@@ -261,7 +262,7 @@ ASKED = [
         "a threshold for free answers",
         f"{PREDICT} --abstain-below 0.5",
         "conflicting_options",
-        field="scores",
+        field="--abstain-below",
         files={**task(FREE), "new.jsonl": QUERIES},
     ),
     refused(

@@ -166,9 +166,7 @@ def test_a_header_without_rows_gives_one_without_rows(
     if ending == "jsonl":
         output.write_text(EARLIER, encoding="utf-8")
     assert predict(monkeypatch, model_folder, table, queries, output) == 0
-    header = (
-        "input_answer,text,answer,probability,second,second_probability,log_probability,stopped,problem\r\n"
-    )
+    header = "input_answer,text,answer,probability,second,second_probability,log_probability,stopped,problem\r\n"
     assert output.read_bytes().decode() == (header if ending == "csv" else "")
     prefix = tmp_path / "t.prefix"
     assert run(monkeypatch, "compile", "-m", model_folder, "-t", f"{table}:text:label", "-o", prefix, "--shots", 2) == 0

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
-from manyicl.printing import printable
+from manyicl.printing import new_console, printable
 from tests.cli.test_predict import run
 from tests.odd_text import TEXTS
 
@@ -90,3 +91,15 @@ def test_only_what_would_steer_a_terminal_is_written_as_an_escape() -> None:
     assert printable("a\x1b[2Jb\r\u202ec\u2028\x9b") == "a\\x1b[2Jb\\r\\u202ec\\u2028\\x9b"
     unharmed = "tab\there\nline \u200d\u200c \U0001f468\u200d\U0001f469 שלום e\u0301 \u00a0"
     assert printable(unharmed) == unharmed
+
+
+@pytest.mark.parametrize("printed", ["rows.csv:100: late", ":warning:"])
+def test_a_name_between_colons_is_no_emoji(printed: str) -> None:
+    stream = io.StringIO()
+    console = new_console(file=stream, width=80)
+    console.print(printed)
+    table = Table()
+    table.add_column(printed)
+    table.add_row(printed)
+    console.print(table)
+    assert stream.getvalue().count(printed) == 3

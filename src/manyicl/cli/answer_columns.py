@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from manyicl.cli.answers import Row
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
+from manyicl.errors import UserError
 
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
@@ -41,8 +42,16 @@ class AnswerColumns:
 
     @classmethod
     def of(cls, task: Task, has_scores: bool, how: AnswerOptions, is_csv: bool) -> Self:
-        """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow."""
+        """Choose the columns for a task; probabilities need the scores of all labels, which many labels make slow.
+
+        Raises:
+            UserError: If scores are wanted of free answers.
+        """
         may_abstain, may_have_problems = how.get("abstain_below") is not None, how.get("bad_rows") == "report"
+        if (has_scores or may_abstain) and not task.is_closed:
+            option = "--scores" if has_scores else "--abstain-below"
+            what = f"{option} needs labels, and task {task.name!r} has free answers"
+            raise UserError("conflicting_options", what, remedy=f"Leave out {option}.", field=option)
         has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_SCORED
         has_probability = has_few_labels or has_scores or may_abstain
         has_margin = task.is_closed and not has_probability

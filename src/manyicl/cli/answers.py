@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, quoted
 from manyicl.outputs import require_ending
 from manyicl.tasks.rows import suffix_of
 from manyicl.tasks.values import NumberText, as_written
@@ -146,8 +146,9 @@ class CsvForm(_PlainForm):
             table = table or _with_header(stream, list(row))
             if set(row) != set(table.fieldnames):
                 what, remedy = "it has other columns than the rows before it", "Write to .jsonl, where rows may differ."
-                expected, found = str(sorted(table.fieldnames)), str(sorted(row))
-                raise UserError("other_columns", what, expected=expected, found=found, remedy=remedy, row=num_rows)
+                missing = [f"no {quoted(column)}" for column in table.fieldnames if column not in row]
+                found = ", ".join([*missing, *(quoted(column) for column in row if column not in table.fieldnames)])
+                raise UserError("other_columns", what, found=found, remedy=remedy, row=num_rows)
             table.writerow({column: _as_field(value) for column, value in row.items()})
             stream.flush()
         if table is None:

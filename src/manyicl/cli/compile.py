@@ -14,6 +14,7 @@ from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.engine.queries import can_blend
 from manyicl.errors import UserError, pluralized, quoted
+from manyicl.printing import new_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,13 +86,11 @@ def compile_command(
 
         manyicl compile --model runs/one-model --task tasks/tickets --shots 64 --retrieve 4 --output tickets.prefix
     """
-    from rich.console import Console
-
     from manyicl.engine.compiled_file import require_output
     from manyicl.tasks.files import load_task
 
     require_output(output)
-    console = Console(stderr=True, quiet=quiet)
+    console = new_console(stderr=True, quiet=quiet)
     with Activity(console, quiet=quiet) as activity:
         activity.begin("reading the task")
         loaded_task = load_task(task, data_root)
@@ -128,11 +127,9 @@ def _print_compiled(
     engine: Engine, compiled: TaskPrefix, sentences: Sequence[str], output: Path, *, is_updated: bool
 ) -> None:
     """Print what was compiled, how well the model predicts it, and what to do."""
-    from rich.console import Console
-
     from manyicl.cli.predict import describe
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     if is_updated:
         num_encoded = compiled.num_tokens - compiled.num_reused_tokens
         out.print(f"{num_encoded:,} of {pluralized(compiled.num_tokens, 'token')} encoded; the others were kept")

@@ -12,6 +12,7 @@ import typer
 
 from manyicl.activity import Activity
 from manyicl.cli.options import Overrides
+from manyicl.printing import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,15 +41,13 @@ def doctor_command(
 
         manyicl doctor --json
     """
-    from rich.console import Console
-
     from manyicl.errors import UserError
     from manyicl.training.recipe import Recipe
 
     if recipe is None and overrides:
         raise UserError("missing_argument", "--set replaces a value of a recipe", remedy="Name the recipe as well.")
     read = None if recipe is None else Recipe.read(recipe, overrides or ())
-    with Activity(Console(stderr=True)) as activity:
+    with Activity(new_console(stderr=True)) as activity:
         activity.begin("looking at this machine and its libraries")
         from manyicl.model.machine import this_machine
 
@@ -57,7 +56,7 @@ def doctor_command(
     if as_json:
         typer.echo(json.dumps({"machine": asdict(machine), "recipe": here}, indent=2))
         return
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
+    console = new_console(soft_wrap=True, highlight=False)
     _print_section(console, "This machine", machine_lines(machine))
     if here is not None:
         remarks, refusals = here.pop("remarks"), here.pop("refusals")

@@ -13,6 +13,7 @@ from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.errors import UserError, pluralized, shortened
 from manyicl.outputs import require_output_folder
+from manyicl.printing import new_console
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
@@ -73,8 +74,6 @@ def evaluate_command(
     """
     shot_counts = parse_shots(shots)
 
-    from rich.console import Console
-
     from manyicl.evaluation.shot_curve import EvaluationSettings
     from manyicl.evaluation.summary import scores_as_json, summarise
     from manyicl.tasks.files import load_tasks
@@ -83,7 +82,7 @@ def evaluate_command(
     settings = EvaluationSettings(
         shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed, num_retrieved=retrieve
     )
-    with Activity(Console(stderr=True), quiet=quiet) as activity:
+    with Activity(new_console(stderr=True), quiet=quiet) as activity:
         activity.begin("reading tasks")
         loaded = load_tasks(tasks, data_root, on_progress=activity.show)
         engine = options.load_engine(
@@ -99,14 +98,12 @@ def evaluate_command(
 
 def _print_results(curves: ShotCurves, output: Path) -> None:
     """Print the scores, where the model is wrong, and what to do next."""
-    from rich.console import Console
-
     from manyicl.cli.mistake_tables import print_task_mistakes
     from manyicl.evaluation.report import print_table
     from manyicl.evaluation.report.task_mistakes import tasks_with_mistakes
     from manyicl.evaluation.result import ResultStore
 
-    console = Console()
+    console = new_console()
     print_task_mistakes(tasks_with_mistakes(print_table(curves.results, console), ResultStore(output)), console)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
     typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")

@@ -10,6 +10,7 @@ import typer
 from manyicl.activity import Activity
 from manyicl.cli.options import EndOfAnswer, require_model
 from manyicl.outputs import require_output_folder
+from manyicl.printing import new_console
 
 
 def export_command(
@@ -38,9 +39,8 @@ def export_command(
     """
     require_output_folder(output, empty=True)
     require_model(model, dtype)
-    from rich.console import Console
 
-    with Activity(Console(stderr=True)) as activity:
+    with Activity(new_console(stderr=True)) as activity:
         activity.begin("loading libraries")
         from transformers.utils import logging
 

@@ -24,6 +24,7 @@ from manyicl.cli.quickstart import quickstart_command
 from manyicl.cli.report import report_command
 from manyicl.cli.train import train_command
 from manyicl.errors import MachineError, UserError
+from manyicl.printing import new_console
 
 USER_ERROR, MACHINE_ERROR = 2, 1
 # How torch says it, on a GPU and on a CPU.
@@ -68,7 +69,7 @@ def main() -> None:
     """Run a command; a mistake of the user ends with 2, a failure of the machine with 1, never with a traceback."""
     quiet_libraries()
     _write_utf8()
-    console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
+    console = new_console(stderr=True, soft_wrap=True, highlight=False)
     try:
         # Typer itself ends with 2 after a wrong option, with 130 after Ctrl-C, with 1 where a reader has left.
         app()

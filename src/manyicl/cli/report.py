@@ -11,6 +11,7 @@ import typer
 from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.outputs import require_output_file
+from manyicl.printing import new_console
 
 PAGE_ENDINGS = (".html", ".htm")
 
@@ -48,8 +49,6 @@ def report_command(
 
         manyicl report results --no-examples --output to-share.html
     """
-    from rich.console import Console
-
     from manyicl.atomic import write_atomically
     from manyicl.evaluation.mistakes import errors_as_csv
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
@@ -59,7 +58,7 @@ def report_command(
     from manyicl.evaluation.summary import scores_as_json, summarise
 
     page = output or results / "report.html"
-    with Activity(Console(stderr=True), quiet=quiet) as activity:
+    with Activity(new_console(stderr=True), quiet=quiet) as activity:
         activity.begin("reading results")
         store = ResultStore(results)
         records = store.load()
@@ -82,7 +81,7 @@ def report_command(
     if as_json:
         typer.echo(json.dumps(scores_as_json(summary), ensure_ascii=False, indent=2))
     elif not quiet:
-        console = Console()
+        console = new_console()
         print_table(records, console, per_task=per_task)
         for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
             if path is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from manyicl.printing import new_console
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -29,9 +31,7 @@ def table_of(rows: Iterable[dict[str, str]], **options: Any) -> Table:
 
 def plain_console() -> Console:
     """Make a console of plain texts that does not squeeze tables into 80 columns where there is no terminal."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
+    console = new_console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_WITHOUT_TERMINAL)
     return console

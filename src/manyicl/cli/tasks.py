@@ -15,6 +15,7 @@ from manyicl.activity import Activity
 from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
 from manyicl.cli.tables import plain_console, table_of
 from manyicl.errors import UserError
+from manyicl.printing import new_console
 from manyicl.tasks.nanoworld.rule import Split
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def list_tasks(
 
 def _reading() -> Activity:
     """Show on standard error that tasks are read."""
-    from rich.console import Console
-
-    activity = Activity(Console(stderr=True))
+    activity = Activity(new_console(stderr=True))
     activity.begin("reading tasks")
     return activity
 

@@ -14,6 +14,7 @@ import typer
 from manyicl.activity import Activity
 from manyicl.cli.options import AsJson, Overrides, Quiet
 from manyicl.errors import INTERRUPTED_EXIT_CODE, UserError
+from manyicl.printing import new_console
 from manyicl.training.processes import (
     end_processes,
     is_launched,
@@ -166,8 +167,6 @@ def _train_in_processes(
 
 def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool, quiet: bool) -> TrainedRun:
     """Train in this process: the only one, or one of several."""
-    from rich.console import Console
-
     from manyicl.cli.main import quiet_libraries
 
     with _loading(quiet=quiet or not is_main_process()):
@@ -176,15 +175,13 @@ def _train_here(recipe: Recipe, existing: Existing, *, rehash: bool, quiet: bool
 
     quiet_libraries()
     _hide_progress_of_libraries()
-    console = Console(stderr=True, quiet=True) if quiet else None
+    console = new_console(stderr=True, quiet=True) if quiet else None
     return ensure_trained(recipe, measure=held_out_measure, existing=existing, rehash=rehash, console=console)
 
 
 def _loading(*, quiet: bool) -> Activity:
     """Show that libraries are loaded."""
-    from rich.console import Console
-
-    activity = Activity(Console(stderr=True), quiet=quiet)
+    activity = Activity(new_console(stderr=True), quiet=quiet)
     activity.begin("loading libraries")
     return activity
 

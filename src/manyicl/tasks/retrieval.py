@@ -46,7 +46,9 @@ class Retriever:
         self.candidates = tuple(example for content, example in by_content.items() if content not in excluded)
         if not self.candidates:
             what = f"No example is left to retrieve: {len(by_content)} were given and {len(excluded)} excluded"
-            remedy = "Give more examples, or share fewer: those of a shared prefix are excluded."
+            remedy = (
+                "Share fewer demonstrations (`--shots N`) or give more rows: those that all queries share are excluded."
+            )
             raise UserError("no_example_left", what, remedy=remedy)
         self.num_examples = num_examples
         self._index = _index([terms(example.query.text) for example in self.candidates])

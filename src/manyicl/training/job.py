@@ -19,6 +19,7 @@ from manyicl.model.load import load_model, read_manifest
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
+from manyicl.printing import new_console
 from manyicl.tasks.files import OnProgress
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
 from manyicl.training.processes import (
@@ -99,7 +100,7 @@ def ensure_trained(
         MachineError: If loss or gradient is not a finite number, or the disk is full.
         RunInterrupted: If a second signal, or one while the finished model is saved, ends a run that has started.
     """
-    console = console or Console(stderr=True, quiet=not is_main_process())
+    console = console or new_console(stderr=True, quiet=not is_main_process())
     with Activity(console, quiet=console.quiet) as activity:
         return _found_or_trained(recipe, tasks, measure, existing, activity, rehash=rehash)
 

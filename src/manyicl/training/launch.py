@@ -28,9 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
 
-from rich.console import Console
-
 from manyicl.errors import MachineError
+from manyicl.printing import new_console
 from manyicl.training.processes import SECONDS_WAITED, end_processes, is_consequence, loopback_interface
 from manyicl.training.stopping import SECONDS_OF_ONE_REQUEST, taking_signals
 
@@ -170,7 +169,7 @@ def _end(members: Sequence[_Member]) -> None:
     for process, receiver in members:
         process.join()
         receiver.close()
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     if console.is_terminal and any(process.exitcode for process, _ in members):
         # A progress bar that was cut off has hidden it.
         console.show_cursor()

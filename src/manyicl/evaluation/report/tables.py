@@ -16,7 +16,7 @@ from manyicl.evaluation.report.message import message
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import Summary
 from manyicl.evaluation.uncertainty import Estimate
-from manyicl.printing import printable
+from manyicl.printing import new_console, printable
 
 _STYLES = {"model": "", "difference": "bold", "baseline": "dim"}
 
@@ -27,7 +27,7 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
     Returns:
         What was printed, as numbers.
     """
-    console = console or Console()
+    console = console or new_console()
     part = Part("", tuple(records))
     summary = part.summary
     for name, sentences in message(part).items():
