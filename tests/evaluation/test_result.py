@@ -96,7 +96,7 @@ def test_what_a_killed_process_left_of_a_line_is_not_there_and_is_replaced(tmp_p
     path = store.save(first, [ANSWER], [SHOWN])
     line = path.read_bytes()
     # As long as a long text is read back in.
-    for half in (line[:-1], line[:50], b"{" + b"x" * 200_000):
+    for half in (line[:-2], line[:50], b"{" + b"x" * 200_000):
         path.write_bytes(line + half)
         again = ResultStore(tmp_path)
         assert again.load() == [first]
@@ -106,6 +106,56 @@ def test_what_a_killed_process_left_of_a_line_is_not_there_and_is_replaced(tmp_p
     store.save(third, [], [SHOWN])
     assert ResultStore(tmp_path).load() == store.load() == again.load() == [first, second, third]
     assert [len(store.predictions(one)) for one in (first, second, third)] == [1, 2, 0]
+
+
+def test_a_last_line_without_its_end_counts_and_stays(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    first, second, third = map(point, range(3))
+    path = store.save(first, [ANSWER], [SHOWN])
+    store.save(second, [ANSWER, ANSWER], [])
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    again = ResultStore(tmp_path)
+    assert again.find(second.task, second.num_shots, second.seed, second.key) == second
+    assert len(again.predictions(second)) == 2
+    store.save(third, [], [SHOWN])
+    assert again.find(third.task, third.num_shots, third.seed, third.key) == third
+    assert ResultStore(tmp_path).load() == again.load() == [first, second, third]
+    assert [len(again.predictions(one)) for one in (first, second, third)] == [1, 2, 0]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_last_line_that_is_no_record_is_named_and_not_cut_off(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    path = store.save(point(0), [ANSWER], [SHOWN])
+    path.write_bytes(path.read_bytes() + b'{"record": {}}')
+    with pytest.raises(UserError, match=r"toy\.results\.jsonl:2: not a complete record"):
+        ResultStore(tmp_path).load()
+    store.save(point(1), [], [])
+    assert b'{"record": {}}\n' in path.read_bytes()
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n", " \t\n\n", "  "])
+def test_empty_lines_are_skipped(blank: str, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    path = store.save(point(0), [ANSWER], [SHOWN])
+    line = path.read_text(encoding="utf-8")
+    path.write_text(f"\n{line}{blank}", encoding="utf-8", newline="")
+    again = ResultStore(tmp_path)
+    assert again.find("toy", 4, 0, point(0).key) == point(0)
+    again.save(point(1), [ANSWER], [])
+    assert ResultStore(tmp_path).load() == again.load() == [point(0), point(1)]
+    assert again.context(point(0)) == [SHOWN]
+
+
+def test_a_folder_in_place_of_the_file_of_a_task_is_named(tmp_path: Path) -> None:
+    (tmp_path / "toy.results.jsonl").mkdir()
+    uses: list[Callable[[ResultStore], object]] = [
+        lambda store: store.find("toy", 4, 0, "key"),
+        lambda store: store.save(point(0), [], []),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match=r"toy\.results\.jsonl: .* is a folder; expected a file"):
+            use(ResultStore(tmp_path))
 
 
 def test_the_last_of_several_results_of_a_key_counts(tmp_path: Path) -> None:
@@ -211,6 +261,8 @@ def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"toy\.result\.json: not a complete record"):
         ResultStore(tmp_path).load()
     path.unlink()
+    if not text:
+        return  # an empty line is skipped
     results = ResultStore(tmp_path).save(make_result(), [], [])
     results.write_text(results.read_text(encoding="utf-8") + text + "\n", encoding="utf-8")
     reads: list[Callable[[ResultStore], object]] = [ResultStore.load, lambda store: store.find("toy", 4, 0, "key")]

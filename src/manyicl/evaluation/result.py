@@ -6,8 +6,9 @@
       tickets.results.jsonl   {"record": {…}, "predictions": […], "context": […]}, one line per model, shots and seed
       .results.lock           held while a line is added
 
-A line is added as a whole, so several processes may evaluate into one folder. What a killed process left of a line has
-no line end: it counts as not there, and the next result takes its place. The last line of a key counts.
+A line is added as a whole, so several processes may evaluate into one folder. What a killed process left of a line
+counts as not there, and the next result takes its place. Empty lines and a last line without its end, as editors leave
+them, do no harm. The last line of a key counts.
 
 Earlier versions wrote three files for each result (see `_SeparateFiles`); they are read, and no longer written.
 """
@@ -221,21 +222,25 @@ class ResultStore:
         """Return the result of this measurement, None if there is none.
 
         Raises:
-            UserError: If a record of the task is broken.
+            UserError: If a record of the task is broken, or its file is a folder.
         """
-        self._read_new_lines(self._path(task))
+        self._read_new_lines(self._path_to_write(task))
         if (line := self._lines.get(key)) is not None:
             return line.record
         return self._separate.find(task, num_shots, seed, key)
 
     def save(self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]) -> Path:
-        """Add a result to the file of its task, and wait until it is on the disk; return that file."""
+        """Add a result to the file of its task, and wait until it is on the disk; return that file.
+
+        Raises:
+            UserError: If that file is a folder.
+        """
         point = _Point(record=result, predictions=tuple(predictions), context=tuple(context))
-        path = self._path(result.task)
+        path = self._path_to_write(result.task)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / LOCK_FILE), path.open("ab+") as file:
             is_new = not file.tell()
-            file.truncate(_end_of_last_line(file))
+            _end_last_line(file)
             file.write(point.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -277,6 +282,13 @@ class ResultStore:
     def _path(self, task: str) -> Path:
         return self.folder / f"{readable_name(task)}{RESULTS_ENDING}"
 
+    def _path_to_write(self, task: str) -> Path:
+        path = self._path(task)
+        if path.is_dir():
+            what, remedy = "the file of a task's results is a folder", "Move it, or use another folder of results."
+            raise UserError("results_are_folder", what, expected="a file", remedy=remedy, file=path)
+        return path
+
     def _line_of(self, result: Result) -> _Line | None:
         if result.key not in self._lines:
             self._read_new_lines(self._path(result.task))
@@ -290,12 +302,16 @@ class ResultStore:
         with path.open("rb") as file:
             file.seek(end)
             for content in file:
-                if not content.endswith(b"\n"):
+                is_ended = content.endswith(b"\n")
+                if not is_ended and not _is_whole(content):
                     break
                 num_rows, start, end = num_rows + 1, end, end + len(content)
-                record = _parsed(_RecordOfLine, content, path, num_rows).record
-                self._lines[record.key] = _Line(record, path, num_rows, start, end)
-                self._read[path] = num_rows, end
+                if content.strip():
+                    record = _parsed(_RecordOfLine, content, path, num_rows).record
+                    self._lines[record.key] = _Line(record, path, num_rows, start, end)
+                # A line that has no end yet is read again with what follows.
+                if is_ended:
+                    self._read[path] = num_rows, end
 
 
 class _SeparateFiles:
@@ -333,8 +349,27 @@ class _SeparateFiles:
         return [_parsed(kind, line, path, row) for row, line in enumerate(lines, start=1)]
 
 
-def _end_of_last_line(file: IO[bytes]) -> int:
-    """Return where the last complete line of a file ends."""
+def _end_last_line(file: IO[bytes]) -> None:
+    """End the last line of a file where only its end is missing, and cut off half a line."""
+    start = _start_of_rest(file)
+    file.seek(start)
+    if _is_whole(file.read()):
+        file.write(b"\n")
+    else:
+        file.truncate(start)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Tell whether a line is all there: no beginning of a JSON object is JSON."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _start_of_rest(file: IO[bytes]) -> int:
+    """Return where the last line with an end ends."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - BYTES_READ_BACK, 0)
