@@ -108,4 +108,32 @@ def test_rows_without_such_a_column_are_not_compared(
     rows = [{"text": "film", "label": "good"}, {"text": "play"}]
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert run(monkeypatch, *common, "--output", tmp_path / "answers.jsonl") == 0
-    assert ", 1 row." in scored_lines(capsys.readouterr().err)
+    printed = scored_lines(capsys.readouterr().err)
+    assert ", 1 row." in printed
+    assert "In no score: 1 row without an answer there." in printed
+
+
+def test_rows_that_lack_the_column_are_counted_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries = tmp_path / "new.jsonl"
+    rows = [{"text": "play"}, {"text": "film"}, {"text": "film", "label": "good"}, {"text": "fun"}]
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = ["predict", "-m", model_folder, "-t", f"{table}:text:label", "--shots", 4, "--input", queries, "--json"]
+    assert run(monkeypatch, *arguments, "--output", tmp_path / "answers.jsonl") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert (scores["num_rows"], scores["num_scored"], scores["num_without"]) == (4, 1, 3)
+
+
+def test_the_count_is_printed_where_no_row_has_an_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
+) -> None:
+    queries = tmp_path / "new.csv"
+    queries.write_text("text,label\nfilm,\nplay,\n", encoding="utf-8")
+    arguments = ["predict", "-m", model_folder, "-t", f"{table}:text:label", "--shots", 4, "--input", queries]
+    assert run(monkeypatch, *arguments, "--output", tmp_path / "answers.csv") == 0
+    printed = scored_lines(capsys.readouterr().err)
+    assert printed.startswith("Compared with `label`: no score, 0 rows.\nIn no score: 2 rows without an answer there.")
+    assert run(monkeypatch, *arguments, "--json", "--output", tmp_path / "again.csv") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert (scores["num_rows"], scores["num_without"], scores["accuracy"]) == (2, 2, None)

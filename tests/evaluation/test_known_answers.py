@@ -44,7 +44,7 @@ def test_scores_are_those_of_evaluation() -> None:
 
 def test_every_row_is_in_the_scores_or_in_one_count() -> None:
     known = KnownAnswers(toy(), [Query("seen before")])
-    known.add({"text": "x"}, "a", None, has_problem=False)  # no such column: not counted
+    known.add({"text": "x"}, "a", None, has_problem=False)  # no such column
     values: tuple[object, ...] = ("", "  ", None, [], "d", "a, b", ["a", "b"], "d")
     for value in values:
         known.add({"text": "x", "team": value}, "a", None, has_problem=False)
@@ -55,9 +55,9 @@ def test_every_row_is_in_the_scores_or_in_one_count() -> None:
     found = known.as_json()
     counts = {name: value for name, value in found.items() if name.startswith("num_")}
     assert counts == {
-        "num_rows": 12,
+        "num_rows": 13,
         "num_scored": 1,
-        "num_without": 4,
+        "num_without": 5,
         "num_unusable": 4,
         "num_problems": 1,
         "num_abstained": 2,
@@ -66,6 +66,12 @@ def test_every_row_is_in_the_scores_or_in_one_count() -> None:
     }
     assert found["accuracy"] == 1
     assert known.unusable[0] == "d"
+
+
+def test_an_answer_that_is_none_of_the_tasks_is_named_as_it_is_in_the_row() -> None:
+    rows: list[object] = [{"name": "a"}, ["a", "b"], "é"]
+    known = scored(toy(), *(({"team": value}, "a") for value in rows))
+    assert known.unusable == ['{"name": "a"}', '["a", "b"]', "é"]
 
 
 def test_class_numbers_are_named_as_in_training_rows() -> None:

@@ -53,12 +53,17 @@ class Tally:
 
     @cached_property
     def known(self) -> KnownAnswers:
-        """How the answers compare with those that rows have; its module is not loaded where none has one."""
+        """How the answers compare with those that rows have, made at the first row that has the columns of one.
+
+        The rows before it lack them and are counted so; where no row has them, the module is not loaded.
+        """
         from manyicl.evaluation.known_answers import KnownAnswers
 
         retrievable = self.examples.retrievable if self.num_retrieved else ()
         given = chain(self.examples.chosen, retrievable)
-        return KnownAnswers(self.examples.newest_task, (example.query for example in given))
+        known = KnownAnswers(self.examples.newest_task, (example.query for example in given))
+        known.num_rows = known.num_without = self.num_rows
+        return known
 
     @cached_property
     def _known_columns(self) -> tuple[str, ...]:
@@ -75,13 +80,13 @@ class Tally:
     def count(self, row: Row, answer: Row) -> None:
         """Count a row by its own columns and those of its answer, in which files of text have text."""
         has_problem = self.layout.may_have_problems and bool(answer["problem"])
-        self.num_rows += 1
         self.num_problems += has_problem
         abstained = self.layout.may_abstain and answer["abstained"] in (True, "true")
         self.num_abstained += abstained
-        if self._known_columns and all(column in row for column in self._known_columns):
+        if self.has_known or (self._known_columns and all(column in row for column in self._known_columns)):
             guess = answer["guess"] if abstained else None
             self.known.add(row, None if abstained else answer["answer"] or "", guess, has_problem)
+        self.num_rows += 1
 
     def take(self, answers: Iterable[Row], rows: Iterable[LocatedRow]) -> None:
         """Count rows that are written already, together with the rows that they answer, from the first."""
@@ -109,7 +114,7 @@ class Tally:
         else:
             if output != STANDARD_STREAM:
                 say(console, f"{pluralized(self.num_rows, 'answer')} written to {output}")
-            if self._has_scores:
+            if self.has_known:
                 print_known_answers(self.known, console)
         if self.num_problems:
             what = f"{self.num_problems:,} of {pluralized(self.num_rows, 'row')} could not be answered"
@@ -130,13 +135,8 @@ class Tally:
             "num_dropped": None if prefix is None else prefix.num_dropped,
             "num_prefix_tokens": None if prefix is None else prefix.num_tokens,
             "seconds": round(seconds, 3),
-            "scores": self.known.as_json() if self._has_scores else None,
+            "scores": self.known.as_json() if self.has_known else None,
         }
-
-    @property
-    def _has_scores(self) -> bool:
-        """Whether any row has an answer of its own."""
-        return self.has_known and self.known.num_without < self.known.num_rows
 
 
 def require_summary_apart(output: Path, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,10 +27,10 @@ class KnownAnswers:
     Attributes:
         columns: Columns that the task's answer template names.
         pairs: Expected and answered label -> number; empty without labels that all rows share.
-        num_rows: Rows that have the columns.
-        num_without: Rows among them in which one is empty.
+        num_rows: Rows that are counted here.
+        num_without: Rows among them in which one of the columns is missing or empty.
         num_unusable: Rows among them whose answer is none of the labels or options, or cannot be rendered.
-        unusable: The first of these answers.
+        unusable: The first of these answers, as they are in their rows.
         num_problems: Rows with a known answer that could not be answered.
         num_abstained: Rows with a known answer for which the model abstained.
         num_guesses_right: Rows among them where its guess would have been right.
@@ -68,10 +69,8 @@ class KnownAnswers:
             guess: What it would have answered then.
             has_problem: Whether the row could not be answered.
         """
-        if not all(column in row for column in self.columns):
-            return
         self.num_rows += 1
-        if not all(str(as_written(row[column])).strip() for column in self.columns):
+        if not all(str(as_written(row.get(column))).strip() for column in self.columns):
             self.num_without += 1
             return
         if has_problem:
@@ -107,10 +106,10 @@ class KnownAnswers:
             if error.code in ("row_without_label", "empty_answer"):
                 self.num_without += 1
                 return None
-            self._count_unusable(error.what)
+            self._count_unusable(row)
             return None
         if options and references[0] not in options:
-            self._count_unusable(references[0])
+            self._count_unusable(row)
             return None
         return references
 
@@ -123,8 +122,10 @@ class KnownAnswers:
                 raise
             return self._accepted_alone(row)
 
-    def _count_unusable(self, answer: str) -> None:
+    def _count_unusable(self, row: Mapping[str, object]) -> None:
         self.num_unusable += 1
+        values = (row[column] for column in self.columns)
+        answer = ", ".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in values)
         if len(self.unusable) < MOST_UNUSABLE_NAMED and (name := shortened(answer)) not in self.unusable:
             self.unusable.append(name)
 
