@@ -20,7 +20,9 @@ from manyicl.evaluation.mistakes import (
     pair_counts,
     wrong_answers,
 )
+from manyicl.evaluation.report.task_mistakes import tasks_with_mistakes
 from manyicl.evaluation.result import PredictedAnswer, ResultStore
+from manyicl.evaluation.summary import summarise
 from tests.evaluation.test_report import WellFormed
 from tests.evaluation.test_summary import scored
 
@@ -85,6 +87,24 @@ def test_every_wrong_answer_is_a_row() -> None:
         (model, confidence) for confidence in ("", "0.8000", "0.6000") for model in ("m", "other")
     ], "the surest first, whatever the task"
     assert rows[0] | {} == {**rows[0], "task": "t", "model": "m", "shots": "4", "seed": "0", "query": "text, 5"}
+
+
+def test_each_task_is_shown_by_the_last_model_that_was_measured_on_it(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    measured = (("t", 4, 0), ("t", 8, 0), ("u", 8, 0), ("t", 4, 2))
+    records = [
+        scored(
+            "m", task, shots, (1.0, 0.0) * 3, num_labels=3, num_retrieved=retrieved, key=f"{task} {shots} {retrieved}"
+        )
+        for task, shots, retrieved in measured
+    ]
+    for record in records:
+        store.save(record, lines(), [])
+    found = tasks_with_mistakes(summarise(records), store)
+    assert [(one.result.task, one.result.line, one.result.num_shots) for one in found] == [
+        ("t", "m + 2 retrieved", 4),
+        ("u", "m", 8),
+    ]
 
 
 def test_the_command_writes_them_and_the_page_shows_them(tmp_path: Path) -> None:

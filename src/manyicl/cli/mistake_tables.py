@@ -47,7 +47,7 @@ def print_mistakes(pairs: PairCounts, console: Console) -> None:
 
 
 def print_task_mistakes(tasks: Sequence[TaskMistakes], console: Console) -> None:
-    """Print where the last model is wrong on each task with labels, and how far its confidence can be relied on."""
+    """Print where a model is wrong on each task with labels, and how far its confidence can be relied on."""
     from manyicl.evaluation.calibration import sentence
 
     for one in tasks[:MOST_TASKS_PRINTED]:

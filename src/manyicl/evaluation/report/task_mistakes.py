@@ -1,4 +1,4 @@
-"""Records -> where the last model is wrong on each task with labels, and how far its confidence can be relied on."""
+"""Records -> where a model is wrong on each task with labels, and how far its confidence can be relied on."""
 
 from __future__ import annotations
 
@@ -67,15 +67,16 @@ class TaskMistakes(NamedTuple):
 
 
 def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistakes]:
-    """Collect the mistakes of the last model on each task with labels, over all draws of demonstrations."""
-    if not summary.models:
-        return []
+    """Collect mistakes on each task with labels, over all draws of demonstrations.
+
+    They are those of the last model that was measured on the task, with its most demonstrations.
+    """
     found = []
     for task in summary.families:
-        model = summary.models[-1]
-        measured = [shots for name, of, shots in summary.by_point if (name, of) == (model, task)]
-        records = summary.by_point[model, task, max(measured)] if measured else ()
-        if not records or records[0].num_labels is None:
+        points = (point for point in summary.by_point if point[1] == task)
+        last = max(points, key=lambda point: (summary.models.index(point[0]), point[2]))
+        records = summary.by_point[last]
+        if records[0].num_labels is None:
             continue
         if predictions := [line for record in records for line in store.predictions(record)]:
             counts, wrong = pair_counts(predictions), wrong_answers(predictions)
