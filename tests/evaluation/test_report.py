@@ -179,6 +179,25 @@ def test_models_without_a_common_task_are_shown_task_by_task(tmp_path: Path) -> 
         plot_shot_curves(records, tmp_path / "curve.png")
 
 
+def test_the_head_of_the_page_counts_every_task_and_a_model_once(tmp_path: Path) -> None:
+    plain = [scored("m", task, 4, (1.0, 0.0), seen_in_training=False) for task in ("a", "b")]
+    more = [
+        scored("m", task, 4, (1.0, 0.0), seen_in_training=False, num_retrieved=2, key="2") for task in ("b", "c", "d")
+    ]
+    head = lead(write_report([*plain, *more], tmp_path / "report.html"))
+    assert head == (
+        "1 model, with and without retrieved rows, on 4 tasks of 1 family that fine-tuning never used, with 4 to 4 "
+        "demonstrations in the context. 3 of the tasks were not measured everywhere and are in no mean."
+    )
+    unknown = scored("m", "e", 4, (1.0, 0.0))
+    head = lead(write_report([*plain, unknown], tmp_path / "report.html"))
+    assert head == "1 model on 3 tasks of 1 family, with 4 to 4 demonstrations in the context."
+
+
+def lead(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition('<p class="lead">')[2].partition("</p>")[0]
+
+
 def test_the_table_fits_eighty_columns_with_eight_shot_counts() -> None:
     records = [scored("fine-tuned", "a", shots, (1.0, 0.0)) for shots in (0, 1, 2, 4, 8, 16, 32, 64)]
     screen = io.StringIO()

@@ -153,14 +153,24 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0
 
 
 def _lead(summary: Summary) -> str:
-    seen = {record.seen_in_training for record in summary.records}
-    unseen = " that fine-tuning never used" if False in seen and True not in seen else ""
-    num_families = len(summary.groups)
-    return (
-        f"{pluralized(len(summary.models), 'model')} on {pluralized(len(summary.compared), 'task')} of {num_families} "
-        f"{'family' if num_families == 1 else 'families'}{unseen}, with {summary.shots[0]} to {summary.shots[-1]} "
+    """Say how many models and tasks the page is about; a model that also retrieves rows is one."""
+    num_models = len({(record.model_name, record.model_fingerprint) for record in summary.records})
+    retrieves = {record.num_retrieved > 0 for record in summary.records}
+    with_rows = ", with and without retrieved rows," if len(retrieves) > 1 else ", with retrieved rows,"
+    seen = {(record.task, record.seen_in_training) for record in summary.records}
+    is_unseen = all((task, False) in seen and (task, True) not in seen for task in summary.families)
+    num_tasks, num_families = len(summary.families), len(set(summary.families.values()))
+    lead = (
+        f"{pluralized(num_models, 'model')}{with_rows if True in retrieves else ''} on {pluralized(num_tasks, 'task')} "
+        f"of {num_families} {'family' if num_families == 1 else 'families'}"
+        f"{' that fine-tuning never used' if is_unseen else ''}, with {summary.shots[0]} to {summary.shots[-1]} "
         "demonstrations in the context."
     )
+    if num_alone := len(summary.not_compared):
+        is_one = num_alone == 1
+        lead += f" {num_alone} of the tasks {'was' if is_one else 'were'} not measured everywhere and "
+        lead += f"{'is' if is_one else 'are'} in no mean."
+    return lead
 
 
 class Finding(NamedTuple):
