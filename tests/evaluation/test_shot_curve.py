@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
 
-from manyicl.engine.engine import Engine
+from manyicl.engine.engine import Engine, Prediction
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
@@ -62,6 +63,29 @@ def test_a_second_run_measures_nothing_and_returns_the_same(tmp_path: Path) -> N
     assert engine.calls == []
     assert second.num_found == len(second.results) == len(first.results)
     assert second.results == first.results
+
+
+class SlowEngine(OracleEngine):
+    """While it answers for the first time, a run beside it measures everything."""
+
+    output: Path
+
+    def predict(self, *arguments: Any, **options: Any) -> Iterator[Prediction]:
+        self.calls.append("predict")
+        if self.calls.count("predict") == 1:
+            measure(OracleEngine(), [make_task()], self.output)
+        return super().predict(*arguments, **options)
+
+
+def test_what_another_run_measures_meanwhile_is_taken_and_is_there_once(tmp_path: Path) -> None:
+    engine = SlowEngine()
+    engine.output = tmp_path
+    curves = measure(engine, [make_task()], tmp_path)
+    assert engine.calls == ["encode 0", "predict"]
+    assert curves.num_found == 7
+    lines = (tmp_path / "toy.results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 7
+    assert curves.results == measure(OracleEngine(), [make_task()], tmp_path).results
 
 
 def test_an_interrupted_run_resumes_where_it_stopped(tmp_path: Path) -> None:

@@ -227,6 +227,11 @@ def _curve(
             answers = _answers(engine, task, prefix, retrieve, "all" if keep_confidence else "best", activity)
             before = _Answered(prefix.demonstrations, answers, time.perf_counter() - start)
             answered[num_retrieved] = before
+        # What another process has measured meanwhile is taken, so that it is not there twice.
+        found = store.find(task.name, num_shots, seed, key)
+        if found is not None:
+            yield _under_name(found, name, store), True
+            continue
         result = Result(
             key=key,
             num_shots=num_shots,
