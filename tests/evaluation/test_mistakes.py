@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.cli.evaluate import _print_results
 from manyicl.cli.report import report_command
 from manyicl.errors import UserError
 from manyicl.evaluation.mistakes import (
@@ -18,10 +19,12 @@ from manyicl.evaluation.mistakes import (
     errors_as_csv,
     label_scores,
     pair_counts,
+    without_answers,
     wrong_answers,
 )
 from manyicl.evaluation.report.task_mistakes import tasks_with_mistakes
 from manyicl.evaluation.result import PredictedAnswer, ResultStore
+from manyicl.evaluation.shot_curve import ShotCurves
 from manyicl.evaluation.summary import summarise
 from tests.evaluation.test_report import WellFormed
 from tests.evaluation.test_summary import scored
@@ -129,3 +132,38 @@ def test_the_command_writes_them_and_the_page_shows_them(tmp_path: Path) -> None
     errors.write_text("mine\n", encoding="utf-8")
     with pytest.raises(UserError, match="was not written by this command"):
         report_command(store.folder, errors=errors)
+
+
+def test_results_without_answers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ResultStore(tmp_path / "results")
+    labelled = scored("m", "t", 4, (1.0, 0.0) * 3).model_copy(update={"num_labels": 3})
+    store.save(labelled, lines(), [])
+    # As earlier versions wrote it, without the file of its answers.
+    old = labelled.model_copy(update={"key": "old", "seed": 7})
+    (store.folder / f"{old.stem}.result.json").write_text(old.model_dump_json(), encoding="utf-8")
+    sentence = "No answers, and so no errors, are known of 1 result: t, m, 4 shots, seed 7."
+    report_command(store.folder, errors=tmp_path / "wrong.csv", quiet=True)
+    assert capsys.readouterr() == ("", f"{sentence}\n")
+    assert sentence in (store.folder / "report.html").read_text(encoding="utf-8")
+    _print_results(ShotCurves((labelled, old), 2), store.folder)
+    assert capsys.readouterr().err == f"{sentence}\n"
+    report_command(store.folder, examples=False)
+    assert sentence not in (store.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_many_results_without_answers_are_counted() -> None:
+    results = [scored("m", "t", 4, (1.0,), seed=seed) for seed in range(1_007)]
+    sentence = without_answers([(results[0], lines()), *((result, []) for result in results[1:])])
+    assert sentence is not None
+    assert "of 1,006 results: t, m, 4 shots, seed 1; " in sentence
+    assert sentence.endswith("seed 5; and 1,001 more.")
+    assert without_answers([(results[0], lines())]) is None
+
+
+def test_a_folder_without_labels_has_no_errors_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ResultStore(tmp_path / "results")
+    store.save(scored("m", "t", 4, (1.0, 0.0) * 3), lines(), [])
+    errors = tmp_path / "wrong.csv"
+    report_command(store.folder, errors=errors)
+    assert capsys.readouterr().err == f"No task has labels, so {errors} has no rows.\n"
+    assert len(errors.read_text(encoding="utf-8").splitlines()) == 1

@@ -98,13 +98,16 @@ def evaluate_command(
 
 def _print_results(curves: ShotCurves, output: Path) -> None:
     """Print the scores, where the model is wrong, and what to do next."""
-    from manyicl.cli.mistake_tables import print_task_mistakes
+    from manyicl.cli.mistake_tables import print_task_mistakes, say
     from manyicl.evaluation.report import print_table
-    from manyicl.evaluation.report.task_mistakes import tasks_with_mistakes
+    from manyicl.evaluation.report.task_mistakes import mistakes_missing, tasks_with_mistakes
     from manyicl.evaluation.result import ResultStore
 
     console = new_console()
-    print_task_mistakes(tasks_with_mistakes(print_table(curves.results, console), ResultStore(output)), console)
+    summary, store = print_table(curves.results, console), ResultStore(output)
+    print_task_mistakes(tasks_with_mistakes(summary, store), console)
+    if missing := mistakes_missing(summary, store):
+        say(new_console(stderr=True), missing)
     found = f", {curves.num_found} of them found from an earlier run" if curves.num_found else ""
     typer.echo(f"{pluralized(len(curves.results), 'result')} in {output}{found}. Next: manyicl report {output}")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.outputs import require_output_file
 from manyicl.printing import new_console
+
+if TYPE_CHECKING:
+    from manyicl.evaluation.result import Result, ResultStore
 
 PAGE_ENDINGS = (".html", ".htm")
 
@@ -49,8 +53,7 @@ def report_command(
 
         manyicl report results --no-examples --output to-share.html
     """
-    from manyicl.atomic import write_atomically
-    from manyicl.evaluation.mistakes import errors_as_csv
+    from manyicl.cli.mistake_tables import say
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
     from manyicl.evaluation.report.page import is_report
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture
@@ -73,11 +76,12 @@ def report_command(
             plot.parent.mkdir(parents=True, exist_ok=True)
             plot_shot_curves(records, plot)
         write_report(results, page, title=title, examples=examples)
+        missing = None
         if errors is not None:
             activity.begin("writing wrong answers")
-            answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
-            errors.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(errors, errors_as_csv(answered))
+            missing = _write_errors(errors, records, store)
+    if missing:
+        say(new_console(stderr=True), missing)
     if as_json:
         typer.echo(json.dumps(scores_as_json(summary), ensure_ascii=False, indent=2))
     elif not quiet:
@@ -86,6 +90,17 @@ def report_command(
         for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
             if path is not None:
                 console.print(f"{what}: {path}", markup=False, soft_wrap=True)
+
+
+def _write_errors(path: Path, records: Sequence[Result], store: ResultStore) -> str | None:
+    """Write every wrong answer to a label, and say in one sentence which are not known, if any."""
+    from manyicl.atomic import write_atomically
+    from manyicl.evaluation.mistakes import errors_as_csv, without_answers
+
+    answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, errors_as_csv(answered))
+    return without_answers(answered) if answered else f"No task has labels, so {path} has no rows."
 
 
 def _holds_errors(path: Path) -> bool:

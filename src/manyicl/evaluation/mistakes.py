@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from manyicl.errors import pluralized
 from manyicl.evaluation.metrics import accuracy, expected_and_answered
 from manyicl.evaluation.result import PredictedAnswer, Result
 
 # More labels than these are not shown one by one, and more than these make no matrix that can be read.
 MOST_LABELS, MOST_LABELS_OF_A_MATRIX = 40, 12
+# Results that a sentence names.
+MOST_NAMED = 5
 ERROR_COLUMNS = ("task", "model", "shots", "seed", "origin", "query", "expected", "answer", "confidence")
 
 # Expected label and answered one -> number of such answers; all that the scores of labels depend on.
@@ -111,6 +114,18 @@ def errors_as_csv(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) 
         place = (result.task, result.line, result.num_shots, result.seed, line.origin)
         table.writerow([*place, line.query, _pair(line)[0], line.answer, confidence])
     return text.getvalue()
+
+
+def without_answers(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) -> str | None:
+    """Say in one sentence of which results there are no answers; None where all have them."""
+    missing = [result for result, predictions in answered if not predictions]
+    if not missing:
+        return None
+    names = [
+        f"{one.task}, {one.line}, {pluralized(one.num_shots, 'shot')}, seed {one.seed}" for one in missing[:MOST_NAMED]
+    ]
+    names += [f"and {len(missing) - MOST_NAMED:,} more"] if len(missing) > MOST_NAMED else []
+    return f"No answers, and so no errors, are known of {pluralized(len(missing), 'result')}: {'; '.join(names)}."
 
 
 def is_right(line: PredictedAnswer) -> bool:

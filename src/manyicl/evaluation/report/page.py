@@ -24,7 +24,7 @@ from manyicl.evaluation.report.plots import (
     model_colours,
     reliability_panel,
 )
-from manyicl.evaluation.report.task_mistakes import TaskMistakes, tasks_with_mistakes
+from manyicl.evaluation.report.task_mistakes import TaskMistakes, mistakes_missing, tasks_with_mistakes
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
 from manyicl.evaluation.summary import OVERALL, Summary
 from manyicl.evaluation.uncertainty import Estimate, estimate_over_tasks
@@ -104,6 +104,7 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         "panel": lambda section, wide=False: Markup(inline_panel(summary, section, wide=wide)),
         "worked": worked_tasks(summary, store) if store is not None else [],
         "mistakes": tasks_with_mistakes(summary, store) if store is not None else [],
+        "mistakes_missing": mistakes_missing(summary, store) if store is not None else None,
         "calibrated": sentence,
         "calibration_panels": _calibration_panels,
         "most_drawn": MOST_CALIBRATIONS_DRAWN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from manyicl.evaluation.calibration import Calibration, calibration
@@ -15,6 +16,7 @@ from manyicl.evaluation.mistakes import (
     confusions,
     label_scores,
     pair_counts,
+    without_answers,
     wrong_answers,
 )
 from manyicl.evaluation.result import PredictedAnswer, Result, ResultStore
@@ -73,12 +75,22 @@ def tasks_with_mistakes(summary: Summary, store: ResultStore) -> list[TaskMistak
     """
     found = []
     for task in summary.families:
-        points = (point for point in summary.by_point if point[1] == task)
-        last = max(points, key=lambda point: (summary.models.index(point[0]), point[2]))
-        records = summary.by_point[last]
-        if records[0].num_labels is None:
-            continue
+        records = _last_records(summary, task)
         if predictions := [line for record in records for line in store.predictions(record)]:
             counts, wrong = pair_counts(predictions), wrong_answers(predictions)
             found.append(TaskMistakes(records[0], counts, wrong, calibration(predictions)))
     return found
+
+
+def mistakes_missing(summary: Summary, store: ResultStore) -> str | None:
+    """Say in one sentence of which of these results no answers were kept; None where all were."""
+    records = [record for task in summary.families for record in _last_records(summary, task)]
+    return without_answers((record, store.predictions(record)) for record in records)
+
+
+def _last_records(summary: Summary, task: str) -> Sequence[Result]:
+    """Return the results of the last model on a task after its most demonstrations; none for a task without labels."""
+    points = (point for point in summary.by_point if point[1] == task)
+    last = max(points, key=lambda point: (summary.models.index(point[0]), point[2]))
+    records = summary.by_point[last]
+    return records if records[0].num_labels is not None else ()
