@@ -125,6 +125,10 @@ def change_context(point: dict[str, Any]) -> dict[str, Any]:
     return {**point, "context": json.loads(json.dumps(point["context"]).replace("number 1", "number 9"))}
 
 
+def without_confidences(point: dict[str, Any]) -> dict[str, Any]:
+    return {**point, "predictions": [{**one, "confidence": None} for one in point["predictions"]]}
+
+
 def test_a_context_with_other_demonstrations_is_refused(tasks: list[Task], tmp_path: Path) -> None:
     score(tasks, tmp_path / "records", BASE)
     record = score(tasks, tmp_path / "records", ONE)[2]
@@ -165,11 +169,14 @@ def test_all_tables_are_printed_and_every_row_has_the_columns_of_its_head(
         "Calibration, classification tasks",
         "Tasks",
     ]
-    assert "hold no confidences" in printed
+    assert "Expected calibration error" in printed
     assert "#### sums (math, exact_match)\n\nNot measured with both models." in printed
     for lines in re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE):
         assert len({line.count(" | ") for line in lines.splitlines()}) == 1
     assert table.main([str(tmp_path / "records"), str(tmp_path), "--model", "two"]) == 2
+    change_points(tmp_path, without_confidences)
+    assert table.main([str(tmp_path / "records"), str(tmp_path)]) == 0
+    assert "hold no confidences" in capsys.readouterr().out
 
 
 # --- What is computed of the scores

@@ -62,6 +62,10 @@ def test_the_matrix_counts_every_pair() -> None:
     assert counts == [[1, 2, 0], [0, 1, 1], [0, 0, 1]]
 
 
+def test_the_matrix_of_a_single_label_is_a_number() -> None:
+    assert confusion_matrix({("a", "a"): 3}) == (["a"], [[3]])
+
+
 def test_another_accepted_answer_is_right_and_no_confusion() -> None:
     (line, *_) = lines()
     other = line.model_copy(update={"answer": "b", "references": ("a", "b")})

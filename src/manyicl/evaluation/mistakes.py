@@ -80,16 +80,9 @@ def label_scores(pairs: PairCounts) -> list[LabelScore]:
 
 
 def confusion_matrix(pairs: PairCounts) -> tuple[list[str], list[list[int]]]:
-    """Return the labels and, for each expected one, how often each was answered; (L,) and (L, L).
-
-    Through ``sklearn.metrics.confusion_matrix``.
-    """
-    from sklearn import metrics
-
-    expected, answers = zip(*pairs, strict=True)
+    """Return the labels and, for each expected one, how often each was answered; (L,) and (L, L)."""
     labels = labels_in(pairs)
-    counts = metrics.confusion_matrix(expected, answers, labels=labels, sample_weight=list(pairs.values()))
-    return labels, [[round(float(number)) for number in row] for row in counts]
+    return labels, [[pairs.get((expected, answer), 0) for answer in labels] for expected in labels]
 
 
 def confusions(pairs: PairCounts) -> list[Confusion]:
