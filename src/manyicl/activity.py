@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from manyicl.printing import duration, printable
+from manyicl.printing import duration, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,7 +180,7 @@ class Activity:
         """Print a line, above the bar if there is one; the next one about progress is due ten seconds later."""
         if self._console is not None:
             self._said_at = time.monotonic()
-            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
     def line(self) -> str:
         """Say in one line what is being done, for how long, and how much of it is left."""

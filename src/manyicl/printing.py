@@ -35,6 +35,11 @@ def new_console(**options: Any) -> Console:
     return Console(**options, emoji=False)
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, but for characters that would steer the terminal."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """Write a time: ``12 s``, ``3 min 20 s``, ``2 h 5 min``.
 

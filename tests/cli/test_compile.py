@@ -139,7 +139,7 @@ def test_scores_in_csv_are_a_column_for_each_label(
 def test_many_labels_get_a_margin_and_no_probability_unless_every_label_is_scored(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, queries: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("manyicl.cli.answer_columns.MOST_LABELS_SCORED", 1)
+    monkeypatch.setattr("manyicl.engine.queries.MOST_LABELS_SCORED", 1)
     common = ["--model", model_folder, "--task", f"{table}:text:label", "--shots", 4, "--input", queries]
     rows: dict[str, list[dict[str, object]]] = {}
     for name, more in (("best", []), ("abstain", ["--abstain-below", 0.1]), ("scores", ["--scores"])):

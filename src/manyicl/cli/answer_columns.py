@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from manyicl.cli.answers import Row
-from manyicl.engine.label_scores import MOST_LABELS_SCORED
+from manyicl.engine.queries import has_few_labels
 from manyicl.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class AnswerColumns:
             option = "--scores" if has_scores else "--abstain-below"
             what = f"{option} needs labels, and task {task.name!r} has free answers"
             raise UserError("conflicting_options", what, remedy=f"Leave out {option}.", field=option)
-        has_few_labels = task.is_closed and len(task.labels or ()) <= MOST_LABELS_SCORED
-        has_probability = has_few_labels or has_scores or may_abstain
+        has_probability = has_few_labels(task) or has_scores or may_abstain
         has_margin = task.is_closed and not has_probability
         score_labels = task.labels if is_csv else None
         has_similar = how.get("num_similar", 0) > 0

@@ -14,7 +14,7 @@ from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.engine.queries import can_blend
 from manyicl.errors import UserError, pluralized, quoted
-from manyicl.printing import new_console
+from manyicl.printing import new_console, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,8 +208,7 @@ def _earlier(engine: Engine, path: Path, num_retrieved: int, console: Console) -
     try:
         earlier = engine.load(path)
     except UserError as error:
-        say = f"Compiling everything: {error}"
-        console.print(say, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Compiling everything: {error}")
         return None
     if earlier.rows and not num_retrieved:
         what, remedy = (
@@ -240,8 +239,8 @@ def say_unused(task: Task, demonstrations: Sequence[Example], console: Console) 
     more = ["…"] if len(labels) > MOST_LABELS_NAMED else []
     without = f", and no row of {', '.join([*labels[:MOST_LABELS_NAMED], *more])} is" if labels else ""
     what = f"{num_unused:,} of {pluralized(len(task.train), 'row')} are not among the demonstrations{without}"
-    say = f"The rows have changed: earlier demonstrations come first, so {what}. Raise --shots, or drop --update."
-    console.print(say, markup=False, highlight=False, soft_wrap=True)
+    remedy = "Raise --shots, or drop --update."
+    say(console, f"The rows have changed: earlier demonstrations come first, so {what}. {remedy}")
 
 
 def print_observed(prefix: TaskPrefix, console: Console) -> None:

@@ -13,7 +13,7 @@ from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.errors import UserError, pluralized, shortened
 from manyicl.outputs import require_output_folder
-from manyicl.printing import new_console
+from manyicl.printing import new_console, say
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
@@ -98,7 +98,7 @@ def evaluate_command(
 
 def _print_results(curves: ShotCurves, output: Path) -> None:
     """Print the scores, where the model is wrong, and what to do next."""
-    from manyicl.cli.mistake_tables import print_task_mistakes, say
+    from manyicl.cli.mistake_tables import print_task_mistakes
     from manyicl.evaluation.report import print_table
     from manyicl.evaluation.report.task_mistakes import mistakes_missing, tasks_with_mistakes
     from manyicl.evaluation.result import ResultStore

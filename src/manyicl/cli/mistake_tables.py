@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from manyicl.cli.tables import table_of
 from manyicl.errors import pluralized, shortened
-from manyicl.printing import printable
+from manyicl.printing import printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +78,3 @@ def _print_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], consol
     for name, row in zip(names, counts, strict=True):
         table.add_row(name, *map(str, row))
     console.print(table)
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, but for characters that would steer the terminal."""
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import typer
 from manyicl.activity import Activity
 from manyicl.cli import options
 from manyicl.outputs import require_output_file
-from manyicl.printing import new_console
+from manyicl.printing import new_console, say
 
 if TYPE_CHECKING:
     from manyicl.evaluation.result import Result, ResultStore
@@ -53,7 +53,6 @@ def report_command(
 
         manyicl report results --no-examples --output to-share.html
     """
-    from manyicl.cli.mistake_tables import say
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
     from manyicl.evaluation.report.page import is_report
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture

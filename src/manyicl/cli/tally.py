@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from manyicl.cli.answers import STANDARD_STREAM, Row
-from manyicl.cli.mistake_tables import print_mistakes, say
+from manyicl.cli.mistake_tables import print_mistakes
 from manyicl.errors import UserError, pluralized
+from manyicl.printing import say
 
 if TYPE_CHECKING:
     from rich.console import Console

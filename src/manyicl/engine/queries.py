@@ -80,6 +80,11 @@ class AnswerOptions(TypedDict, total=False):
     num_similar: int
 
 
+def has_few_labels(task: Task) -> bool:
+    """Tell whether a task has labels or options, few enough for all of them to be scored by default."""
+    return task.is_closed and len(task.labels or ()) <= MOST_LABELS_SCORED
+
+
 def can_blend(task: Task) -> bool:
     """Tell whether a task has a closed label set, small enough to blend its scores with those of the words."""
     return task.labels is not None and len(task.labels) <= MOST_LABELS_SCORED

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from manyicl.activity import Activity
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
+from manyicl.engine.queries import has_few_labels
 from manyicl.episodes.budget import require_instruction_fits
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
@@ -263,8 +264,7 @@ class _Answered(NamedTuple):
 
 def keeps_confidence(task: Task, settings: EvaluationSettings) -> bool:
     """Tell whether the probability of each answer of a task is recorded, for which all labels are scored."""
-    has_few_labels = len(task.labels or ()) <= MOST_LABELS_SCORED
-    return task.is_closed and (has_few_labels if settings.keep_confidence is None else settings.keep_confidence)
+    return has_few_labels(task) if settings.keep_confidence is None else task.is_closed and settings.keep_confidence
 
 
 def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
