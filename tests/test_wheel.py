@@ -71,7 +71,7 @@ def test_the_wheel_holds_adapter_card_templates_and_starter_tables(wheel: Path) 
         *(f"model/one/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "manyicl.json")),
         "model/one/README.md",
         "model/prompt_page.md",
-        "evaluation/report/report.html",
+        *(f"evaluation/report/{name}" for name in ("report.html", "comparison.html", "style.css")),
         "cli/quickstart.yaml",
         "tasks/catalog/classification/trec/task.yaml",
         *(f"tasks/starter/{task}/task.yaml" for task in ("tickets", "titles", "urgency")),

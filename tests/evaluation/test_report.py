@@ -15,7 +15,7 @@ from rich.console import Console
 from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.evaluation.report import Part, plot_parts, plot_shot_curves, print_parts, print_table, write_report
-from manyicl.evaluation.report.plots import is_picture, shot_position
+from manyicl.evaluation.report.drawing import is_picture, shot_position
 from manyicl.evaluation.report.tables import with_interval
 from manyicl.evaluation.result import Result, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves

@@ -54,8 +54,9 @@ def report_command(
         manyicl report results --no-examples --output to-share.html
     """
     from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
-    from manyicl.evaluation.report.page import is_report
-    from manyicl.evaluation.report.plots import PICTURE_ENDINGS, is_picture
+    from manyicl.evaluation.report.drawing import is_picture
+    from manyicl.evaluation.report.plots import PICTURE_ENDINGS
+    from manyicl.evaluation.report.template import is_report
     from manyicl.evaluation.result import ResultStore
     from manyicl.evaluation.summary import scores_as_json, summarise
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import regex  # type: ignore[import-untyped]
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
@@ -19,12 +16,12 @@ from manyicl.evaluation.report.message import message, remarks
 from manyicl.evaluation.report.plots import (
     TFIDF_COLOUR,
     coverage_panel,
-    family_title,
     inline_panel,
     model_colours,
     reliability_panel,
 )
 from manyicl.evaluation.report.task_mistakes import TaskMistakes, mistakes_missing, tasks_with_mistakes
+from manyicl.evaluation.report.template import as_score, as_signed, is_report, render
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore
 from manyicl.evaluation.summary import OVERALL, Summary
 from manyicl.evaluation.uncertainty import Estimate, estimate_over_tasks
@@ -33,11 +30,8 @@ from manyicl.outputs import require_output_file
 # A worked prediction should be read whole: few demonstrations, and the first queries rather than chosen ones.
 WORKED_SHOTS = 8
 WORKED_QUERIES = 2
-MAX_SHOWN_CHARACTERS = 700
 # Tasks whose calibration is drawn; beyond these, a page would be megabytes of curves.
 MOST_CALIBRATIONS_DRAWN = 12
-# How a page of ours is recognised: its generator, or in older pages the end of its title.
-PAGE_MARKS = (b'<meta name="generator" content="manyicl">', " · manyicl</title>".encode())
 
 
 def write_report(
@@ -71,12 +65,7 @@ def write_report(
         results = store.load()
     store = store if examples else None
     rendered = [_content_of(part, store) for part in parts or (Part("", results),)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": _score, "signed": _signed, "family": family_title, "shortened": _shortened}
-    source = files("manyicl.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
-        title=title, parts=rendered, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR
-    )
+    page = render("report.html", title=title, parts=rendered, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output
@@ -125,34 +114,6 @@ def _calibration_panels(one: TaskMistakes) -> list[Markup]:
     return [Markup(draw(found, salt)) for draw in (reliability_panel, coverage_panel)] if found else []
 
 
-def is_report(path: Path) -> bool:
-    """Tell whether a file is a page that `write_report` wrote."""
-    content = path.read_bytes() if path.is_file() else b""
-    return any(mark in content for mark in PAGE_MARKS)
-
-
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
-
-
-def _shortened(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
-    """Cut a long text for display, never within what a reader sees as one character, and say how much is hidden."""
-    if len(text) <= limit:
-        return text.translate(_CONTROL_PICTURES)
-    ends = (cluster.end() for cluster in regex.finditer(r"\X", text[: limit + 100]))
-    kept = max((end for end in ends if end <= limit), default=limit)
-    return f"{text[:kept].translate(_CONTROL_PICTURES)} … ({len(text) - kept:,} more characters)"
-
-
-# Control characters, which no HTML may hold, are shown as the pictures that Unicode has of them: all below a space but
-# tab and line feed, and delete.
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
-
-
 def _lead(summary: Summary) -> str:
     """Say how many models and tasks the page is about; a model that also retrieves rows is one."""
     num_models = len({(record.model_name, record.model_fingerprint) for record in summary.records})
@@ -191,17 +152,17 @@ def _findings(summary: Summary) -> list[Finding]:
         if not scores:
             continue
         (fewest, first), (most, last) = scores[0], scores[-1]
-        detail = f"{_interval(last)}; {_score(first.mean)} at {pluralized(fewest, 'shot')}"
+        detail = f"{_interval(last)}; {as_score(first.mean)} at {pluralized(fewest, 'shot')}"
         means = [(summary.families[task], summary.tasks[model, task, most].mean) for task in summary.compared]
         if (other_tasks := estimate_over_tasks(means)) is not None:
             detail += f"; {_interval(other_tasks)} had other tasks of these families been chosen"
-        findings.append(Finding(_score(last.mean), f"{model}, {pluralized(most, 'shot')}", detail, colour))
+        findings.append(Finding(as_score(last.mean), f"{model}, {pluralized(most, 'shot')}", detail, colour))
     base, *others = summary.models
     for model in others:
         differences = [(n, one) for n in summary.shots if (one := summary.difference(base, model, OVERALL, n))]
         for most, difference in differences[-1:]:
             label = f"{model} over {base}, {pluralized(most, 'shot')}"
-            findings.append(Finding(_signed(difference.mean), label, _compared(difference)))
+            findings.append(Finding(as_signed(difference.mean), label, _compared(difference)))
     return findings
 
 
@@ -209,13 +170,13 @@ def _compared(difference: Estimate) -> str:
     """Say how a difference was measured, and whether its interval excludes 0."""
     is_paired = difference.pairing == "paired"
     measured = "paired over the same queries" if is_paired else "not paired: other queries, seeds or number of them"
-    detail = f"{measured}, {_interval(difference, _signed)}"
+    detail = f"{measured}, {_interval(difference, as_signed)}"
     if difference.includes_zero is None:
         return detail
     return f"{detail}: the interval {'includes' if difference.includes_zero else 'excludes'} 0"
 
 
-def _interval(estimate: Estimate, write: Callable[[float], str] = _score) -> str:
+def _interval(estimate: Estimate, write: Callable[[float], str] = as_score) -> str:
     if estimate.interval is None:
         return "too few queries for an interval"
     low, high = estimate.interval
