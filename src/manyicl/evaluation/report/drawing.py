@@ -29,6 +29,8 @@ AUTHOR = "manyicl report"
 
 # In a page the ink follows the reader's theme: these are its placeholders until the SVG is written.
 INK, FAINT = "#010203", "#040506"
+# Of a picture that is a file of its own, on white.
+FILE_INK, FILE_FAINT = "#20242b", "#d9dde3"
 
 
 def style(salt: str) -> Any:
@@ -76,15 +78,29 @@ def with_escapes(name: str) -> str:
 
 def inline(draw: Callable[[Axes], None], salt: str, spoken: str, size: tuple[float, float]) -> str:
     """Draw one panel as SVG for a page: no XML head, no fixed size, ink in the page's own colours."""
+    return for_page(drawn(draw, salt, size), spoken)
+
+
+def drawn(draw: Callable[[Axes], None], salt: str, size: tuple[float, float]) -> str:
+    """Draw one panel with the placeholders of the inks, to be made a part of a page or a file."""
     with rc_context(style(f"manyicl {salt}")), no_font_warnings():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(buffer.getvalue(), spoken)
+    return buffer.getvalue()
 
 
-def _for_page(svg: str, spoken: str) -> str:
+def for_file(svg: str, title: str) -> str:
+    """Make what was drawn a picture on white that is a file of its own."""
+    head, _, body = svg.partition("<svg ")
+    attributes, _, content = body.partition(">")
+    content = content.replace(INK, FILE_INK).replace(FAINT, FILE_FAINT)
+    said = f"<title>{html.escape(printable(title))}</title><desc>Drawn by {AUTHOR}</desc>"
+    return f'{head}<svg style="background: white" {attributes}>{said}{content}'
+
+
+def for_page(svg: str, spoken: str) -> str:
     """Make matplotlib's SVG file a part of an HTML page, with a text for readers who do not see it."""
     _, _, body = svg.partition("<svg ")
     attributes, _, content = body.partition(">")
@@ -95,7 +111,7 @@ def _for_page(svg: str, spoken: str) -> str:
     content = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", content)
     content = content.replace(INK, "currentColor").replace(FAINT, "var(--line)")
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} {view_box.group()} role="img" aria-label="{html.escape(spoken)}">{content}'
+    return f'<svg {namespaces} {view_box.group()} role="img" aria-label="{html.escape(printable(spoken))}">{content}'
 
 
 def label_ends(ax: Axes, height: float = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -88,6 +88,25 @@ def _lines(summary: Summary, group: Group, *, differences: bool = False) -> list
     return lines
 
 
+# What a reader must know of a result, by the field that says so.
+_FLAGS = {
+    "beyond_training": "used more tokens or shots than any training sequence had",
+    "num_shots_dropped": "have fewer demonstrations than requested, because the context was full",
+    "num_shots_missing": "have fewer demonstrations than requested, because the task has no more training rows",
+    "num_cut_answers": "cut at least one free answer at the token limit",
+    "num_queries_skipped": "skipped test rows that do not fit the context even without demonstrations",
+    "seen_in_training": "are on tasks whose source the model was fine-tuned on: those are not unseen",
+}
+# Those that a comparison needs: what it trained on, and how far, is in its plan.
+FLAGS_OF_COMPARISONS = ("num_shots_dropped", "num_shots_missing", "num_cut_answers", "num_queries_skipped")
+
+
+def flag_notes(records: Sequence[Result], fields: Iterable[str]) -> list[str]:
+    """Say in a sentence each how many results have a flag, by the fields that hold flags."""
+    counts = {field: sum(bool(getattr(record, field)) for record in records) for field in fields}
+    return [f"{count} of {len(records)} results {_FLAGS[field]}." for field, count in counts.items() if count]
+
+
 def notes(summary: Summary) -> list[str]:
     """Say in sentences what a reader of the numbers must know: errors, flags, and what was dropped."""
     records = summary.records
@@ -99,17 +118,7 @@ def notes(summary: Summary) -> list[str]:
         + " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
         + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
     ]
-    flags = (
-        ("used more tokens or shots than any training sequence had", "beyond_training"),
-        ("have fewer demonstrations than requested, because the context was full", "num_shots_dropped"),
-        ("have fewer demonstrations than requested, because the task has no more training rows", "num_shots_missing"),
-        ("cut at least one free answer at the token limit", "num_cut_answers"),
-        ("skipped test rows that do not fit the context even without demonstrations", "num_queries_skipped"),
-        ("are on tasks whose source the model was fine-tuned on: those are not unseen", "seen_in_training"),
-    )
-    for what, field in flags:
-        if num_flagged := sum(bool(getattr(record, field)) for record in records):
-            lines.append(f"{num_flagged} of {len(records)} results {what}.")
+    lines += flag_notes(records, _FLAGS)
     if any(record.num_retrieved for record in records):
         lines.append(
             "“+ N retrieved”: the N training rows most like a query (BM25), none of them a demonstration, come just "

@@ -17,6 +17,8 @@ from manyicl.evaluation.calibration import Calibration
 from manyicl.evaluation.report.drawing import (
     AUTHOR,
     FAINT,
+    FILE_FAINT,
+    FILE_INK,
     INK,
     SMALL_PANEL,
     WIDE_PANEL,
@@ -87,8 +89,8 @@ def _plot(panels: Sequence[tuple[Summary, Section, str]], path: Path, title: str
         figure = Figure(figsize=(3.7 * columns, 2.9 * num_rows + 0.7), layout="constrained")
         axes = list(figure.subplots(num_rows, columns, squeeze=False).flat)
         for ax, (summary, section, heading) in zip(axes, panels, strict=False):
-            draw_panel(ax, summary, section, ink="#20242b", faint="#d9dde3")
-            ax.set_title(heading, color="#20242b", loc="left", fontweight="bold", fontsize=11)
+            draw_panel(ax, summary, section, ink=FILE_INK, faint=FILE_FAINT)
+            ax.set_title(heading, color=FILE_INK, loc="left", fontweight="bold", fontsize=11)
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
         # Not `get_legend_handles_labels`, which leaves out a model whose name begins with an underscore.
