@@ -173,6 +173,16 @@ def test_a_store_sees_what_another_one_adds(tmp_path: Path) -> None:
         assert other.find("toy", 4, number, point(number).key) == point(number)
 
 
+def test_a_result_is_added_once_and_the_one_that_is_there_is_returned(tmp_path: Path) -> None:
+    one, other = ResultStore(tmp_path), ResultStore(tmp_path)
+    mine, theirs = make_result(score=0.25), make_result()
+    assert one.add(theirs, [ANSWER], []) == (theirs, False)
+    assert other.add(mine, [ANSWER] * 3, []) == (theirs, True)
+    assert (tmp_path / "toy.results.jsonl").read_bytes().count(b"\n") == 1
+    assert other.predictions(theirs) == [ANSWER]
+    assert other.add(point(1), [], []) == (point(1), False)
+
+
 def test_a_store_reads_a_file_anew_that_was_written_again(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     path = store.save(point(0), [ANSWER], [])

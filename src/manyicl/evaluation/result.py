@@ -237,16 +237,28 @@ class ResultStore:
         """
         point = _Point(record=result, predictions=tuple(predictions), context=tuple(context))
         path = self._path_to_write(result.task)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / LOCK_FILE), path.open("ab+") as file:
-            is_new = not file.tell()
-            _end_last_line(file)
-            file.write(point.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
-            sync_folder(self.folder)
+        with self._lock():
+            self._append(path, point)
         return path
+
+    def add(
+        self, result: Result, predictions: Iterable[PredictedAnswer], context: Iterable[ContextExample]
+    ) -> tuple[Result, bool]:
+        """Save a result unless another process has saved this measurement meanwhile, so that it is there once.
+
+        Returns:
+            The result that is in the folder now, and whether it was there before.
+
+        Raises:
+            UserError: As for `find` and `save`.
+        """
+        point = _Point(record=result, predictions=tuple(predictions), context=tuple(context))
+        path = self._path_to_write(result.task)
+        with self._lock():
+            found = self.find(result.task, result.num_shots, result.seed, result.key)
+            if found is None:
+                self._append(path, point)
+        return found or result, found is not None
 
     def load(self) -> list[Result]:
         """Read all records of the folder and of the folders in it, links included, in the order of their creation.
@@ -288,6 +300,21 @@ class ResultStore:
             what, remedy = "the file of a task's results is a folder", "Move it, or use another folder of results."
             raise UserError("results_are_folder", what, expected="a file", remedy=remedy, file=path)
         return path
+
+    def _lock(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / LOCK_FILE)
+
+    def _append(self, path: Path, point: _Point) -> None:
+        """Add a line to a file while the lock is held, and wait until it is on the disk."""
+        with path.open("ab+") as file:
+            is_new = not file.tell()
+            _end_last_line(file)
+            file.write(point.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.folder)
 
     def _line_of(self, result: Result) -> _Line | None:
         if result.key not in self._lines:

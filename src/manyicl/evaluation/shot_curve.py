@@ -194,64 +194,15 @@ def _curve(
 ) -> Iterator[tuple[Result, bool]]:
     """Yield the result of each point of a task's curve, and whether it was found on disk instead of measured.
 
-    Each prefix reuses what it shares with the one before; the test rows of ``task`` are the queries.
+    The test rows of ``task`` are the queries.
     """
-    conditions = _conditions(engine, task, settings)
-    description = _description(engine, task, num_skipped, name)
-    unrecorded = {
-        "dtype": engine.identity.dtype,
-        "instruction": task.instruction(),
-        "max_answer_tokens": engine.max_answer_tokens(task),
-    }
-    # No score depends on it, but a record without confidences cannot take the place of one that has them.
-    keep_confidence = keeps_confidence(task, settings)
-    unrecorded |= {"keep_confidence": True} if keep_confidence else {}
-    prefix: TaskPrefix | None = None
-    answered: dict[int, _Answered] = {}
-    for seed, num_shots, num_retrieved in settings.points():
-        # Where nothing is retrieved, the key is that of records from before there was retrieval.
-        retrieved = {"num_retrieved": num_retrieved} if num_retrieved else {}
-        key = result_key({**conditions, **unrecorded, **retrieved, "num_shots": num_shots, "seed": seed})
-        found = store.find(task.name, num_shots, seed, key)
-        if found is not None:
-            yield _under_name(found, name, store), True
-            continue
-        and_retrieved = f", {num_retrieved} retrieved" if num_retrieved else ""
-        activity.now(f"{task.name}, {pluralized(num_shots, 'shot')}{and_retrieved}, seed {seed}")
-        start = time.perf_counter()
-        num_available = min(num_shots, len(task.train))
-        demonstrations = task.demonstrations(num_available, seed, settings.sampling)
-        prefix, retrieve = prefill_to_retrieve(engine, task, demonstrations, num_retrieved, prefix)
-        # Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
-        before = answered.get(num_retrieved)
-        if before is None or before.demonstrations != prefix.demonstrations:
-            answers = _answers(engine, task, prefix, retrieve, "all" if keep_confidence else "best", activity)
-            before = _Answered(prefix.demonstrations, answers, time.perf_counter() - start)
-            answered[num_retrieved] = before
-        # What another process has measured meanwhile is taken, so that it is not there twice.
-        found = store.find(task.name, num_shots, seed, key)
-        if found is not None:
-            yield _under_name(found, name, store), True
-            continue
-        result = Result(
-            key=key,
-            num_shots=num_shots,
-            num_shots_used=prefix.num_shots,
-            num_shots_missing=num_shots - num_available,
-            num_shots_dropped=num_available - prefix.num_shots,
-            num_retrieved=num_retrieved,
-            seed=seed,
-            seconds=before.seconds,
-            created=datetime.now(UTC),
-            **conditions,
-            **description,
-            **_scores(task, before.answers),
-            **_baselines(task, prefix.demonstrations),
-            **_context(engine, task, prefix, retrieve, description["trained_shots"]),
-        )
-        context = (ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations)
-        store.save(result, before.answers, context)
-        yield result, False
+    curve = _Curve(engine, task, num_skipped, settings, name, activity)
+    for point in settings.points():
+        result = store.find(task.name, point.num_shots, point.seed, curve.key(point))
+        was_found = result is not None
+        if result is None:
+            result, was_found = store.add(*curve.measure(point))
+        yield _under_name(result, name, store), was_found
 
 
 class _Answered(NamedTuple):
@@ -260,6 +211,92 @@ class _Answered(NamedTuple):
     demonstrations: tuple[Example, ...]
     answers: list[PredictedAnswer]
     seconds: float
+
+
+class _Curve:
+    """Measures the points of a task's curve; each prefix reuses what it shares with the one before."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        num_skipped: int,
+        settings: EvaluationSettings,
+        name: str,
+        activity: Activity,
+    ) -> None:
+        self._engine, self._task, self._settings, self._activity = engine, task, settings, activity
+        self._conditions = _conditions(engine, task, settings)
+        self._description = _description(engine, task, num_skipped, name)
+        self._scope: ScoreScope = "all" if keeps_confidence(task, settings) else "best"
+        self._prefix: TaskPrefix | None = None
+        # The last answers for each number of retrieved rows.
+        self._answered: dict[int, _Answered] = {}
+
+    def key(self, point: Point) -> str:
+        """Hash everything on which the result of a point depends."""
+        arguments = {
+            **self._conditions,
+            "dtype": self._engine.identity.dtype,
+            "instruction": self._task.instruction(),
+            "max_answer_tokens": self._engine.max_answer_tokens(self._task),
+            "num_shots": point.num_shots,
+            "seed": point.seed,
+        }
+        # No score depends on it, but a record without confidences cannot take the place of one that has them.
+        if self._scope == "all":
+            arguments["keep_confidence"] = True
+        # Where nothing is retrieved, the key is that of records from before there was retrieval.
+        if point.num_retrieved:
+            arguments["num_retrieved"] = point.num_retrieved
+        return result_key(arguments)
+
+    def measure(self, point: Point) -> tuple[Result, list[PredictedAnswer], list[ContextExample]]:
+        """Draw demonstrations, prefill them, answer the queries after them, and score the answers."""
+        task = self._task
+        self._activity.now(_name_of(task, point))
+        start = time.perf_counter()
+        num_available = min(point.num_shots, len(task.train))
+        drawn = task.demonstrations(num_available, point.seed, self._settings.sampling)
+        prefix, retrieve = prefill_to_retrieve(self._engine, task, drawn, point.num_retrieved, self._prefix)
+        self._prefix = prefix
+        answered = self._answer(prefix, retrieve, point.num_retrieved, start)
+        result = Result(
+            key=self.key(point),
+            num_shots=point.num_shots,
+            num_shots_used=prefix.num_shots,
+            num_shots_missing=point.num_shots - num_available,
+            num_shots_dropped=num_available - prefix.num_shots,
+            num_retrieved=point.num_retrieved,
+            seed=point.seed,
+            seconds=answered.seconds,
+            created=datetime.now(UTC),
+            **self._conditions,
+            **self._description,
+            **_scores(task, answered.answers),
+            **_baselines(task, prefix.demonstrations),
+            **_context(self._engine, task, prefix, retrieve, self._description["trained_shots"]),
+        )
+        context = [ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations]
+        return result, answered.answers, context
+
+    def _answer(self, prefix: TaskPrefix, retrieve: Retrieve | None, num_retrieved: int, start: float) -> _Answered:
+        """Answer the queries after a prefix, whose making began at ``start``.
+
+        Two shot counts that fill the context keep the same demonstrations; the queries are answered once.
+        """
+        answered = self._answered.get(num_retrieved)
+        if answered is None or answered.demonstrations != prefix.demonstrations:
+            answers = _answers(self._engine, self._task, prefix, retrieve, self._scope, self._activity)
+            answered = _Answered(prefix.demonstrations, answers, time.perf_counter() - start)
+            self._answered[num_retrieved] = answered
+        return answered
+
+
+def _name_of(task: Task, point: Point) -> str:
+    """Name a point as progress shows it."""
+    retrieved = f", {point.num_retrieved} retrieved" if point.num_retrieved else ""
+    return f"{task.name}, {pluralized(point.num_shots, 'shot')}{retrieved}, seed {point.seed}"
 
 
 def keeps_confidence(task: Task, settings: EvaluationSettings) -> bool:
