@@ -108,6 +108,29 @@ def test_a_compiled_task_is_told_in_json(
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_evaluation_and_its_report_are_told_in_the_same_json(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    table: Path,
+    tmp_path: Path,
+) -> None:
+    options = ["--shots", "0,4", "--seeds", 2, "--queries", 5, "--output", tmp_path / "results", "--json"]
+    assert run(monkeypatch, "evaluate", "-m", model_folder, "-t", f"{table}:text:label", *options) == 0
+    points = json.loads(capsys.readouterr().out)
+    assert [(one["shots"], one["num_answers"]) for one in points] == [(0, 5), (4, 10)]
+    page = (DOCS / "formats.md").read_text(encoding="utf-8").partition("### Evaluate and report\n")[2]
+    for point in points:
+        assert set(point) == documented("formats.md", "Evaluate and report")
+        assert point["num_wrong"] == sum(one["num_answers"] for one in point["confusions"])
+        found = point["calibration"]
+        assert found["coverage"][0]["accuracy"] == found["accuracy"] == pytest.approx(point["score"])
+        parts = [found, *found["bins"], *found["coverage"], *point["labels"], *point["confusions"]]
+        assert all(f"`{name}`" in page.partition("### Compile")[0] for part in parts for name in part)
+    assert run(monkeypatch, "report", tmp_path / "results", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == points
+
+
 @pytest.fixture(name="predict")
 def _predict(model_folder: Path, table: Path, tmp_path: Path) -> list[object]:
     queries = tmp_path / "new.csv"

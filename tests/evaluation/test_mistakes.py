@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -136,6 +137,37 @@ def test_the_command_writes_them_and_the_page_shows_them(tmp_path: Path) -> None
     errors.write_text("mine\n", encoding="utf-8")
     with pytest.raises(UserError, match="was not written by this command"):
         report_command(store.folder, errors=errors)
+
+
+def test_json_says_where_answers_are_wrong_at_every_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ResultStore(tmp_path / "results")
+    for seed in (0, 1):
+        key, scores = f"labelled {seed}", (1.0, 0.0) * 3
+        store.save(scored("m", "t", 4, scores, num_labels=3, key=key, seed=seed), lines(), [])
+    store.save(scored("m", "t", 8, (1.0, 0.0) * 3, num_labels=3, key="later"), lines()[:1], [])
+    store.save(scored("m", "free", 4, (1.0, 0.0) * 3, key="free"), lines(), [])
+    report_command(store.folder, as_json=True, quiet=True)
+    points = {(one["task"], one["shots"]): one for one in json.loads(capsys.readouterr().out)}
+    assert len(points) == 3
+    first, later, free = (points[point] for point in (("t", 4), ("t", 8), ("free", 4)))
+    assert (first["num_answers"], first["num_wrong"]) == (12, 6), "of both draws"
+    assert [one["label"] for one in first["labels"]] == ["a", "b", "c"]
+    assert first["labels"][0] == {"label": "a", "precision": 1, "recall": 1 / 3, "f1": 0.5, "num_queries": 6}
+    assert first["confusions"] == [
+        {"expected": "a", "answer": "b", "num_answers": 4},
+        {"expected": "b", "answer": "c", "num_answers": 2},
+    ]
+    found = first["calibration"]
+    assert (found["num_answers"], found["confidence"], found["accuracy"]) == (10, pytest.approx(0.7), 0.6)
+    # Bins of 0.5 to 0.6, …: 0.9 and 0.7 and 0.5 are right, 0.6 and 0.8 are wrong.
+    assert found["expected_calibration_error"] == pytest.approx((0.1 + 0.3 + 0.5 + 0.6 + 0.8) / 5)
+    (surest,) = (one for one in found["coverage"] if one["least_share"] == 0.8)
+    # The least sure of them, 0.5, was right.
+    assert surest == {"least_share": 0.8, "share": 0.8, "threshold": 0.6, "accuracy": 0.5, "abstain_below": 0.6}
+    assert sum(one["num_answers"] for one in found["bins"]) == 10
+    assert (later["num_answers"], later["confusions"], later["calibration"]["accuracy"]) == (1, [], 1)
+    for name in ("num_answers", "num_wrong", "labels", "confusions", "calibration"):
+        assert free[name] is None
 
 
 def test_results_without_answers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from manyicl.errors import UserError
 from manyicl.evaluation.report.lines import notes
-from manyicl.evaluation.result import Result
-from manyicl.evaluation.summary import OVERALL, scores_as_json, summarise
+from manyicl.evaluation.result import Result, ResultStore
+from manyicl.evaluation.scores_json import scores_as_json
+from manyicl.evaluation.summary import OVERALL, summarise
 from tests.evaluation.test_result import make_result
 
 
@@ -128,7 +129,7 @@ def test_a_model_that_retrieves_is_a_line_of_its_own_and_compared_in_pairs() -> 
     assert difference is not None
     assert difference.mean == pytest.approx(1 / 3)
     assert difference.pairing == "paired"
-    assert [line["retrieved"] for line in scores_as_json(summary)] == [0, 3]
+    assert [line["retrieved"] for line in scores_as_json(summary, ResultStore("of no answers"))] == [0, 3]
     assert summary.num_superseded == 0
     said = " ".join(notes(summary))
     assert "“+ N retrieved”: the N training rows" in said

@@ -75,7 +75,6 @@ def evaluate_command(
     shot_counts = parse_shots(shots)
 
     from manyicl.evaluation.shot_curve import EvaluationSettings
-    from manyicl.evaluation.summary import scores_as_json, summarise
     from manyicl.tasks.files import load_tasks
 
     require_output_folder(output)
@@ -91,9 +90,19 @@ def evaluate_command(
         _warn_of_changed_data(engine, loaded)
         curves = measure_with_progress(engine, loaded, output, settings, name, activity)
     if as_json:
-        typer.echo(json.dumps(scores_as_json(summarise(curves.results)), ensure_ascii=False, indent=2))
+        _print_json(curves, output)
     elif not quiet:
         _print_results(curves, output)
+
+
+def _print_json(curves: ShotCurves, output: Path) -> None:
+    """Print the same as one JSON value."""
+    from manyicl.evaluation.result import ResultStore
+    from manyicl.evaluation.scores_json import scores_as_json
+    from manyicl.evaluation.summary import summarise
+
+    scores = scores_as_json(summarise(curves.results), ResultStore(output))
+    typer.echo(json.dumps(scores, ensure_ascii=False, indent=2))
 
 
 def _print_results(curves: ShotCurves, output: Path) -> None:

@@ -58,7 +58,8 @@ def report_command(
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS
     from manyicl.evaluation.report.template import is_report
     from manyicl.evaluation.result import ResultStore
-    from manyicl.evaluation.summary import scores_as_json, summarise
+    from manyicl.evaluation.scores_json import scores_as_json
+    from manyicl.evaluation.summary import summarise
 
     page = output or results / "report.html"
     with Activity(new_console(stderr=True), quiet=quiet) as activity:
@@ -83,7 +84,7 @@ def report_command(
     if missing:
         say(new_console(stderr=True), missing)
     if as_json:
-        typer.echo(json.dumps(scores_as_json(summary), ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(scores_as_json(summary, store), ensure_ascii=False, indent=2))
     elif not quiet:
         console = new_console()
         print_table(records, console, per_task=per_task)

@@ -144,27 +144,6 @@ def summarise(records: Iterable[Result]) -> Summary:
     )
 
 
-def scores_as_json(summary: Summary) -> list[dict[str, object]]:
-    """Return the score of every model, task and shot count, its interval and the trivial baselines."""
-    found: list[dict[str, object]] = []
-    for (model, task, shots), score in summary.tasks.items():
-        baselines = {name: summary.baseline(name, (task,), shots) for name in ("majority", "tfidf", "chance")}
-        found.append(
-            {
-                "model": model,
-                "task": task,
-                "metric": summary.by_point[model, task, shots][0].metric,
-                "shots": shots,
-                "retrieved": summary.by_point[model, task, shots][0].num_retrieved,
-                "score": score.mean,
-                "standard_error": score.standard_error,
-                "interval": score.interval,
-                **{name: one.mean if one else None for name, one in baselines.items()},
-            }
-        )
-    return found
-
-
 def estimate(seeds: Sequence[Result]) -> Estimate:
     """Estimate the score of a task from its records, one per seed, that answered the same queries."""
     tables = [record.query_scores for record in seeds if record.query_scores is not None]
