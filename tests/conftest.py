@@ -15,7 +15,7 @@ from manyicl.paths import CACHE_VARIABLE, cache_folder
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     known, own = cache_folder(), tmp_path_factory.mktemp("cache")
     for folder in known.iterdir() if known.is_dir() else ():
-        if folder.is_dir() and folder.name not in ("tasks", "tokens", "passed_checks"):
+        if folder.is_dir() and folder.name not in ("tasks", "tokens", "passed_checks", "fingerprints"):
             (own / folder.name).symlink_to(folder.resolve())
     before = os.environ.get(CACHE_VARIABLE)
     os.environ[CACHE_VARIABLE] = str(own)

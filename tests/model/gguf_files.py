@@ -33,7 +33,7 @@ def gguf_library() -> Any:
 
 def entries(folder: Path) -> list[str]:
     """What lies in a cache of converted models, its lock and marks of passed checks aside."""
-    others = {".lock", "passed_checks"}
+    others = {".lock", "passed_checks", "fingerprints"}
     return sorted(path.name for path in folder.iterdir() if path.name not in others) if folder.is_dir() else []
 
 

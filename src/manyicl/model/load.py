@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,7 @@ from manyicl.errors import UserError, quoted, shortened
 from manyicl.library_errors import clause, reason
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
+from manyicl.model.known_fingerprints import Origin, remembered_fingerprint
 from manyicl.model.manifest import FILE_NAME, Manifest
 from manyicl.model.passed_checks import passed_before
 from manyicl.model.pretrained import BASES, PretrainedBase
@@ -126,6 +127,7 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     check_isolation: bool = True,
+    use_known_fingerprint: bool = True,
 ) -> LoadedModel:
     """Load a model for packed sequences and for continuing a prefix.
 
@@ -134,6 +136,8 @@ def load_model(
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for float32 on a CPU and the saved one on a GPU.
         device: Device of the model; None for a GPU if there is one.
         check_isolation: Compare packed with separate episodes; costs two short passes.
+        use_known_fingerprint: Take its fingerprint from the cache folder where no file has changed since; False reads
+            all weights.
 
     Returns:
         The model in evaluation mode, with its tokenizer, manifest and fingerprint.
@@ -144,30 +148,57 @@ def load_model(
     path = _path_without_code(reference)
     reference = str(reference)
     device = _checked_device(device)
-    model = _load_network(reference, path, require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto"))
+    network = _load_network(reference, path, require_dtype(dtype) or (torch.float32 if device == "cpu" else "auto"))
+    model = network.model
     torch.nn.Module.to(model, device=device)
     model.eval()
     tokenizer = load_tokenizer(reference)
     _require_embeddings(reference, model, tokenizer)
-    weights_hash = fingerprint(model)
+    weights_hash = network.fingerprint() if use_known_fingerprint else fingerprint(model)
     if check_isolation:
         passed_before(_what_isolation_depends_on(model, weights_hash), lambda: require_isolation(model))
     return LoadedModel(model, tokenizer, read_manifest(path), weights_hash, reference)
 
 
-def _load_network(reference: str, path: str, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+class _Network(NamedTuple):
+    """A network as it was read from files.
+
+    Attributes:
+        model: The network.
+        origin: What decides its weights; None where that is not known.
+    """
+
+    model: PreTrainedModel
+    origin: Origin | None
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of its weights, which nobody has changed yet."""
+        return remembered_fingerprint(self.origin, lambda: fingerprint(self.model))
+
+    def in_dtype(self, dtype: torch.dtype | str) -> _Network:
+        """Cast its weights in place; ``auto`` leaves them as they are."""
+        if dtype == "auto" or all(weights.dtype == dtype for weights in self.model.parameters()):
+            return self
+        cast_weights(self.model, dtype)
+        return _Network(self.model, None if self.origin is None else self.origin.then(f"cast to {dtype}"))
+
+
+def _load_network(reference: str, path: str, torch_dtype: torch.dtype | str) -> _Network:
     """Load a network on the CPU: an adapter over its base, a base whose weights are known, or any other weights."""
     if (Path(path) / "adapter_config.json").is_file():
-        model = _load_adapter(reference, Path(path))
-    elif (base := _named_base(reference)) is not None:
-        model = _load_weights(reference, path, torch.float32)
-        if (found := fingerprint(model)) != base.fingerprint:
-            what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
-            raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
-    else:
-        return _load_weights(reference, path, torch_dtype)
-    cast_weights(model, torch_dtype)
-    return model
+        return _load_adapter(reference, Path(path)).in_dtype(torch_dtype)
+    if (base := _named_base(reference)) is None:
+        return _load_plain(reference, path, torch_dtype)
+    network = _load_plain(reference, path, torch.float32)
+    if (found := network.fingerprint()) != base.fingerprint:
+        what, expected = f"The weights of {reference!r} are damaged", f"the fingerprint {base.fingerprint[:12]}"
+        raise UserError("damaged_base", what, expected=expected, found=found[:12], remedy=_remedy(reference))
+    return network.in_dtype(torch_dtype)
+
+
+def _load_plain(reference: str, path: str, torch_dtype: torch.dtype | str) -> _Network:
+    origin = Origin.of(path, f"weights in {torch_dtype}")
+    return _Network(_load_weights(reference, path, torch_dtype), origin)
 
 
 def _what_isolation_depends_on(model: PreTrainedModel, weights_hash: str) -> dict[str, object]:
@@ -309,10 +340,11 @@ def read_manifest(path: str) -> Manifest | None:
     return Manifest.read(file.parent) if file else None
 
 
-def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
+def _load_adapter(reference: str, folder: Path) -> _Network:
     """Load an adapter over the base that its manifest or configuration names, and compare that base's weights."""
     from peft import PeftModel
 
+    origin = Origin.of(folder, "adapter")
     manifest = Manifest.read(folder)
     base_reference = _base_of(reference, folder, manifest)
     _require_weights(reference, folder)
@@ -322,16 +354,28 @@ def _load_adapter(reference: str, folder: Path) -> PreTrainedModel:
     trained_in = (manifest.recipe.get("model") or {}).get("dtype") if manifest else None
     base = _load_network(base_reference, _path_without_code(base_reference), require_dtype(trained_in) or torch.float32)
     expected_hash = manifest.base_fingerprint if manifest else None
-    if expected_hash and (found := fingerprint(base)) != expected_hash:
+    if expected_hash and (found := base.fingerprint()) != expected_hash:
         what = f"The adapter {reference!r} was trained over other weights than those of {base_reference!r}"
         expected, remedy = f"a fingerprint {expected_hash[:12]}", "Restore the base it was trained on."
         raise UserError("another_base", what, expected=expected, found=found[:12], remedy=remedy)
     # peft 0.21 asks transformers 5.23 for a property by its deprecated name, and only warns of missing tensors.
     with _as_user_error(reference, "adapter"), warnings.catch_warnings(action="ignore", category=FutureWarning):
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        adapter = PeftModel.from_pretrained(base, str(folder), trust_remote_code=False)
+        adapter = PeftModel.from_pretrained(base.model, str(folder), trust_remote_code=False)
         _require_adapter_tensors(reference, folder, adapter)
-    return cast(PreTrainedModel, adapter)
+    network = cast(PreTrainedModel, adapter)
+    if base.origin is None or origin is None or not _holds_all_weights(adapter):
+        return _Network(network, None)
+    return _Network(network, base.origin.with_adapter(origin))
+
+
+def _holds_all_weights(adapter: PeftModel) -> bool:
+    """Tell whether the file of an adapter alone decides its weights and leaves those of the base as they are.
+
+    Some first weights (PiSSA, OLoRA, …) are taken out of the base, in part at random, whenever the adapter is made.
+    """
+    configs = adapter.peft_config.values()
+    return all(one.peft_type == "LORA" and isinstance(getattr(one, "init_lora_weights", None), bool) for one in configs)
 
 
 def _base_of(reference: str, folder: Path, manifest: Manifest | None) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 
 from manyicl.model.manifest import library_versions
 from manyicl.paths import cache_folder
 
 FOLDER = "passed_checks"
-# Empty files; more than anyone has models.
+# Small files; more than anyone has models.
 MOST_REMEMBERED = 2_000
 
 
@@ -27,19 +28,32 @@ def passed_before(depends_on: Mapping[str, object], check: Callable[[], None]) -
         depends_on: What decides the outcome, as JSON values.
         check: Raises if it fails.
     """
-    everything = {**depends_on, "versions": library_versions(), "source": _source_hash()}
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=_as_json).encode()).hexdigest()
-    mark = cache_folder() / FOLDER / key
+    mark = cache_folder() / FOLDER / key_of(depends_on)
     with suppress(OSError):
         if mark.is_file():
             return
     check()
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
-        marks = sorted(mark.parent.iterdir(), key=lambda known: known.stat().st_mtime)
-        for oldest in marks[: max(0, len(marks) - MOST_REMEMBERED + 1)]:
-            oldest.unlink()
+        make_room(mark.parent)
         mark.touch()
+
+
+def key_of(depends_on: Mapping[str, object]) -> str:
+    """Hash JSON values together with the versions of the libraries and the source of the package's network code."""
+    everything = {**depends_on, "versions": library_versions(), "source": _source_hash()}
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=_as_json).encode()).hexdigest()
+
+
+def make_room(folder: Path) -> None:
+    """Remove the oldest files of a folder until it has room for one more.
+
+    Raises:
+        OSError: If one cannot be removed, as where another process has just done so.
+    """
+    known = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+    for oldest in known[: max(0, len(known) - MOST_REMEMBERED + 1)]:
+        oldest.unlink()
 
 
 def _as_json(value: object) -> object:

