@@ -236,6 +236,24 @@ def test_activation_budget_below_one_is_refused() -> None:
         Engine.local(tiny_loaded(), activation_budget_mib=0)
 
 
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:2], LABELS[:1]])
+def test_the_second_best_is_the_same_with_all_scores_as_with_the_best_two(labels: tuple[str, ...]) -> None:
+    engine = Engine.local(tiny_loaded())
+    task = make_task(labels=labels)
+    prefix = engine.prefill(task)
+    queries = ["film 3 was good", "a", "the long red box was by the door"]
+    every, two, best = (list(engine.predict(prefix, queries, scores=scope)) for scope in ("all", "best_two", "best"))
+    for one, other, alone in zip(every, two, best, strict=True):
+        assert one.scores is not None
+        assert (one.second, other.second, alone.second) == (one.scores.second, one.scores.second, None)
+        assert alone.margin is None
+        if len(labels) == 1:
+            assert one.margin is other.margin is None
+            continue
+        assert one.margin == pytest.approx(other.margin, abs=1e-5) == pytest.approx(one.scores.margin)
+        assert one.as_json()["second"] == one.second
+
+
 def test_choices_per_row_are_the_options_of_that_row() -> None:
     engine = Engine.local(tiny_loaded())
     train = [make_example(f"film {i}", ("red", "long")[i % 2], ("red", "long", "box")) for i in range(6)]

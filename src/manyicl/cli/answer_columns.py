@@ -78,8 +78,7 @@ class AnswerColumns:
         probabilities = prediction.scores.probabilities if prediction.scores else {}
         columns: Row = {"answer": known["answer"]}
         if self.has_probability:
-            others = [label for label in probabilities if label != prediction.answer]
-            second = max(others, key=lambda label: probabilities[label], default=None)
+            second = prediction.second
             columns["probability"] = round(probabilities[prediction.answer], 4) if probabilities else None
             columns["second"] = second
             columns["second_probability"] = None if second is None else round(probabilities[second], 4)

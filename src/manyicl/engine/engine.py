@@ -84,7 +84,8 @@ class Prediction:
         answer: The best label or choice, or the generated text without its end-of-answer text.
         log_probability: Log-probability of the answer with its end-of-answer text, in nats.
         scores: Scores of every label or choice, where all were wanted; None otherwise, and for free answers.
-        second: The second best label or choice, where the best two were wanted; None otherwise, and where there is one.
+        second: The second best label or choice, where the best two or all scores were wanted; None otherwise, and where
+            there is one.
         margin: Log-probability of the answer less that of the second best, in nats; None where that is.
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the given threshold.
@@ -728,7 +729,7 @@ class Engine:
                 num_tokens = {name: len(ids) for name, ids in zip(names, query.option_ids, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
                 abstained = label_scores.probabilities[answer] < abstain_below
-            if scope == "best_two" and scores.second is not None:
+            if scope != "best" and scores.second is not None:
                 second, margin = names[scores.second], log_probability - scores.log_probabilities[scores.second]
             num_shots = prefix.num_shots
             yield Prediction(
