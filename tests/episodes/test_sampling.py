@@ -13,6 +13,7 @@ from manyicl.episodes.sampling import (
     EpisodeSettings,
     Mixture,
     draw_episode,
+    draw_label_names,
     plain_words,
     sequence_rng,
     shuffled_lazily,
@@ -47,6 +48,23 @@ def test_renamed_labels_are_other_words_used_consistently() -> None:
     assert len(names) == 2
     assert not {new for _, new in names} & {"good", "bad"}
     assert all(new in drawn.instruction for _, new in names)
+
+
+def test_new_names_are_those_that_a_list_without_the_labels_would_give() -> None:
+    rng = random.Random(0)
+    num_compared = 0
+    for seed in range(400):
+        # Few candidates are shuffled, of many some are picked: Python's sample does either.
+        words = sorted({f"w{rng.randrange(10_000)}" for _ in range(rng.choice((3, 8, 40, 900)))})
+        known = rng.sample(words, rng.randint(0, min(4, len(words))))
+        labels = tuple(dict.fromkeys([*known, *(f"label {n}" for n in range(rng.randint(1, 6)))]))
+        candidates = [word for word in words if word not in labels]
+        if len(candidates) < len(labels):
+            continue
+        expected = dict(zip(labels, random.Random(seed).sample(candidates, len(labels)), strict=True))
+        assert draw_label_names(labels, words, random.Random(seed)) == expected
+        num_compared += 1
+    assert num_compared > 250
 
 
 def test_labels_are_renamed_in_the_asked_share_of_episodes() -> None:

@@ -140,6 +140,81 @@ def test_of_a_task_that_is_stored_no_row_is_read_and_nothing_checked_again(
     assert told == []
 
 
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Note which files of tokens are opened."""
+    opened: list[Path] = []
+    kind = token_store._File
+
+    def note(path: Path) -> token_store._File:
+        opened.append(path)
+        return kind(path)
+
+    monkeypatch.setattr(token_store, "_File", note)
+    return opened
+
+
+def _without_words(path: Path) -> None:
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({name: record[name] for name in ("num_bytes", "sha256", "fewest_tokens")}))
+
+
+def _with_another_word(path: Path) -> None:
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**record, "plain_words": record["plain_words"] + " zzz"}))
+
+
+def test_where_labels_are_renamed_no_file_is_opened_before_a_sequence_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, changes = Encoder(byte_level_bpe()), {"episodes": EpisodeSettings(rename_labels=0.5)}
+    paths = places(tmp_path)
+    expected = list(sequences([load_task(path) for path in paths], encoder, None, **changes))
+    tasks = [load_known(path, None) for path in paths]
+    assert _stored(tasks, encoder)
+    opened = opened_files(monkeypatch)
+    drawn = sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes)
+    assert opened == []
+    assert list(drawn) == expected
+    assert opened
+
+
+@pytest.mark.parametrize("change", [_without_words, _with_another_word])
+def test_words_that_a_record_lacks_or_that_are_damaged_are_read_from_the_file_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    encoder, changes = Encoder(byte_level_bpe()), {"episodes": EpisodeSettings(rename_labels=0.5)}
+    tasks = [load_known(path, None) for path in places(tmp_path)]
+    expected = list(sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes))
+    records = {path: path.read_bytes() for path in (cache / "tokens").glob("*/*.json")}
+    assert len(records) == len(tasks)
+    for path in records:
+        change(path)
+    opened = opened_files(monkeypatch)
+    assert list(sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes)) == expected
+    assert len(opened) == len(tasks)
+    assert {path: path.read_bytes() for path in records} == records
+    opened.clear()
+    sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes)
+    assert opened == []
+
+
+def test_words_that_cannot_be_kept_are_read_each_time(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, changes = Encoder(byte_level_bpe()), {"episodes": EpisodeSettings(rename_labels=0.5)}
+    tasks = [load_known(path, None) for path in places(tmp_path)]
+    expected = list(sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes))
+    for path in (cache / "tokens").glob("*/*.json"):
+        _without_words(path)
+
+    def locked(path: Path) -> FileLock:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(token_store, "FileLock", locked)
+    for _ in range(2):
+        assert list(sequences(tasks, encoder, TokenStore(encoder).shots_of(tasks), **changes)) == expected
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_read_the_same_sequences_however_they_are_started(tmp_path: Path, method: str) -> None:
     encoder = Encoder(byte_level_bpe())

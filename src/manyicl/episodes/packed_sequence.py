@@ -100,7 +100,10 @@ class PackedSequences(Sequence[PackedSequence]):
         self._shots = [ShotsInMemory(task, encoder) for task in tasks] if shots is None else list(shots)
         self._replacement_words: list[str] = []
         if self.episodes.rename_labels:
-            self._replacement_words = sorted(set[str]().union(*(each.plain_words() for each in self._shots)))
+            words: set[str] = set()
+            for each in self._shots:  # one at a time: tasks share most of their words
+                words |= each.plain_words()
+            self._replacement_words = sorted(words)
             require_replacement_words(tasks, self._replacement_words)
         for each in self._shots:
             _require_one_shot_fits(each, max_context_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,7 @@ def draw_episode(
         task: Task to draw from.
         settings: How many examples, and in what order.
         rng: Generator of the packed sequence.
-        replacement_words: Words that may replace labels.
+        replacement_words: Words that may replace labels, sorted and distinct.
         instruction: Rendered instruction of the task, if the caller has it already.
         answers: Answers of its training examples, if the caller has them already; they balance.
     """
@@ -203,9 +204,10 @@ def require_replacement_words(tasks: Sequence[Task], replacement_words: Sequence
     if not any(task.labels for task in tasks):
         what = "rename_labels has no effect, because no training task has a closed set of labels"
         raise UserError("no_effect", what, remedy="Leave it out.", field=field)
+    known = set(replacement_words)
     for task in tasks:
         labels = task.labels or ()
-        num_words = len(_words_for(labels, replacement_words))
+        num_words = len(known) - len(known.intersection(labels))
         if num_words < len(labels):
             what = f"rename_labels cannot rename the labels of task {task.name!r}"
             expected, remedy = (
@@ -218,14 +220,22 @@ def require_replacement_words(tasks: Sequence[Task], replacement_words: Sequence
 
 
 def draw_label_names(labels: Sequence[str], replacement_words: Sequence[str], rng: random.Random) -> dict[str, str]:
-    """Give each label another word, none of them a label of the task."""
-    candidates = _words_for(labels, replacement_words)
-    return dict(zip(labels, rng.sample(candidates, len(labels)), strict=True))
+    """Give each label another word, none of them a label of the task.
 
-
-def _words_for(labels: Sequence[str], replacement_words: Sequence[str]) -> list[str]:
-    taken = set(labels)
-    return [word for word in replacement_words if word not in taken]
+    Args:
+        labels: Labels of the task.
+        replacement_words: Words that may replace labels, sorted and distinct; not copied, for there may be many.
+        rng: Generator of the packed sequence.
+    """
+    found = ((label, bisect_left(replacement_words, label)) for label in labels)
+    taken = sorted(place for label, place in found if replacement_words[place : place + 1] == [label])
+    # How many words before each label may be drawn; the others are numbered without the labels.
+    num_before = [place - rank for rank, place in enumerate(taken)]
+    numbers = rng.sample(range(len(replacement_words) - len(taken)), len(labels))
+    return {
+        label: replacement_words[number + bisect_right(num_before, number)]
+        for label, number in zip(labels, numbers, strict=True)
+    }
 
 
 def rename_answer(example: Example, new_names: Mapping[str, str]) -> Example:

@@ -56,7 +56,9 @@ Say = Callable[[str], object]
 
 
 class _Entry(NamedTuple):
-    """What is known of a file without opening it.
+    """What is known of a file without opening it, from a small record beside it.
+
+    The record also holds the words of the task that may replace labels, which are read only where labels are renamed.
 
     Attributes:
         num_bytes: Size of the file.
@@ -137,8 +139,9 @@ class TokenStore:
         """Return the shots of a task whose file is in a folder, as far as that shows without reading it."""
         name = _name_of(task)
         for folder in folders:
-            with suppress(OSError, ValueError, TypeError):
-                entry = _Entry(**json.loads((folder / f"{name}.json").read_bytes()))
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                record = json.loads((folder / f"{name}.json").read_bytes())
+                entry = _Entry(*(record[field] for field in _Entry._fields))
                 if os.stat(folder / f"{name}.arrow").st_size == entry.num_bytes:  # noqa: PTH116
                     return StoredShots(task, self, folder, name, entry)
         return None
@@ -188,6 +191,7 @@ class TokenStore:
         if described.exists():
             _LOG.warning("The tokens of task %r in %s are damaged; they are made again.", task.name, folder)
         table, fewest_tokens = _table_of(task, self.encoder)
+        words = table.schema.metadata[b"plain_words"].decode()
 
         def write(aside: Path) -> None:
             with pyarrow.ipc.new_file(str(aside), table.schema) as file:
@@ -196,7 +200,7 @@ class TokenStore:
         write_atomically(path, write, sync=False)
         entry = _Entry(path.stat().st_size, sha256_of_file(path), fewest_tokens)
         # Last, so that a file which it describes is there.
-        write_atomically(described, json.dumps(entry._asdict()), sync=False)
+        write_atomically(described, _record_of(entry, words), sync=False)
         return StoredShots(task, self, folder, name, entry)
 
     def file_of(self, shots: StoredShots) -> _File:
@@ -220,6 +224,28 @@ class TokenStore:
         if len(self._open) > MOST_FILES_OPEN:
             self._open.popitem(last=False)
         return file
+
+    def plain_words_of(self, shots: StoredShots) -> str:
+        """Read the words of a task that may replace labels; its file is opened only where the record has none.
+
+        Earlier versions wrote records without them: these are completed, where that is possible.
+
+        Raises:
+            UserError: As for `file_of`.
+            MachineError: As for `file_of`.
+        """
+        path = shots.path.with_suffix(".json")
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            record = json.loads(path.read_bytes())
+            words: str = record["plain_words"]
+            if record["plain_words_sha256"] == _hash_of_words(shots.entry, words):
+                return words
+        words = self.file_of(shots).plain_words
+        with suppress(OSError), FileLock(shots.folder / ".lock"):
+            known = self._known(shots.task, shots.folder)
+            if known is not None and known.entry == shots.entry:
+                write_atomically(path, _record_of(shots.entry, words), sync=False)
+        return words
 
     def _is_whole(self, shots: StoredShots) -> bool:
         """Tell whether a file is as it was written; a damaged one is removed while no other process writes it."""
@@ -305,7 +331,7 @@ class StoredShots(TaskShots):
 
     def plain_words(self) -> set[str]:
         """Read the words of the first queries that may replace labels."""
-        return self._file.plain_words
+        return set(self._store.plain_words_of(self).split())
 
     def fewest_tokens(self, enough: int) -> int:
         """Return the tokens of the shortest episode of one shot."""
@@ -334,7 +360,7 @@ class _File:
         self.instruction: str = metadata[b"instruction"].decode()
         self.preamble_ids: list[int] = json.loads(metadata[b"preamble_ids"])
         self.first_preceding: str = metadata[b"first_preceding"].decode()
-        self._metadata = metadata
+        self.plain_words: str = metadata[b"plain_words"].decode()
         self.query_ids = _Lists(table["query_ids"]).__getitem__
         first = "first_query_ids" if "first_query_ids" in table.column_names else "query_ids"
         self.first_query_ids = _Lists(table[first]).__getitem__
@@ -345,10 +371,6 @@ class _File:
     def answer_texts(self) -> list[str]:
         texts: list[str] = self.answers.to_pylist()
         return texts
-
-    @property
-    def plain_words(self) -> set[str]:
-        return set(self._metadata[b"plain_words"].decode().split())
 
 
 def _remove(temporary: Path, process_id: int) -> None:
@@ -366,6 +388,17 @@ def _name_of(task: Task) -> str:
     assert isinstance(task.train, ExamplesInFiles)
     parts = (task.train.data_hash, task.train.side, str(task.train.positions), task.spec.model_dump_json())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _record_of(entry: _Entry, words: str) -> str:
+    """Write what is known of a file, and the words of its task."""
+    record = {**entry._asdict(), "plain_words": words, "plain_words_sha256": _hash_of_words(entry, words)}
+    return json.dumps(record)
+
+
+def _hash_of_words(entry: _Entry, words: str) -> str:
+    """Hash the words together with the file that they belong to: damaged ones would draw other sequences."""
+    return hashlib.sha256(f"{entry.sha256}\n{words}".encode()).hexdigest()
 
 
 def _table_of(task: Task, encoder: Encoder) -> tuple[pyarrow.Table, int]:
