@@ -152,7 +152,7 @@ def test_options_with_blank_lines_are_for_models_that_end_answers_in_one(hub: Pa
     write_row = {**first, "choices": {**first["choices"], "text": texts}}
     path.write_text("".join(json.dumps(row) + "\n" for row in (write_row, *others)))
     task = load_task("catalog:arc_easy", hub)
-    Encoder(byte_level_bpe()).require_no_end_inside(task)
+    Encoder(byte_level_bpe()).require_suitable_answers(task)
     choices = task.train[0].query.choices
     assert choices is not None
     assert task.train[0].answer == choices[key] == texts[key].replace("\n \n", "\n")

@@ -64,7 +64,7 @@ def compile_command(
 
     From the same pass it reports how well the model predicts each demonstration given those before it: whether the
     answer, chosen token by token among the labels (among all tokens, for free answers), is right. So it shows before
-    the first query whether the task will work.
+    the first query whether the task will work. In the channel form it reports none of this.
 
     It ends with what to do, as far as that was measured: whether a trivial baseline that learns from the same
     demonstrations is better or as good, and whether fewer or more shots would be. With labels, and where at least 16
@@ -136,6 +136,8 @@ def _print_compiled(
     describe(out, engine, compiled)
     if compiled.answers:
         print_observed(compiled, out)
+    elif engine.is_channel:
+        out.print("In the channel form demonstrations are not scored on the way; `manyicl evaluate` scores test rows.")
     for sentence in sentences:
         out.print(sentence, markup=False, soft_wrap=True)
     size = f"{output.stat().st_size / 2**20:,.1f} MiB"

@@ -20,7 +20,7 @@ TASK_OPTION = typer.Option(
 Shots = Annotated[int | None, typer.Option(min=0, help="Number of demonstrations. [default: all that fit]")]
 TextFormat = Annotated[
     FormatKind | None,
-    typer.Option("--format", help="plain or chat, for a model that was not fine-tuned here. [default: plain]"),
+    typer.Option("--format", help="plain, channel or chat, for a model that was not fine-tuned here. [default: plain]"),
 ]
 EndOfAnswer = Annotated[
     str | None,

@@ -34,7 +34,7 @@ def encoder_of(
     manifest = read_manifest(folder)
     encoder = Encoder(tokenizer, format_to_ask_in(tokenizer, manifest, kind, end_of_answer, tasks))
     for task in tasks:
-        encoder.require_no_end_inside(task)
+        encoder.require_suitable_answers(task)
     if manifest is None:
         return encoder, max_positions_of(reference), None
     try:
@@ -60,7 +60,7 @@ def character_encoder() -> Encoder:
         def decode(self, token_ids: Iterable[int]) -> str:
             return "".join(map(chr, token_ids))
 
-        def require_no_end_inside(self, task: Task) -> None:
+        def require_suitable_answers(self, task: Task) -> None:
             """Only a model decides what ends an answer."""
 
         def _ends_early(self, answer: str) -> bool:

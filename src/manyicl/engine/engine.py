@@ -19,12 +19,15 @@ from manyicl.engine.backend import (
     BetweenChunks,
     GeneratedToken,
     ObservingBackend,
+    OptionScores,
     Prefix,
+    ScoreScope,
     backend_cannot_compile,
     foreign_prefix,
     require_context,
     require_own,
 )
+from manyicl.engine.channel import refused_in_channel_form, score_channel, scores_before_shown
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import ObservedAnswer, answer_targets, observed_answers
@@ -82,8 +85,10 @@ class Prediction:
 
     Attributes:
         answer: The best label or choice, or the generated text without its end-of-answer text.
-        log_probability: Log-probability of the answer with its end-of-answer text, in nats.
-        scores: Scores of every label or choice, where all were wanted; None otherwise, and for free answers.
+        log_probability: Log-probability of the answer with its end-of-answer text, in nats; in the channel form, of the
+            query after the answer.
+        scores: Scores of every label or choice, where all were wanted, and always in the channel form; None otherwise,
+            and for free answers.
         second: The second best label or choice, where the best two or all scores were wanted; None otherwise, and where
             there is one.
         margin: Log-probability of the answer less that of the second best, in nats; None where that is.
@@ -164,7 +169,8 @@ class Engine:
             tokenizer: Tokenizer of that network.
             manifest: Record of the model's fine-tuning; None if it was not fine-tuned with this package.
             text_format: How examples become text; None for the format saved with the model, or plain without one.
-                ``"chat"`` uses the turns of an instruct model's chat template.
+                ``"chat"`` uses the turns of an instruct model's chat template; ``"channel"`` scores the query after
+                each label.
             end_of_answer: Text that ends an answer, or a control token of the tokenizer, for a model that was not
                 fine-tuned here; None for the one it was fine-tuned with, else a blank line.
             max_context_tokens: Limit for prefix, query and answer together; None for the architecture's maximum.
@@ -190,6 +196,11 @@ class Engine:
             raise UserError("unknown_context", what, remedy="Give max_context_tokens.")
         self.max_context_tokens: int = limit
         self._end = AnswerEnd(self.encoder, self.identity.end_token_ids)
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether queries are scored after each label, and not labels after a query; see `manyicl.engine.channel`."""
+        return self.encoder.format.answer_first
 
     @classmethod
     def local(
@@ -322,6 +333,9 @@ class Engine:
         rows of the task in ``rows``, to retrieve from; 0 keeps none. ``reuse`` is a compiled task whose first
         demonstrations may be the same: these are taken over with their records and not encoded again. Other arguments
         and errors are those of `prefill`; `save` and `load` keep the result on disk.
+
+        In the channel form nothing is recorded: the pass predicts each demonstration's query after its own label, which
+        does not say how it would be after the others.
         """
         if not isinstance(self.backend, ObservingBackend):
             raise backend_cannot_compile(self.identity)
@@ -330,7 +344,7 @@ class Engine:
         retrieve = Retriever(task.train, num_retrieved) if num_retrieved else None
         fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
         rows = Retriever(task.train, num_retrieved, exclude=fitting).candidates if num_retrieved else ()
-        targets = answer_targets(task, fitting, self.encoder)
+        targets = [] if self.is_channel else answer_targets(task, fitting, self.encoder)
         kept: tuple[ObservedAnswer, ...] = ()
         num_reused = 0
         if reuse is not None:
@@ -379,6 +393,13 @@ class Engine:
         """
         self._require_own(prefix)
         task, labels = prefix.task, prefix.task.labels or ()
+        if self.is_channel:
+            backend, demonstrations = self.backend, prefix.demonstrations
+            each = (
+                scores_before_shown(backend, prefix.cache, self.encoder, task, demonstrations, shot)
+                for shot in positions
+            )
+            return [{label: scores.log_probabilities[n] for n, label in enumerate(labels)} for scores in each]
         spans = self.encoder.encode_episode(Episode(task.name, task.instruction(), prefix.demonstrations)).answer_spans
         label_ids = [self.encoder.answer_ids(label) for label in labels]
         found = []
@@ -477,7 +498,7 @@ class Engine:
     def _num_query_tokens(self, row: Query | EncodedQuery) -> int:
         """Count the tokens of a query; of one not yet encoded, of the longest way to encode it."""
         if isinstance(row, EncodedQuery):
-            return len(row.token_ids)
+            return row.num_tokens
         return max(len(self.encoder.query_ids(row.text, preceding)) for preceding in Preceding)
 
     def max_answer_tokens(self, task: Task) -> int:
@@ -506,7 +527,7 @@ class Engine:
     ) -> Iterator[Numbered]:
         """Render and encode queries as `encode_queries` does; bad rows are refused or passed on, as the options say."""
         preceding = self.encoder.preceding("" if after_shots else task.instruction(), int(after_shots))
-        label_ids = tuple(self.encoder.answer_ids(label) for label in task.labels or ())
+        label_ids = tuple(self.encoder.answer_ids(label, preceding) for label in task.labels or ())
         for number, row in numbered:
             if isinstance(row, EncodedQuery) and row.preceding is preceding:
                 yield number, row
@@ -515,12 +536,16 @@ class Engine:
                 if isinstance(row, UserError):
                     raise row
                 query = row.query if isinstance(row, EncodedQuery) else checked_query(row, task)
-                option_ids = label_ids or tuple(self.encoder.answer_ids(choice) for choice in query.choices or ())
+                option_ids = label_ids or self._option_ids(query.choices, preceding)
                 token_ids = self.encoder.query_ids_uncached(query.text, preceding)
             except UserError as error:
                 yield number, _refused_or_reported(error, number, options)
                 continue
             yield number, EncodedQuery(query, preceding, token_ids, option_ids)
+
+    def _option_ids(self, options: Iterable[str] | None, preceding: Preceding) -> tuple[tuple[int, ...], ...]:
+        """Encode labels or choices of a query that comes after this."""
+        return tuple(self.encoder.answer_ids(option, preceding) for option in options or ())
 
     def predict(
         self,
@@ -595,10 +620,12 @@ class Engine:
         Every column of the query template holds a neutral text.
 
         Raises:
-            UserError: If the task has no labels of its own.
+            UserError: If the task has no labels of its own, or in the channel form, where labels have no prior.
 
         Source: Zhao et al. 2021, arXiv:2102.09690.
         """
+        if self.is_channel:
+            raise refused_in_channel_form("A prior is that of labels after content-free queries", "Leave it out.")
         if not prefix.task.labels:
             raise UserError("no_labels", f"Task {prefix.task.name!r} has no closed label set, and so no prior")
         neutral = [prefix.task.query(dict.fromkeys(prefix.task.columns, text)) for text in neutral_queries]
@@ -692,10 +719,12 @@ class Engine:
                 own_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
             preceding = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
             # What opens a sequence, such as bos, is part of a prefix, and of no query.
-            same = preceding is query.preceding
-            ids = query.token_ids if same else self.encoder.query_ids_uncached(query.query.text, preceding)
-            query = replace(query, token_ids=(*own_ids, *ids))
-        needed = prefix.num_tokens + len(query.token_ids) + self._num_answer_tokens(prefix.task, query)
+            if preceding is not query.preceding:
+                ids = self.encoder.query_ids_uncached(query.query.text, preceding)
+                option_ids = self._option_ids(query.query.choices or prefix.task.labels, preceding)
+                query = EncodedQuery(query.query, preceding, ids, option_ids)
+            query = replace(query, own_ids=tuple(own_ids))
+        needed = prefix.num_tokens + query.num_tokens + self._num_answer_tokens(prefix.task, query)
         if needed > self.max_context_tokens:
             error = self._too_long(needed, prefix.num_shots, len(own_examples))
             return number, _refused_or_reported(error, number, options)
@@ -718,16 +747,17 @@ class Engine:
         """Find the best option of each query; the first among equals."""
         queries = _queries_of(batch)
         scope, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
-        token_ids, option_ids = [query.token_ids for query in queries], [query.option_ids for query in queries]
-        found = self.backend.score(prefix.cache, token_ids, option_ids, scope)
-        for query, scores in zip(queries, found, strict=True):
+        for query, scores in zip(queries, self._scores(prefix, queries, scope), strict=True):
             names = query.query.choices or prefix.task.labels or ()
             answer, log_probability = names[scores.best], scores.log_probabilities[scores.best]
             label_scores, second, margin, abstained = None, None, None, False
-            if scope == "all":
+            if scope == "all" or self.is_channel:
                 log_probabilities = {name: scores.log_probabilities[n] for n, name in enumerate(names)}
-                num_tokens = {name: len(ids) for name, ids in zip(names, query.option_ids, strict=True)}
+                # In the channel form the tokens that are scored are those of the query, after every label.
+                scored = [query.token_ids] * len(names) if self.is_channel else query.option_ids
+                num_tokens = {name: len(ids) for name, ids in zip(names, scored, strict=True)}
                 label_scores = LabelScores(log_probabilities, num_tokens)
+            if scope == "all" and label_scores is not None:
                 abstained = label_scores.probabilities[answer] < abstain_below
             if scope != "best" and scores.second is not None:
                 second, margin = names[scores.second], log_probability - scores.log_probabilities[scores.second]
@@ -736,11 +766,18 @@ class Engine:
                 answer, log_probability, label_scores, second, margin, abstained=abstained, num_shots=num_shots
             )
 
+    def _scores(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], scope: ScoreScope) -> list[OptionScores]:
+        """Score the options of queries after a prefix, in the form in which the model is used."""
+        if self.is_channel:
+            return score_channel(self.backend, prefix.cache, queries)
+        token_ids = [(*query.own_ids, *query.token_ids) for query in queries]
+        return self.backend.score(prefix.cache, token_ids, [query.option_ids for query in queries], scope)
+
     def _generate(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
         numbers, queries = [number for number, _ in filter(is_query, batch)], _queries_of(batch)
         limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
-        ids = [query.token_ids for query in queries]
+        ids = [(*query.own_ids, *query.token_ids) for query in queries]
         written: list[list[GeneratedToken]] = [[] for _ in queries]
         next_query = 0
         for token in self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers):

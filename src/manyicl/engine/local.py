@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -33,7 +33,7 @@ from manyicl.engine.decoding import generate
 from manyicl.engine.label_trie import NODES_READ_TOGETHER, LabelTrie, num_shared_tokens, tries_of
 from manyicl.engine.packing import ActivationBudget, log_denominators, numbers_of
 from manyicl.engine.prefix_cache import PrefixCache, extend_blocks, shared_beginning
-from manyicl.engine.scoring import score_labels
+from manyicl.engine.scoring import score_continuations, score_labels
 from manyicl.errors import pluralized
 from manyicl.model.continuation import Block
 from manyicl.model.load import LoadedModel, max_positions
@@ -145,6 +145,44 @@ class LocalBackend:
     ) -> list[OptionScores]:
         """Score the options of each query exactly; options that begin alike share their beginning."""
         budget = self.activation_budget(prefix)
+        alone = [i for i, own in enumerate(options) if len(own) == 1]
+        found = self._score_alone(prefix, {i: (queries[i], options[i][0]) for i in alone}, budget)
+        others = [i for i, own in enumerate(options) if len(own) != 1]
+        own_queries, own_options = [queries[i] for i in others], [options[i] for i in others]
+        found |= zip(others, self._score_sets(prefix, own_queries, own_options, scope, budget), strict=True)
+        return [found[i] for i in range(len(queries))]
+
+    def _score_alone(
+        self, prefix: Prefix, pairs: Mapping[int, tuple[TokenIds, TokenIds]], budget: ActivationBudget
+    ) -> dict[int, OptionScores]:
+        """Score the only option of each query, numbered; those that would exceed the budget in chunks, one by one."""
+        blocks, most = self._blocks(prefix), budget.tokens_per_pass(num_logits_per_token=1)
+        together = {i: pair for i, pair in pairs.items() if len(pair[0]) + len(pair[1]) <= most}
+        queries, only = [query for query, _ in together.values()], [option for _, option in together.values()]
+        scores = dict(zip(together, score_continuations(self.model, blocks, queries, only, budget), strict=True))
+        for i in pairs.keys() - together.keys():
+            scores[i] = self._score_in_chunks(blocks, *pairs[i], most)
+        return {
+            i: OptionScores({0: score}, 0, frozenset({0} if greedy else ())) for i, (score, greedy) in scores.items()
+        }
+
+    def _score_in_chunks(
+        self, blocks: Sequence[Block], query: TokenIds, option: TokenIds, chunk_tokens: int
+    ) -> tuple[float, bool]:
+        """Score an option straight through, chunk by chunk, and tell whether greedy decoding would write it."""
+        targets = [Target(position) for position in range(len(query), len(query) + len(option))]
+        _, each = self._observe(blocks, (*query, *option), targets, chunk_tokens)
+        return sum(one.log_probability for one in each), all(one.is_best for one in each)
+
+    def _score_sets(
+        self,
+        prefix: Prefix,
+        queries: Sequence[TokenIds],
+        options: Sequence[Sequence[TokenIds]],
+        scope: ScoreScope,
+        budget: ActivationBudget,
+    ) -> list[OptionScores]:
+        """Score the options of each query in tries."""
         most = min(budget.slots_per_query(), NODES_READ_TOGETHER if scope == "all" else sys.maxsize)
         # Most queries share their options: these are looked at once.
         tries: dict[int, list[LabelTrie]] = {}
@@ -160,11 +198,9 @@ class LocalBackend:
             for i, query, search in zip(numbers, batch, searches, strict=True):
                 scores, greedy = search.scores, search.greedy
                 for n in long[id(options[i])]:
-                    tokens = (*query, *options[i][n])
-                    targets = [Target(position) for position in range(len(query), len(tokens))]
-                    _, each = self._observe(blocks, tokens, targets, budget.tokens_per_pass(num_logits_per_token=1))
-                    scores[n] = sum(one.log_probability for one in each)
-                    greedy |= {n} if all(one.is_best for one in each) else set()
+                    chunk_tokens = budget.tokens_per_pass(num_logits_per_token=1)
+                    scores[n], is_greedy = self._score_in_chunks(blocks, query, options[i][n], chunk_tokens)
+                    greedy |= {n} if is_greedy else set()
                 best = min(scores, key=lambda n: (-scores[n], n))
                 found[i] = OptionScores(scores, best, frozenset(greedy))
         return [found[i] for i in range(len(queries))]

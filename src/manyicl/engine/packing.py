@@ -91,7 +91,12 @@ class ActivationBudget:
         return max(32, min(self.limit // (16 * self.per_slot), math.isqrt(self.limit // 16)))
 
     def chunks(
-        self, lengths: Sequence[int], num_later_slots: Sequence[int], *, in_line: bool = False
+        self,
+        lengths: Sequence[int],
+        num_later_slots: Sequence[int],
+        *,
+        in_line: bool = False,
+        num_logits: Sequence[int] | None = None,
     ) -> Iterator[list[int]]:
         """Group queries, by length, so that each group fits the budget and hardly pads.
 
@@ -99,26 +104,28 @@ class ActivationBudget:
             lengths: Tokens of each query.
             num_later_slots: Keys kept after each query; 0 if none of its keys are kept.
             in_line: Whether later tokens follow one another, as generated ones do, instead of in a tree.
+            num_logits: Tokens of each query whose logits are wanted; None for the last one.
 
         Yields:
             Positions of the queries of each group.
         """
         most_padding = MOST_PADDING_IN_LINE if in_line else self.most_padding
         chunk: list[int] = []
-        num_tokens = num_later = 0
+        num_tokens = num_later = num_kept = 0
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], num_later_slots[i], i)):
             tokens = num_tokens + lengths[i]
             columns = lengths[i] * (len(chunk) + 1)
             later = max(num_later, num_later_slots[i])
             slots = lengths[i] + later if later else 0
             # In a tree, which later tokens see which is a square of bytes.
-            per_query = self.per_logits + slots * self.per_slot + (0 if in_line else later**2)
-            cost = tokens * self.per_token + (len(chunk) + 1) * per_query
+            per_query = slots * self.per_slot + (0 if in_line else later**2)
+            kept = num_kept + (num_logits[i] if num_logits else 1)
+            cost = tokens * self.per_token + kept * self.per_logits + (len(chunk) + 1) * per_query
             if chunk and (cost > self.limit or columns - tokens > most_padding * columns):
                 yield chunk
-                chunk, tokens, later = [], lengths[i], num_later_slots[i]
+                chunk, tokens, later, kept = [], lengths[i], num_later_slots[i], kept - num_kept
             chunk.append(i)
-            num_tokens, num_later = tokens, later
+            num_tokens, num_later, num_kept = tokens, later, kept
         if chunk:
             yield chunk
 
@@ -169,8 +176,8 @@ class QueriesInFlight:
         self.sees = np.zeros((len(queries), num_tree_slots + 1, num_tree_slots), dtype=bool)
         self.in_line = in_line
 
-    def read(self) -> Tensor:
-        """Prefill the queries and return the logits after each, (Q, V)."""
+    def read(self, keep: Sequence[int] | None = None) -> Tensor:
+        """Prefill the queries and return the logits after each, (Q, V), or after the packed tokens in ``keep``."""
         sequence = np.repeat(np.arange(len(self.queries)), self.lengths)
         column = np.concatenate([np.arange(length) for length in self.lengths])
         return continue_model(
@@ -186,7 +193,7 @@ class QueriesInFlight:
                 own=self.own,
                 slot=self._tensor(column),
             ),
-            (self.lengths.cumsum() - 1).tolist(),
+            (self.lengths.cumsum() - 1).tolist() if keep is None else keep,
         )
 
     def follow(self, queries: Sequence[int], token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:

@@ -25,14 +25,22 @@ class EncodedQuery:
     Attributes:
         query: The rendered query.
         preceding: What it comes after: a demonstration, the instruction or nothing.
-        token_ids: Its tokens up to where the answer begins, (Q,).
-        option_ids: Tokens of each label or choice with the end-of-answer text; empty for free answers.
+        token_ids: Its tokens up to where the answer begins, (Q,); in the channel form, to the end of the example.
+        option_ids: Tokens of each label or choice with the end-of-answer text; empty for free answers. In the channel
+            form, up to where the query begins.
+        own_ids: Tokens of the examples that were retrieved for it, which come before all of these.
     """
 
     query: Query
     preceding: Preceding
     token_ids: tuple[int, ...]
     option_ids: tuple[tuple[int, ...], ...]
+    own_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens, without those of its options."""
+        return len(self.own_ids) + len(self.token_ids)
 
 
 Row = Columns | str | Query | EncodedQuery

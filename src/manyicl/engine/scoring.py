@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -175,6 +176,44 @@ def score_labels(
         flight = QueriesInFlight(model, prefix, [queries[i] for i in chunk], max(max(sizes[i]) for i in chunk))
         _search_together(flight, searches, budget)
         found.update(zip(chunk, searches, strict=True))
+    return [found[i] for i in range(len(queries))]
+
+
+@torch.no_grad()
+def score_continuations(
+    model: PreTrainedModel,
+    prefix: Sequence[Block],
+    queries: Sequence[tuple[int, ...]],
+    continuations: Sequence[tuple[int, ...]],
+    budget: ActivationBudget,
+) -> list[NodeScore]:
+    """Score one continuation of each query: read with it in one pass, where a trie of one label would take two.
+
+    Args:
+        model: Model in evaluation mode.
+        prefix: Shared by all queries.
+        queries: Each at least one token.
+        continuations: One for each query, at least one token.
+        budget: Bounds how many queries advance together, and with them the logits of their continuations.
+
+    Returns:
+        For each query the log-probability of its continuation, and whether greedy decoding would have written it.
+    """
+    # The last token is predicted, never read.
+    lines = [(*query, *ids[:-1]) for query, ids in zip(queries, continuations, strict=True)]
+    num_logits = [len(ids) for ids in continuations]
+    found: dict[int, NodeScore] = {}
+    for chunk in budget.chunks([len(line) for line in lines], [0] * len(lines), num_logits=num_logits):
+        flight = QueriesInFlight(model, prefix, [lines[i] for i in chunk])
+        ends = flight.lengths.cumsum().tolist()
+        keep = [place for i, end in zip(chunk, ends, strict=True) for place in range(end - num_logits[i], end)]
+        tokens = [token for i in chunk for token in continuations[i]]
+        logits = flight.read(keep)
+        scores = iter(log_probabilities(logits, range(len(tokens)), tokens))
+        argmax_tokens = iter(logits.argmax(dim=-1).tolist())
+        for i in chunk:
+            log_probability = sum(islice(scores, num_logits[i]))
+            found[i] = log_probability, list(islice(argmax_tokens, num_logits[i])) == list(continuations[i])
     return [found[i] for i in range(len(queries))]
 
 

@@ -11,7 +11,6 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import EncodedEpisode, EncodedShot
 from manyicl.episodes.sampling import DrawnEpisode
 from manyicl.episodes.task_shots import TaskShots
-from manyicl.episodes.text_format import Preceding
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
 
@@ -62,9 +61,7 @@ def whole_shots_within(
 def num_tokens_for_asking(task: Task, encoder: Encoder, max_answer_tokens: int, queries: Sequence[Query]) -> int:
     """Count the tokens to keep free after the demonstrations: the longest query and the longest answer."""
     # The first text of a sequence may be encoded with a leading marker, or differ from one after a shot.
-    longest_query = max(
-        (max(len(encoder.query_ids_uncached(query.text, place)) for place in Preceding) for query in queries), default=0
-    )
+    longest_query = max((encoder.num_query_tokens(query.text) for query in queries), default=0)
     return longest_query + longest_answer(task, encoder, max_answer_tokens, queries)
 
 
@@ -73,13 +70,13 @@ def longest_answer(task: Task, encoder: Encoder, max_answer_tokens: int, queries
     if task.labels:
         return _longest_label(encoder, task.labels)
     choices = {choice for query in queries for choice in query.choices or ()}
-    return max((len(encoder.answer_ids(choice)) for choice in choices), default=max_answer_tokens)
+    return max(map(encoder.num_answer_tokens, choices), default=max_answer_tokens)
 
 
 @lru_cache(maxsize=4)
 def _longest_label(encoder: Encoder, labels: tuple[str, ...]) -> int:
     """Count the tokens of the longest label; kept, because a task of thousands of labels asks for every test row."""
-    return max(len(encoder.answer_ids(label)) for label in labels)
+    return max(map(encoder.num_answer_tokens, labels))
 
 
 def require_instruction_fits(task: Task, encoder: Encoder, max_context_tokens: int) -> int:

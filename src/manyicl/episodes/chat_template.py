@@ -71,8 +71,8 @@ def chosen_format(
     Raises:
         UserError: If there is no chat template, its turns change with their position, or it changes a row.
     """
-    if settings.kind == "plain":
-        return settings.plain(control_tokens(tokenizer))
+    if settings.kind != "chat":
+        return settings.without_turns(control_tokens(tokenizer))
     if settings.template is not None:
         tokenizer.chat_template = read_text(settings.template)
         if not tokenizer.chat_template.strip():
@@ -99,7 +99,7 @@ def require_rows_as_written(
 
 def template_identity(settings: FormatSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return all that decides whether `require_rows_as_written` accepts a row, beside the fixed parts; as JSON."""
-    if settings.kind == "plain":
+    if settings.kind != "chat":
         return ""
     parts = [tokenizer.chat_template, settings.template_arguments, tokenizer.special_tokens_map]
     return json.dumps(parts, default=str)
@@ -349,7 +349,9 @@ def _difference(first: str, second: str) -> str:
 def describe(text_format: AnyFormat) -> Iterator[str]:
     """Say what a user should know of a format before training with it."""
     if not isinstance(text_format, ChatFormat):
-        if text_format.end_is_control_token:
+        if text_format.answer_first:
+            yield "Each example is its label and then its query, which is supervised: the channel form."
+        elif text_format.end_is_control_token:
             yield f"An answer ends in {text_format.end_of_answer!r}, a control token of the tokenizer."
         return
     yield f"Turns are those of the chat template; an answer ends in {text_format.end_of_answer!r}."

@@ -138,9 +138,9 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         num_examined: Most examples that are encoded twice, to compare segments with the joined text.
 
     Raises:
-        UserError: If answers contain the end-of-answer text of the model.
+        UserError: If answers contain the end-of-answer text of the model, or are free in the channel form.
     """
-    encoder.require_no_end_inside(task)
+    encoder.require_suitable_answers(task)
     everything = (*task.train, *task.test)
     query_lengths = [len(encoder.query_ids_uncached(example.query.text)) for example in everything]
     answer_lengths = [len(encoder.answer_ids(example.answer)) for example in everything]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.episode import EncodedEpisode, EncodedShot, Episode
 from manyicl.episodes.segment_tokenizer import REPLACEMENT, SegmentTokenizer, bos_ids, control_tokens
-from manyicl.episodes.text_format import AnyFormat, PlainFormat, Preceding, Segment, text_of
+from manyicl.episodes.text_format import AnyFormat, ParagraphFormat, PlainFormat, Preceding, Segment, text_of
 from manyicl.episodes.token_cache import TokenCache
 from manyicl.errors import UserError, pluralized, shortened
 from manyicl.tasks.task import Example, Task
@@ -55,7 +55,7 @@ class Encoder:
                 control token in which answers end.
         """
         text_format = text_format or PlainFormat()
-        if isinstance(text_format, PlainFormat):
+        if isinstance(text_format, ParagraphFormat):
             text_format = text_format.decided(control_tokens(tokenizer))
         self.tokenizer = tokenizer
         self._segments = SegmentTokenizer(tokenizer, text_format.constants)
@@ -85,7 +85,7 @@ class Encoder:
         last = self._encode_segment(end, False)[-1] if end.is_control else None
         return last if last is not None and last in self.tokenizer.added_tokens_decoder else None
 
-    def _encode_answer(self, answer: str) -> tuple[int, ...]:
+    def _encode_answer(self, answer: str, preceding: Preceding) -> tuple[int, ...]:
         if not answer:
             raise UserError("empty_answer", "An answer is empty", remedy="Every example needs one.")
         if self._ends_early(answer):
@@ -93,7 +93,8 @@ class Encoder:
             named = shortened(answer, 60)
             what = f"The answer {named!r} contains the end-of-answer text {end!r}, where it would be cut"
             raise UserError("end_inside_answer", what, remedy=REMEDY_FOR_END_INSIDE)
-        return self._encode(self.format.answer(answer))
+        opens_sequence = self.format.answer_first and self._opens_sequence(preceding)
+        return self._encode(self.format.answer(answer), opens_sequence)
 
     def _ends_early(self, answer: str) -> bool:
         return self.answer_end_id is None and self.format.ends_early(answer)
@@ -114,66 +115,93 @@ class Encoder:
         return self._encode_segment(Segment(text), opens_sequence)
 
     def preceding(self, instruction: str, num_shots: int) -> Preceding:
-        """Tell what comes before a query after this instruction and so many demonstrations."""
+        """Tell what comes before an example after this instruction and so many demonstrations."""
         return self.format.preceding(instruction, num_shots)
 
     def query_ids(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
-        """Encode a query up to where its answer begins."""
+        """Encode a query: up to where its answer begins, or in the channel form with what ends an example."""
         return self._query_ids(query, preceding)
 
     def query_ids_uncached(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
         """Encode a query that will not come again, as `query_ids` without remembering it; streams have no end."""
-        return self._encode(self.format.query(query, preceding), self._opens_sequence(preceding))
+        opens_sequence = not self.format.answer_first and self._opens_sequence(preceding)
+        return self._encode(self.format.query(query, preceding), opens_sequence)
 
     def _opens_sequence(self, preceding: Preceding) -> bool:
-        """Tell whether no text comes before a query."""
+        """Tell whether no text comes before an example."""
         return preceding is Preceding.NOTHING and not self.format.preamble("")
 
-    def is_like_later_query(self, query: str, preceding: Preceding) -> bool:
-        """Tell, without encoding it, whether a query has the tokens here that it has after a demonstration."""
+    def is_like_later_shot(self, query: str, preceding: Preceding) -> bool:
+        """Tell, without encoding it, whether an example has the tokens here that it has after a demonstration."""
         if self._opens_sequence(preceding) and self._segments.marks_first:
             return False
         return self.format.query(query, preceding) == self.format.query(query)
 
-    def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Encode an answer with the end-of-answer text.
+    def answer_ids(self, answer: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
+        """Encode an answer: with the end-of-answer text, or in the channel form up to where its query begins.
+
+        Args:
+            answer: Text of the answer.
+            preceding: What comes before the example; matters in the channel form alone.
 
         Raises:
-            UserError: If the answer is empty or contains that text.
+            UserError: If the answer is empty or contains the end-of-answer text.
         """
-        return self._answer_ids(answer)
+        return self._answer_ids(answer, preceding)
 
-    def encode_shot(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> EncodedShot:
-        """Encode query and answer of a demonstration."""
-        return EncodedShot(self.query_ids(example.query.text, preceding), self.answer_ids(example.answer))
+    def num_query_tokens(self, query: str) -> int:
+        """Count the tokens of a query that will not come again, at most, wherever it is in a sequence."""
+        return max(len(self.query_ids_uncached(query, preceding)) for preceding in Preceding)
+
+    def num_answer_tokens(self, answer: str) -> int:
+        """Count the tokens of an answer, at most, wherever it is in a sequence."""
+        places = Preceding if self.format.answer_first else (Preceding.DEMONSTRATION,)
+        return max(len(self.answer_ids(answer, preceding)) for preceding in places)
+
+    def encode_shot(
+        self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION, *, comes_again: bool = True
+    ) -> EncodedShot:
+        """Encode query and answer of a demonstration, in their order; remember the query only if it comes again."""
+        encode_query = self.query_ids if comes_again else self.query_ids_uncached
+        query_ids, answer_ids = encode_query(example.query.text, preceding), self.answer_ids(example.answer, preceding)
+        return EncodedShot(answer_ids, query_ids) if self.format.answer_first else EncodedShot(query_ids, answer_ids)
+
+    def with_answer(self, shot: EncodedShot, answer: str, preceding: Preceding) -> EncodedShot:
+        """Return a demonstration with another answer."""
+        answer_ids = self.answer_ids(answer, preceding)
+        return shot._replace(given_ids=answer_ids) if self.format.answer_first else shot._replace(target_ids=answer_ids)
 
     def shot_ids(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[int, ...]:
-        """Encode a demonstration: a query, its answer, and the inter-turn text after it."""
-        query_ids, answer_ids = self.encode_shot(example, preceding)
-        return (*query_ids, *answer_ids, *self._inter_turn_ids)
+        """Encode a demonstration: its two parts, and the inter-turn text after them."""
+        given_ids, target_ids = self.encode_shot(example, preceding)
+        return (*given_ids, *target_ids, *self._inter_turn_ids)
 
     def require_encodable(self, task: Task) -> None:
         """Refuse a task that these tokens would teach otherwise than its rows say; done once for a task.
 
         Raises:
             UserError: If an answer or option contains the end-of-answer text, the tokenizer cannot tell two labels
-                apart, or does not know most answers.
+                apart, or does not know most answers; in the channel form, if answers are free.
         """
         # Compared by identity: tasks of one name may have other rows, and a shot curve asks for every draw.
         if any(task is known for known in self._encodable):
             return
-        self.require_no_end_inside(task)
+        self.require_suitable_answers(task)
         self._require_distinct_labels(task)
         self._require_known_answers(task)
         self._encodable.append(task)
 
-    def require_no_end_inside(self, task: Task) -> None:
+    def require_suitable_answers(self, task: Task) -> None:
         """Refuse a task with answers, labels or options that contain the end-of-answer text.
 
         Raises:
-            UserError: If there are any, with the rows.
+            UserError: If there are any, with the rows; in the channel form, if answers are free.
         """
-        if self.answer_end_id is not None:
+        if self.format.answer_first and not task.is_closed:
+            what = f"Task {task.name!r} has free answers, and the channel form scores a query after each of its labels"
+            remedy = "Use format.kind: plain, or tasks with labels or choices alone."
+            raise UserError("free_answers_in_channel_form", what, expected="labels or choices", remedy=remedy)
+        if self.answer_end_id is not None or self.format.answer_first:
             return
         cut = [label for label in task.labels or () if self._ends_early(label)]
         examples = [
@@ -228,6 +256,8 @@ class Encoder:
 
             <bos> instruction ⏎⏎ query ⏎ answer ⏎⏎ query ⏎ answer ⏎⏎
                                          └───span──┘         └───span──┘
+
+        In the channel form each answer comes before its query, and the spans are those of the queries.
         """
         shots = (
             self.encode_shot(example, self.preceding(episode.instruction, shot))
@@ -239,10 +269,10 @@ class Encoder:
         """Join the tokens of a preamble and of demonstrations to an episode."""
         token_ids = list(preamble_ids)
         spans = []
-        for query_ids, answer_ids in shots:
-            token_ids += query_ids
+        for given_ids, target_ids in shots:
+            token_ids += given_ids
             start = len(token_ids)
-            token_ids += answer_ids
+            token_ids += target_ids
             spans.append((start, len(token_ids)))
             token_ids += self._inter_turn_ids
         return EncodedEpisode(task_name, tuple(token_ids), tuple(spans))
@@ -257,7 +287,7 @@ class Encoder:
 
     def num_tokens_of(self, shot: EncodedShot) -> int:
         """Count the tokens of an encoded demonstration, the inter-turn text after it included."""
-        return len(shot.query_ids) + len(shot.answer_ids) + len(self._inter_turn_ids)
+        return len(shot.given_ids) + len(shot.target_ids) + len(self._inter_turn_ids)
 
     def num_shot_tokens(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> int:
         """Count the tokens of one demonstration."""

@@ -22,12 +22,12 @@ class EncodedShot(NamedTuple):
     """A demonstration as tokens.
 
     Attributes:
-        query_ids: Tokens of the query, up to where its answer begins.
-        answer_ids: Tokens of the answer, with its end-of-answer text.
+        given_ids: Tokens of the query, up to where its answer begins; in the channel form, those of the answer.
+        target_ids: Tokens of the answer, with its end-of-answer text; in the channel form, those of the query.
     """
 
-    query_ids: Sequence[int]
-    answer_ids: Sequence[int]
+    given_ids: Sequence[int]
+    target_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class EncodedEpisode:
     Attributes:
         task_name: The task it came from.
         token_ids: All tokens of the episode, (T,).
-        answer_spans: Half-open token ranges, one per example, each covering an answer and its end-of-answer text.
+        answer_spans: Half-open token ranges, one per example, each covering an answer and its end-of-answer text; in
+            the channel form, a query and the text that ends an example.
     """
 
     task_name: str

@@ -1,4 +1,4 @@
-"""The text between the segments of an example: the plain format, and turns of a chat."""
+"""The text between the segments of an example: the plain format, its channel form, and turns of a chat."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ class TextFormat(BaseModel, ABC):
 
     # Whether a sequence begins with the tokens that the tokenizer itself puts before a text.
     begins_with_bos: ClassVar[bool]
+    # Whether an example is its answer and then its query, of which the query is supervised: the channel form.
+    answer_first: ClassVar[bool] = False
     separator: str
     end_of_answer: str
 
@@ -101,8 +103,9 @@ class TextFormat(BaseModel, ABC):
         """Return an instruction and demonstrations, each a query and its answer, segment by segment."""
         segments = [*self.preamble(instruction)]
         for number, (query, answer) in enumerate(shots):
-            segments += self.query(query, self.preceding(instruction, number))
-            segments += (*self.answer(answer), *self.inter_turn)
+            asks, answers = self.query(query, self.preceding(instruction, number)), self.answer(answer)
+            segments += (*answers, *asks) if self.answer_first else (*asks, *answers)
+            segments += self.inter_turn
         return tuple(segments)
 
     def ends_early(self, answer: str) -> bool:
@@ -111,8 +114,8 @@ class TextFormat(BaseModel, ABC):
         return written.index(self.end_of_answer) < len(written) - len(self.end_of_answer)
 
 
-class PlainFormat(TextFormat):
-    """Segments one after the other: query, separator, answer, end of the answer.
+class ParagraphFormat(TextFormat):
+    """Segments one after the other, without turns: query, separator, answer, end of the answer.
 
     A blank line ends the instruction, whatever ends an answer: it is a paragraph before the examples, as in the texts
     that a base model has read. A control token there would stand after something that nobody answered, and weaken
@@ -128,7 +131,7 @@ class PlainFormat(TextFormat):
 
     begins_with_bos: ClassVar[bool] = True
     before_answer: ClassVar[str] = ""
-    kind: Literal["plain"] = "plain"
+    kind: str
     separator: str = Field("\n", min_length=1)
     end_of_answer: EndOfAnswer = "\n\n"
     end_is_control_token: bool | None = None
@@ -169,7 +172,44 @@ class PlainFormat(TextFormat):
         return Segment(self.separator), end, Segment(self.end_of_instruction)
 
 
-FormatKind = Literal["plain", "chat"]
+class PlainFormat(ParagraphFormat):
+    """Query, separator, answer, end of the answer: the direct form, in which the answer is supervised."""
+
+    kind: Literal["plain"] = "plain"
+
+
+class ChannelFormat(ParagraphFormat):
+    """The channel form: the two parts of an example change places, and the query is supervised after its label.
+
+    ::
+
+        instruction ⏎⏎  label ⏎ query ⏎⏎  label ⏎ query ⏎⏎  label ⏎ query ⏎⏎
+                                └─span──┘         └─span──┘
+
+    A label is scored by the log-probability of the query after it, so answers must be of a closed set. What ends an
+    answer ends an example here; as nothing is generated, a query may contain it.
+
+    Source: Min et al. 2021, *Noisy Channel Language Model Prompting for Few-Shot Text Classification*,
+    arXiv:2108.04106; fine-tuned on several tasks in MetaICL (Min et al. 2022, arXiv:2110.15943).
+    """
+
+    answer_first: ClassVar[bool] = True
+    kind: Literal["channel"] = "channel"
+
+    def query(self, query: str, preceding: Preceding = Preceding.DEMONSTRATION) -> tuple[Segment, ...]:
+        """Return the supervised segments of a query, the text that ends an example included."""
+        return super().answer(query)
+
+    def answer(self, answer: str) -> tuple[Segment, ...]:
+        """Return an answer up to where its query begins, one segment."""
+        return super().query(answer)
+
+    def ends_early(self, answer: str) -> bool:
+        """Tell that no answer is cut: none is generated."""
+        return False
+
+
+FormatKind = Literal["plain", "channel", "chat"]
 TextRole = Literal["instruction", "query", "answer"]
 
 
@@ -249,22 +289,24 @@ class ChatFormat(TextFormat):
         return text.strip() if role in self.trimmed else text
 
 
-AnyFormat = Annotated[PlainFormat | ChatFormat, Field(discriminator="kind")]
+AnyFormat = Annotated[PlainFormat | ChannelFormat | ChatFormat, Field(discriminator="kind")]
 
 
 class FormatSettings(Section):
     """Which format a run uses."""
 
     kind: FormatKind = Field(
-        "plain", description="plain: texts one after the other; chat: turns of the base's chat template."
+        "plain",
+        description="plain: texts one after the other; channel: likewise, each label before its query, which is "
+        "supervised and scored; chat: turns of the base's chat template.",
     )
     separator: str | None = Field(
-        None, min_length=1, description="plain: text between a query and its answer; unset: a line break."
+        None, min_length=1, description="plain, channel: text between a query and its answer; unset: a line break."
     )
     end_of_answer: EndOfAnswer | None = Field(
         None,
         description="plain: ends an answer: a text that no answer contains, or a control token of the tokenizer such "
-        "as </s>; unset: a blank line.",
+        "as </s>; channel: ends a query; unset: a blank line.",
     )
     template: Path | None = Field(
         None, description="chat: a Jinja file in place of the tokenizer's own template; it is saved with the model."
@@ -304,15 +346,17 @@ class FormatSettings(Section):
     def _keys_of_one_kind(self) -> Self:
         of_plain = {"separator": self.separator, "end_of_answer": self.end_of_answer}
         of_chat = {"template": self.template, "template_arguments": self.template_arguments}
-        strangers, other = (of_chat, "chat") if self.kind == "plain" else (of_plain, "plain")
+        strangers, other = (of_plain, "plain") if self.kind == "chat" else (of_chat, "chat")
         given = [name for name, value in strangers.items() if value]
         if given:
             raise ValueError(f"{given[0]} belongs to kind: {other}; found kind: {self.kind}. Leave one of them out")
         return self
 
-    def plain(self, control_tokens: Container[str]) -> PlainFormat:
-        """Return the plain format with these settings, for a tokenizer with these control tokens."""
+    def without_turns(self, control_tokens: Container[str]) -> PlainFormat | ChannelFormat:
+        """Return the format with these settings, of a kind without turns, for a tokenizer with these control tokens."""
         given = self.model_dump(include={"separator", "end_of_answer"}, exclude_none=True)
+        if self.kind == "channel":
+            return ChannelFormat.model_validate(given).decided(control_tokens)
         return PlainFormat.model_validate(given).decided(control_tokens)
 
 

@@ -44,6 +44,9 @@ from manyicl.tasks.task_cache import ExamplesInFiles
 
 # Raise it when other tokens, or tokens in another form, are written for the same task, tokenizer and format.
 FORMAT_VERSION = 1
+# Columns of a file: the two parts of a demonstration, the first one also as it opens a sequence. In the channel form
+# these are its answer and its query.
+GIVEN, FIRST, TARGET = "query_ids", "first_query_ids", "answer_ids"
 FOLDER = "tokens"
 # Each open file is a mapping of memory, of which a process may have some ten thousand.
 MOST_FILES_OPEN = 256
@@ -314,16 +317,17 @@ class StoredShots(TaskShots):
     def shot(self, position: int, preceding: Preceding, new_names: Mapping[str, str] | None = None) -> EncodedShot:
         """Read the tokens of a training example; the answer is encoded where labels are renamed."""
         file, encoder = self._file, self._store.encoder
-        query_ids: Sequence[int]
+        given_ids: Sequence[int]
         if preceding is Preceding.DEMONSTRATION:
-            query_ids = file.query_ids(position)
+            given_ids = file.given_ids(position)
         elif preceding.name == file.first_preceding:
-            query_ids = file.first_query_ids(position)
+            given_ids = file.first_given_ids(position)
         else:  # new label names have emptied the instruction, or filled it
-            query_ids = encoder.query_ids(self.task.train[position].query.text, preceding)
+            given_ids = encoder.encode_shot(self.task.train[position], preceding).given_ids
+        shot = EncodedShot(given_ids, file.target_ids(position))
         if new_names is None:
-            return EncodedShot(query_ids, file.answer_ids(position))
-        return EncodedShot(query_ids, encoder.answer_ids(new_names[file.answers[position].as_py()]))
+            return shot
+        return encoder.with_answer(shot, new_names[file.answers[position].as_py()], preceding)
 
     def answers(self) -> Sequence[str]:
         """Read the answers of all training examples."""
@@ -361,10 +365,9 @@ class _File:
         self.preamble_ids: list[int] = json.loads(metadata[b"preamble_ids"])
         self.first_preceding: str = metadata[b"first_preceding"].decode()
         self.plain_words: str = metadata[b"plain_words"].decode()
-        self.query_ids = _Lists(table["query_ids"]).__getitem__
-        first = "first_query_ids" if "first_query_ids" in table.column_names else "query_ids"
-        self.first_query_ids = _Lists(table[first]).__getitem__
-        self.answer_ids = _Lists(table["answer_ids"]).__getitem__
+        self.given_ids = _Lists(table[GIVEN]).__getitem__
+        self.first_given_ids = _Lists(table[FIRST if FIRST in table.column_names else GIVEN]).__getitem__
+        self.target_ids = _Lists(table[TARGET]).__getitem__
         self.answers = table["answer"]
 
     @cached_property
@@ -410,26 +413,25 @@ def _table_of(task: Task, encoder: Encoder) -> tuple[pyarrow.Table, int]:
     instruction = task.instruction()
     preamble_ids, first = encoder.preamble_ids(instruction), encoder.preceding(instruction, 0)
     ids = pyarrow.large_list(pyarrow.from_numpy_dtype(numpy.min_scalar_type(max(len(encoder.tokenizer) - 1, 0))))
-    names = ("query_ids", ids), ("first_query_ids", ids), ("answer_ids", ids), ("answer", pyarrow.large_string())
+    names = (GIVEN, ids), (FIRST, ids), (TARGET, ids), ("answer", pyarrow.large_string())
     schema = pyarrow.schema(list(names))
     batches = []
     fewest_tokens = sys.maxsize
     for examples in _batches(task.train):
-        later = [encoder.query_ids_uncached(each.query.text) for each in examples]
+        later = [encoder.encode_shot(each, comes_again=False) for each in examples]
         opening = [
-            ids
-            if encoder.is_like_later_query(each.query.text, first)
-            else encoder.query_ids_uncached(each.query.text, first)
-            for each, ids in zip(examples, later, strict=True)
+            shot
+            if encoder.is_like_later_shot(each.query.text, first)
+            else encoder.encode_shot(each, first, comes_again=False)
+            for each, shot in zip(examples, later, strict=True)
         ]
-        answers = [encoder.answer_ids(each.answer) for each in examples]
-        lengths = (encoder.num_tokens_of(EncodedShot(*pair)) for pair in zip(opening, answers, strict=True))
-        fewest_tokens = min(fewest_tokens, len(preamble_ids) + min(lengths))
-        columns = [later, opening, answers, [each.answer for each in examples]]
+        fewest_tokens = min(fewest_tokens, len(preamble_ids) + min(map(encoder.num_tokens_of, opening)))
+        given_ids, first_given_ids = ([shot.given_ids for shot in shots] for shots in (later, opening))
+        columns = [given_ids, first_given_ids, [shot.target_ids for shot in later], [each.answer for each in examples]]
         batches.append(pyarrow.RecordBatch.from_pydict(dict(zip(schema.names, columns, strict=True)), schema))
     table = pyarrow.Table.from_batches(batches, schema).combine_chunks()
-    if table["first_query_ids"].equals(table["query_ids"]):
-        table = table.drop_columns(["first_query_ids"])
+    if table[FIRST].equals(table[GIVEN]):
+        table = table.drop_columns([FIRST])
     table = table.set_column(table.column_names.index("answer"), "answer", table["answer"].dictionary_encode())
     metadata = {
         "instruction": instruction,

@@ -154,6 +154,9 @@ def _write(reference: str, dtype: str | None, end_of_answer: str | None, part: P
     activity.begin(f"loading {reference}")
     loaded = _load(reference)
     text_format = format_to_ask_in(loaded.tokenizer, loaded.manifest, end_of_answer=end_of_answer)
+    if text_format.answer_first:
+        what = "A model in the channel form scores a query after each label, and PROMPT.md tells how to write answers"
+        raise UserError("not_in_channel_form", what, remedy="Use the model with manyicl.")
     encoder = Encoder(loaded.tokenizer, text_format)
     # Tokens from all over the vocabulary.
     num_tokens = min(len(loaded.tokenizer), len(cast(Tensor, loaded.model.get_input_embeddings().weight)))

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -126,8 +126,8 @@ def format_to_ask_in(
         UserError: If the model was taught another format, its chat template cannot be used, or in a chat another end
             is wanted than that of its turns.
     """
-    if kind not in (None, "plain", "chat"):
-        raise UserError("unknown_value", "there is no such format", expected="plain or chat", found=repr(kind))
+    if kind not in (None, *get_args(FormatKind)):
+        raise UserError("unknown_value", "there is no such format", expected="plain, channel or chat", found=repr(kind))
     if manifest is not None:
         taught = manifest.text_format
         if kind not in (None, taught.kind):
@@ -135,9 +135,9 @@ def format_to_ask_in(
             raise UserError("another_format", what, expected=taught.kind, found=found, remedy="Leave it out.")
         _require_same_end(taught, end_of_answer, "The model was fine-tuned with another end of an answer")
         return taught
-    if (kind or "plain") == "plain":
+    if kind != "chat":
         try:
-            settings = FormatSettings(end_of_answer=end_of_answer)
+            settings = FormatSettings(kind=kind or "plain", end_of_answer=end_of_answer)
         except ValidationError as error:
             what = f"--end-of-answer cannot be used, {reason(error)}"
             raise UserError("bad_end_of_answer", what, field="end_of_answer") from error

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from manyicl.episodes.text_format import PlainFormat, Segment, text_of
+from manyicl.episodes.text_format import ParagraphFormat, Segment, text_of
 from manyicl.errors import UserError, did_you_mean
 from manyicl.model.attention import ATTENTION
 from manyicl.model.isolation import require_isolation
@@ -31,7 +31,7 @@ UNKNOWN, PADDING, END = "<unk>", "<pad>", "<eos>"
 
 
 def train_tokenizer(
-    tasks: Sequence[Task], settings: TokenizerSettings, text_format: PlainFormat
+    tasks: Sequence[Task], settings: TokenizerSettings, text_format: ParagraphFormat
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer on instructions, queries and answers, segment by segment as they will be encoded."""
     tokenizer, trainer = _word_level(settings) if settings.kind == "word" else _byte_level_bpe(settings)
@@ -45,7 +45,7 @@ def train_tokenizer(
     )
 
 
-def training_segments(tasks: Sequence[Task], text_format: PlainFormat) -> Iterator[str]:
+def training_segments(tasks: Sequence[Task], text_format: ParagraphFormat) -> Iterator[str]:
     """Yield the texts of which packed sequences are made; test rows are never looked at."""
     for task in tasks:
         yield text_of(text_format.preamble(task.instruction()))

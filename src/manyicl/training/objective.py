@@ -21,8 +21,11 @@ def target_weights(episode: EncodedEpisode, objective: ObjectiveSettings) -> lis
     The first token has nothing before it in its own episode and is never a target. With weighting by answer, an
     answer's weight of 1 is spread over its tokens, so that long summaries do not drown short labels.
 
-    Source: He et al. 2025, arXiv:2506.11103, every answer as a target; last_answer as in MetaICL (Min et al.
-    2022, arXiv:2110.15943).
+    In the channel form an example is its label and then its query, and what counts as an answer here is the query: the
+    loss is that of the query given the label, -log P(query | examples before, label).
+
+    Source: He et al. 2025, arXiv:2506.11103, every answer as a target; last_answer, and the channel form, as in MetaICL
+    (Min et al. 2022, arXiv:2110.15943).
     """
     others = 1.0 if objective.supervise == "every_token" else objective.context_weight
     weights = [others] * len(episode.token_ids)

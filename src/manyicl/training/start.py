@@ -78,7 +78,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def _new_start(recipe: Recipe, tasks: Sequence[Task]) -> StartingPoint:
     settings = recipe.model.from_scratch
     assert settings is not None
-    tokenizer = train_tokenizer(tasks, settings.tokenizer, recipe.format.plain((PADDING, END)))
+    tokenizer = train_tokenizer(tasks, settings.tokenizer, recipe.format.without_turns((PADDING, END)))
     config = new_config(settings, tokenizer, recipe.sequences.max_context_tokens)
     require_loadable(tokenizer, config)
     model = new_model(settings, config, recipe.training.seed)
