@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"tasks", "episodes"},
     "training": {"tasks", "episodes", "model"},
     "engine": {"tasks", "episodes", "model"},
-    "evaluation": {"tasks", "episodes", "model", "engine"},
+    "evaluation": {"tasks", "episodes", "model", "training", "engine"},
     "cli": {"tasks", "episodes", "model", "training", "engine", "evaluation"},
 }
 MOST_BODY_LINES = 40

@@ -1,0 +1,171 @@
+"""What a comparison leaves on the disk: its file, the roles of its tasks, its cells, and their results.
+
+::
+
+    OUTPUT/
+      comparison.yaml     the resolved file
+      tasks.json          role, family and source of each task
+      rates/CELL/         a trial of a learning rate: cell.json, done.json, model/
+      runs/CELL/          a training with the chosen rate, evaluated: cell.json, done.json (a `CellRecord`), model/
+      results/            records of the evaluations; `model_name` is the name of a cell
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from manyicl.errors import UserError
+from manyicl.evaluation.comparison.settings import Comparison, Regime
+from manyicl.evaluation.grid import CELL_FILE, DONE_FILE, FAILED_FILE, Cell, CellReport, CellState, Grid
+from manyicl.evaluation.result import RESULTS_ENDING, Result, ResultStore
+from manyicl.library_errors import reason
+
+COMPARISON_FILE, TASKS_FILE, CELLS_FILE = "comparison.yaml", "tasks.json", "cells.json"
+RATES_FOLDER, RUNS_FOLDER, RESULTS_FOLDER = "rates", "runs", "results"
+
+Role = Literal["seen", "unseen", "validation", "probe"]
+Equal = Literal["tokens", "steps", "answers"]
+ContentT = TypeVar("ContentT")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskRole(_Record):
+    """What a task is in a comparison."""
+
+    role: Role = Field(
+        description="seen: trained on, evaluated on its test rows; unseen: only evaluated; validation: learning rates "
+        "are chosen on it; probe: neither trained on nor similar to what is."
+    )
+    family: str
+    source: str = Field(description="What the task was drawn from.")
+
+
+class Forgetting(_Record):
+    """What was measured of a model at one moment of its training, besides its tasks."""
+
+    step: int = Field(ge=0, description="Optimizer steps before it; 0 is the base.")
+    nats_per_token: float | None = Field(None, description="Mean loss on general text.")
+    nats_per_byte: float | None = Field(None, description="The same per byte of UTF-8, whatever the tokenizer.")
+    num_tokens: int | None = Field(None, description="Tokens of text that were scored.")
+    text_sha256: str | None = Field(None, description="Hash of the text.")
+    probes: dict[str, float] = Field(default_factory=dict, description="Probe task -> score.")
+
+
+class PositionScore(_Record):
+    """How a model answers the demonstrations of a sequence by their position, each given those before it."""
+
+    task: str
+    first: int = Field(ge=0, description="First position, from 0; so many demonstrations come before it.")
+    last: int = Field(ge=0, description="Last position.")
+    num_answers: int = Field(ge=1)
+    accuracy: float | None = Field(None, description="Share of right answers; None for free answers.")
+    nats_per_answer: float
+
+
+class CellRecord(_Record):
+    """A finished cell: how the model was adapted, and at what cost."""
+
+    name: str = Field(description="Name of the cell, and the model_name of its results.")
+    regime: Regime
+    replay: bool = Field(False, description="General text was mixed in.")
+    variant: str | None = Field(None, description="Ablation of all_answers.")
+    equal: Equal = Field(
+        description="What its budget has in common with the others; answers: all_answers with as many supervised "
+        "answers as last_answer."
+    )
+    training_seed: int
+    task: str | None = Field(None, description="Task of a dedicated model.")
+    num_examples: int | None = Field(None, description="Examples that a dedicated model was trained on.")
+    learning_rate: float | None = None
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_answers: int = Field(0, description="Supervised answers.")
+    seconds: float = Field(0, description="Time of training at the speed since its start or last resume.")
+    peak_memory_gib: float | None = None
+    model_fingerprint: str
+    forgetting: tuple[Forgetting, ...] = ()
+    positions: tuple[PositionScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class ComparisonRecords:
+    """Everything that is known of a comparison.
+
+    Attributes:
+        settings: The resolved file.
+        roles: Role of each task by its name.
+        cells: Finished cells, in the order of the plan.
+        failures: Cells that failed, wait, run or were interrupted.
+        results: Results of all evaluations, in the order of their creation.
+    """
+
+    settings: Comparison
+    roles: Mapping[str, TaskRole]
+    cells: tuple[CellRecord, ...]
+    failures: tuple[CellReport, ...]
+    results: tuple[Result, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ComparisonRecords:
+        """Read the folder of a comparison, finished or not.
+
+        Raises:
+            UserError: If it holds none, or a record is broken.
+        """
+        folder = Path(folder)
+        if not is_comparison(folder):
+            what, remedy = "the folder holds no comparison", "Run `manyicl compare` first."
+            raise UserError("no_comparison", what, expected=COMPARISON_FILE, remedy=remedy, file=folder)
+        settings = Comparison.read(folder / COMPARISON_FILE)
+        roles = parsed(TypeAdapter(dict[str, TaskRole]), folder / TASKS_FILE)
+        names = parsed(TypeAdapter(list[str]), folder / CELLS_FILE)
+        reports = [report_of(folder / RUNS_FOLDER, name) for name in names]
+        is_done = [report.state is CellState.DONE for report in reports]
+        cells = [
+            parsed(TypeAdapter(CellRecord), folder / RUNS_FOLDER / name / DONE_FILE)
+            for name, done in zip(names, is_done, strict=True)
+            if done
+        ]
+        failures = [report for report, done in zip(reports, is_done, strict=True) if not done]
+        results = folder / RESULTS_FOLDER
+        found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
+        return cls(settings, roles, tuple(cells), tuple(failures), tuple(found))
+
+
+def is_comparison(folder: Path) -> bool:
+    """Tell whether a folder is that of a comparison."""
+    return all((folder / name).is_file() for name in (COMPARISON_FILE, TASKS_FILE, CELLS_FILE))
+
+
+def report_of(folder: Path, name: str) -> CellReport:
+    """Look at one cell of a grid as it is on the disk; nothing is written where it has not started."""
+    place = folder / name
+    if not any((place / file).is_file() for file in (CELL_FILE, DONE_FILE, FAILED_FILE)):
+        return CellReport(Cell(name, {}), CellState.WAITING)
+    file = place / CELL_FILE
+    settings = parsed(TypeAdapter(dict[str, Any]), file) if file.is_file() else {}
+    (report,) = Grid(folder, [Cell(name, settings)]).reports()
+    return report
+
+
+def parsed(kind: TypeAdapter[ContentT], file: Path) -> ContentT:
+    """Read a JSON file of a comparison.
+
+    Raises:
+        UserError: If it is missing, or not what a comparison writes.
+    """
+    try:
+        return kind.validate_python(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        what = f"not a file of a comparison of this version, {reason(error)}"
+        remedy = "Restore it, or compare anew into another output."
+        raise UserError("broken_comparison", what, remedy=remedy, file=file) from error
