@@ -15,6 +15,7 @@ from rich.markup import escape
 import manyicl
 from manyicl import library_errors
 from manyicl.cli import models, tasks
+from manyicl.cli.compare import compare_command
 from manyicl.cli.compile import compile_command
 from manyicl.cli.doctor import doctor_command
 from manyicl.cli.evaluate import evaluate_command
@@ -42,6 +43,7 @@ app.command("quickstart")(quickstart_command)
 app.add_typer(models.app, name="models")
 app.add_typer(tasks.app, name="tasks")
 app.command("train")(train_command)
+app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)
 app.command("compile")(compile_command)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH_WITHOUT_TERMINAL = 160
-_TEXT_HEADINGS = frozenset({"task", "family", "metric", "source", "Hub", "description", "label"})
+_TEXT_HEADINGS = frozenset({"task", "family", "metric", "source", "Hub", "description", "label", "model"})
 
 
 def table_of(rows: Iterable[dict[str, str]], **options: Any) -> Table:

@@ -57,6 +57,9 @@ class EvaluationSettings(BaseModel):
     num_seeds: int = Field(3, ge=1, description="Draws of demonstrations for each task.")
     num_queries: int = Field(200, ge=1, description="Test queries; fewer where a task has fewer rows.")
     seed: int = Field(0, description="Seed of the order of test rows; demonstrations use seed, seed + 1, ...")
+    first_draw: int | None = Field(
+        None, description="Seed of the first draw of demonstrations where it is not that of the order of test rows."
+    )
     sampling: ShotSampling = Field("balanced", description="How demonstrations are chosen.")
     keep_confidence: bool | None = Field(
         None,
@@ -71,12 +74,13 @@ class EvaluationSettings(BaseModel):
 
     def points(self) -> list[Point]:
         """Return the points in the order of measurement; without demonstrations one seed says it all."""
+        first = self.seed if self.first_draw is None else self.first_draw
         return [
             Point(seed, shots, num_retrieved)
-            for seed in range(self.seed, self.seed + self.num_seeds)
+            for seed in range(first, first + self.num_seeds)
             for shots in self.shots
             for num_retrieved in sorted({0, self.num_retrieved})
-            if shots > 0 or seed == self.seed
+            if shots > 0 or seed == first
         ]
 
 

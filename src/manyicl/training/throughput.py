@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -247,6 +248,15 @@ def _product_seconds(matrix: torch.Tensor) -> float:
     if matrix.device.type == "cuda":
         torch.cuda.synchronize(matrix.device)
     return max(time.perf_counter() - started, 1e-9)
+
+
+def forget_peak() -> None:
+    """Let the peak of memory begin anew, where the system allows it, so that it is that of the next training."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux sets the peak back to what is used now.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -148,6 +148,8 @@ class Comparison(Recipe):
     @model_validator(mode="after")
     def _leaves_to_the_regimes_what_is_theirs(self) -> Self:
         training, compare = self.training, self.compare
+        if self.model.base is None:
+            raise ValueError("a comparison adapts one base in several ways; give model.base, not from_scratch")
         if isinstance(self.sequences.examples_per_episode, int):
             raise ValueError(
                 "sequences.examples_per_episode says how many examples the many-shot regimes take: fill, or a range; "

@@ -1,0 +1,357 @@
+"""The work of a comparison: try learning rates, train, evaluate; every step of it can be interrupted and resumed.
+
+Several processes may work on one comparison. Each takes cells that no other one works on. The learning rate of a regime
+follows from all of its trials, so a process that has none left waits for those that others work on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerState
+
+from manyicl.activity import Activity
+from manyicl.atomic import write_atomically
+from manyicl.engine.engine import Engine
+from manyicl.episodes.chat_template import chosen_format
+from manyicl.errors import UserError, pluralized
+from manyicl.evaluation.comparison.budgets import Length, budget_problems, lengths_of
+from manyicl.evaluation.comparison.cells import (
+    Run,
+    Trial,
+    evaluated_tasks,
+    evaluation_of,
+    planned_runs,
+    planned_trials,
+    recipe_of_run,
+    recipe_of_trial,
+    run_tasks,
+    settings_of_run,
+    settings_of_trial,
+    trial_tasks,
+)
+from manyicl.evaluation.comparison.checks import comparison_problems, require_possible
+from manyicl.evaluation.comparison.choosing import Choice, choose
+from manyicl.evaluation.comparison.records import (
+    CELLS_FILE,
+    COMPARISON_FILE,
+    RATES_FOLDER,
+    RESULTS_FOLDER,
+    RUNS_FOLDER,
+    TASKS_FILE,
+    CellRecord,
+    ComparisonRecords,
+    is_comparison,
+)
+from manyicl.evaluation.comparison.roles import ComparisonTasks, load_comparison_tasks
+from manyicl.evaluation.comparison.settings import Comparison
+from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid
+from manyicl.evaluation.held_out import held_out_measure
+from manyicl.evaluation.shot_curve import measure_shot_curves
+from manyicl.model.load import load_model, load_tokenizer
+from manyicl.model.manifest import Manifest
+from manyicl.outputs import require_output_folder
+from manyicl.printing import new_console, say
+from manyicl.training.checkpoint import Checkpoints
+from manyicl.training.counts import RunCounts, SequenceCounts
+from manyicl.training.job import TrainedRun, ensure_trained
+from manyicl.training.throughput import forget_peak
+
+# Log and counts of a training, kept in the folder of its cell when the checkpoints go.
+HISTORY_FILE = "history.json"
+MODEL_FOLDER = "model"
+SECONDS_BETWEEN_LOOKS = 2.0
+UNSETTLED = (CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class PreparedComparison:
+    """A comparison that can start: its tasks, the length of each training, and its cells.
+
+    Attributes:
+        settings: The comparison.
+        tasks: Its tasks.
+        lengths: Length of each kind of training.
+        trials: Trials of learning rates.
+        runs: Models of the comparison.
+    """
+
+    settings: Comparison
+    tasks: ComparisonTasks
+    lengths: Mapping[str, Length]
+    trials: tuple[Trial, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self.settings.output
+
+    @cached_property
+    def rates(self) -> Grid:
+        """The grid of the trials.
+
+        Raises:
+            UserError: If the folder holds another trial under a name.
+        """
+        return Grid(self.folder / RATES_FOLDER, map(self._trial_cell, self.trials))
+
+    @cached_property
+    def models(self) -> Grid:
+        """The grid of the models.
+
+        Raises:
+            UserError: If the folder holds another model under a name.
+        """
+        return Grid(self.folder / RUNS_FOLDER, map(self._run_cell, self.runs))
+
+    def _trial_cell(self, trial: Trial) -> Cell:
+        recipe = recipe_of_trial(trial, self.settings, self.lengths, Path(MODEL_FOLDER))
+        return Cell(trial.name, settings_of_trial(trial, self.settings, self.tasks, recipe))
+
+    def _run_cell(self, run: Run) -> Cell:
+        recipe = None
+        if run.length is not None:
+            rate = self.settings.learning_rates[0]
+            recipe = recipe_of_run(run, self.settings, self.lengths, Path(MODEL_FOLDER), rate)
+        return Cell(run.name, settings_of_run(run, self.settings, self.tasks, recipe))
+
+    def choices(self) -> Mapping[str, Choice | UserError]:
+        """Return the learning rates as far as trials that are done tell; the only one where none are tried."""
+        if not self.settings.is_tuned:
+            (rate,) = set(self.settings.learning_rates)
+            return {run.choice: Choice(rate) for run in self.runs}
+        return choose(self.trials, self.rates.reports())
+
+
+def prepare(settings: Comparison, activity: Activity | None = None) -> PreparedComparison:
+    """Load the tasks, and check all that can be known before anything is trained. Nothing is written.
+
+    Raises:
+        UserError: With everything that is wrong.
+    """
+    activity = activity or Activity()
+    require_output_folder(settings.output)
+    if settings.output.is_dir() and any(settings.output.iterdir()) and not is_comparison(settings.output):
+        what, remedy = "the output is not empty and holds no comparison", "Use another output."
+        raise UserError("output_exists", what, remedy=remedy, file=settings.output)
+    activity.begin("reading tasks")
+    tasks = load_comparison_tasks(settings, activity.show)
+    problems = list(comparison_problems(settings, tasks))
+    # Packed sequences of tasks that do not fit cannot be looked at.
+    require_possible(problems)
+    assert settings.model.base is not None
+    lengths = lengths_of(settings, tasks, load_tokenizer(settings.model.base), activity)
+    require_possible(budget_problems(settings, lengths))
+    trials, runs = planned_trials(settings, tasks), planned_runs(settings, tasks)
+    prepared = PreparedComparison(settings, tasks, lengths, trials, runs)
+    # Both are compared with what the folder holds.
+    assert prepared.rates
+    assert prepared.models
+    return prepared
+
+
+def run_comparison(
+    settings: Comparison, *, retry_failed: bool = False, console: Console | None = None
+) -> ComparisonRecords:
+    """Train and evaluate all models of a comparison, those aside that are done or that other processes work on.
+
+    Args:
+        settings: The comparison.
+        retry_failed: Try failed cells again, and failed trials of regimes of which no model has started.
+        console: Where progress is shown; None for standard error.
+
+    Raises:
+        UserError: With everything that is wrong, before anything is trained.
+        KeyboardInterrupt: If a signal stops it; the same call resumes.
+    """
+    console = console or new_console(stderr=True)
+    with Activity(console, quiet=console.quiet) as activity:
+        prepared = prepare(settings, activity)
+    _write_files(prepared)
+    work = _Work(prepared, console)
+    work.try_rates(retry_failed=retry_failed)
+    work.train_models(retry_failed=retry_failed)
+    return ComparisonRecords.load(prepared.folder)
+
+
+def _write_files(prepared: PreparedComparison) -> None:
+    """Write what is compared; a comparison to which cells are added is written anew."""
+    folder = prepared.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    roles = {name: role.model_dump(mode="json") for name, role in prepared.tasks.roles().items()}
+    for name, text in (
+        (TASKS_FILE, json.dumps(roles, ensure_ascii=False, indent=2) + "\n"),
+        (CELLS_FILE, json.dumps([run.name for run in prepared.runs], indent=2) + "\n"),
+        (COMPARISON_FILE, prepared.settings.to_yaml()),
+    ):
+        write_atomically(folder / name, text)
+
+
+class _Work:
+    """One process at work on a comparison."""
+
+    def __init__(self, prepared: PreparedComparison, console: Console) -> None:
+        self.prepared = prepared
+        self.settings = prepared.settings
+        self.console = console
+        self.trials = {trial.name: trial for trial in prepared.trials}
+        self.runs = {run.name: run for run in prepared.runs}
+        self.choices: Mapping[str, Choice | UserError] = {}
+
+    def try_rates(self, *, retry_failed: bool) -> None:
+        """Score every learning rate, wait for the trials of other processes, and choose."""
+        rates = self.prepared.rates
+        if self.trials:
+            rates.run(self._try, on_report=self._say)
+            if retry_failed:
+                self._free_choices().run(self._try, retry_failed=True, on_report=self._say)
+            self._wait_for_others(rates)
+        self.choices = self.prepared.choices()
+        for name, choice in self.choices.items():
+            say(self.console, str(choice) if isinstance(choice, UserError) else choice.sentence(name))
+
+    def _free_choices(self) -> Grid:
+        """Return the trials of what is still free to be chosen: no training that follows from them has started."""
+        models = self.prepared.models.folder
+        fixed = {run.choice for run in self.prepared.runs if (models / run.name / MODEL_FOLDER).is_dir()}
+        free = [cell for cell in self.prepared.rates.cells if self.trials[cell.name].choice not in fixed]
+        return Grid(self.prepared.rates.folder, free)
+
+    def _wait_for_others(self, grid: Grid) -> None:
+        """Wait until other processes have ended their trials; take over those that they leave."""
+        with Activity(self.console, quiet=self.console.quiet) as activity:
+            reports = grid.reports()
+            while left := [report for report in reports if report.state in UNSETTLED]:
+                trials = pluralized(len(left), "trial")
+                activity.begin(f"waiting for {trials} of learning rates that other processes work on")
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                reports = grid.run(self._try, on_report=self._say)
+
+    def train_models(self, *, retry_failed: bool) -> None:
+        """Train and evaluate the models."""
+        self.prepared.models.run(self._train_and_evaluate, retry_failed=retry_failed, on_report=self._say)
+
+    def _say(self, report: CellReport) -> None:
+        say(self.console, report.sentence())
+
+    def _begin(self, what: str, cell: Cell, cells: Sequence[Cell]) -> None:
+        number = [each.name for each in cells].index(cell.name) + 1
+        say(self.console, f"{what} {cell.name}, {number:,} of {len(cells):,}")
+
+    def _try(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """Train a trial and return its scores by step."""
+        self._begin("Trial", cell, self.prepared.rates.cells)
+        trial = self.trials[cell.name]
+        recipe = recipe_of_trial(trial, self.settings, self.prepared.lengths, folder / MODEL_FOLDER)
+        tasks = trial_tasks(trial, self.settings, self.prepared.tasks)
+        run = _finished(ensure_trained(recipe, tasks, held_out_measure, console=self.console))
+        history = _kept_history(run, folder)
+        scores = {entry["step"]: entry["eval_score"] for entry in history.log_history if "eval_score" in entry}
+        return {"learning_rate": trial.learning_rate, "scores": scores, **_costs(run, history)}
+
+    def _train_and_evaluate(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """Train a model, evaluate it, and return its record."""
+        self._begin("Model", cell, self.prepared.models.cells)
+        run = self.runs[cell.name]
+        known: dict[str, Any] = {}
+        if run.length is None:
+            engine = self._base()
+        else:
+            choice = self.choices[run.choice]
+            if isinstance(choice, UserError):
+                raise choice
+            recipe = recipe_of_run(
+                run, self.settings, self.prepared.lengths, folder / MODEL_FOLDER, choice.learning_rate, choice.num_steps
+            )
+            forget_peak()
+            tasks = run_tasks(run, self.settings, self.prepared.tasks)
+            trained = _finished(ensure_trained(recipe, tasks, console=self.console))
+            known = {"learning_rate": choice.learning_rate, **_costs(trained, _kept_history(trained, folder))}
+            engine = self._engine(str(trained.folder))
+        self._evaluate(run, engine)
+        record = CellRecord(
+            name=run.name,
+            regime=run.regime,
+            variant=run.variant,
+            equal=run.equal,
+            training_seed=run.seed,
+            task=run.task.name if run.task else None,
+            num_examples=run.num_examples,
+            model_fingerprint=engine.identity.fingerprint,
+            **known,
+        )
+        return record.model_dump(mode="json")
+
+    def _base(self) -> Engine:
+        """Load the base, which is prompted as the models that come from it are."""
+        settings = self.settings
+        assert settings.model.base is not None
+        loaded = load_model(settings.model.base, dtype=settings.model.dtype)
+        text_format = chosen_format(settings.format, loaded.tokenizer, self.prepared.tasks.evaluated)
+        length = settings.sequences.max_context_tokens
+        return Engine.local(loaded, merge=True, text_format=text_format, max_context_tokens=length)
+
+    def _engine(self, folder: str) -> Engine:
+        """Load a trained model; all models are given contexts as long as a training sequence."""
+        length = self.settings.sequences.max_context_tokens
+        return Engine.from_pretrained(folder, dtype=self.settings.model.dtype, max_context_tokens=length)
+
+    def _evaluate(self, run: Run, engine: Engine) -> None:
+        """Measure the shot curves of a model."""
+        tasks, settings = evaluated_tasks(run, self.prepared.tasks), evaluation_of(run, self.settings)
+        with Activity(self.console, quiet=self.console.quiet) as activity:
+            activity.begin(f"evaluating {run.name}", total=len(tasks) * len(settings.points()))
+            measure_shot_curves(
+                engine,
+                tasks,
+                self.prepared.folder / RESULTS_FOLDER,
+                settings,
+                model_name=run.name,
+                on_result=lambda result, was_found: activity.advance(found=was_found),
+                activity=activity,
+            )
+
+
+def _finished(run: TrainedRun) -> TrainedRun:
+    """Return a run that is finished.
+
+    Raises:
+        KeyboardInterrupt: If a signal ended it early; its checkpoint stays.
+    """
+    if not run.finished:
+        raise KeyboardInterrupt
+    return run
+
+
+def _kept_history(run: TrainedRun, cell_folder: Path) -> TrainerState:
+    """Keep the log and the counts of a finished training, and remove its checkpoints, which are large and many."""
+    checkpoints, file = Checkpoints(run.folder / "checkpoints"), cell_folder / HISTORY_FILE
+    newest = checkpoints.newest()
+    if newest is not None:
+        write_atomically(file, (newest / "trainer_state.json").read_text(encoding="utf-8"))
+        checkpoints.rotate(0)
+    return TrainerState.load_from_json(str(file))
+
+
+def _costs(run: TrainedRun, history: TrainerState) -> dict[str, Any]:
+    """Return what a training took; its time is that of all its tokens at the speed since its start or last resume."""
+    manifest = Manifest.read(run.folder)
+    speed = manifest.throughput if manifest else {}
+    saved: Mapping[str, Any] = history.stateful_callbacks  # type: ignore[assignment]
+    counts = SequenceCounts(**saved[RunCounts.__name__]["attributes"]["total"])
+    per_second = speed.get("tokens_per_second", 0.0)
+    return {
+        "num_steps": history.global_step,
+        "num_tokens": counts.num_tokens,
+        "num_answers": counts.num_answers,
+        "seconds": counts.num_tokens / per_second if per_second else 0.0,
+        "peak_memory_gib": speed.get("peak_memory_gib"),
+    }

@@ -1,0 +1,72 @@
+"""The cells of a comparison in short: mean scores on seen and unseen tasks, and what is missing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords
+
+Scores = dict[str, dict[int, float]]
+
+
+def mean_scores(records: ComparisonRecords) -> dict[str, Scores]:
+    """Return, by the name of a cell, its mean score by role of the tasks and number of shots; each task counts once."""
+    by_task: defaultdict[tuple[str, str, int, str], list[float]] = defaultdict(list)
+    for result in records.results:
+        if (role := records.roles.get(result.task)) is not None:
+            by_task[result.model_name, role.role, result.num_shots, result.task].append(result.score)
+    by_cell: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for (name, role_name, num_shots, _), scores in by_task.items():
+        by_cell[name, role_name, num_shots].append(fmean(scores))
+    means: dict[str, Scores] = {}
+    for (name, role_name, num_shots), scores in sorted(by_cell.items()):
+        means.setdefault(name, {}).setdefault(role_name, {})[num_shots] = fmean(scores)
+    return means
+
+
+def as_json(records: ComparisonRecords) -> dict[str, Any]:
+    """Return every cell with its state and its mean scores, as JSON holds them."""
+    scores = mean_scores(records)
+    done = [
+        {**cell.model_dump(mode="json"), "state": "done", "failure": None, "scores": scores.get(cell.name, {})}
+        for cell in records.cells
+    ]
+    others = [
+        {
+            "name": report.cell.name,
+            "state": report.state.value,
+            "failure": report.failure["sentence"] if report.failure else None,
+        }
+        for report in records.failures
+    ]
+    return {"output": str(records.settings.output), "cells": [*done, *others]}
+
+
+def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
+    """Yield a row of a table for each kind of model: means over training seeds, dedicated models and tasks."""
+    scores = mean_scores(records)
+    kinds: defaultdict[str, list[CellRecord]] = defaultdict(list)
+    for cell in records.cells:
+        kinds[kind_of(cell)].append(cell)
+    columns = [(role, shots) for role in ("seen", "unseen") for shots in records.settings.shots]
+    for kind, cells in kinds.items():
+        row = {"model": kind, "cells": str(len(cells))}
+        for role, shots in columns:
+            found = [
+                known for cell in cells if (known := scores.get(cell.name, {}).get(role, {}).get(shots)) is not None
+            ]
+            row[f"{role}, {shots} shots"] = f"{fmean(found):.3f}" if found else ""
+        yield row
+
+
+def kind_of(cell: CellRecord) -> str:
+    """Return what models of all training seeds have in common."""
+    parts = [cell.regime]
+    parts += ["replay"] if cell.replay else []
+    parts += [f"variant {cell.variant}"] if cell.variant else []
+    parts += ["equal answers"] if cell.equal == "answers" else []
+    parts += [f"{cell.num_examples} examples"] if cell.num_examples is not None else []
+    return ", ".join(parts)
