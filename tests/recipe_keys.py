@@ -1,4 +1,4 @@
-"""Tables of recipe keys for docs/recipes.md, made from the pydantic models that check a recipe.
+"""Tables of keys for docs/recipes.md and docs/compare.md, made from the pydantic models that check them.
 
 ::
 
@@ -19,10 +19,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from manyicl.evaluation.comparison.settings import CompareSettings
 from manyicl.training.recipe import Recipe
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
-TABLE = re.compile(r"<!-- keys of (?P<section>[\w.]+) -->\n\n.*?\n\n<!-- end -->", re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, COMPARE_PAGE = DOCS / "recipes.md", DOCS / "compare.md"
+TABLE = re.compile(r"<!-- keys of (?P<section>[\w.]+) -->\n\n.*?<!-- end -->", re.DOTALL)
 TOP_LEVEL = "recipe"
 BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 KINDS: Mapping[Any, str] = {
@@ -45,15 +47,16 @@ class Key:
     meaning: str
 
 
-def sections() -> dict[str, list[Key]]:
-    """Every key that holds a value, by the section it stands in."""
-    return dict(_sections(TOP_LEVEL, Recipe))
+def sections(page: Path = PAGE) -> dict[str, list[Key]]:
+    """Every key of a page that holds a value, by the section it stands in."""
+    return dict(_sections(TOP_LEVEL, Recipe) if page == PAGE else _sections("compare", CompareSettings))
 
 
 def table(section: str) -> str:
     """The table of one section, with the marks that stand around it on the page."""
     lines = ["| Key | Values | Default | Meaning |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{key.name}` | {key.values} | {key.default} | {key.meaning} |" for key in sections()[section]]
+    keys = {**sections(), **sections(COMPARE_PAGE)}[section]
+    lines += [f"| `{key.name}` | {key.values} | {key.default} | {key.meaning} |" for key in keys]
     return "\n".join([f"<!-- keys of {section} -->", "", *lines, "", "<!-- end -->"])
 
 
@@ -119,11 +122,19 @@ def _values(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return "list of " + {int: "whole numbers", str: "texts"}[arguments[0]]
+            return f"list of {_plural(arguments[0])}"
         return f"[{', '.join(KINDS[part] for part in arguments)}]"
     if origin is not None and issubclass(origin, Mapping):
         return f"{{name: {KINDS.get(arguments[1], 'value')}}}"
     return KINDS[annotation]
+
+
+def _plural(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _plural(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return _values(annotation)
+    return {int: "whole numbers", float: "numbers", str: "texts"}[annotation]
 
 
 def _default(field: FieldInfo) -> str:
@@ -148,4 +159,5 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (PAGE, COMPARE_PAGE):
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from manyicl.cli.main import app
+from manyicl.evaluation.comparison.settings import CompareSettings, Comparison
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.schema import Metric, TaskFile, read_task_file
 from manyicl.tasks.task import FAMILIES
@@ -27,8 +28,8 @@ from manyicl.training.recipe import Recipe
 from manyicl.training.run_folder import FREE_TO_CHANGE
 from tests.builders import byte_level_bpe, tiny_model
 from tests.documents import DOCS, INLINE_CODE, PAGES, ROOT, anchors, blocks, commands, links, prose
+from tests.recipe_keys import COMPARE_PAGE, TABLE, sections, table, with_tables
 from tests.recipe_keys import PAGE as RECIPE_PAGE
-from tests.recipe_keys import TABLE, sections, table, with_tables
 
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 EXTERNAL = ("http://", "https://", "mailto:")
@@ -170,16 +171,28 @@ def test_every_option_named_in_a_sentence_exists() -> None:
 # Recipes and task files
 
 
-def test_the_tables_of_recipe_keys_are_those_of_the_models() -> None:
-    page = read(RECIPE_PAGE)
+@pytest.mark.parametrize("path", [RECIPE_PAGE, COMPARE_PAGE], ids=lambda path: path.name)
+def test_the_tables_of_keys_are_those_of_the_models(path: Path) -> None:
+    page = read(path)
     assert page == with_tables(page), "python -m tests.recipe_keys writes them anew"
 
 
-def test_every_recipe_key_is_documented_and_none_is_invented() -> None:
-    documented = {found["section"] for found in TABLE.finditer(read(RECIPE_PAGE))}
-    assert documented == set(sections())
-    rows = re.findall(r"^\| `([\w.]+)` \|", read(RECIPE_PAGE), re.MULTILINE)
-    assert sorted(rows) == sorted(_keys(Recipe))
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        (RECIPE_PAGE, lambda: _keys(Recipe)),
+        (COMPARE_PAGE, lambda: {f"compare.{key}" for key in _keys(CompareSettings)}),
+    ],
+    ids=["recipes", "compare"],
+)
+def test_every_key_is_documented_and_none_is_invented(path: Path, keys: Callable[[], set[str]]) -> None:
+    page = read(path)
+    documented = {found["section"] for found in TABLE.finditer(page)}
+    assert documented == set(sections(path))
+    # That page has tables of values, too.
+    text = "".join(found[0] for found in TABLE.finditer(page)) if path == COMPARE_PAGE else page
+    rows = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(keys())
     assert len(rows) == len(set(rows))
 
 
@@ -225,7 +238,8 @@ def test_every_recipe_key_named_in_a_sentence_exists(page: Path) -> None:
 def test_every_whole_recipe_on_a_page_parses(page: Path) -> None:
     for block in blocks(read(page)):
         if block.language == "yaml" and "output:" in block.text:
-            Recipe.parse(block.text, page.name)
+            kind = Comparison if "\ncompare:" in block.text else Recipe
+            kind.parse(block.text, page.name)
 
 
 @page_of

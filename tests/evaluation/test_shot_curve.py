@@ -49,6 +49,19 @@ def test_a_curve_has_one_record_per_point_and_one_without_demonstrations(tmp_pat
     assert points == [(0, 0), (0, 1), (0, 2), (0, 8), (1, 1), (1, 2), (1, 8)]
 
 
+def test_other_draws_of_demonstrations_leave_queries_and_keys_as_they_are(tmp_path: Path) -> None:
+    def keys(**changes: int) -> dict[tuple[int, int], tuple[str, str]]:
+        settings = EvaluationSettings(shots=(0, 2), num_seeds=2, num_queries=5, seed=3, **changes)
+        results = measure(OracleEngine(), [make_task()], tmp_path / f"{changes}", settings).results
+        return {(result.seed, result.num_shots): (result.key, result.queries_hash) for result in results}
+
+    usual, later = keys(), keys(first_draw=4)
+    assert sorted(usual) == [(3, 0), (3, 2), (4, 2)]
+    assert sorted(later) == [(4, 0), (4, 2), (5, 2)]
+    assert usual[4, 2] == later[4, 2]
+    assert len({queries for known in (usual, later) for _, queries in known.values()}) == 1
+
+
 def test_the_prefix_is_encoded_once_per_seed_and_then_extended(tmp_path: Path) -> None:
     engine = OracleEngine()
     measure(engine, [make_task()], tmp_path)

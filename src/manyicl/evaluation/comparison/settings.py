@@ -105,7 +105,8 @@ class CompareSettings(Section):
     num_queries: int = Field(100, ge=1, description="Test queries for each task.")
     dedicated: DedicatedSettings = Field(default_factory=DedicatedSettings, description="The dedicated models.")
     variants: Mapping[str, VariantSettings] = Field(
-        default_factory=dict, description="Ablations of all_answers by name, one training each."
+        default_factory=dict,
+        description="Ablations of all_answers by name, one training each: `{set: [KEY=VALUE], task_share: 0.5}`.",
     )
 
     @field_validator("regimes")

@@ -1,0 +1,227 @@
+"""A comparison from its file to its records: interrupted, failed, shared by processes, planned."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from manyicl.errors import MachineError, UserError
+from manyicl.evaluation.comparison import run as running
+from manyicl.evaluation.comparison.plan import planned
+from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, is_comparison
+from manyicl.evaluation.comparison.run import prepare, run_comparison
+from manyicl.evaluation.comparison.settings import Comparison
+from manyicl.evaluation.comparison.summary import as_json, score_rows
+from manyicl.evaluation.grid import CellState
+from tests.evaluation.comparison.cases import comparison_in
+
+PAIR = ("compare.regimes=[base, last_answer, all_answers]", "compare.learning_rates=[1e-3]")
+TUNED = ("compare.regimes=[zero_shot, all_answers]", "compare.learning_rates=[1e-3, 3e-3]")
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+def compared(settings: Comparison, **options: Any) -> ComparisonRecords:
+    return run_comparison(settings, console=console(), **options)
+
+
+def timeless(records: ComparisonRecords) -> tuple[list[CellRecord], list[dict[str, Any]]]:
+    """What two runs of one comparison have in common: all but times, and the memory that the process used."""
+    cells = [cell.model_copy(update={"seconds": 0.0, "peak_memory_gib": None}) for cell in records.cells]
+    results = [result.model_dump(exclude={"seconds", "created", "model"}) for result in records.results]
+    return cells, sorted(results, key=lambda each: (each["model_name"], each["task"], each["num_shots"]))
+
+
+@pytest.fixture(name="whole", scope="module")
+def _whole(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecords:
+    """A comparison that nothing interrupted, with a choice of rates and dedicated models."""
+    folder = tmp_path_factory.mktemp("whole")
+    return compared(comparison_in(folder, *SMALL))
+
+
+SMALL = (
+    "compare.regimes=[base, all_answers, dedicated]",
+    "compare.learning_rates=[1e-3, 3e-3]",
+    "compare.dedicated={tasks_per_family: 1, num_examples: [4], budget: share}",
+    "training.num_tokens=2400",
+    "compare.num_seen=0",
+)
+
+
+def test_every_model_is_trained_and_evaluated_under_its_own_name(whole: ComparisonRecords) -> None:
+    assert not whole.failures
+    assert [cell.name for cell in whole.cells] == [
+        "base_seed0",
+        "all_answers_seed0",
+        "dedicated_classification_unseen_0_4_seed0",
+        "dedicated_nli_unseen_0_4_seed0",
+    ]
+    base, many, *dedicated = whole.cells
+    assert (base.num_steps, base.learning_rate) == (0, None)
+    assert many.num_tokens == pytest.approx(2400, rel=0.1)
+    assert many.num_answers > many.num_steps > 0
+    assert many.learning_rate in (1e-3, 3e-3)
+    assert all(0 < cell.num_steps <= many.num_steps / 2 + 1 for cell in dedicated)
+    assert all(cell.seconds > 0 and cell.peak_memory_gib for cell in whole.cells[1:])
+    points = {(result.model_name, result.task, result.num_shots) for result in whole.results}
+    tasks = ("classification_unseen_0", "nli_unseen_0")
+    curves = {(cell.name, task, shots) for cell in (base, many) for task in tasks for shots in whole.settings.shots}
+    assert points == curves | {(cell.name, str(cell.task), 0) for cell in dedicated}
+    assert all(result.max_context_tokens == 120 for result in whole.results)
+    fingerprints = {result.model_name: result.model_fingerprint for result in whole.results}
+    assert fingerprints == {cell.name: cell.model_fingerprint for cell in whole.cells}
+
+
+def test_the_summary_has_a_row_for_each_kind_of_model(whole: ComparisonRecords) -> None:
+    rows = list(score_rows(whole))
+    assert [row["model"] for row in rows] == ["base", "all_answers", "dedicated, 4 examples"]
+    assert rows[2]["cells"] == "2"
+    assert rows[2]["unseen, 2 shots"] == ""
+    cells = as_json(whole)["cells"]
+    assert [cell["state"] for cell in cells] == ["done"] * 4
+    assert set(cells[0]["scores"]["unseen"]) == {0, 2}
+
+
+def stopping(times: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function so often, and be interrupted by Ctrl-C instead of calling it once more."""
+    left = iter(range(times))
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    return call
+
+
+def test_an_interrupted_comparison_in_another_order_ends_as_one_that_was_left_alone(
+    whole: ComparisonRecords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = comparison_in(tmp_path, *SMALL)
+    monkeypatch.setattr(running, "planned_runs", lambda *given: _planned_runs(*given)[::-1])
+    for name, times in (("ensure_trained", 2), ("measure_shot_curves", 1), ("ensure_trained", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(running, name, stopping(times, getattr(running, name)))
+            with pytest.raises(KeyboardInterrupt):
+                compared(settings)
+    monkeypatch.setattr(running, "planned_runs", _planned_runs)
+    assert CellState.INTERRUPTED in {report.state for report in ComparisonRecords.load(settings.output).failures}
+    records = compared(settings)
+    assert not records.failures
+    assert timeless(records) == timeless(whole)
+    again = compared(settings)
+    assert again.results == records.results
+
+
+_planned_runs = running.planned_runs
+
+
+def test_a_cell_that_fails_is_kept_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = comparison_in(tmp_path, *TUNED)
+    original = running.ensure_trained
+
+    def failing(recipe: Any, *arguments: Any, **options: Any) -> Any:
+        if recipe.sequences.examples_per_episode == 1:
+            raise MachineError("The loss became nan.")
+        if recipe.training.learning_rate == 1e-3:
+            raise MachineError("The disk is full.")
+        return original(recipe, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "ensure_trained", failing)
+        records = compared(settings)
+    assert [(cell.name, cell.learning_rate) for cell in records.cells] == [("all_answers_seed0", 3e-3)]
+    (failed,) = records.failures
+    assert (failed.cell.name, failed.state) == ("zero_shot_seed0", CellState.FAILED)
+    assert failed.failure is not None
+    assert failed.failure["code"] == "no_rate"
+    assert "The loss became nan" in failed.failure["sentence"]
+    assert [cell["state"] for cell in as_json(records)["cells"]] == ["done", "failed"]
+    assert compared(settings).failures
+    retried = compared(settings, retry_failed=True)
+    assert not retried.failures
+    # What a model was trained with stays, although its other rate could be tried by now.
+    assert retried.cells[1].learning_rate == 3e-3
+
+
+def test_a_process_waits_for_trials_of_another_one_and_takes_over_what_it_leaves(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, *TUNED, "compare.regimes=[all_answers]")
+    place = settings.output / "rates" / "all_answers_rate1"
+    place.mkdir(parents=True)
+    for name in ("comparison.yaml", "tasks.json", "cells.json"):
+        (settings.output / name).touch()
+    lock = FileLock(place / ".lock")
+    lock.acquire()
+    shown = console()
+    timer = threading.Timer(4.0, lock.release)
+    timer.start()
+    records = run_comparison(settings, console=shown)
+    timer.join()
+    assert not records.failures
+    assert isinstance(shown.file, io.StringIO)
+    text = shown.file.getvalue()
+    assert text.index("all_answers_rate0: done") < text.index("all_answers_rate1: done")
+
+
+def test_two_models_with_equal_weights_stay_two(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[base]", "compare.num_training_seeds=2")
+    first, second = compared(settings).cells
+    assert first.model_fingerprint == second.model_fingerprint
+    seeds = {
+        (result.model_name, result.seed, result.queries_hash)
+        for result in ComparisonRecords.load(settings.output).results
+    }
+    assert {(name, seed) for name, seed, _ in seeds} == {("base_seed0", 0), ("base_seed1", 1)}
+    assert len({queries for _, _, queries in seeds}) <= 4
+
+
+def test_the_plan_is_made_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyicl.training.estimate.SECONDS_MEASURED", 0.1)
+    settings = comparison_in(tmp_path, *TUNED)
+    plan = planned(prepare(settings))
+    lines = "\n".join(plan.lines())
+    assert not settings.output.exists()
+    assert "4 cells: 4 waiting" in lines
+    assert "Left to do: 6 trainings" in lines
+    content = plan.as_json()
+    assert [cell["name"] for cell in content["cells"]] == ["zero_shot_seed0", "all_answers_seed0"]
+    assert content["hours"] > 0
+    # Two models, four tasks, two shot counts, four queries.
+    assert content["num_answers"] == 2 * 4 * 2 * 4
+    compared(settings)
+    after = planned(prepare(settings)).as_json()
+    assert (after["num_tokens"], after["num_answers"]) == (0, 0)
+    assert {cell["state"] for cell in (*after["cells"], *after["trials"])} == {"done"}
+
+
+def test_cells_may_be_added_and_none_may_change(tmp_path: Path) -> None:
+    base = "compare.regimes=[base]"
+    compared(comparison_in(tmp_path, base))
+    more = compared(comparison_in(tmp_path, base, "compare.num_training_seeds=2"))
+    assert len(more.cells) == 2
+    with pytest.raises(UserError) as error:
+        compared(comparison_in(tmp_path, base, "compare.num_queries=3"))
+    assert error.value.code == "another_cell"
+    assert ComparisonRecords.load(tmp_path / "output").settings.compare.num_queries == 4
+
+
+def test_an_output_with_other_files_is_refused(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[base]")
+    settings.output.mkdir()
+    (settings.output / "thesis.txt").touch()
+    with pytest.raises(UserError) as error:
+        compared(settings)
+    assert error.value.code == "output_exists"
+    assert not is_comparison(settings.output)
+    with pytest.raises(UserError) as error:
+        ComparisonRecords.load(settings.output)
+    assert error.value.code == "no_comparison"
