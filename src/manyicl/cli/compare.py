@@ -11,7 +11,7 @@ import typer
 
 from manyicl.activity import Activity
 from manyicl.cli.options import AsJson, Overrides, Quiet
-from manyicl.errors import INTERRUPTED_EXIT_CODE
+from manyicl.errors import INTERRUPTED_EXIT_CODE, MachineError, pluralized
 from manyicl.printing import new_console
 from manyicl.training.stopping import taking_signals
 
@@ -102,6 +102,11 @@ def _compare(recipe: Path, overrides: list[str], *, retry_failed: bool, quiet: b
         typer.echo(json.dumps(summary(records), ensure_ascii=False, indent=2))
     elif not quiet:
         _print_records(records)
+    failed = [report for report in records.failures if report.failure is not None]
+    if failed:
+        cells = pluralized(len(failed), "cell")
+        what = f"{cells} of {len(records.cells) + len(records.failures)} failed, such as {failed[0].sentence()}"
+        raise MachineError(f"{what} Try again with --retry-failed.")
 
 
 def _print_records(records: ComparisonRecords) -> None:
