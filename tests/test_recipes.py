@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.evaluation.comparison.budgets import nominal_recipe
+from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.training.job import ensure_trained
 from manyicl.training.recipe import Recipe
 from tests.builders import byte_level_bpe, sentencepiece_bpe, tiny_model
@@ -17,6 +19,7 @@ RECIPES = [
     *sorted((ROOT / "recipes" / "real").glob("*.yaml")),
     ROOT / "src" / "manyicl" / "cli" / "quickstart.yaml",
 ]
+COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
 # What stands in for the model that a recipe starts from.
 ARCHITECTURE_OF = {
     "mistral_7b_v0.3": "mistral",
@@ -96,7 +99,19 @@ def test_no_recipe_drops_inputs_of_an_adapter_as_long_as_no_measurement_speaks_f
     assert lora is None or lora.dropout == 0
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_training_of_a_comparison_is_a_recipe(path: Path) -> None:
+    settings = Comparison.read(path)
+    assert settings.is_tuned
+    regimes = [regime for regime in settings.compare.regimes if regime != "base"]
+    assert len(regimes) == 5
+    for regime in regimes:
+        nominal_recipe(settings, regime)
+    for variant in settings.compare.variants.values():
+        nominal_recipe(settings, "all_answers", variant)
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *COMPARISONS], ids=lambda path: path.stem)
 def test_a_recipe_is_headed_by_its_command(path: Path) -> None:
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("manyicl " in line for line in head)

@@ -27,7 +27,7 @@ def _recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_plan_says_what_is_left_and_a_run_prints_its_scores(recipe: Path) -> None:
     plan = runner.invoke(app, ["compare", str(recipe), "--dry-run"])
     assert plan.exit_code == 0, plan.output
-    assert "Left to do: 1 trainings" in plan.output
+    assert "Left to do: 1 training with" in plan.output
     assert "all_answers_seed0: waiting" in plan.output
     run = runner.invoke(app, ["compare", str(recipe), "--quiet"])
     assert (run.exit_code, run.output) == (0, "")

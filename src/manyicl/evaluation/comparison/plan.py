@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyicl.activity import Activity
-from manyicl.errors import UserError
+from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.comparison.budgets import Length, nominal_recipe
 from manyicl.evaluation.comparison.cells import Run, Trial, evaluated_tasks, evaluation_of
 from manyicl.evaluation.comparison.regimes import made_for_shots
@@ -185,11 +185,9 @@ class ComparisonPlan:
 
     def _left(self) -> str:
         left = self.left()
-        trainings = sum(work.num_tokens > 0 for work in left)
+        trainings = pluralized(sum(work.num_tokens > 0 for work in left), "training")
         tokens, answers = sum(work.num_tokens for work in left), sum(work.num_answers for work in left)
-        text = (
-            f"Left to do: {trainings:,} trainings with about {tokens:,.0f} tokens, {answers:,} answers to test queries"
-        )
+        text = f"Left to do: {trainings} with about {tokens:,.0f} tokens, {answers:,} answers to test queries"
         if self.speed is None:
             return f"{text}. {self.why_unknown}".strip()
         hours = sum(work.hours or 0.0 for work in left)

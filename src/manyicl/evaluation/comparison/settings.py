@@ -131,7 +131,7 @@ class CompareSettings(Section):
     def _variants_of_a_regime(self) -> Self:
         if self.variants and "all_answers" not in self.regimes:
             raise ValueError("variants change all_answers, which is not among the regimes; add it, or drop them")
-        if "dedicated" not in self.regimes and "dedicated" in self.model_fields_set:
+        if "dedicated" not in self.regimes and self.dedicated != DedicatedSettings():
             raise ValueError("dedicated has no effect, for it is not among the regimes; leave one of them out")
         return self
 
