@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -227,7 +228,7 @@ class _Work:
 
     def _wait_for_others(self, grid: Grid) -> None:
         """Wait until other processes have ended their trials; take over those that they leave."""
-        with Activity(self.console, quiet=self.console.quiet) as activity:
+        with self._activity("waiting for trials") as activity:
             reports = grid.reports()
             while left := [report for report in reports if report.state in UNSETTLED]:
                 trials = pluralized(len(left), "trial")
@@ -238,6 +239,13 @@ class _Work:
     def train_models(self, *, retry_failed: bool) -> None:
         """Train and evaluate the models."""
         self.prepared.models.run(self._train_and_evaluate, retry_failed=retry_failed, on_report=self._say)
+
+    @contextmanager
+    def _activity(self, what: str, total: int | None = None) -> Iterator[Activity]:
+        """Show what is done while the block runs; a training has an activity of its own."""
+        with Activity(self.console, quiet=self.console.quiet) as activity:
+            activity.begin(what, total)
+            yield activity
 
     def _say(self, report: CellReport) -> None:
         say(self.console, report.sentence())
@@ -294,7 +302,8 @@ class _Work:
         """Load the base, which is prompted as the models that come from it are."""
         settings = self.settings
         assert settings.model.base is not None
-        loaded = load_model(settings.model.base, dtype=settings.model.dtype)
+        with self._activity(f"loading {settings.model.base}"):
+            loaded = load_model(settings.model.base, dtype=settings.model.dtype)
         text_format = chosen_format(settings.format, loaded.tokenizer, self.prepared.tasks.evaluated)
         length = settings.sequences.max_context_tokens
         return Engine.local(loaded, merge=True, text_format=text_format, max_context_tokens=length)
@@ -302,13 +311,13 @@ class _Work:
     def _engine(self, folder: str) -> Engine:
         """Load a trained model; all models are given contexts as long as a training sequence."""
         length = self.settings.sequences.max_context_tokens
-        return Engine.from_pretrained(folder, dtype=self.settings.model.dtype, max_context_tokens=length)
+        with self._activity(f"loading {folder}"):
+            return Engine.from_pretrained(folder, dtype=self.settings.model.dtype, max_context_tokens=length)
 
     def _evaluate(self, run: Run, engine: Engine) -> None:
         """Measure the shot curves of a model."""
         tasks, settings = evaluated_tasks(run, self.prepared.tasks), evaluation_of(run, self.settings)
-        with Activity(self.console, quiet=self.console.quiet) as activity:
-            activity.begin(f"evaluating {run.name}", total=len(tasks) * len(settings.points()))
+        with self._activity(f"evaluating {run.name}", len(tasks) * len(settings.points())) as activity:
             measure_shot_curves(
                 engine,
                 tasks,
