@@ -330,7 +330,7 @@ class Recipe(Section):
         return max(1, round(self.training.decay_share * self.num_steps))
 
     @classmethod
-    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, and put ``section.key=value`` overrides over it.
 
         Raises:
@@ -344,7 +344,7 @@ class Recipe(Section):
         return cls.parse(read_text(path), str(path), overrides)
 
     @classmethod
-    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Self:
         """Check the text of a recipe; ``name`` is how errors call it.
 
         Raises:

@@ -66,7 +66,7 @@ def write_task(place: Path, family: str, labels: tuple[str, ...], num_train: int
     rows = [{"text": f"{place.name[0]} film {i} was fine", "answer": labels[i % 2]} for i in range(num_train + 8)]
     for side, part in (("train", rows[:num_train]), ("test", rows[num_train:])):
         (place / f"{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part), encoding="utf-8")
-    keys = {"name": place.name, "family": family, "query": "{{ text }}", "answer": "{{ answer }}"}
+    keys: dict[str, object] = {"name": place.name, "family": family, "query": "{{ text }}", "answer": "{{ answer }}"}
     keys |= {"labels": list(labels), "data": {"train": "train.jsonl", "test": "test.jsonl"}}
     (place / "task.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from rich.console import Console
 
 from manyicl.errors import MachineError, UserError
 from manyicl.evaluation.comparison import run as running
+from manyicl.evaluation.comparison.cells import planned_runs
 from manyicl.evaluation.comparison.plan import planned
 from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, is_comparison
 from manyicl.evaluation.comparison.run import prepare, run_comparison
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.comparison.summary import as_json, score_rows
 from manyicl.evaluation.grid import CellState
+from manyicl.training.job import ensure_trained
 from tests.evaluation.comparison.cases import comparison_in
 
 PAIR = ("compare.regimes=[base, last_answer, all_answers]", "compare.learning_rates=[1e-3]")
@@ -39,6 +41,14 @@ def timeless(records: ComparisonRecords) -> tuple[list[CellRecord], list[dict[st
     cells = [cell.model_copy(update={"seconds": 0.0, "peak_memory_gib": None}) for cell in records.cells]
     results = [result.model_dump(exclude={"seconds", "created", "model"}) for result in records.results]
     return cells, sorted(results, key=lambda each: (each["model_name"], each["task"], each["num_shots"]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_matrix_products() -> Iterator[None]:
+    """Leave out what is timed at the start of each training, which takes longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("manyicl.training.trainer.matrix_rate", lambda dtype, device: 1e12)
+        yield
 
 
 @pytest.fixture(name="whole", scope="module")
@@ -122,12 +132,12 @@ def test_an_interrupted_comparison_in_another_order_ends_as_one_that_was_left_al
     assert again.results == records.results
 
 
-_planned_runs = running.planned_runs
+_planned_runs = planned_runs
 
 
 def test_a_cell_that_fails_is_kept_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = comparison_in(tmp_path, *TUNED)
-    original = running.ensure_trained
+    original = ensure_trained
 
     def failing(recipe: Any, *arguments: Any, **options: Any) -> Any:
         if recipe.sequences.examples_per_episode == 1:
@@ -159,7 +169,7 @@ def test_a_process_waits_for_trials_of_another_one_and_takes_over_what_it_leaves
     place.mkdir(parents=True)
     for name in ("comparison.yaml", "tasks.json", "cells.json"):
         (settings.output / name).touch()
-    lock = FileLock(place / ".lock")
+    lock = FileLock(place / ".lock", thread_local=False)
     lock.acquire()
     shown = console()
     timer = threading.Timer(4.0, lock.release)

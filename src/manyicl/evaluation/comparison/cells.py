@@ -113,7 +113,7 @@ def _runs(settings: Comparison, tasks: ComparisonTasks) -> Iterator[Run]:
     for number, seed in enumerate(settings.seeds):
         draw = number * compare.num_draws
         for regime in compare.regimes:
-            length = None if regime == "base" else regime
+            length: str | None = None if regime == "base" else regime
             if regime != "dedicated":
                 yield Run(f"{regime}_seed{seed}", regime, length, seed, draw, compare.budget)
             if regime == "all_answers" and "last_answer" in compare.regimes:

@@ -127,8 +127,7 @@ class PreparedComparison:
     def choices(self) -> Mapping[str, Choice | UserError]:
         """Return the learning rates as far as trials that are done tell; the only one where none are tried."""
         if not self.settings.is_tuned:
-            (rate,) = set(self.settings.learning_rates)
-            return {run.choice: Choice(rate) for run in self.runs}
+            return {run.choice: Choice(self.settings.learning_rates[0]) for run in self.runs if run.length}
         return choose(self.trials, self.rates.reports())
 
 
@@ -347,7 +346,8 @@ def _kept_history(run: TrainedRun, cell_folder: Path) -> TrainerState:
     if newest is not None:
         write_atomically(file, (newest / "trainer_state.json").read_text(encoding="utf-8"))
         checkpoints.rotate(0)
-    return TrainerState.load_from_json(str(file))
+    history: TrainerState = TrainerState.load_from_json(str(file))
+    return history
 
 
 def _costs(run: TrainedRun, history: TrainerState) -> dict[str, Any]:

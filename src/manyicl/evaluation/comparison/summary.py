@@ -64,7 +64,7 @@ def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
 
 def kind_of(cell: CellRecord) -> str:
     """Return what models of all training seeds have in common."""
-    parts = [cell.regime]
+    parts: list[str] = [cell.regime]
     parts += ["replay"] if cell.replay else []
     parts += [f"variant {cell.variant}"] if cell.variant else []
     parts += ["equal answers"] if cell.equal == "answers" else []
