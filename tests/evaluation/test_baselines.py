@@ -12,6 +12,7 @@ from manyicl.evaluation.baselines import (
     majority_answer,
     majority_level,
     nearest_answers,
+    nearest_level,
     tfidf_level,
 )
 from tests.builders import make_example, make_task
@@ -96,3 +97,29 @@ def test_the_nearest_neighbour_names_the_extra_it_needs(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match=r"manyicl\[retrieval\]"):
         nearest_answers(RED, TASK.test)
+
+
+def test_the_nearest_level_repeats_an_answer_and_falls_back_to_the_most_frequent_one() -> None:
+    pytest.importorskip("bm25s")
+    queries = [make_example("zebra", "blue"), make_example("rose", "red"), make_example("the rose", "blue")]
+    assert nearest_level(TASK, [*RED[:1], *BLUE[:2]], queries).score == pytest.approx(2 / 3)
+
+
+def test_free_answers_have_a_nearest_level_too() -> None:
+    pytest.importorskip("bm25s")
+    task = make_task(labels=None, family="math", metric="numeric_match")
+    known = [make_example("two and two", "4"), make_example("three apples", "3")]
+    assert nearest_level(task, known, [make_example("apples", "3.0")]).score == 1.0
+
+
+def test_without_demonstrations_or_with_options_of_each_row_there_is_no_nearest_level() -> None:
+    assert nearest_level(TASK, [], TASK.test) == (None, "no demonstrations")
+    options = make_task(labels=None, choices_column="choices")
+    assert nearest_level(options, RED, RED) == (None, "each row has its own options")
+
+
+def test_a_nearest_level_that_needs_an_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    level = nearest_level(TASK, RED[:3], [make_example("not seen before", "red")])
+    assert level.score is None
+    assert "manyicl[retrieval]" in level.note

@@ -88,6 +88,39 @@ def _word_answers(
     return tuple(classifier.answers([example.query.text for example in queries])), classifier.note
 
 
+def nearest_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:
+    """Score of repeating the answer of the demonstration most like the query. Defined for free answers too."""
+    if task.choices_column is not None:
+        return Level(None, "each row has its own options")
+    if not demonstrations:
+        return Level(None, "no demonstrations")
+    answers, note = _repeated_answers(tuple(demonstrations), tuple(queries))
+    return Level(None, note) if answers is None else _score(task, answers, queries)
+
+
+@lru_cache(maxsize=1024)
+def _repeated_answers(
+    demonstrations: tuple[Example, ...], queries: tuple[Example, ...]
+) -> tuple[tuple[str, ...] | None, str]:
+    """Find the nearest of each; cached as `_word_answers` is."""
+    try:
+        return tuple(nearest_or_frequent_answers(demonstrations, queries)), ""
+    except UserError as error:
+        if error.code != "missing_requirement":
+            raise
+        return None, f"{error.what}: {error.remedy}"
+
+
+def nearest_or_frequent_answers(demonstrations: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """Return the answer of the example nearest to each query; the most frequent where none shares a word with it.
+
+    Raises:
+        UserError: If bm25s is not installed.
+    """
+    frequent = most_frequent_answer(demonstrations)
+    return [frequent if answer is None else answer for answer in nearest_answers(demonstrations, test)]
+
+
 def nearest_answers(demonstrations: Sequence[Example], test: Sequence[Example]) -> list[str | None]:
     """Return the answer of the example nearest to each query by BM25; None where none shares a word with it.
 

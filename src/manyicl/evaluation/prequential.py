@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import ceil
 
 from manyicl.errors import UserError
-from manyicl.evaluation.baselines import most_frequent_answer, nearest_answers, tfidf_answers
+from manyicl.evaluation.baselines import most_frequent_answer, nearest_or_frequent_answers, tfidf_answers
 from manyicl.tasks.retrieval import terms
 from manyicl.tasks.task import Example, Task
 
@@ -80,12 +80,9 @@ def _majority(before: Sequence[Example], queries: Sequence[Example]) -> Sequence
 
 
 def _nearest(before: Sequence[Example], queries: Sequence[Example]) -> Sequence[str] | None:
-    """Repeat the answer of the nearest; where none shares a word with the query, the most frequent answer."""
     try:
-        answers = nearest_answers(before, queries)
+        return nearest_or_frequent_answers(before, queries)
     except UserError as error:
         if error.code != "missing_requirement":
             raise
         return None
-    frequent = most_frequent_answer(before)
-    return [frequent if answer is None else answer for answer in answers]

@@ -92,6 +92,7 @@ class Result(_Record):
     chance: float | None = Field(None, description="Expected accuracy of guessing evenly.")
     majority: float | None = Field(None, description="Score of always giving the most frequent training answer.")
     tfidf: float | None = Field(None, description="TF-IDF with logistic regression on the same demonstrations.")
+    nearest: float | None = Field(None, description="Repeating the answer of the demonstration nearest by BM25.")
     level_notes: dict[str, str] = Field(default_factory=dict, description="Why a baseline is missing or special.")
 
     model: str = Field(description="The model as it was named on the command line.")

@@ -22,7 +22,7 @@ from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.engine.queries import has_few_labels
 from manyicl.episodes.budget import require_instruction_fits
 from manyicl.errors import UserError, pluralized
-from manyicl.evaluation.baselines import chance_level, majority_level, tfidf_level
+from manyicl.evaluation.baselines import chance_level, majority_level, nearest_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore, hash_of, result_key
 from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
@@ -444,6 +444,7 @@ def _baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
         "chance": chance_level(task, task.test),
         "majority": majority_level(task, task.test),
         "tfidf": tfidf_level(task, demonstrations, task.test),
+        "nearest": nearest_level(task, demonstrations, task.test),
     }
     notes = {name: level.note for name, level in levels.items() if level.note}
     return {**{name: level.score for name, level in levels.items()}, "level_notes": notes}

@@ -24,6 +24,8 @@ from manyicl.tasks.spec import family_order
 from manyicl.tasks.task import Family
 
 OVERALL = "mean over families"
+# Fields of a record that hold the score of a trivial baseline.
+BASELINE_FIELDS = ("majority", "tfidf", "nearest", "chance")
 
 Point = tuple[str, str, int]  # model, task, shots
 Group = str | tuple[str, ...]  # a family, `OVERALL`, or tasks by name
@@ -92,7 +94,7 @@ class Summary:
         return self._mean(group, of_task)
 
     def baseline(self, name: str, group: Group, shots: int) -> Estimate | None:
-        """Mean of chance, majority or tfidf over what seeds and models recorded; None unless every task has it."""
+        """Mean of one of `BASELINE_FIELDS` over what seeds and models recorded; None unless every task has it."""
 
         def of_task(task: str) -> Estimate | None:
             records = (r for model in self.models for r in self.by_point.get((model, task, shots), ()))

@@ -12,7 +12,12 @@ from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Group, Summary, summarise
 from manyicl.evaluation.uncertainty import Estimate
 
-BASELINES = {"majority": "majority answer", "chance": "chance", "tfidf": "TF-IDF + log. reg."}
+BASELINES = {
+    "majority": "majority answer",
+    "chance": "chance",
+    "tfidf": "TF-IDF + log. reg.",
+    "nearest": "BM25 nearest",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,11 @@ from manyicl.evaluation.uncertainty import Estimate
 
 # Metrics that count right answers, so that a share of them can be said in percent.
 COUNTS_RIGHT_ANSWERS = frozenset({"accuracy", "exact_match", "numeric_match"})
-_BASELINES = {"tfidf": "TF-IDF with logistic regression", "majority": "Always giving the most frequent answer"}
+_BASELINES = {
+    "tfidf": "TF-IDF with logistic regression",
+    "nearest": "Repeating the answer of the most similar example",
+    "majority": "Always giving the most frequent answer",
+}
 # A smaller share of answers that were cut is only in the notes.
 LEAST_SHARE_CUT = 0.01
 

@@ -11,9 +11,10 @@ from markupsafe import Markup
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
 from manyicl.evaluation.calibration import COVERAGES, sentence
-from manyicl.evaluation.report.lines import Part, notes, sections
+from manyicl.evaluation.report.lines import BASELINES, Part, notes, sections
 from manyicl.evaluation.report.message import message, remarks
 from manyicl.evaluation.report.plots import (
+    NEAREST_COLOUR,
     TFIDF_COLOUR,
     coverage_panel,
     inline_panel,
@@ -65,7 +66,8 @@ def write_report(
         results = store.load()
     store = store if examples else None
     rendered = [_content_of(part, store) for part in parts or (Part("", results),)]
-    page = render("report.html", title=title, parts=rendered, OVERALL=OVERALL, tfidf_colour=TFIDF_COLOUR)
+    dotted = {"tfidf": TFIDF_COLOUR, "nearest": NEAREST_COLOUR}
+    page = render("report.html", title=title, parts=rendered, OVERALL=OVERALL, dotted=dotted, BASELINES=BASELINES)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     return output

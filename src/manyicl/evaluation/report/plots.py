@@ -40,7 +40,7 @@ from manyicl.outputs import require_ending
 
 # Distinct for colour-blind readers, and of middle lightness so that they are visible on white and on near-black.
 MODEL_COLOURS = ("#8b93a1", "#2f7de1", "#d1495b", "#9b5de5", "#00a37a", "#c77d0a")
-TFIDF_COLOUR = "#d98324"
+TFIDF_COLOUR, NEAREST_COLOUR = "#d98324", "#5f8f2f"
 
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
 
@@ -170,6 +170,8 @@ def draw_panel(ax: Axes, summary: Summary, section: Section, *, ink: str, faint:
             )
         elif line.label == BASELINES["tfidf"]:
             ax.plot(x, y, color=TFIDF_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="s", ms=2.6, label=line.label)
+        elif line.label == BASELINES["nearest"]:
+            ax.plot(x, y, color=NEAREST_COLOUR, lw=1.5, ls=(0, (1, 1.6)), marker="^", ms=2.6, label=line.label)
     if labelled:
         label_ends(ax)
     ax.set_xticks(positions, [str(shots) for shots in summary.shots])
