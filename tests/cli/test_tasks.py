@@ -213,3 +213,10 @@ def test_segments_and_tokens_of_an_episode_draw_the_same_text() -> None:
     segments = draw(spans_of(characters.encode_episode(episode), characters, by_token=False), with_marks=True)
     assert segments.plain == tokens.plain
     assert len(segments.spans) < len(tokens.spans)
+
+
+def test_nano_writes_plain_text_too(tmp_path: Path) -> None:
+    output = run("nano", tmp_path / "text", "--split", "text").output
+    files = [tmp_path / "text" / name for name in ("replay.txt", "held_out.txt")]
+    assert output.splitlines() == [str(file) for file in files]
+    assert all(" ." in file.read_text(encoding="utf-8") for file in files)

@@ -46,6 +46,8 @@ def test_a_trivial_baseline_that_is_better_comes_first() -> None:
     )
     level = [changed(one, tfidf=0.45, majority=0.2) for one in points("tuned", "a", s4=0.3, s16=0.4)]
     assert "TF-IDF with logistic regression is as good within the noise: 45 % right." in message(Part("", level))["a"]
+    nearest = [changed(one, tfidf=0.5, nearest=0.7) for one in points("tuned", "a", s4=0.3, s16=0.4)]
+    assert message(Part("", nearest))["a"].startswith("Repeating the answer of the most similar example is better")
     below = [changed(one, tfidf=0.1, majority=0.2) for one in points("tuned", "a", s4=0.3, s16=0.4)]
     assert "TF-IDF" not in message(Part("", below))["a"]
 

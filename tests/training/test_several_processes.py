@@ -55,8 +55,10 @@ def launched(num_processes: int) -> dict[str, str]:
 def test_two_processes_give_the_update_of_one_from_sequences_of_their_own(
     tmp_path: Path, base: Path, sharded: bool
 ) -> None:
+    (tmp_path / "text.txt").write_text("film 1 was song play 2 was book good bad\n" * 30, encoding="utf-8")
+    replay = f"sequences.replay={{text: '{tmp_path / 'text.txt'}', share: 0.2, segment_tokens: 31}}"
     recipes = [
-        full_recipe(tmp_path / "full", "objective={weighting: answer, context_weight: 0.5}"),
+        full_recipe(tmp_path / "full", "objective={weighting: answer, context_weight: 0.5}", replay),
         full_recipe(tmp_path / "last", "training.gradient_checkpointing=true", "objective.supervise=last_answer"),
         adapter_recipe(tmp_path / "adapter", base),
     ]

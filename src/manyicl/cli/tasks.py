@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,7 +16,6 @@ from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
 from manyicl.cli.tables import plain_console, table_of
 from manyicl.errors import UserError
 from manyicl.printing import new_console
-from manyicl.tasks.nanoworld.rule import Split
 
 if TYPE_CHECKING:
     from manyicl.tasks.task import Task
@@ -198,7 +197,10 @@ def check_tasks(
 @app.command("nano")
 def write_nano_tasks(
     folder: Annotated[Path, typer.Argument(help="Folder for the task folders.", show_default=False)],
-    split: Annotated[Split, typer.Option(help="Which tasks.")] = "train",
+    split: Annotated[
+        Literal["base", "train", "unseen", "text"],
+        typer.Option(help="Which tasks; text: plain text to replay, and to measure with."),
+    ] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all rules and rows.")] = 0,
 ) -> None:
     """Write tasks of the nano world, whose hidden rules can be learned only from demonstrations.
@@ -208,9 +210,16 @@ def write_nano_tasks(
         manyicl tasks nano runs/nano/tasks --split base
 
         manyicl tasks nano my-world --split unseen --seed 7
+
+        manyicl tasks nano runs/nano/text --split text
     """
+    from manyicl.tasks.nanoworld.text import write_nano_text
     from manyicl.tasks.nanoworld.world import write_nano_world
 
+    if split == "text":
+        for file in write_nano_text(folder, seed=seed):
+            typer.echo(str(file))
+        return
     places = write_nano_world(folder, seed=seed, split=split)
     typer.echo(f"{len(places):,} tasks written to {folder}")
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from manyicl.episodes.budget import whole_shots_within
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import EncodedEpisode
+from manyicl.episodes.replay import Replay, ReplayedSegment
 from manyicl.episodes.sampling import (
     EpisodeSettings,
     Mixture,
@@ -34,17 +35,24 @@ class PackedSequence:
         max_context_tokens: Length of the context that they were drawn to fill.
         num_shots_dropped: Shots that episodes were to hold and that did not fit.
         num_shots_too_long: Shots that were skipped, because not even an empty context would hold them.
+        replayed: Pieces of general text after the episodes, isolated as these are.
     """
 
     episodes: tuple[EncodedEpisode, ...]
     max_context_tokens: int
     num_shots_dropped: int
     num_shots_too_long: int
+    replayed: tuple[ReplayedSegment, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all episodes."""
-        return sum(len(episode.token_ids) for episode in self.episodes)
+        """Tokens of all episodes and pieces of text."""
+        return sum(len(episode.token_ids) for episode in self.episodes) + self.num_replayed_tokens
+
+    @property
+    def num_replayed_tokens(self) -> int:
+        """Tokens of all pieces of text."""
+        return sum(len(segment.token_ids) for segment in self.replayed)
 
     @property
     def unused_share(self) -> float:
@@ -70,6 +78,7 @@ class PackedSequences(Sequence[PackedSequence]):
         episodes: EpisodeSettings | None = None,
         mixture: Mixture | None = None,
         shots: Sequence[TaskShots] | None = None,
+        replay: Replay | None = None,
     ) -> None:
         """Check that every sequence can be drawn.
 
@@ -82,6 +91,7 @@ class PackedSequences(Sequence[PackedSequence]):
             episodes: How many examples an episode holds, and in what order.
             mixture: How often each task is drawn.
             shots: The tokens of each task's demonstrations; encoded when they are drawn by default.
+            replay: General text that is put beside the episodes; by default none.
 
         Raises:
             UserError: If there is no task, a task has no example that fits the context or more labels than there
@@ -105,8 +115,9 @@ class PackedSequences(Sequence[PackedSequence]):
                 words |= each.plain_words()
             self._replacement_words = sorted(words)
             require_replacement_words(tasks, self._replacement_words)
+        self.replay = replay
         for each in self._shots:
-            _require_one_shot_fits(each, max_context_tokens)
+            _require_one_shot_fits(each, max_context_tokens - (replay.fewest_tokens if replay else 0))
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -120,7 +131,8 @@ class PackedSequences(Sequence[PackedSequence]):
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"packed sequence {index} of {self.num_sequences}")
         rng = sequence_rng(self.seed, index)
-        budget = self.max_context_tokens
+        replayed = self.replay.segments(self.seed, index) if self.replay else ()
+        budget = self.max_context_tokens - sum(len(segment.token_ids) for segment in replayed)
         episodes: list[EncodedEpisode] = []
         num_dropped = num_too_long = num_draws_that_do_not_fit = 0
         while budget > 0 and num_draws_that_do_not_fit < NUM_DRAWS_THAT_DO_NOT_FIT:
@@ -137,11 +149,11 @@ class PackedSequences(Sequence[PackedSequence]):
                 num_draws_that_do_not_fit = 0
             else:
                 num_draws_that_do_not_fit += 1
-        return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long)
+        return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long, replayed)
 
 
 def _require_one_shot_fits(shots: TaskShots, max_context_tokens: int) -> None:
-    """Refuse a task of which no example fits the context together with its instruction."""
+    """Refuse a task of which no example fits the context, less the text in it, together with its instruction."""
     name = shots.task.name
     if not shots.task.train:
         raise UserError("no_training_rows", f"task {name!r} has no training example")

@@ -8,7 +8,7 @@ from typing import Any
 from manyicl.evaluation.calibration import Calibration, calibration
 from manyicl.evaluation.mistakes import confusions, is_right, label_scores, pair_counts
 from manyicl.evaluation.result import Result, ResultStore
-from manyicl.evaluation.summary import Point, Summary
+from manyicl.evaluation.summary import BASELINE_FIELDS, Point, Summary
 
 
 def scores_as_json(summary: Summary, store: ResultStore) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def _score(summary: Summary, point: Point) -> dict[str, Any]:
     """Return the score of a point, its interval and the trivial baselines."""
     model, task, shots = point
     score, record = summary.tasks[point], summary.by_point[point][0]
-    baselines = {name: summary.baseline(name, (task,), shots) for name in ("majority", "tfidf", "chance")}
+    baselines = {name: summary.baseline(name, (task,), shots) for name in BASELINE_FIELDS}
     return {
         "model": model,
         "task": task,

@@ -277,8 +277,8 @@ class _Curve:
             created=datetime.now(UTC),
             **self._conditions,
             **self._description,
-            **_scores(task, answered.answers),
-            **_baselines(task, prefix.demonstrations),
+            **scores_of_answers(task, answered.answers),
+            **trivial_baselines(task, prefix.demonstrations),
             **_context(self._engine, task, prefix, retrieve, self._description["trained_shots"]),
         )
         context = [ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations]
@@ -316,11 +316,16 @@ def _conditions(engine: Engine, task: Task, settings: EvaluationSettings) -> dic
         "metric": task.metric,
         "sampling": settings.sampling,
         "query_seed": settings.seed,
-        "queries_hash": hash_of(*(text for one in task.test for text in (one.query.text, *one.references))),
+        "queries_hash": hash_of_queries(task),
         "model_fingerprint": engine.identity.fingerprint,
         "text_format": engine.encoder.format.model_dump(),
         "max_context_tokens": engine.max_context_tokens,
     }
+
+
+def hash_of_queries(task: Task) -> str:
+    """Hash the test queries of a task in order, with their references."""
+    return hash_of(*(text for one in task.test for text in (one.query.text, *one.references)))
 
 
 def _description(engine: Engine, task: Task, num_skipped: int, name: str) -> dict[str, Any]:
@@ -370,7 +375,6 @@ def _answers(
     activity: Activity,
 ) -> list[PredictedAnswer]:
     """Answer the queries after a prefix, and score each answer in the metrics that score single answers."""
-    metrics = [METRICS[name] for name in metrics_of(task)]
     predictions = engine.predict(prefix, [one.query for one in task.test], retrieve=retrieve, scores=scores)
     answered = _with_progress(predictions, len(task.test), activity)
     return [
@@ -379,13 +383,19 @@ def _answers(
             query=example.query.text,
             answer=prediction.answer,
             references=example.references,
-            scores={m.name: m.of_example(prediction.answer, example.references) for m in metrics if m.of_example},
+            scores=example_scores(task, example, prediction.answer),
             log_probability=prediction.log_probability,
             confidence=prediction.scores.probabilities[prediction.answer] if prediction.scores else None,
             stopped=prediction.stopped,
         )
         for example, prediction in zip(task.test, answered, strict=True)
     ]
+
+
+def example_scores(task: Task, example: Example, answer: str) -> dict[str, float]:
+    """Score one answer in the metrics of the task that score single answers."""
+    metrics = (METRICS[name] for name in metrics_of(task))
+    return {metric.name: metric.of_example(answer, example.references) for metric in metrics if metric.of_example}
 
 
 def _with_progress(predictions: Iterator[Prediction], num_queries: int, activity: Activity) -> Iterator[Prediction]:
@@ -415,7 +425,7 @@ def _context(
     }
 
 
-def _scores(task: Task, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
+def scores_of_answers(task: Task, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
     """Score the whole set in the task's metric and its companions."""
     primary, *others = metrics_of(task)
     texts = [one.answer for one in answers]
@@ -438,7 +448,7 @@ def _scores(task: Task, answers: Sequence[PredictedAnswer]) -> dict[str, Any]:
     }
 
 
-def _baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
+def trivial_baselines(task: Task, demonstrations: Sequence[Example]) -> dict[str, Any]:
     """Score the trivial baselines, and say why any is missing."""
     levels = {
         "chance": chance_level(task, task.test),

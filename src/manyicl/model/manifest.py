@@ -51,6 +51,7 @@ class Manifest(BaseModel):
     objective: str | None = Field(None, description="Which answers were supervised.")
     base: str | None = Field(None, description="The model that training began from, as named in the recipe.")
     base_fingerprint: str | None = Field(None, description="Hash of the weights that training began from.")
+    replay_sha256: str | None = Field(None, description="Hash of the general text that was replayed in training.")
     recipe: dict[str, Any] = Field(default_factory=dict, description="The resolved recipe.")
     throughput: dict[str, float] = Field(
         default_factory=dict, description="Speed, utilisation and peak memory since the start or last resume."

@@ -30,7 +30,7 @@ class Batch(TypedDict):
 
     input_ids: Tensor  # (1, T)
     packed: PackedArguments  # where episodes begin and end
-    segment_lengths: tuple[int, ...]  # tokens of each episode, known without asking the device
+    segment_lengths: tuple[int, ...]  # tokens of each episode and piece of text, known without asking the device
     supervised_positions: Tensor  # (S,)
     targets: Tensor  # (S,), the token after each of them
     weights: Tensor  # (S,), share of each in the loss
@@ -51,7 +51,14 @@ def sequence_tensors(sequence: PackedSequence, objective: ObjectiveSettings) -> 
                 targets.append(episode.token_ids[place])
                 weights.append(weight)
         token_ids.extend(episode.token_ids)
-    segment_lengths = tuple(len(episode.token_ids) for episode in sequence.episodes)
+    for segment in sequence.replayed:
+        start, end = len(token_ids), len(token_ids) + len(segment.token_ids)
+        positions.extend(range(start, end - 1))
+        targets.extend(segment.token_ids[1:])
+        weights.extend([segment.weight] * (end - start - 1))
+        token_ids.extend(segment.token_ids)
+    pieces = [one.token_ids for one in sequence.episodes] + [one.token_ids for one in sequence.replayed]
+    segment_lengths = tuple(map(len, pieces))
     return Batch(
         input_ids=torch.tensor([token_ids]),
         packed=packed_arguments(segment_lengths),
@@ -84,6 +91,7 @@ def sequence_counts(sequence: PackedSequence, objective: ObjectiveSettings) -> S
         num_shots_dropped=sequence.num_shots_dropped,
         num_shots_too_long=sequence.num_shots_too_long,
         most_shots=max((len(episode.answer_spans) - 1 for episode in sequence.episodes), default=0),
+        num_replayed_tokens=sequence.num_replayed_tokens,
     )
 
 

@@ -15,12 +15,13 @@ class SequenceCounts:
 
     Attributes:
         num_sequences: Number of sequences.
-        num_tokens: Tokens of all their episodes.
+        num_tokens: Tokens of all their episodes, and of replayed text.
         num_unused_tokens: Positions of their contexts that hold no token.
         num_answers: Supervised answers.
         num_shots_dropped: Shots that were drawn and did not fit.
         num_shots_too_long: Shots that were skipped, because not even an empty context would hold them.
         most_shots: Most demonstrations before an answer.
+        num_replayed_tokens: Tokens of replayed text.
     """
 
     num_sequences: int = 0
@@ -30,6 +31,7 @@ class SequenceCounts:
     num_shots_dropped: int = 0
     num_shots_too_long: int = 0
     most_shots: int = 0
+    num_replayed_tokens: int = 0
 
     def __add__(self, other: SequenceCounts) -> SequenceCounts:
         """Count both."""
@@ -38,12 +40,15 @@ class SequenceCounts:
 
     def sentence(self) -> str:
         """Say what the sequences held, and what was dropped."""
+        replayed = (
+            f" {self.num_replayed_tokens:,} of the tokens were replayed text." if self.num_replayed_tokens else ""
+        )
         unused_share = self.num_unused_tokens / max(self.num_tokens + self.num_unused_tokens, 1)
         return (
             f"Trained on {self.num_sequences:,} sequences with {self.num_tokens:,} tokens and {self.num_answers:,} "
             f"supervised answers, after up to {self.most_shots:,} shots. {self.num_shots_dropped:,} shots were dropped "
             f"(did not fit) and {self.num_shots_too_long:,} skipped (longer than a whole sequence); {unused_share:.1%} "
-            "of the context stayed unused."
+            f"of the context stayed unused.{replayed}"
         )
 
 

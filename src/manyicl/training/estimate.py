@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from manyicl.episodes.packed_sequence import PackedSequences
+from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.loss import caps_or_scales_logits, head_is_separable, most_logits_at_once, sequence_loss
@@ -47,7 +49,9 @@ class SequenceStatistics(NamedTuple):
         most_shots: Most demonstrations before an answer in the sample; the whole run may hold more.
         shots_dropped: Shots per sequence that were drawn and did not fit.
         shots_too_long: Shots per sequence that are longer than a whole context.
-        segment_lengths: Tokens of each episode, for each sequence of the sample.
+        segment_lengths: Tokens of each episode and piece of text, for each sequence of the sample.
+        replayed_tokens: Tokens of replayed text per sequence.
+        replayed_loss_share: Share of the weight of all targets that those of replayed text have.
     """
 
     num_sampled: int
@@ -60,6 +64,8 @@ class SequenceStatistics(NamedTuple):
     shots_dropped: float
     shots_too_long: float
     segment_lengths: tuple[tuple[int, ...], ...]
+    replayed_tokens: float = 0.0
+    replayed_loss_share: float = 0.0
 
     def flops(self, formula: TrainingFlops) -> float:
         """Return the operations per sequence, with those that are repeated."""
@@ -73,6 +79,11 @@ class SequenceStatistics(NamedTuple):
             f"{self.answers:,.1f} supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays "
             f"unused (means over {self.num_sampled} sequences)."
         )
+        if self.replayed_tokens:
+            text += (
+                f" {self.replayed_tokens:,.0f} of the tokens are replayed text, whose targets have "
+                f"{self.replayed_loss_share:.1%} of the weight in the loss."
+            )
         if self.shots_too_long:
             text += f" {self.shots_too_long:.1f} examples per sequence are skipped: longer than a whole sequence."
         if self.shots_dropped:
@@ -100,7 +111,15 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
         shots_dropped=fmean(sequence.num_shots_dropped for sequence in sample),
         shots_too_long=fmean(sequence.num_shots_too_long for sequence in sample),
         segment_lengths=tuple(batch["segment_lengths"] for batch in batches),
+        replayed_tokens=fmean(sequence.num_replayed_tokens for sequence in sample),
+        replayed_loss_share=_replayed_weight(sample) / (sum(float(batch["weights"].sum()) for batch in batches) or 1.0),
     )
+
+
+def _replayed_weight(sequences: Sequence[PackedSequence]) -> float:
+    """Sum the weights of all targets in replayed text."""
+    segments = chain.from_iterable(sequence.replayed for sequence in sequences)
+    return sum(segment.weight * (len(segment.token_ids) - 1) for segment in segments)
 
 
 class Cost(NamedTuple):

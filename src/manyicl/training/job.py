@@ -19,6 +19,7 @@ from manyicl.model.load import load_model, read_manifest
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.model.reference import resolve_reference
 from manyicl.outputs import require_output_folder
+from manyicl.paths import expanded, sha256_of_file
 from manyicl.printing import new_console
 from manyicl.tasks.files import OnProgress
 from manyicl.training.checkpoint import Checkpoints, ResumePoint
@@ -223,6 +224,12 @@ def _decided_together(decide: Callable[[], Decision]) -> Decision:
     return cast(Decision, decision)
 
 
+def _replayed_text_hash(recipe: Recipe) -> str | None:
+    """Hash the text that a recipe replays; None where it replays none."""
+    replay = recipe.sequences.replay
+    return None if replay is None else sha256_of_file(Path(expanded(replay.text)))
+
+
 def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> TrainedRun:
     """Return a finished run.
 
@@ -240,6 +247,7 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
         "tasks": trained_tasks(tasks.train, of_base.tasks if of_base else ()),
         "held_out": tuple(TrainedTask.of(task) for task in tasks.held_out),
         "base_fingerprint": fingerprint,
+        "replay_sha256": _replayed_text_hash(recipe),
     }
     folder.require_same_start(known.model_copy(update=now))
     if is_main_process() and not has_same_base:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, validated
+from manyicl.episodes.replay import ReplaySettings
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
 from manyicl.episodes.text_format import FormatSettings
 from manyicl.errors import UserError, quoted, shortened
@@ -137,6 +138,17 @@ class SequenceSettings(EpisodeSettings):
     max_context_tokens: int = Field(
         2048, ge=8, description="Tokens of a packed sequence, and the model's trained context."
     )
+    replay: ReplaySettings | None = Field(None, description="General text among the episodes; unset: none.")
+
+    @model_validator(mode="after")
+    def _pieces_of_text_fit(self) -> Self:
+        segment_tokens = self.replay and self.replay.segment_tokens
+        if segment_tokens and segment_tokens > self.max_context_tokens:
+            raise ValueError(
+                f"replay.segment_tokens is {segment_tokens:,}, max_context_tokens {self.max_context_tokens:,}; use "
+                "shorter pieces, or leave segment_tokens out"
+            )
+        return self
 
 
 class ObjectiveSettings(Section):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from huggingface_hub import constants
 from packaging.version import InvalidVersion, Version
 
+from manyicl.episodes.general_text import require_text_file
+from manyicl.episodes.replay import TEXT_KEY
 from manyicl.errors import UserError
 from manyicl.model import machine
 from manyicl.model.load import model_config
@@ -114,6 +116,11 @@ def problems(recipe: Recipe, *, with_tasks: bool = True) -> Iterator[UserError]:
                 task_places(pattern)
             except UserError as error:
                 yield error.at(field=key)
+    if recipe.sequences.replay is not None:
+        try:
+            require_text_file(recipe.sequences.replay.text, TEXT_KEY)
+        except UserError as error:
+            yield error
     yield from _process_problems(recipe)
     num_sequences, num_processes = recipe.training.sequences_per_step, world_size()
     if num_sequences % num_processes:

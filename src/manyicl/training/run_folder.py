@@ -57,9 +57,10 @@ WRITTEN = {
 }
 
 # What may differ when a run is resumed, because neither the weights nor what the best score means depend on it. The
-# training tasks themselves are compared by name, data and order.
+# training tasks themselves are compared by name, data and order, a text that is replayed by its hash.
 FREE_TO_CHANGE = frozenset(
-    {"output", "tasks.train", "tasks.data_root", "training.log_every", "training.num_threads"}
+    {"output", "tasks.train", "tasks.data_root", "sequences.replay.text"}
+    | {"training.log_every", "training.num_threads"}
     | {"training.num_processes"}
     | {"training.evaluate_every", "training.save_every", "training.keep_checkpoints"}
 )
@@ -249,7 +250,7 @@ class RunFolder:
                 raise self._error("another_run", f"the run started with another {key}", RESTORE, **values)
 
     def require_same_start(self, manifest: Manifest) -> None:
-        """Refuse a run that was started with other tasks, another base or another chat template.
+        """Refuse a run that was started with other tasks, another base, chat template or text to replay.
 
         Raises:
             UserError: If so.
@@ -264,6 +265,8 @@ class RunFolder:
             changed = f"the weights of the base {manifest.base!r} changed since the run started"
         elif known.text_format != manifest.text_format:
             changed = "the chat template changed since the run started"
+        elif known.replay_sha256 != manifest.replay_sha256:
+            changed = "the text that is replayed changed since the run started"
         for before, now in ((known.tasks, manifest.tasks), (known.held_out, manifest.held_out)):
             if changed is None and before != now:
                 changed = _changed_tasks(before, now)

@@ -17,6 +17,7 @@ from manyicl.activity import Activity
 from manyicl.episodes.chat_template import chosen_format, describe, require_rows_as_written, template_identity
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.packed_sequence import PackedSequences
+from manyicl.episodes.replay import Replay
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.episodes.token_store import TokenStore
 from manyicl.errors import pluralized
@@ -93,7 +94,7 @@ def prepare_run(recipe: Recipe, tasks: RecipeTasks, activity: Activity | None = 
     require_rows_as_written(recipe.format, start.tokenizer, sequences.encoder.format, tasks.held_out)
     activity.begin("looking at the first packed sequences")
     statistics = sample_sequences(sequences, recipe.objective)
-    manifest = run_manifest(recipe, tasks, start, sequences.encoder.format, statistics)
+    manifest = run_manifest(recipe, tasks, start, sequences.encoder.format, statistics, sequences.replay)
     return PreparedRun(recipe, start, sequences, statistics, manifest)
 
 
@@ -114,15 +115,17 @@ def packed_sequences(
         check=lambda task: require_rows_as_written(recipe.format, tokenizer, encoder.format, [task]),
         say=say,
     )
+    context, replay = recipe.sequences.max_context_tokens, recipe.sequences.replay
     return PackedSequences(
         tasks,
         encoder,
-        max_context_tokens=recipe.sequences.max_context_tokens,
+        max_context_tokens=context,
         num_sequences=recipe.num_sequences,
         seed=recipe.training.seed,
         episodes=recipe.sequences,
         mixture=recipe.tasks.mixture,
         shots=store.shots_of(tasks, activity.show),
+        replay=None if replay is None else Replay(replay, encoder, context),
     )
 
 
@@ -172,7 +175,12 @@ def training_arguments(recipe: Recipe, folder: RunFolder, *, evaluates: bool) ->
 
 
 def run_manifest(
-    recipe: Recipe, tasks: RecipeTasks, start: StartingPoint, text_format: AnyFormat, statistics: SequenceStatistics
+    recipe: Recipe,
+    tasks: RecipeTasks,
+    start: StartingPoint,
+    text_format: AnyFormat,
+    statistics: SequenceStatistics,
+    replay: Replay | None = None,
 ) -> Manifest:
     """Collect what manyicl.json remembers."""
     return Manifest(
@@ -184,6 +192,7 @@ def run_manifest(
         objective=recipe.objective.supervise,
         base=start.base,
         base_fingerprint=start.base_fingerprint,
+        replay_sha256=replay.text.sha256 if replay else None,
         recipe=recipe.model_dump(mode="json"),
     )
 

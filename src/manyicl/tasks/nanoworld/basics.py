@@ -156,13 +156,14 @@ def draw_text(rng: random.Random) -> Rule:
     """A sentence, and the sentences that follow it: plain text of this world, every word of it a target."""
 
     def draw_example(rng: random.Random) -> DrawnRow:
-        sentences = [_sentence(rng) for _ in range(rng.randint(3, 5))]
+        sentences = [draw_sentence(rng) for _ in range(rng.randint(3, 5))]
         return sentences[0], " ".join(sentences[1:])
 
     return _exercise(draw_example)
 
 
-def _sentence(rng: random.Random) -> str:
+def draw_sentence(rng: random.Random) -> str:
+    """Draw a sentence in one of four forms."""
     name = rng.choice(KINDS["name"])
     form = rng.randrange(4)
     if form == 0:
