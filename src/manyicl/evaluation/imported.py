@@ -211,5 +211,4 @@ def _result(
         **scores_of_answers(task, predictions),
         **trivial_baselines(task, ()),
     )
-    store.save(result, predictions, ())
-    return result
+    return store.add(result, predictions, ())[0]
