@@ -11,6 +11,8 @@
                      plan.py       what it will cost
                      run.py        the work, cell by cell
                      records.py    what is on the disk
+                     statistics.py records -> means, differences, shares of a gap, costs, what is missing
+                     estimates.py  errors that hold trainings, draws of demonstrations and queries
 
 Source: He et al. 2025, arXiv:2506.11103.
 """

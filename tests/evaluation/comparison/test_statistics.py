@@ -1,0 +1,281 @@
+"""Records of a comparison -> its numbers, finished or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from manyicl.evaluation.comparison.records import ComparisonRecords
+from manyicl.evaluation.comparison.statistics import (
+    ALL_ANSWERS,
+    BASE,
+    EQUAL_ANSWERS,
+    FEW_SHOT,
+    LAST_ANSWER,
+    Arm,
+    Difference,
+    Point,
+    Statistics,
+    omissions,
+    statistics_of,
+)
+from manyicl.evaluation.summary import OVERALL
+from tests.evaluation.comparison.made_up import World
+
+
+@pytest.fixture(name="records", scope="module")
+def _records(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecords:
+    return ComparisonRecords.load(World().write(tmp_path_factory.mktemp("comparison")))
+
+
+@pytest.fixture(name="numbers", scope="module")
+def _numbers(records: ComparisonRecords) -> Statistics:
+    return statistics_of(records)
+
+
+def load(world: World, folder: Path) -> tuple[ComparisonRecords, Statistics]:
+    records = ComparisonRecords.load(world.write(folder))
+    return records, statistics_of(records)
+
+
+def between(numbers: Statistics, first: Arm, second: Arm, role: str = "unseen") -> Difference:
+    (found,) = (
+        d for d in numbers.differences(role) if (d.first, d.second) == (numbers.point(first), numbers.point(second))
+    )
+    return found
+
+
+def test_each_regime_has_a_row_at_the_shots_that_it_is_made_for(numbers: Statistics) -> None:
+    rows = {row.point.label: row for row in numbers.headline("unseen")}
+    assert list(rows) == [
+        "base, 0 shots",
+        "base, 16 shots",
+        "zero-shot, 0 shots",
+        "few-shot, 4 shots",
+        "many-shot, last answer, 16 shots",
+        "many-shot, all answers, 16 shots",
+        "many-shot, all answers, equal answers, 16 shots",
+        "many-shot, all answers + replay, 16 shots",
+        "one model per task, 4 examples",
+        "one model per task, 16 examples",
+    ]
+    row = rows["many-shot, all answers, 16 shots"]
+    assert list(row.cells) == [OVERALL, "classification", "qa"]
+    overall = row.overall
+    assert overall is not None
+    assert (overall.num_trainings, overall.num_draws, overall.num_tasks, overall.num_queries) == (3, 3, 4, 160)
+    assert overall.interval is not None
+    assert row.worst is not None
+    assert row.worst < overall.mean
+
+
+def test_seen_and_unseen_tasks_are_never_averaged_together(numbers: Statistics) -> None:
+    assert all(task.startswith("unseen") for task in numbers.compared("unseen"))
+    assert all(task.startswith("seen") for task in numbers.compared("seen"))
+    unseen, seen = (numbers.headline(role)[0].overall for role in ("unseen", "seen"))
+    assert unseen is not None
+    assert seen is not None
+    assert unseen.mean != seen.mean
+
+
+def test_a_mean_is_that_of_its_results(records: ComparisonRecords, numbers: Statistics) -> None:
+    names = {cell.name for cell in records.cells if cell.regime == "few_shot"}
+    scores = [
+        result.score
+        for result in records.results
+        if result.model_name in names and result.num_shots == 4 and result.task.startswith("unseen_qa")
+    ]
+    point = numbers.point(FEW_SHOT)
+    assert point is not None
+    cell = numbers.row(point, numbers.compared("unseen")).cells["qa"]
+    assert cell is not None
+    assert cell.mean == pytest.approx(sum(scores) / len(scores))
+
+
+def test_the_base_is_paired_with_a_training_that_has_the_same_draws(numbers: Statistics) -> None:
+    point = numbers.point(BASE)
+    assert point == Point(BASE, 16)
+    assert numbers.tables[BASE, "unseen_qa_0", 16].rows == (0, 1, 2)  # type: ignore[union-attr]
+    assert numbers.tables[BASE, "unseen_qa_0", 0].rows is None  # type: ignore[union-attr]
+    assert between(numbers, BASE, ALL_ANSWERS).measured.num_trainings == 3
+
+
+def test_differences_are_read_with_care(numbers: Statistics) -> None:
+    readings = {(d.first.label, d.second.label): d.reading for d in numbers.differences("unseen")}
+    assert readings["base, 0 shots", "many-shot, all answers, 16 shots"] == "higher"
+    # Made alike, trained apart.
+    alike = ("many-shot, all answers, 16 shots", "many-shot, all answers + replay, 16 shots")
+    assert readings[alike] == "not distinguishable"
+    last = "many-shot, last answer, 16 shots"
+    assert (last, "many-shot, all answers, 16 shots") in readings
+    assert (last, "many-shot, all answers, equal answers, 16 shots") in readings
+
+
+def test_with_one_training_nothing_is_claimed(tmp_path: Path) -> None:
+    _, numbers = load(World(num_seeds=1), tmp_path)
+    differences = numbers.differences("unseen")
+    assert differences
+    assert {one.reading for one in differences} == {"one training"}
+    rows = numbers.headline("unseen")
+    # Without demonstrations the base has nothing but queries to vary.
+    assert [row.point.label for row in rows if row.overall and row.overall.interval] == ["base, 0 shots"]
+    assert all(row.worst is None for row in rows)
+    assert all(share.share is None for share in numbers.shares("unseen").values())
+
+
+def test_the_share_of_the_gap_lies_within_its_interval(numbers: Statistics) -> None:
+    shares = numbers.shares("unseen")
+    assert [point.shots for point in shares] == [0, 16]
+    for one in shares.values():
+        assert one.share is not None
+        assert one.interval is not None
+        low, high = one.interval
+        assert low is not None
+        assert high is not None
+        assert low < one.share < high
+
+
+def test_there_is_no_share_of_a_gap_that_is_not_there(tmp_path: Path) -> None:
+    abilities = dict.fromkeys(World().abilities, (0.0, 0.0))
+    _, numbers = load(World(abilities=abilities, num_seeds=2), tmp_path)
+    assert [one.share for one in numbers.shares("unseen").values()] == [None, None]
+
+
+def test_examples_in_context_stand_beside_as_many_examples_in_weights(numbers: Statistics) -> None:
+    found = numbers.in_weights("unseen", "classification")
+    assert found is not None
+    assert found.num_examples == (4, 16)
+    assert {"one model per task", "many-shot, all answers", "base", "majority answer", "TF-IDF + log. reg."} == set(
+        found.lines
+    )
+    assert all(one is not None and one.measured.num_tasks == 2 for one in found.differences)
+    # A family without labels has no logistic regression, so the mean over families has none.
+    everything = numbers.in_weights("unseen")
+    assert everything is not None
+    assert "TF-IDF + log. reg." not in everything.lines
+
+
+def test_imported_answers_stand_beside_them(tmp_path: Path) -> None:
+    _, numbers = load(World(imported={"gpt": 0.9}, num_seeds=2), tmp_path)
+    found = numbers.in_weights("unseen")
+    assert found is not None
+    cells = found.lines["imported: gpt"]
+    assert cells[0] == cells[1]
+    assert cells[0] is not None
+    assert cells[0].mean == pytest.approx(0.9, abs=0.1)
+    assert between(numbers, Arm("import", imported="gpt"), ALL_ANSWERS).measured.num_trainings == 2
+
+
+def test_accuracy_by_position_is_over_the_tasks_that_reach_it(records: ComparisonRecords) -> None:
+    cells = []
+    for cell in records.cells:
+        positions = tuple(one for one in cell.positions if (one.task, one.first) != ("unseen_qa_0", 4))
+        cells.append(cell.model_copy(update={"positions": positions}))
+    found = statistics_of(replace(records, cells=tuple(cells))).positions()
+    assert list(found) == [BASE, LAST_ANSWER, ALL_ANSWERS, EQUAL_ANSWERS, Arm("all_answers", replay=True)]
+    means = found[ALL_ANSWERS]
+    assert [(one.first, one.last, one.num_tasks) for one in means] == [(0, 0, 3), (1, 3, 3), (4, 15, 3)]
+    assert [one.accuracy for one in means] == pytest.approx([0.3, 0.5, 0.7])
+    assert found[ALL_ANSWERS][0].num_answers == 3 * 3 * 20
+
+
+def test_forgetting_is_what_was_lost_since_the_base(numbers: Statistics) -> None:
+    found = numbers.forgotten()
+    assert BASE not in found
+    lost = found[ALL_ANSWERS]
+    assert [lost.before, lost.after] == pytest.approx([3.0, 3.42])
+    assert lost.rise is not None
+    assert lost.rise.mean == pytest.approx(0.42)
+    assert lost.rise.interval is not None
+    assert lost.probes == pytest.approx((0.6, 0.495))
+    assert dict(lost.steps) == pytest.approx({0: 0.0, 50: 0.21, 100: 0.42})
+    assert found[Arm("all_answers", replay=True)].rise.mean == pytest.approx(0.1)  # type: ignore[union-attr]
+    # One training shows no spread.
+    assert found[Arm("all_answers", variant="shots_4")].rise.interval is None  # type: ignore[union-attr]
+
+
+def test_costs_are_per_training_and_of_dedicated_models_for_all_tasks(numbers: Statistics) -> None:
+    costs = numbers.costs()
+    assert costs[ALL_ANSWERS].num_tokens == 200_000
+    assert costs[ALL_ANSWERS].num_models == 1
+    dedicated = costs[Arm("dedicated", num_examples=16)]
+    assert (dedicated.num_models, dedicated.num_tokens) == (8, 8 * 200_000)
+    assert dedicated.seconds == pytest.approx(8 * 120.5)
+    assert (costs[BASE].num_tokens, costs[BASE].learning_rates) == (0, ())
+
+
+def test_an_ablation_differs_from_all_answers_of_the_same_seed(numbers: Statistics) -> None:
+    ((row, difference),) = numbers.ablations()
+    assert row.point.arm.variant == "shots_4"
+    assert difference is not None
+    assert difference.measured.num_trainings == 1
+    assert difference.reading == "one training"
+    assert difference.measured.interval_of_queries is not None
+
+
+def test_a_half_finished_comparison_says_what_is_missing(tmp_path: Path) -> None:
+    world = World(
+        failed={"few_shot_seed1": "The loss is not a number."},
+        waiting=["all_answers_seed2", "zero_shot_seed0", "zero_shot_seed1", "zero_shot_seed2", "dedicated_t4_16_seed0"],
+    )
+    records, numbers = load(world, tmp_path)
+    lines = "\n".join(omissions(records, numbers))
+    assert "few_shot_seed1: failed: The loss is not a number." in lines
+    assert "all_answers_seed2: waiting." in lines
+    assert "many-shot, all answers: 2 of 3 seeds done." in lines
+    assert "zero-shot: no cell of this regime is done." in lines
+    (overall,) = (row.overall for row in numbers.headline("unseen") if row.point.arm == ALL_ANSWERS)
+    assert overall is not None
+    assert overall.num_trainings == 2
+    # Of few-shot, seeds 0 and 2 are there; of all answers, 0 and 1.
+    assert between(numbers, FEW_SHOT, ALL_ANSWERS).measured.num_trainings == 1
+
+
+def test_results_of_a_cell_that_is_not_done_do_not_count(records: ComparisonRecords) -> None:
+    cells = tuple(cell for cell in records.cells if cell.name != "all_answers_seed2")
+    fewer = replace(records, cells=cells)
+    numbers = statistics_of(fewer)
+    assert numbers.tables[ALL_ANSWERS, "unseen_qa_0", 16].rows == (0, 1)  # type: ignore[union-attr]
+    assert "all_answers_seed2: its results do not count, since the cell is not done." in omissions(fewer, numbers)
+
+
+def test_a_task_that_a_regime_lacks_or_answered_differently_is_in_no_mean(records: ComparisonRecords) -> None:
+    def changed(**changes: object) -> Statistics:
+        results = [
+            result.model_copy(update=changes)
+            if (result.task, result.model_name) == ("unseen_qa_1", "few_shot_seed0")
+            else result
+            for result in records.results
+        ]
+        return statistics_of(replace(records, results=tuple(results)))
+
+    for numbers in (changed(queries_hash="other"), changed(query_scores=None)):
+        assert "unseen_qa_1" not in numbers.compared("unseen")
+        assert "few-shot" in (numbers.why_not_compared("unseen", "unseen_qa_1") or "")
+        (line,) = (line for line in omissions(records, numbers) if line.startswith("unseen_qa_1"))
+        assert "is in no mean" in line
+
+
+def test_a_family_may_be_missing_and_a_metric_of_whole_sets_is_compared(tmp_path: Path) -> None:
+    tasks = {"unseen_a": ("unseen", "classification"), "unseen_b": ("unseen", "classification")}
+    _, numbers = load(World(tasks=tasks, resampled=["unseen_a"], num_seeds=2), tmp_path)
+    assert numbers.compared("unseen") == ("unseen_a", "unseen_b")
+    assert numbers.compared("seen") == ()
+    assert numbers.headline("seen") == []
+    assert numbers.differences("seen") == []
+    assert numbers.in_weights("seen") is None
+    assert between(numbers, BASE, ALL_ANSWERS).measured.interval is not None
+
+
+def test_an_empty_comparison_has_no_numbers(tmp_path: Path) -> None:
+    world = World(num_seeds=1)
+    world.waiting = [cell.name for cell in world.cells()]
+    records, numbers = load(world, tmp_path)
+    assert numbers.arms == ()
+    assert numbers.headline("unseen") == []
+    assert numbers.differences("unseen") == []
+    assert numbers.shares("unseen") == {}
+    assert numbers.forgotten() == {}
+    assert len(omissions(records, numbers)) > len(world.waiting)
