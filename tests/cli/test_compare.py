@@ -33,10 +33,22 @@ def test_the_plan_says_what_is_left_and_a_run_prints_its_scores(recipe: Path) ->
     assert (run.exit_code, run.output) == (0, "")
     again = runner.invoke(app, ["compare", str(recipe)])
     assert "unseen, 2 shots" in again.output
+    (page,) = recipe.parent.rglob("report.html")
+    assert f"Report: {page}" in again.output.replace("\n", "")
     summary = runner.invoke(app, ["compare", str(recipe), "--quiet", "--json"])
     assert [cell["state"] for cell in json.loads(summary.stdout)["cells"]] == ["done", "done"]
     plan = runner.invoke(app, ["compare", str(recipe), "--dry-run", "--quiet", "--json"])
     assert json.loads(plan.stdout)["num_tokens"] == 0
+
+
+def test_a_page_of_anyone_else_is_refused_before_anything_is_trained(recipe: Path) -> None:
+    output = recipe.parent / "mine"
+    output.mkdir()
+    (output / "report.html").write_text("mine", encoding="utf-8")
+    result = runner.invoke(app, ["compare", str(recipe), "--quiet", "--set", f"output={output}"])
+    assert isinstance(result.exception, UserError)
+    assert result.exception.code == "output_exists"
+    assert [path.name for path in output.iterdir()] == ["report.html"]
 
 
 def test_a_mistake_in_the_file_is_refused_before_libraries_are_loaded(recipe: Path) -> None:

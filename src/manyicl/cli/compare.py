@@ -96,8 +96,13 @@ def _compare(recipe: Path, overrides: list[str], *, retry_failed: bool, quiet: b
         settings = _read(recipe, overrides)
         from manyicl.evaluation.comparison.run import run_comparison
         from manyicl.evaluation.comparison.summary import as_json as summary
+        from manyicl.evaluation.report.comparison_page import require_report, write_comparison
 
+    require_report(settings.output)
     records = run_comparison(settings, retry_failed=retry_failed, console=console)
+    with Activity(console, quiet=quiet) as activity:
+        activity.begin("drawing the report")
+        write_comparison(settings.output)
     if as_json:
         typer.echo(json.dumps(summary(records), ensure_ascii=False, indent=2))
     elif not quiet:
@@ -119,3 +124,4 @@ def _print_records(records: ComparisonRecords) -> None:
     for report in records.failures:
         console.print(report.sentence(), soft_wrap=True)
     console.print(f"Comparison: {records.settings.output}", soft_wrap=True)
+    console.print(f"Report: {records.settings.output / 'report.html'}", soft_wrap=True)

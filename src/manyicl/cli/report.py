@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from manyicl.evaluation.result import Result, ResultStore
 
 PAGE_ENDINGS = (".html", ".htm")
+_TITLE = "Shot curves"
 
 
 def report_command(
-    results: Annotated[Path, typer.Argument(help="Folder of results, including its subfolders.")],
+    results: Annotated[Path, typer.Argument(help="Folder of results, including its subfolders, or of a comparison.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML page to write. [default: RESULTS/report.html]")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the curves as .svg, .png or .pdf.")] = None,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "Shot curves",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = _TITLE,
     examples: Annotated[
         bool, typer.Option(help="Include worked predictions; without them, the page has no text of any row.")
     ] = True,
@@ -52,45 +53,94 @@ def report_command(
         manyicl report results --errors wrong.csv
 
         manyicl report results --no-examples --output to-share.html
+
+        manyicl report runs/comparison
     """
-    from manyicl.evaluation.report import plot_shot_curves, print_table, write_report
+    if (results / "comparison.yaml").is_file():
+        given = {
+            "--output": output is not None,
+            "--plot": plot is not None,
+            "--title": title != _TITLE,
+            "--no-examples": not examples,
+            "--per-task": per_task,
+            "--errors": errors is not None,
+            "--json": as_json,
+        }
+        _report_comparison(results, [name for name, is_given in given.items() if is_given], quiet=quiet)
+        return
+    page = output or results / "report.html"
+    with Activity(new_console(stderr=True), quiet=quiet) as activity:
+        records, store, missing = _write_all(results, page, plot, errors, title, activity, examples=examples)
+    if missing:
+        say(new_console(stderr=True), missing)
+    if as_json:
+        _print_json(records, store)
+    elif not quiet:
+        _print(records, {"Curves": plot, "Report": page, "Wrong answers": errors}, per_task=per_task)
+
+
+def _write_all(
+    results: Path, page: Path, plot: Path | None, errors: Path | None, title: str, activity: Activity, *, examples: bool
+) -> tuple[Sequence[Result], ResultStore, str | None]:
+    """Write page, picture and wrong answers; return records, their folder, and which answers are not known."""
+    from manyicl.evaluation.report import plot_shot_curves, write_report
     from manyicl.evaluation.report.drawing import is_picture
     from manyicl.evaluation.report.plots import PICTURE_ENDINGS
     from manyicl.evaluation.report.template import is_report
     from manyicl.evaluation.result import ResultStore
+
+    activity.begin("reading results")
+    store = ResultStore(results)
+    records = store.load()
+    require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
+    if plot is not None:
+        require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
+    if errors is not None:
+        require_output_file(errors, endings=(".csv",), is_ours=_holds_errors, with_parents=True)
+    activity.begin("drawing the report")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_shot_curves(records, plot)
+    write_report(results, page, title=title, examples=examples)
+    if errors is None:
+        return records, store, None
+    activity.begin("writing wrong answers")
+    return records, store, _write_errors(errors, records, store)
+
+
+def _print_json(records: Sequence[Result], store: ResultStore) -> None:
     from manyicl.evaluation.scores_json import scores_as_json
     from manyicl.evaluation.summary import summarise
 
-    page = output or results / "report.html"
+    typer.echo(json.dumps(scores_as_json(summarise(records), store), ensure_ascii=False, indent=2))
+
+
+def _print(records: Sequence[Result], written: Mapping[str, Path | None], *, per_task: bool) -> None:
+    """Print tables, and where everything is."""
+    from manyicl.evaluation.report import print_table
+
+    console = new_console()
+    print_table(records, console, per_task=per_task)
+    for what, path in written.items():
+        if path is not None:
+            console.print(f"{what}: {path}", markup=False, soft_wrap=True)
+
+
+def _report_comparison(folder: Path, given: Sequence[str], *, quiet: bool) -> None:
+    """Write the report of a comparison into its folder, and say what it shows."""
+    from manyicl.errors import UserError
+    from manyicl.evaluation.report.comparison_page import write_comparison
+
+    if given:
+        what = f"{given[0]} has no effect on the report of a comparison, which is written into its folder"
+        raise UserError("unused_option", what, remedy=f"Leave out {' and '.join(given)}.", file=folder)
     with Activity(new_console(stderr=True), quiet=quiet) as activity:
-        activity.begin("reading results")
-        store = ResultStore(results)
-        records = store.load()
-        require_output_file(page, endings=PAGE_ENDINGS, is_ours=is_report, with_parents=True)
-        if plot is not None:
-            require_output_file(plot, endings=PICTURE_ENDINGS, is_ours=is_picture, with_parents=True)
-        if errors is not None:
-            require_output_file(errors, endings=(".csv",), is_ours=_holds_errors, with_parents=True)
         activity.begin("drawing the report")
-        summary = summarise(records)
-        if plot is not None:
-            plot.parent.mkdir(parents=True, exist_ok=True)
-            plot_shot_curves(records, plot)
-        write_report(results, page, title=title, examples=examples)
-        missing = None
-        if errors is not None:
-            activity.begin("writing wrong answers")
-            missing = _write_errors(errors, records, store)
-    if missing:
-        say(new_console(stderr=True), missing)
-    if as_json:
-        typer.echo(json.dumps(scores_as_json(summary, store), ensure_ascii=False, indent=2))
-    elif not quiet:
-        console = new_console()
-        print_table(records, console, per_task=per_task)
-        for what, path in (("Curves", plot), ("Report", page), ("Wrong answers", errors)):
-            if path is not None:
-                console.print(f"{what}: {path}", markup=False, soft_wrap=True)
+        written = write_comparison(folder)
+    if not quiet:
+        for path in written[:2]:
+            say(new_console(), f"Report: {path}")
+        say(new_console(), f"Plots: {folder / 'plots'}")
 
 
 def _write_errors(path: Path, records: Sequence[Result], store: ResultStore) -> str | None:

@@ -114,22 +114,35 @@ def for_page(svg: str, spoken: str) -> str:
     return f'<svg {namespaces} {view_box.group()} role="img" aria-label="{html.escape(printable(spoken))}">{content}'
 
 
-def label_ends(ax: Axes, height: float = 1.0) -> None:
-    """Write the name of each curve at its right end, in its colour, apart from each other on an axis of this height."""
+def label_ends(ax: Axes, *, is_scored: bool = True) -> None:
+    """Write the name of each curve at its right end, in its colour, apart from each other.
+
+    Args:
+        ax: Axes with curves.
+        is_scored: Whether it is an axis of scores from 0 to 1, where a name may stand above the axis; otherwise names
+            are one column within its range, as far as there is room.
+    """
     place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
     curves: list[tuple[float, float, Line2D]] = []
     for curve in ax.get_lines():
         x, y = np.asarray(curve.get_xdata()), np.asarray(curve.get_ydata())
         if len(x):
             curves.append((float(y[-1]), float(x[-1]), curve))
-    place_of_label = -math.inf
-    for end, position, curve in sorted(curves, key=lambda one: one[:2]):
-        place_of_label = max(end, place_of_label + height * LEAST_DISTANCE_OF_LABELS)
+    curves.sort(key=lambda one: one[:2])
+    low, high = (0.0, 1.0) if is_scored else ax.get_ylim()
+    least = (high - low) * LEAST_DISTANCE_OF_LABELS
+    heights: list[float] = []
+    for end, _, _ in curves:
+        heights.append(max(end, heights[-1] + least) if heights else end)
+    right = max((x for _, x, _ in curves), default=0.0)
+    if not is_scored:
+        heights = [min(one, high - least * (len(curves) - 1 - number)) for number, one in enumerate(heights)]
+    for height, (_, position, curve) in zip(heights, curves, strict=True):
         name = as_text(str(curve.get_label()))
         # The end of a name says how a line differs from another one of the same model.
         half = MOST_LABEL_CHARACTERS // 2
         label = name if len(name) <= MOST_LABEL_CHARACTERS else f"{name[: half - 1]}…{name[-half:]}"
-        ax.annotate(label, (position, place_of_label), color=curve.get_color(), fontsize=9, **place)
+        ax.annotate(label, (position if is_scored else right, height), color=curve.get_color(), fontsize=9, **place)
 
 
 def finish_axes(ax: Axes, x_label: str, y_label: str, ink: str, faint: str) -> None:
