@@ -137,7 +137,8 @@ def _print_compiled(
     if compiled.answers:
         print_observed(compiled, out)
     elif engine.is_channel:
-        out.print("In the channel form demonstrations are not scored on the way; `manyicl evaluate` scores test rows.")
+        sentence = "In the channel form demonstrations are not scored on the way; `manyicl evaluate` scores test rows."
+        out.print(sentence, soft_wrap=True)
     for sentence in sentences:
         out.print(sentence, markup=False, soft_wrap=True)
     size = f"{output.stat().st_size / 2**20:,.1f} MiB"
