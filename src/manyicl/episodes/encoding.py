@@ -198,9 +198,7 @@ class Encoder:
             UserError: If there are any, with the rows; in the channel form, if answers are free.
         """
         if self.format.answer_first and not task.is_closed:
-            what = f"Task {task.name!r} has free answers, and the channel form scores a query after each of its labels"
-            remedy = "Use format.kind: plain, or tasks with labels or choices alone."
-            raise UserError("free_answers_in_channel_form", what, expected="labels or choices", remedy=remedy)
+            raise free_answers_in_channel_form(task)
         if self.answer_end_id is not None or self.format.answer_first:
             return
         cut = [label for label in task.labels or () if self._ends_early(label)]
@@ -334,3 +332,10 @@ class Encoder:
         segments = self.episode_segments(episode)
         joined = Segment(text_of(segments), is_control=any(segment.is_control for segment in segments))
         return (*self.bos_ids, *self._encode_segment(joined, True))
+
+
+def free_answers_in_channel_form(task: Task) -> UserError:
+    """Make the error for a task with free answers, which the channel form cannot hold."""
+    what = f"Task {task.name!r} has free answers, and the channel form scores a query after each of its labels"
+    remedy = "Use format.kind: plain, or tasks with labels or choices alone."
+    return UserError("free_answers_in_channel_form", what, expected="labels or choices", remedy=remedy)

@@ -336,6 +336,17 @@ def test_everything_that_is_wrong_is_said_together(settings: Comparison) -> None
     assert all(str(problem) in str(error.value) for problem in found)
 
 
+def test_all_tasks_with_free_answers_are_problems_of_the_channel_form_alone(settings: Comparison) -> None:
+    tasks = toy_tasks(settings)
+    free = [make_task(name, labels=None, family="generation", data_hash=name) for name in ("one", "two")]
+    changes = {"train": [*tasks.train, free[0]], "unseen": [*tasks.unseen, free[1]]}
+    assert not problems_of(settings, **changes)
+    channel = settings.model_copy(update={"format": settings.format.model_copy(update={"kind": "channel"})})
+    found = problems_of(channel, **changes)
+    assert [problem.code for problem in found] == ["free_answers_in_channel_form"] * 2
+    assert [name in str(problem) for name, problem in zip(("'one'", "'two'"), found, strict=True)] == [True, True]
+
+
 def test_a_base_with_a_shorter_context_is_a_problem_before_it_is_loaded(settings: Comparison) -> None:
     longer = settings.sequences.model_copy(update={"max_context_tokens": 4096})
     (problem,) = problems_of(settings.model_copy(update={"sequences": longer}))

@@ -15,7 +15,7 @@ from rich.console import Console
 from manyicl.errors import MachineError, UserError
 from manyicl.evaluation.comparison import run as running
 from manyicl.evaluation.comparison.cells import planned_runs
-from manyicl.evaluation.comparison.plan import planned
+from manyicl.evaluation.comparison.plan import ComparisonPlan, planned
 from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, is_comparison
 from manyicl.evaluation.comparison.run import prepare, run_comparison
 from manyicl.evaluation.comparison.settings import Comparison
@@ -235,3 +235,21 @@ def test_an_output_with_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         ComparisonRecords.load(settings.output)
     assert error.value.code == "no_comparison"
+
+
+def test_all_models_of_a_comparison_in_the_channel_form_are_used_in_it_the_base_too(tmp_path: Path) -> None:
+    channel = ("format.kind=channel", "compare.regimes=[base, few_shot]", "compare.learning_rates=[1e-3]")
+    settings = comparison_in(tmp_path, *channel, "compare.num_seen=0", "compare.num_draws=2")
+    direct = comparison_in(tmp_path, *channel[1:], "compare.num_seen=0", "compare.num_draws=2")
+    # Of the base, which has two labels to score for each query.
+    plans = [ComparisonPlan(prepare(each), None) for each in (settings, direct)]
+    (num_answers, num_tokens), (same_answers, fewer_tokens) = (
+        plan._evaluation(plan.prepared.runs[0]) for plan in plans
+    )
+    assert num_answers == same_answers
+    assert fewer_tokens < num_tokens < 2 * fewer_tokens
+    records = compared(settings)
+    assert not records.failures
+    assert {result.model_name for result in records.results} == {"base_seed0", "few_shot_seed0"}
+    assert {result.text_format["kind"] for result in records.results} == {"channel"}
+    assert {result.seed for result in records.results if result.num_shots} == {0, 1}

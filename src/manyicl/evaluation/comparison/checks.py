@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from manyicl.episodes.encoding import free_answers_in_channel_form
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
@@ -39,6 +40,9 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
     yield from machine_problems(settings, with_tasks=False)
     yield from _relatives(settings, tasks)
     yield from _too_few_rows(settings, tasks)
+    if settings.format.kind == "channel":
+        everything = (*tasks.train, *tasks.validation, *tasks.unseen)
+        yield from (free_answers_in_channel_form(task) for task in everything if not task.is_closed)
     for task in tasks.evaluated:
         yield from _single_class(task)
 

@@ -143,7 +143,8 @@ class ComparisonPlan:
             num_answers += num_queries * len(points)
             # Longer prefixes of a draw extend shorter ones.
             prefixes = sum(max(point.num_shots for point in points if point.seed == seed) for seed in _seeds(points))
-            num_tokens += per_shot * (num_queries * len(points) + prefixes)
+            num_passes = num_queries * (len(task.labels or ("",)) if settings.format.kind == "channel" else 1)
+            num_tokens += per_shot * (num_passes * len(points) + prefixes)
         return num_answers, num_tokens
 
     def lines(self) -> Iterator[str]:
