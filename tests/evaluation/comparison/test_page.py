@@ -47,7 +47,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_the_page_answers_the_question_for_unseen_and_seen_tasks_apart(folder: Path) -> None:
     page = page_of(folder)
     assert page.index("2 unseen tasks") < page.index("1 seen task")
-    assert re.search(r"(Yes|No|Not distinguishable): one many-shot model", page)
+    assert re.search(r"(Yes, and more|No|Undecided): one many-shot model", page)
     assert "Nothing is missing" in page
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
@@ -143,7 +143,7 @@ def test_failed_and_waiting_cells_are_on_the_page(tmp_path: Path) -> None:
         assert "<b>is</b>" not in text
         assert "one training" in text
     assert "few_shot_seed0: failed: The loss &lt;b&gt;is&lt;/b&gt; not a number." in page
-    assert "Not claimed, with one training each" in page
+    assert "Not claimed: one training each" in page
 
 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:

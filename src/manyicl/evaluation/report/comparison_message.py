@@ -74,20 +74,20 @@ def replaces(numbers: Statistics, role: ComparedRole) -> str:
     count = dedicated[0].num_examples or 0
     unit = unit_of(numbers, tasks)
     levels = (
-        f"{percent(score.mean)}{unit} with {pluralized(model.shots, 'example')} in context against "
-        f"{percent(other.mean)}{unit} with {pluralized(count, 'example')} in weights"
+        f"with {percent(score.mean)}{unit} after {pluralized(model.shots, 'example')} in its context against "
+        f"{percent(other.mean)}{unit} of models trained on {pluralized(count, 'example')} of their task"
     )
     some = "" if tasks == numbers.compared(role) else f" (on the {pluralized(len(tasks), 'task')} that have models)"
     verdicts = {
-        "higher": "Yes: one many-shot model is better than one model per task",
+        "higher": "Yes, and more: one many-shot model is better than one model per task",
         "lower": "No: one many-shot model is worse than one model per task",
-        "not distinguishable": "Not distinguishable: one many-shot model and one model per task",
-        "one training": "Not claimed, with one training each: one many-shot model and one model per task",
+        "not distinguishable": "Undecided: one many-shot model and one model per task are not distinguishable",
+        "one training": "Not claimed: one training each does not tell one many-shot model from one model per task",
     }
     share = numbers.shares(role).get(numbers.point(BASE) or model)
     closes = f" {share_sentence(share)}" if share is not None else ""
     with_interval = "; intervals are of 95%" if difference.measured.interval is not None else ""
-    return f"{verdicts[difference.reading]}{some}: {levels} ({by(difference.measured)}{with_interval}).{closes}"
+    return f"{verdicts[difference.reading]}{some}, {levels} ({by(difference.measured)}{with_interval}).{closes}"
 
 
 def share_sentence(share: ShareOfGap) -> str:
