@@ -16,6 +16,7 @@ from manyicl.evaluation.comparison.statistics import (
     Cost,
     Difference,
     Forgotten,
+    Point,
     Row,
     Statistics,
 )
@@ -199,12 +200,19 @@ def tasks(numbers: Statistics, role: ComparedRole) -> Table | None:
         scores = [numbers.score(point, (task,)) for point in points]
         if any(score is not None for score in scores):
             is_compared = numbers.why_not_compared(role, task) is None
-            cells = (Cell(family_title(numbers.families[task])), *map(mean_cell, scores))
-            lines.append(Line(task, cells, kind="" if is_compared else "soft"))
+            lines.append(Line(task, tuple(map(mean_cell, scores)), kind="" if is_compared else "soft"))
     if not lines:
         return None
     caption = f"Every {role} task: score in percent with its 95% interval"
-    return Table(caption, ("task", "family", *(point.label for point in points)), tuple(lines))
+    return Table(caption, ("task", *map(_short, points)), tuple(lines))
+
+
+def _short(point: Point) -> str:
+    """Name a point where there is little room: the shots, and of dedicated models the examples, are a number."""
+    name = look_of(point.arm).short
+    if point.arm.imported is not None:
+        return name
+    return f"{name}, {point.shots if point.arm.num_examples is None else point.arm.num_examples}"
 
 
 def forgetting(numbers: Statistics) -> Table | None:
