@@ -171,7 +171,12 @@ def test_imported_answers_stand_beside_them(tmp_path: Path) -> None:
 def test_accuracy_by_position_is_over_the_tasks_that_reach_it(records: ComparisonRecords) -> None:
     cells = []
     for cell in records.cells:
-        positions = tuple(one for one in cell.positions if (one.task, one.first) != ("unseen_qa_0", 4))
+        positions = tuple(
+            # One task does not reach far, and one has a demonstration less.
+            one.model_copy(update={"last": 14}) if (one.task, one.first) == ("unseen_qa_1", 4) else one
+            for one in cell.positions
+            if (one.task, one.first) != ("unseen_qa_0", 4)
+        )
         cells.append(cell.model_copy(update={"positions": positions}))
     found = statistics_of(replace(records, cells=tuple(cells))).positions()
     assert list(found) == [BASE, LAST_ANSWER, ALL_ANSWERS, EQUAL_ANSWERS, Arm("all_answers", replay=True)]

@@ -553,23 +553,23 @@ def _same_queries(first: Weighted, second: Weighted) -> bool:
 
 def _mean_by_position(scores: Sequence[PositionScore]) -> list[PositionMean]:
     """Average tasks at each range of positions; tasks that are too long to reach far are in none."""
-    by_task: defaultdict[str, defaultdict[tuple[int, int], list[PositionScore]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    by_task: defaultdict[str, defaultdict[int, list[PositionScore]]] = defaultdict(lambda: defaultdict(list))
     for one in scores:
-        by_task[one.task][one.first, one.last].append(one)
+        # The last range of a task ends with its demonstrations.
+        by_task[one.task][one.first].append(one)
     if not by_task:
         return []
     reach = sorted((max(ranges) for ranges in by_task.values()), reverse=True)
     far = reach[(len(reach) - 1) // 2]
     ranges = [by_task[task] for task in by_task if far in by_task[task]]
     means = []
-    for first, last in sorted(set.intersection(*(set(one) for one in ranges))):
-        if (first, last) <= far:
-            cells = [one[first, last] for one in ranges]
-            accuracies = [fmean(score.accuracy or 0.0 for score in one) for one in cells]
-            num_answers = sum(score.num_answers for one in cells for score in one)
-            means.append(PositionMean(first, last, fmean(accuracies), num_answers, len(cells)))
+    for first in sorted(set.intersection(*(set(one) for one in ranges))):
+        if first <= far:
+            cells = [one[first] for one in ranges]
+            found = [score for one in cells for score in one]
+            accuracy = fmean(fmean(score.accuracy or 0.0 for score in one) for one in cells)
+            num_answers, last = sum(score.num_answers for score in found), max(score.last for score in found)
+            means.append(PositionMean(first, last, accuracy, num_answers, len(cells)))
     return means
 
 
