@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import log
 from statistics import fmean
 
 import pytest
@@ -58,3 +60,24 @@ def test_no_example_at_all_is_refused() -> None:
     with pytest.raises(UserError) as error:
         score_positions(Engine.local(tiny_loaded()), make_task(), 0, 0)
     assert (error.value.code, error.value.field) == ("out_of_range", "num_examples")
+
+
+def test_in_the_channel_form_every_label_is_scored_for_each_position() -> None:
+    engine = Engine.local(replace(tiny_loaded(), manifest=None), text_format="channel")
+    choices = [make_example(f"film {n}", ("red", "long")[n % 2], ("red", "long", "box")) for n in range(5)]
+    quiz = make_task("quiz", choices, [], labels=None, family="qa", choices_column="options")
+    for task in (make_task(instruction="good?"), quiz):
+        scores = score_positions(engine, task, 5, 3)
+        assert [(one.first, one.last) for one in scores] == [(0, 0), (1, 1), (2, 3), (4, 4)]
+        demonstrations = task.demonstrations(5, 3, "random")
+        nats, right = [], []
+        for shot, example in enumerate(demonstrations):
+            prefix = engine.prefill(task, demonstrations[:shot], [example.query])
+            (prediction,) = engine.predict(prefix, [example.query])
+            assert prediction.scores is not None
+            nats.append(-log(prediction.scores.probabilities[example.answer]))
+            right.append(prediction.answer == example.answer)
+        for one in scores:
+            own = slice(one.first, one.last + 1)
+            assert one.nats_per_answer == pytest.approx(fmean(nats[own]), abs=1e-3)
+            assert one.accuracy == fmean(right[own])

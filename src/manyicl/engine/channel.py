@@ -15,7 +15,7 @@ Source: Min et al. 2021, arXiv:2108.04106; Min et al. 2022, arXiv:2110.15943.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from manyicl.engine.backend import Backend, OptionScores, Prefix, TokenIds
@@ -23,7 +23,7 @@ from manyicl.engine.queries import EncodedQuery
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import UserError
-from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.task import Example, Task
 
 
 def score_channel(backend: Backend, prefix: Prefix, queries: Sequence[EncodedQuery]) -> list[OptionScores]:
@@ -50,18 +50,27 @@ def score_channel(backend: Backend, prefix: Prefix, queries: Sequence[EncodedQue
 
 
 def scores_before_shown(
-    backend: Backend, prefix: Prefix, encoder: Encoder, task: Task, demonstrations: Sequence[Example], shot: int
-) -> OptionScores:
-    """Score the labels for a demonstration of a prefix, given those before it, whose keys and values are reused."""
+    backend: Backend,
+    prefix: Prefix,
+    encoder: Encoder,
+    task: Task,
+    demonstrations: Sequence[Example],
+    positions: Iterable[int],
+) -> list[dict[str, float]]:
+    """Score the labels or choices of demonstrations of a prefix, each given those before it, whose keys are reused."""
     instruction = task.instruction()
-    start, end = encoder.encode_episode(Episode(task.name, instruction, tuple(demonstrations))).answer_spans[shot]
-    preceding = encoder.preceding(instruction, shot)
-    option_ids = tuple(encoder.answer_ids(label, preceding) for label in task.labels or ())
-    own_label = encoder.answer_ids(demonstrations[shot].answer, preceding)
-    before = backend.prefill(prefix.token_ids[: start - len(own_label)], prefix)
-    query = EncodedQuery(Query(""), preceding, prefix.token_ids[start:end], option_ids)
-    (scores,) = score_channel(backend, before, [query])
-    return scores
+    spans = encoder.encode_episode(Episode(task.name, instruction, tuple(demonstrations))).answer_spans
+    found = []
+    for shot in positions:
+        example, preceding, (start, end) = demonstrations[shot], encoder.preceding(instruction, shot), spans[shot]
+        options = example.query.choices or task.labels or ()
+        option_ids = tuple(encoder.answer_ids(option, preceding) for option in options)
+        own = encoder.answer_ids(example.answer, preceding)
+        before = backend.prefill(prefix.token_ids[: start - len(own)], prefix)
+        query = EncodedQuery(example.query, preceding, prefix.token_ids[start:end], option_ids)
+        (scores,) = score_channel(backend, before, [query])
+        found.append({option: scores.log_probabilities[n] for n, option in enumerate(options)})
+    return found
 
 
 def refused_in_channel_form(what: str, remedy: str | None = None) -> UserError:

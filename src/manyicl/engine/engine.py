@@ -389,17 +389,12 @@ class Engine:
             positions: Which of its demonstrations, from 0.
 
         Returns:
-            Label -> log-probability in nats, of each.
+            Label -> log-probability in nats, of each; in the channel form, of its query after the label.
         """
         self._require_own(prefix)
         task, labels = prefix.task, prefix.task.labels or ()
         if self.is_channel:
-            backend, demonstrations = self.backend, prefix.demonstrations
-            each = (
-                scores_before_shown(backend, prefix.cache, self.encoder, task, demonstrations, shot)
-                for shot in positions
-            )
-            return [{label: scores.log_probabilities[n] for n, label in enumerate(labels)} for scores in each]
+            return scores_before_shown(self.backend, prefix.cache, self.encoder, task, prefix.demonstrations, positions)
         spans = self.encoder.encode_episode(Episode(task.name, task.instruction(), prefix.demonstrations)).answer_spans
         label_ids = [self.encoder.answer_ids(label) for label in labels]
         found = []

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from scipy.special import logsumexp
+
 from manyicl.engine.observed import ObservedAnswer, groups_of_shots
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.records import PositionScore
 from manyicl.tasks.demonstrations import ShotSampling
-from manyicl.tasks.task import Task
+from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
@@ -50,7 +52,7 @@ def score_positions(
     for draw in range(num_draws):
         demonstrations = task.demonstrations(most, seed + draw, sampling)
         # No query follows, so that tokens are kept free for an answer alone.
-        passes.append(engine.compile(task, demonstrations, ()).answers)
+        passes.append(_answers(engine, task, demonstrations))
     longest = max(passes, key=len)
     if not longest:
         what = f"no demonstration of task {task.name!r} fits the context"
@@ -60,6 +62,23 @@ def score_positions(
         _pooled(task, first, last, [answer for one in passes for answer in one[first : last + 1]])
         for first, last in ranges
     ]
+
+
+def _answers(engine: Engine, task: Task, demonstrations: Sequence[Example]) -> Sequence[ObservedAnswer]:
+    """Observe the pass; in the channel form, where it does not show which label is best, score all labels after it.
+
+    That costs a continuation for each label of each demonstration; a label's log-probability is that among the labels.
+    """
+    prefix = engine.compile(task, demonstrations, ())
+    if not engine.is_channel:
+        return prefix.answers
+    each = engine.scores_before_shown(prefix, range(prefix.num_shots))
+    found = []
+    for shot, (example, scores) in enumerate(zip(prefix.demonstrations, each, strict=True)):
+        total = float(logsumexp(list(scores.values())))
+        best = max(scores, key=lambda label: scores[label])
+        found.append(ObservedAnswer(shot, scores[example.answer] - total, best == example.answer))
+    return found
 
 
 def _pooled(task: Task, first: int, last: int, answers: Sequence[ObservedAnswer]) -> PositionScore:
