@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -403,6 +405,17 @@ def test_tokens_of_a_tokenizer_that_was_not_used_for_long_are_removed(tmp_path: 
     os.utime(old, (0, time.time() - token_store.SECONDS_KEPT - 60))
     TokenStore(Encoder(byte_level_bpe())).shots_of([task])
     assert (old.exists(), recent.exists()) == (False, True)
+
+
+def test_opening_a_file_of_tokens_does_not_import_pandas(tmp_path: Path, cache: Path) -> None:
+    assert _stored([load_known(write_task(tmp_path / "free"), None)], Encoder(byte_level_bpe()))
+    (path,) = (cache / "tokens").glob("*/*.arrow")
+    program = (
+        "import sys; from pathlib import Path; from manyicl.episodes.token_store import _File; "
+        f"print(_File(Path({str(path)!r})).given_ids(0), 'pandas' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert ended.stdout == f"{token_store._File(path).given_ids(0)} False\n"
 
 
 def test_files_that_were_not_used_lately_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

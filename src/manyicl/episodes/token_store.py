@@ -218,12 +218,14 @@ class TokenStore:
         if (file := self._open.get(shots.name)) is not None:
             self._open.move_to_end(shots.name)
             return file
+        path = shots.path
         # Hashed once in a process, even if it is closed and opened again.
-        if not shots.path.is_file() or (shots.path not in self._verified and not self._is_whole(shots)):
+        if not path.is_file() or (path not in self._verified and not self._is_whole(shots)):
             again = self._written(shots.task)
             shots.folder, shots.entry = again.folder, again.entry
-        self._verified.add(shots.path)
-        file = self._open[shots.name] = _File(shots.path)
+            path = shots.path
+        self._verified.add(path)
+        file = self._open[shots.name] = _File(path)
         if len(self._open) > MOST_FILES_OPEN:
             self._open.popitem(last=False)
         return file
@@ -347,8 +349,9 @@ class _Lists:
 
     def __init__(self, column: pyarrow.ChunkedArray) -> None:
         lists = column.chunk(0)
-        self._offsets = lists.offsets.to_numpy()
-        self._values = lists.values.to_numpy()
+        # Not to_numpy, which imports pandas if that is installed: a third of a second in every process.
+        self._offsets = numpy.from_dlpack(lists.offsets)
+        self._values = numpy.from_dlpack(lists.values)
 
     def __getitem__(self, position: int) -> list[int]:
         ids: list[int] = self._values[self._offsets[position] : self._offsets[position + 1]].tolist()
@@ -359,7 +362,8 @@ class _File:
     """The file of one task, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        # Read from the mapped bytes and not through the file, for which pyarrow would wait for threads of its own.
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)).read_buffer()).read_all()
         metadata = table.schema.metadata
         self.instruction: str = metadata[b"instruction"].decode()
         self.preamble_ids: list[int] = json.loads(metadata[b"preamble_ids"])
