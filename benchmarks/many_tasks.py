@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--rows", type=int, default=1000, help="Training rows of a task.")
     parser.add_argument("--workers", action="store_true", help="Also start data-loader workers.")
-    parser.add_argument("--rename-labels", type=float, default=0.0, help="Share of episodes; reads all files first.")
+    parser.add_argument("--rename-labels", type=float, default=0.0, help="Share of episodes with other labels.")
     parser.add_argument("--folder", type=Path, help="Where to write; kept, and used again where it is there.")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from manyicl.engine import blend
 from tests.cli.test_predict import run
 
 
@@ -17,17 +18,17 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-@pytest.mark.parametrize("blend", [True, False])
+@pytest.mark.parametrize("is_blended", [True, False])
 def test_blended_answers_say_so(
-    blend: bool, monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
+    is_blended: bool, monkeypatch: pytest.MonkeyPatch, model_folder: Path, table: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "new.csv").write_text("text\nfilm\n\nplay 3\n", encoding="utf-8")
     task = ["--task", f"{table}:text:label", "--shots", 20]
     arguments = ["--input", tmp_path / "new.csv", "--output", tmp_path / "answers.csv", "--scores"]
-    option = "--blend" if blend else "--no-blend"
+    option = "--blend" if is_blended else "--no-blend"
     assert run(monkeypatch, "predict", "--model", model_folder, *task, *arguments, option) == 3
     first, empty, second = rows_of(tmp_path / "answers.csv")
-    told = ["true", "", "true"] if blend else [None, None, None]
+    told = ["true", "", "true"] if is_blended else [None, None, None]
     assert [row.get("blended") for row in (first, empty, second)] == told
     for row in (first, second):
         assert float(row["probability"]) == float(row[f"score:{row['answer']}"])
@@ -40,18 +41,57 @@ def test_a_compiled_task_answers_with_the_blend_that_it_carries(
     (tmp_path / "new.jsonl").write_text('{"text": "film"}\n{"text": "play 3"}\n', encoding="utf-8")
     prefix, task = tmp_path / "task.prefix", ["--task", f"{table}:text:label"]
     model = ["--model", model_folder]
-    assert run(monkeypatch, "compile", *model, *task, "--shots", 20, "--output", prefix) == 0
+    fits = num_fits(monkeypatch)
     found: list[list[dict[str, Any]]] = []
-    for source in (["--prefix", prefix], [*task, "--shots", 20]):
+
+    def answers(*source: object) -> None:
         output = tmp_path / f"answers{len(found)}.jsonl"
         arguments = [*source, "--input", tmp_path / "new.jsonl", "--output", output, "--blend"]
         assert run(monkeypatch, "predict", *model, *arguments) == 0
         found.append([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()])
-    for one, other in zip(*found, strict=True):
-        assert one["blended"]
-        assert other["blended"]
-        assert one["answer"] == other["answer"]
-        assert one["probability"] == pytest.approx(other["probability"], abs=2e-3)
+
+    answers(*task, "--shots", 20)
+    compiling = ["compile", *model, *task, "--output", prefix]
+    for options, num_while_compiling, num_while_answering in (
+        (["--shots", 20], 0, 1),
+        (["--shots", 20, "--blend"], 1, 0),
+        (["--shots", 24, "--update"], 1, 0),
+    ):
+        fits.clear()
+        assert run(monkeypatch, *compiling, *options) == 0
+        assert len(fits) == num_while_compiling
+        fits.clear()
+        answers("--prefix", prefix)
+        assert len(fits) == num_while_answering
+    for first, *others in zip(*found[:3], strict=True):
+        assert first["blended"]
+        for other in others:
+            assert other["blended"]
+            assert other["answer"] == first["answer"]
+            assert other["probability"] == pytest.approx(first["probability"], abs=2e-3)
+
+
+def num_fits(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Note each time that weights are fitted."""
+    noted: list[None] = []
+
+    def fit(*arguments: Any) -> blend.BlendWeights:
+        noted.append(None)
+        return fit_weights(*arguments)
+
+    fit_weights = blend.fit_weights
+    monkeypatch.setattr(blend, "fit_weights", fit)
+    return noted
+
+
+def test_a_task_that_cannot_be_blended_is_not_compiled_with_a_blend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\n" + "".join(f"film {i},label {i % 34}\n" for i in range(400)), encoding="utf-8")
+    task = ["--task", f"{path}:text:label,test_fraction=0", "--output", tmp_path / "task.prefix"]
+    assert run(monkeypatch, "compile", "--model", "builtin:one", *task, "--blend") == 2
+    assert "at most 32 labels, found 34 labels" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

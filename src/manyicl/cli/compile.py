@@ -12,7 +12,7 @@ import typer
 
 from manyicl.activity import Activity
 from manyicl.cli import options
-from manyicl.engine.queries import can_blend
+from manyicl.engine.queries import can_blend, require_blendable
 from manyicl.errors import UserError, pluralized, quoted
 from manyicl.printing import new_console, say
 
@@ -44,6 +44,14 @@ def compile_command(
             "context, for `predict --prefix F --retrieve N`.",
         ),
     ] = 0,
+    blend: Annotated[
+        bool,
+        typer.Option(
+            "--blend",
+            help="Also fit the weights that `predict --blend` uses, which costs up to 64 short passes; without them in "
+            "the file it fits them itself, each time.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the choice and order of demonstrations.")] = 0,
     update: Annotated[
         bool,
@@ -73,7 +81,7 @@ def compile_command(
 
     `--update` brings a compiled task up to date: demonstrations that are still rows of the task stay in their order,
     new rows come after them, as far as `--shots` allows, and only what follows the first change is encoded. Without
-    such a file, or where it is of another model, everything is compiled.
+    such a file, or where it is of another model, everything is compiled. A file with a blend keeps one.
 
     The file contains the demonstrations in recoverable form, and with `--retrieve` the other training rows as text;
     anyone who has it can read them. It works only with the model it was made with.
@@ -94,6 +102,8 @@ def compile_command(
     with Activity(console, quiet=quiet) as activity:
         activity.begin("reading the task")
         loaded_task = load_task(task, data_root)
+        if blend:
+            require_blendable(loaded_task)
         demonstrations = loaded_task.demonstrations(len(loaded_task.train) if shots is None else shots, seed)
         engine = options.load_engine(
             model, dtype, device, text_format, end_of_answer, max_context_tokens, activity=activity
@@ -106,7 +116,7 @@ def compile_command(
                 say_unused(loaded_task, demonstrations, console)
         activity.begin(f"reading {pluralized(len(demonstrations), 'demonstration')}")
         compiled = engine.compile(loaded_task, demonstrations, num_retrieved=retrieve, reuse=earlier)
-        if can_blend(loaded_task):
+        if blend or (earlier is not None and earlier.blend is not None and can_blend(loaded_task)):
             activity.begin("fitting a blend with a linear classifier")
             compiled = engine.with_blend(compiled)
         activity.begin(f"writing {output}")
