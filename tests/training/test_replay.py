@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_what_a_run_will_hold_is_said_with_its_share_of_the_loss(tmp_path: Path)
     replayed = sum(0.5 * 14 * len(sequences[index].replayed) for index in range(statistics.num_sampled))
     share = replayed / sum(float(batch["weights"].sum()) for batch in batches)
     assert statistics.replayed_loss_share == pytest.approx(share)
+    of_answers = fmean(float(batch["weights"].eq(1).sum()) for batch in batches)
+    assert f"supervised answers ({of_answers:,.0f} tokens)" in statistics.sentence()
     assert f"replayed text, whose targets have {share:.1%}" in statistics.sentence()
 
 

@@ -47,6 +47,8 @@ FIELDS: Mapping[str, Any] = {
     "num_processes": None,
     "tokens_per_sequence": None,
     "answers_per_sequence": None,
+    "replayed_tokens_per_sequence": None,
+    "replayed_loss_share": None,
     "unused_share": None,
     "most_shots": None,
     "num_tokens": None,
@@ -264,6 +266,8 @@ def _what_sequences_hold(
         {
             "tokens_per_sequence": statistics.tokens,
             "answers_per_sequence": statistics.answers,
+            "replayed_tokens_per_sequence": statistics.replayed_tokens,
+            "replayed_loss_share": statistics.replayed_loss_share,
             "unused_share": statistics.unused_share,
             "most_shots": statistics.most_shots,
         },

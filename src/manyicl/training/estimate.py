@@ -51,6 +51,7 @@ class SequenceStatistics(NamedTuple):
         shots_too_long: Shots per sequence that are longer than a whole context.
         segment_lengths: Tokens of each episode and piece of text, for each sequence of the sample.
         replayed_tokens: Tokens of replayed text per sequence.
+        replayed_targets: Those of them that are supervised.
         replayed_loss_share: Share of the weight of all targets that those of replayed text have.
     """
 
@@ -65,6 +66,7 @@ class SequenceStatistics(NamedTuple):
     shots_too_long: float
     segment_lengths: tuple[tuple[int, ...], ...]
     replayed_tokens: float = 0.0
+    replayed_targets: float = 0.0
     replayed_loss_share: float = 0.0
 
     def flops(self, formula: TrainingFlops) -> float:
@@ -74,10 +76,11 @@ class SequenceStatistics(NamedTuple):
 
     def sentence(self) -> str:
         """Say what a sequence holds, and what is dropped."""
+        num_answer_tokens = self.targets - self.replayed_targets
         text = (
             f"A packed sequence holds {self.tokens:,.0f} tokens in {self.episodes:.1f} episodes with "
-            f"{self.answers:,.1f} supervised answers ({self.targets:,.0f} tokens); {self.unused_share:.1%} of it stays "
-            f"unused (means over {self.num_sampled} sequences)."
+            f"{self.answers:,.1f} supervised answers ({num_answer_tokens:,.0f} tokens); {self.unused_share:.1%} of it "
+            f"stays unused (means over {self.num_sampled} sequences)."
         )
         if self.replayed_tokens:
             text += (
@@ -112,6 +115,7 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
         shots_too_long=fmean(sequence.num_shots_too_long for sequence in sample),
         segment_lengths=tuple(batch["segment_lengths"] for batch in batches),
         replayed_tokens=fmean(sequence.num_replayed_tokens for sequence in sample),
+        replayed_targets=fmean(sequence.num_replayed_tokens - len(sequence.replayed) for sequence in sample),
         replayed_loss_share=_replayed_weight(sample) / (sum(float(batch["weights"].sum()) for batch in batches) or 1.0),
     )
 
