@@ -77,13 +77,18 @@ def variant_name(name: str) -> str:
     return f"variant_{name}"
 
 
+def replay_name(regime: Regime) -> str:
+    """Return what a regime with general text is called among the kinds of training."""
+    return f"{regime}_replay"
+
+
 def lengths_of(
     settings: Comparison,
     tasks: ComparisonTasks,
     tokenizer: PreTrainedTokenizerBase,
     activity: Activity | None = None,
 ) -> dict[str, Length]:
-    """Return the length of each kind of training by its name: a regime, `EQUAL_ANSWERS`, or a variant.
+    """Return the length of each kind of training by its name: a regime, it with replay, `EQUAL_ANSWERS`, or a variant.
 
     Raises:
         UserError: If a packed sequence cannot be drawn, or a variant changes what does not exist.
@@ -99,6 +104,9 @@ def lengths_of(
         found[regime] = _length(settings, statistics, shared)
     if {"last_answer", "all_answers"} <= set(found):
         found[EQUAL_ANSWERS] = _equal_answers(found["all_answers"], found["last_answer"].num_answers)
+    for regime in settings.compare.replay.regimes if settings.compare.replay else ():
+        statistics = _sampled(settings, regime, tasks.train, tokenizer, activity, replay=True)
+        found[replay_name(regime)] = _length(settings, statistics)
     for name, variant in settings.compare.variants.items():
         trained = share_of_tasks(tasks.train, variant.task_share, settings.training.seed)
         statistics = _sampled(settings, "all_answers", trained, tokenizer, activity, variant)
@@ -106,7 +114,9 @@ def lengths_of(
     return found
 
 
-def nominal_recipe(settings: Comparison, regime: Regime, variant: VariantSettings | None = None) -> Recipe:
+def nominal_recipe(
+    settings: Comparison, regime: Regime, variant: VariantSettings | None = None, *, replay: bool = False
+) -> Recipe:
     """Return the recipe of a regime with the length and rate that the file gives, to look at its sequences."""
     return regime_recipe(
         settings,
@@ -115,6 +125,7 @@ def nominal_recipe(settings: Comparison, regime: Regime, variant: VariantSetting
         learning_rate=settings.training.learning_rate,
         seed=settings.training.seed,
         output=Path(settings.output),
+        replay=replay,
         changes=variant.set if variant else (),
     )
 
@@ -126,8 +137,10 @@ def _sampled(
     tokenizer: PreTrainedTokenizerBase,
     activity: Activity | None,
     variant: VariantSettings | None = None,
+    *,
+    replay: bool = False,
 ) -> SequenceStatistics:
-    recipe = nominal_recipe(settings, regime, variant)
+    recipe = nominal_recipe(settings, regime, variant, replay=replay)
     return sample_sequences(packed_sequences(recipe, tuple(tasks), tokenizer, activity), recipe.objective)
 
 

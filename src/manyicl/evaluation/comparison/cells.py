@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manyicl.evaluation.comparison.budgets import EQUAL_ANSWERS, Length, variant_name
+from manyicl.evaluation.comparison.budgets import EQUAL_ANSWERS, Length, replay_name, variant_name
 from manyicl.evaluation.comparison.records import Equal
 from manyicl.evaluation.comparison.regimes import regime_recipe, trial_recipe
 from manyicl.evaluation.comparison.roles import ComparisonTasks, limited, remaining, share_of_tasks
 from manyicl.evaluation.comparison.settings import Comparison, Regime
 from manyicl.evaluation.result import hash_of
 from manyicl.evaluation.shot_curve import EvaluationSettings
+from manyicl.paths import sha256_of_file
 from manyicl.tasks.task import Task
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks
 
 # A trial of dedicated models is scored so many times on its way, so that its length can be chosen.
 NUM_SCORES = 8
+# Forgetting is measured so many times along a training.
+NUM_MOMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Run:
         seed: Training seed.
         draw: First draw of demonstrations.
         equal: What its budget has in common with the others.
+        replay: Whether general text is mixed in.
         variant: Name of an ablation.
         task: Task of a dedicated model.
         num_examples: Examples that a dedicated model is trained on.
@@ -69,6 +73,7 @@ class Run:
     seed: int
     draw: int
     equal: Equal
+    replay: bool = False
     variant: str | None = None
     task: Task | None = None
     num_examples: int | None = None
@@ -118,6 +123,9 @@ def _runs(settings: Comparison, tasks: ComparisonTasks) -> Iterator[Run]:
                 yield Run(f"{regime}_seed{seed}", regime, length, seed, draw, compare.budget)
             if regime == "all_answers" and "last_answer" in compare.regimes:
                 yield Run(f"{EQUAL_ANSWERS}_seed{seed}", regime, EQUAL_ANSWERS, seed, draw, "answers")
+        for replayed in compare.replay.regimes if compare.replay else ():
+            length = replay_name(replayed)
+            yield Run(f"{length}_seed{seed}", replayed, length, seed, draw, compare.budget, replay=True)
         for task in tasks.dedicated:
             for num_examples in compare.dedicated.num_examples:
                 name = f"dedicated_{file_name(task.name)}_{num_examples}_seed{seed}"
@@ -201,8 +209,16 @@ def recipe_of_run(
         seed=run.seed,
         output=output,
         sequences_per_step=length.sequences_per_step,
+        replay=run.replay,
         changes=settings.compare.variants[run.variant].set if run.variant else (),
     )
+
+
+def measured_along(recipe: Recipe) -> Recipe:
+    """Return the recipe of a model whose forgetting is measured a few times on its way, and after the last step."""
+    every = -(-recipe.num_steps // NUM_MOMENTS)
+    training = recipe.training.model_copy(update={"evaluate_every": every, "save_every": None})
+    return recipe.model_copy(update={"training": training})
 
 
 def evaluation_of(run: Run, settings: Comparison) -> EvaluationSettings:
@@ -257,6 +273,8 @@ def _without_place(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe without the folder and the names of its tasks, which may move, and without what is free."""
     content = recipe.model_dump(mode="json", exclude={"output"})
     content["tasks"] = {"mixture": content["tasks"]["mixture"]}
+    if recipe.sequences.replay is not None:
+        content["sequences"]["replay"]["text"] = sha256_of_file(recipe.sequences.replay.text)
     for free in ("num_threads", "num_processes", "log_every", "save_every", "keep_checkpoints"):
         del content["training"][free]
     return content

@@ -11,6 +11,7 @@ from manyicl.evaluation.comparison.roles import ComparisonTasks
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
+from manyicl.paths import nearest_path
 from manyicl.tasks.task import Example, Task
 from manyicl.training.requirements import problems as machine_problems
 
@@ -38,6 +39,7 @@ def require_possible(problems: Sequence[UserError]) -> None:
 def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:
     """Yield what is wrong with a comparison, as far as that shows without a model."""
     yield from machine_problems(settings, with_tasks=False)
+    yield from _missing_files(settings)
     yield from _relatives(settings, tasks)
     yield from _too_few_rows(settings, tasks)
     if settings.format.kind == "channel":
@@ -47,11 +49,32 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
         yield from _single_class(task)
 
 
+def _missing_files(settings: Comparison) -> Iterator[UserError]:
+    """Find texts and predictions that are not there."""
+    compare = settings.compare
+    files = {f"compare.predictions.{name}": path for name, path in compare.predictions.items()}
+    if compare.replay is not None:
+        files["compare.replay.text"] = compare.replay.text
+    if compare.forgetting is not None and compare.forgetting.text is not None:
+        files["compare.forgetting.text"] = compare.forgetting.text
+    for field, path in files.items():
+        if not path.is_file():
+            remedy = nearest_path(path).strip() or "Name a file."
+            yield UserError("missing_file", f"{field} names no file", remedy=remedy, file=path, field=field)
+    if compare.forgetting is not None and not settings.tasks.evaluate:
+        what, field = (
+            "forgetting is measured along training together with validation tasks, and there are none",
+            "tasks.evaluate",
+        )
+        yield UserError("no_validation_tasks", what, remedy="Name some in tasks.evaluate.", field=field)
+
+
 def _relatives(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:
     """Find tasks that are not unseen to training, to the choice of rates, or to the base."""
     for key, held_out, known in (
         ("tasks.evaluate", tasks.validation, (("training", tasks.train),)),
         ("compare.unseen", tasks.unseen, (("training", tasks.train), ("validation", tasks.validation))),
+        ("compare.forgetting.probes", tasks.probes, (("training", tasks.train), ("unseen", tasks.unseen))),
     ):
         for role, others in known:
             sources = {task.source: task.name for task in others}
@@ -60,7 +83,7 @@ def _relatives(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserErr
                     what = f"{key}: {task.name!r} comes from the same source ({task.source!r}) as the {role} task"
                     remedy = "Leave one of them out."
                     yield UserError("task_not_unseen", f"{what} {sibling!r}", remedy=remedy, field=key)
-    names = [task.name for task in (*tasks.train, *tasks.validation, *tasks.unseen)]
+    names = [task.name for task in (*tasks.train, *tasks.validation, *tasks.unseen, *tasks.probes)]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield UserError("duplicate_task", f"two tasks are named {name!r}", remedy="Rename one of them.")
     yield from _known_to_the_base(settings, tasks)
@@ -83,11 +106,14 @@ def _known_to_the_base(settings: Comparison, tasks: ComparisonTasks) -> Iterator
 
 def _too_few_rows(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:
     compare = settings.compare
-    for task in tasks.evaluated:
+    for task in (*tasks.evaluated, *tasks.probes):
         if not task.test:
             what = f"task {task.name!r} has no test rows"
             yield UserError("no_test_rows", what, remedy="Give it some, or leave it out.")
+    for task in tasks.evaluated:
         yield from _needs(task, max(settings.shots), "compare.shots", "shots")
+    for task in tasks.probes if compare.forgetting else ():
+        yield from _needs(task, max(compare.forgetting.probe_shots), "compare.forgetting.probe_shots", "probe shots")
     if "few_shot" in compare.regimes:
         for task in tasks.train:
             number, field = compare.few_shot_demonstrations + 1, "compare.few_shot_demonstrations"

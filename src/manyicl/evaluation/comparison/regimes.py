@@ -38,6 +38,7 @@ def regime_recipe(
     seed: int,
     output: Path,
     sequences_per_step: int | None = None,
+    replay: bool = False,
     changes: tuple[str, ...] = (),
 ) -> Recipe:
     """Return the recipe of one training.
@@ -50,6 +51,7 @@ def regime_recipe(
         seed: Training seed.
         output: Folder of the model.
         sequences_per_step: Packed sequences in a step; None for those of the recipe.
+        replay: True to mix in general text.
         changes: ``section.key=value`` overrides of a variant.
 
     Raises:
@@ -58,6 +60,8 @@ def regime_recipe(
     assert regime != "base"
     content = settings.model_dump(mode="json", exclude={"compare"})
     content["sequences"] |= _sequences(settings, regime)
+    if replay and settings.compare.replay is not None:
+        content["sequences"]["replay"] = settings.compare.replay.model_dump(mode="json", include={"text", "share"})
     content["objective"] |= {"supervise": "last_answer"} if regime in ("few_shot", "last_answer") else {}
     if regime == "dedicated":
         content["tasks"]["mixture"] = {}

@@ -30,6 +30,7 @@ class ComparisonTasks:
         seen: Training tasks that are evaluated on their test rows.
         dedicated: Seen and unseen tasks that get dedicated models.
         dedicated_validation: Validation tasks on which rate and length of dedicated models are chosen.
+        probes: Tasks that are neither trained on nor similar to those.
     """
 
     train: tuple[Task, ...]
@@ -38,6 +39,7 @@ class ComparisonTasks:
     seen: tuple[Task, ...]
     dedicated: tuple[Task, ...]
     dedicated_validation: tuple[Task, ...]
+    probes: tuple[Task, ...] = ()
 
     @property
     def evaluated(self) -> tuple[Task, ...]:
@@ -50,6 +52,7 @@ class ComparisonTasks:
             ("seen", self.seen),
             ("unseen", self.unseen),
             ("validation", self.validation),
+            ("probe", self.probes),
         )
         return {
             task.name: TaskRole(role=role, family=task.family, source=task.source)
@@ -67,7 +70,10 @@ def load_comparison_tasks(settings: Comparison, on_progress: OnProgress | None =
     load = partial(load_tasks, data_root=settings.tasks.data_root, load=load_known)
     validation = load(settings.tasks.evaluate) if settings.tasks.evaluate else []
     unseen = load(settings.compare.unseen)
-    return assigned(settings, load(settings.tasks.train, on_progress=on_progress), validation, unseen)
+    forgetting = settings.compare.forgetting
+    probes = load(forgetting.probes) if forgetting and forgetting.probes else []
+    tasks = assigned(settings, load(settings.tasks.train, on_progress=on_progress), validation, unseen)
+    return replace(tasks, probes=tuple(probes))
 
 
 def assigned(

@@ -22,6 +22,7 @@ from manyicl.activity import Activity
 from manyicl.atomic import write_atomically
 from manyicl.engine.engine import Engine
 from manyicl.episodes.chat_template import chosen_format
+from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.comparison.budgets import Length, budget_problems, lengths_of
 from manyicl.evaluation.comparison.cells import (
@@ -29,6 +30,7 @@ from manyicl.evaluation.comparison.cells import (
     Trial,
     evaluated_tasks,
     evaluation_of,
+    measured_along,
     planned_runs,
     planned_trials,
     recipe_of_run,
@@ -40,6 +42,7 @@ from manyicl.evaluation.comparison.cells import (
 )
 from manyicl.evaluation.comparison.checks import comparison_problems, require_possible
 from manyicl.evaluation.comparison.choosing import Choice, choose
+from manyicl.evaluation.comparison.forgetting_along import ForgettingOfModels
 from manyicl.evaluation.comparison.records import (
     CELLS_FILE,
     COMPARISON_FILE,
@@ -49,14 +52,17 @@ from manyicl.evaluation.comparison.records import (
     TASKS_FILE,
     CellRecord,
     ComparisonRecords,
+    PositionScore,
     is_comparison,
 )
 from manyicl.evaluation.comparison.roles import ComparisonTasks, load_comparison_tasks
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid
 from manyicl.evaluation.held_out import held_out_measure
-from manyicl.evaluation.shot_curve import measure_shot_curves
-from manyicl.model.load import load_model, load_tokenizer
+from manyicl.evaluation.imported import export_queries, import_predictions
+from manyicl.evaluation.positions import score_positions
+from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries, measure_shot_curves
+from manyicl.model.load import LoadedModel, load_model, load_tokenizer
 from manyicl.model.manifest import Manifest
 from manyicl.outputs import require_output_folder
 from manyicl.printing import new_console, say
@@ -68,6 +74,9 @@ from manyicl.training.throughput import forget_peak
 # Log and counts of a training, kept in the folder of its cell when the checkpoints go.
 HISTORY_FILE = "history.json"
 MODEL_FOLDER = "model"
+# Queries of the evaluation, for other systems to answer.
+QUERIES_FILE = "queries.jsonl"
+IMPORTED_PREFIX = "import_"
 SECONDS_BETWEEN_LOOKS = 2.0
 UNSETTLED = (CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED)
 
@@ -175,8 +184,9 @@ def run_comparison(
     console = console or new_console(stderr=True)
     with Activity(console, quiet=console.quiet) as activity:
         prepared = prepare(settings, activity)
-    _write_files(prepared)
     work = _Work(prepared, console)
+    _write_files(prepared)
+    work.exchange_predictions()
     work.try_rates(retry_failed=retry_failed)
     work.train_models(retry_failed=retry_failed)
     return ComparisonRecords.load(prepared.folder)
@@ -205,6 +215,8 @@ class _Work:
         self.trials = {trial.name: trial for trial in prepared.trials}
         self.runs = {run.name: run for run in prepared.runs}
         self.choices: Mapping[str, Choice | UserError] = {}
+        is_measured = prepared.settings.compare.forgetting is not None
+        self.forgetting = ForgettingOfModels(prepared.settings, prepared.tasks) if is_measured else None
 
     def try_rates(self, *, retry_failed: bool) -> None:
         """Score every learning rate, wait for the trials of other processes, and choose."""
@@ -270,7 +282,11 @@ class _Work:
         run = self.runs[cell.name]
         known: dict[str, Any] = {}
         if run.length is None:
-            engine = self._base()
+            loaded, text_format = self._base()
+            # The same for every seed.
+            if self.forgetting is not None and run.draw == 0:
+                known = {"forgetting": self.forgetting.of_base(loaded, text_format)}
+            engine = self._base_engine(loaded, text_format)
         else:
             choice = self.choices[run.choice]
             if isinstance(choice, UserError):
@@ -278,15 +294,29 @@ class _Work:
             recipe = recipe_of_run(
                 run, self.settings, self.prepared.lengths, folder / MODEL_FOLDER, choice.learning_rate, choice.num_steps
             )
+            # A dedicated model is used for its task alone.
+            along = self.forgetting if run.task is None else None
             forget_peak()
             tasks = run_tasks(run, self.settings, self.prepared.tasks)
-            trained = _finished(ensure_trained(recipe, tasks, console=self.console))
-            known = {"learning_rate": choice.learning_rate, **_costs(trained, _kept_history(trained, folder))}
+            trained = _finished(
+                ensure_trained(
+                    measured_along(recipe) if along else recipe,
+                    tasks,
+                    along.along if along else None,
+                    console=self.console,
+                )
+            )
+            history = _kept_history(trained, folder)
+            known = {"learning_rate": choice.learning_rate, **_costs(trained, history)}
+            known |= {"forgetting": along.of_log(history)} if along else {}
             engine = self._engine(str(trained.folder))
         self._evaluate(run, engine)
+        if run.task is None:
+            known["positions"] = self._positions(run, engine)
         record = CellRecord(
             name=run.name,
             regime=run.regime,
+            replay=run.replay,
             variant=run.variant,
             equal=run.equal,
             training_seed=run.seed,
@@ -297,14 +327,16 @@ class _Work:
         )
         return record.model_dump(mode="json")
 
-    def _base(self) -> Engine:
-        """Load the base, which is prompted as the models that come from it are."""
+    def _base(self) -> tuple[LoadedModel, AnyFormat]:
+        """Load the base, and return how the models that come from it are prompted."""
         settings = self.settings
         assert settings.model.base is not None
         with self._activity(f"loading {settings.model.base}"):
             loaded = load_model(settings.model.base, dtype=settings.model.dtype)
-        text_format = chosen_format(settings.format, loaded.tokenizer, self.prepared.tasks.evaluated)
-        length = settings.sequences.max_context_tokens
+        return loaded, chosen_format(settings.format, loaded.tokenizer, self.prepared.tasks.evaluated)
+
+    def _base_engine(self, loaded: LoadedModel, text_format: AnyFormat) -> Engine:
+        length = self.settings.sequences.max_context_tokens
         return Engine.local(loaded, merge=True, text_format=text_format, max_context_tokens=length)
 
     def _engine(self, folder: str) -> Engine:
@@ -312,6 +344,37 @@ class _Work:
         length = self.settings.sequences.max_context_tokens
         with self._activity(f"loading {folder}"):
             return Engine.from_pretrained(folder, dtype=self.settings.model.dtype, max_context_tokens=length)
+
+    def _positions(self, run: Run, engine: Engine) -> list[PositionScore]:
+        """Score the demonstrations of a sequence of each task by their position."""
+        num_examples, sampling = max(self.settings.shots), self.settings.sequences.sampling
+        with self._activity(f"scoring demonstrations by position, {run.name}") as activity:
+            return [
+                score
+                for task in activity.counting(self.prepared.tasks.evaluated)
+                for score in score_positions(engine, task, num_examples, run.draw, sampling=sampling)
+            ]
+
+    def exchange_predictions(self) -> None:
+        """Write the queries for other systems, and score the answers of those that have answered.
+
+        Raises:
+            UserError: If a file of answers does not answer exactly these queries.
+        """
+        file = self.prepared.folder / QUERIES_FILE
+        predictions = self.settings.compare.predictions
+        if file.is_file() and not predictions:
+            return
+        say(self.console, f"Writing the queries of all tasks to {file}.")
+        engine = self._base_engine(*self._base())
+        settings = EvaluationSettings(
+            shots=(0,), num_queries=self.settings.compare.num_queries, seed=self.settings.training.seed
+        )
+        tasks = [choose_queries(engine, task, settings)[0] for task in self.prepared.tasks.evaluated]
+        export_queries(tasks, file)
+        results = self.prepared.folder / RESULTS_FOLDER
+        for name, path in predictions.items():
+            import_predictions(path, f"{IMPORTED_PREFIX}{name}", tasks, results, settings)
 
     def _evaluate(self, run: Run, engine: Engine) -> None:
         """Measure the shot curves of a model."""

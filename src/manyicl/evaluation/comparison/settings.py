@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from manyicl.checked import Section
-from manyicl.training.recipe import Recipe
+from manyicl.training.recipe import HomePath, Recipe
 
 Regime = Literal["base", "zero_shot", "few_shot", "last_answer", "all_answers", "dedicated"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
@@ -67,6 +67,35 @@ class VariantSettings(Section):
         return self
 
 
+ReplayedRegime = Literal["zero_shot", "few_shot", "last_answer", "all_answers"]
+
+
+class ReplaySettings(Section):
+    """General text that is mixed into a second training of some regimes."""
+
+    text: HomePath = Field(
+        description="Text in UTF-8 of the kind that the model should not forget: a plain file, or .jsonl with a `text` "
+        "in each line."
+    )
+    share: float = Field(0.1, gt=0, lt=1, description="Share of the context that holds text.")
+    regimes: tuple[ReplayedRegime, ...] = Field(
+        ("all_answers",), min_length=1, description="Regimes that are also trained with it."
+    )
+
+
+class ForgettingSettings(Section):
+    """What is measured besides the tasks: before training, along it, and after it."""
+
+    text: HomePath | None = Field(
+        None, description="Held-out general text; unset: plain text of the nano world, for builtin:nano alone."
+    )
+    num_tokens: int = Field(20_000, ge=2, description="Most tokens of the text that are scored, from its beginning.")
+    probes: tuple[str, ...] = Field(
+        (), description="Tasks of other sources than those that are trained on, and unlike them."
+    )
+    probe_shots: Shots = Field((0, 8), min_length=1, description="Shot counts of the probe tasks.")
+
+
 class CompareSettings(Section):
     """What is compared, and how it is evaluated."""
 
@@ -104,6 +133,11 @@ class CompareSettings(Section):
     num_draws: int = Field(1, ge=1, description="Draws of demonstrations for each training seed.")
     num_queries: int = Field(100, ge=1, description="Test queries for each task.")
     dedicated: DedicatedSettings = Field(default_factory=DedicatedSettings, description="The dedicated models.")
+    replay: ReplaySettings | None = Field(None, description="A second training of some regimes; unset: none.")
+    forgetting: ForgettingSettings | None = Field(None, description="What is measured besides; unset: nothing.")
+    predictions: Mapping[str, HomePath] = Field(
+        default_factory=dict, description="Answers of other systems by name, each a file of JSON lines."
+    )
     variants: Mapping[str, VariantSettings] = Field(
         default_factory=dict,
         description="Ablations of all_answers by name, one training each: `{set: [KEY=VALUE], task_share: 0.5}`.",
@@ -119,13 +153,13 @@ class CompareSettings(Section):
     def _ascending(cls, rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
         return None if rates is None else tuple(sorted(set(rates)))
 
-    @field_validator("variants")
+    @field_validator("variants", "predictions")
     @classmethod
-    def _names_of_folders(cls, variants: Mapping[str, VariantSettings]) -> Mapping[str, VariantSettings]:
-        for name in variants:
+    def _names_of_folders(cls, named: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in named:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"the name of a variant is of letters, digits, '.', '_' and '-'; found {name!r}")
-        return variants
+                raise ValueError(f"a name is of letters, digits, '.', '_' and '-'; found {name!r}")
+        return named
 
     @model_validator(mode="after")
     def _variants_of_a_regime(self) -> Self:
@@ -133,6 +167,9 @@ class CompareSettings(Section):
             raise ValueError("variants change all_answers, which is not among the regimes; add it, or drop them")
         if "dedicated" not in self.regimes and self.dedicated != DedicatedSettings():
             raise ValueError("dedicated has no effect, for it is not among the regimes; leave one of them out")
+        for regime in self.replay.regimes if self.replay else ():
+            if regime not in self.regimes:
+                raise ValueError(f"replay.regimes names {regime}, which is not among the regimes; add it, or drop it")
         return self
 
 
@@ -155,6 +192,10 @@ class Comparison(Recipe):
             raise ValueError(
                 "sequences.examples_per_episode says how many examples the many-shot regimes take: fill, or a range; "
                 f"found {self.sequences.examples_per_episode}"
+            )
+        if self.sequences.replay is not None:
+            raise ValueError(
+                "sequences.replay would be in all regimes; give compare.replay, which adds to some of them"
             )
         if self.objective.supervise != "all_answers":
             raise ValueError(
