@@ -24,7 +24,7 @@ from manyicl.evaluation.comparison.checks import comparison_problems, require_po
 from manyicl.evaluation.comparison.choosing import Choice, choose
 from manyicl.evaluation.comparison.regimes import regime_recipe
 from manyicl.evaluation.comparison.roles import assigned, limited, remaining, share_of_tasks
-from manyicl.evaluation.comparison.settings import Comparison, Regime
+from manyicl.evaluation.comparison.settings import CompareSettings, Comparison, Regime
 from manyicl.evaluation.grid import Cell, CellReport, CellState
 from manyicl.tasks.task import Task
 from manyicl.training.recipe import Recipe
@@ -87,6 +87,14 @@ def test_a_variant_changes_what_it_names() -> None:
     assert error.value.code == "unknown_key"
 
 
+def test_replay_adds_text_to_the_sequences_of_a_regime() -> None:
+    settings = comparison("compare.replay={text: a.txt, share: 0.3}")
+    assert recipe_of(settings, "all_answers").sequences.replay is None
+    replay = recipe_of(settings, "all_answers", replay=True).sequences.replay
+    assert replay is not None
+    assert (str(replay.text), replay.share) == ("a.txt", 0.3)
+
+
 # The file
 
 
@@ -99,6 +107,9 @@ def test_a_variant_changes_what_it_names() -> None:
         ("compare.budget=steps", "training.num_steps"),
         ("tasks.evaluate=[]", "tasks.evaluate"),
         ("compare.variants={'a/b': {task_share: 0.5}}", "letters"),
+        ("compare.predictions={'a/b': answers.jsonl}", "letters"),
+        ("compare={regimes: [base], unseen: [a], replay: {text: a.txt}}", "replay.regimes"),
+        ("sequences.replay={text: a.txt, share: 0.1}", "compare.replay"),
         ("compare.variants={a: {}}", "changes something"),
         ("compare.variants={a: {set: ['training.seed=1']}}", "sequences and objective"),
         ("compare.regimes=[all_answer]", "all_answers"),
@@ -173,6 +184,12 @@ def test_every_regime_has_a_trial_per_rate_and_a_model_per_seed() -> None:
     kinds = ["base", "few_shot", "last_answer", "all_answers", EQUAL_ANSWERS]
     assert runs == [f"{kind}_seed5" for kind in kinds] + ["variant_half_seed5"] + [f"{kind}_seed6" for kind in kinds]
     assert names_of(regimes, "compare.learning_rates=[1e-3]")[0] == []
+
+
+def test_a_regime_with_replay_has_the_rate_of_the_regime() -> None:
+    trials, runs = names_of("compare.regimes=[zero_shot, all_answers]", "compare.replay={text: a.txt}")
+    assert len(trials) == 6
+    assert runs == ["zero_shot_seed0", "all_answers_seed0", "all_answers_replay_seed0"]
 
 
 def test_dedicated_models_are_one_for_each_task_and_number_of_examples() -> None:
@@ -345,6 +362,19 @@ def test_all_tasks_with_free_answers_are_problems_of_the_channel_form_alone(sett
     found = problems_of(channel, **changes)
     assert [problem.code for problem in found] == ["free_answers_in_channel_form"] * 2
     assert [name in str(problem) for name, problem in zip(("'one'", "'two'"), found, strict=True)] == [True, True]
+
+
+def test_files_that_are_not_there_are_problems_together(settings: Comparison, tmp_path: Path) -> None:
+    replay, forgetting = ({"text": tmp_path / name} for name in ("replay.txt", "held_out.txt"))
+    changes = {"replay": replay, "forgetting": forgetting, "predictions": {"other": tmp_path / "answers.jsonl"}}
+    compare = CompareSettings(**{**settings.compare.model_dump(), **changes})
+    found = problems_of(settings.model_copy(update={"compare": compare}))
+    assert [problem.code for problem in found] == ["missing_file"] * 3
+    assert {problem.field for problem in found} == {
+        "compare.replay.text",
+        "compare.forgetting.text",
+        "compare.predictions.other",
+    }
 
 
 def test_a_base_with_a_shorter_context_is_a_problem_before_it_is_loaded(settings: Comparison) -> None:

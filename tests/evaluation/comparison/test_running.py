@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.comparison.summary import as_json, score_rows
 from manyicl.evaluation.grid import CellState
 from manyicl.training.job import ensure_trained
-from tests.evaluation.comparison.cases import comparison_in
+from tests.evaluation.comparison.cases import comparison_in, write_task
 
 PAIR = ("compare.regimes=[base, last_answer, all_answers]", "compare.learning_rates=[1e-3]")
 TUNED = ("compare.regimes=[zero_shot, all_answers]", "compare.learning_rates=[1e-3, 3e-3]")
@@ -222,6 +223,60 @@ def test_cells_may_be_added_and_none_may_change(tmp_path: Path) -> None:
         compared(comparison_in(tmp_path, base, "compare.num_queries=3"))
     assert error.value.code == "another_cell"
     assert ComparisonRecords.load(tmp_path / "output").settings.compare.num_queries == 4
+
+
+@pytest.fixture(name="besides")
+def _besides(tmp_path: Path) -> Comparison:
+    """A comparison that measures more than its tasks."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The film {number} was good and the music was fine." for number in range(80)))
+    write_task(tmp_path / "probe" / "a_probe", "qa", ("red", "blue"))
+    forgetting = f"{{text: {text}, num_tokens: 300, probes: [{tmp_path / 'probe'}], probe_shots: [0]}}"
+    replay = f"compare.replay={{text: {text}, share: 0.3}}"
+    return comparison_in(tmp_path, *PAIR, ONE, replay, f"compare.forgetting={forgetting}")
+
+
+ONE = "compare.regimes=[base, all_answers]"
+
+
+def test_forgetting_and_positions_are_measured_and_replay_is_a_model_of_its_own(besides: Comparison) -> None:
+    records = compared(besides)
+    assert not records.failures
+    assert records.roles["a_probe"].role == "probe"
+    base, plain, replayed = records.cells
+    assert [cell.name for cell in records.cells] == ["base_seed0", "all_answers_seed0", "all_answers_replay_seed0"]
+    assert [cell.replay for cell in records.cells] == [False, False, True]
+    assert replayed.num_answers < plain.num_answers
+    assert replayed.num_tokens == pytest.approx(plain.num_tokens, rel=0.3)
+    assert [moment.step for moment in base.forgetting] == [0]
+    for cell in (plain, replayed):
+        assert len(cell.forgetting) > 1
+        assert cell.forgetting[-1].step == cell.num_steps
+    moments = [moment for cell in records.cells for moment in cell.forgetting]
+    assert len({(moment.text_sha256, moment.num_tokens) for moment in moments}) == 1
+    assert all(moment.nats_per_token and moment.nats_per_byte for moment in moments)
+    assert all(set(moment.probes) == {"a_probe"} for moment in moments)
+    tasks = {result.task for result in records.results}
+    assert all({score.task for score in cell.positions} == tasks for cell in records.cells)
+    assert "a_probe" not in tasks
+
+
+def test_answers_of_another_system_are_scored_on_the_same_queries(tmp_path: Path) -> None:
+    base = "compare.regimes=[base]"
+    first = compared(comparison_in(tmp_path, base))
+    lines = (tmp_path / "output" / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [{"query_hash": one["query_hash"], "answer": one["options"][0]} for one in map(json.loads, lines)]
+    file = tmp_path / "answers.jsonl"
+    changes = (base, f"compare.predictions={{first_label: {file}}}")
+    file.write_text("".join(f"{json.dumps(answer)}\n" for answer in answers[1:]), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        compared(comparison_in(tmp_path, *changes))
+    assert error.value.code == "missing_answer"
+    file.write_text("".join(f"{json.dumps(answer)}\n" for answer in answers), encoding="utf-8")
+    results = compared(comparison_in(tmp_path, *changes)).results
+    queries = {result.task: result.queries_hash for result in first.results}
+    imported = {result.task: result.queries_hash for result in results if result.model_name == "import_first_label"}
+    assert imported == queries
 
 
 def test_an_output_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -259,6 +259,7 @@ def settings_of_run(run: Run, settings: Comparison, tasks: ComparisonTasks, reci
     evaluated = {
         "evaluation": evaluation_of(run, settings).model_dump(mode="json"),
         "evaluated": _hash(evaluated_tasks(run, tasks)),
+        **(_besides(settings, tasks) if run.task is None else {}),
     }
     if recipe is None:
         model = settings.model_dump(mode="json", include={"model", "format"})
@@ -267,6 +268,16 @@ def settings_of_run(run: Run, settings: Comparison, tasks: ComparisonTasks, reci
     content["training"]["learning_rate"] = list(settings.learning_rates)
     of_run = run_tasks(run, settings, tasks)
     return {"recipe": content, "train": _hash(of_run.train), "validation": _hash(of_run.held_out), **evaluated}
+
+
+def _besides(settings: Comparison, tasks: ComparisonTasks) -> dict[str, Any]:
+    """Return what is measured besides the tasks, as JSON; empty where nothing is."""
+    forgetting = settings.compare.forgetting
+    if forgetting is None:
+        return {}
+    content = forgetting.model_dump(mode="json", exclude={"text", "probes"})
+    text = sha256_of_file(forgetting.text) if forgetting.text is not None else None
+    return {"forgetting": {**content, "text": text, "probes": _hash(tasks.probes)}}
 
 
 def _without_place(recipe: Recipe) -> dict[str, Any]:

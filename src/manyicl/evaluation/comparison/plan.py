@@ -170,8 +170,8 @@ class ComparisonPlan:
         for name, length in self.prepared.lengths.items():
             yield length.sentence(name)
         if "dedicated" in self.prepared.lengths:
-            shares = "each takes at most this" if compare.dedicated.budget == "each" else "which is a share of a budget"
-            yield f"Dedicated models are as long as validation tasks say, {shares}."
+            part = "a whole budget" if compare.dedicated.budget == "each" else "a share of a budget"
+            yield f"Dedicated models are at most so long, {part} each, and shorter where validation tasks say so."
         rates = ", ".join(f"{rate:.2g}" for rate in settings.learning_rates)
         if self.trials:
             judged = [
