@@ -377,6 +377,12 @@ def test_files_that_are_not_there_are_problems_together(settings: Comparison, tm
     }
 
 
+def test_only_the_nano_base_has_a_text_of_its_own(settings: Comparison) -> None:
+    compare = CompareSettings(**{**settings.compare.model_dump(), "forgetting": {}})
+    changed = settings.model_copy(update={"compare": compare})
+    assert [problem.code for problem in problems_of(changed)] == ["missing_text"]
+
+
 def test_a_base_with_a_shorter_context_is_a_problem_before_it_is_loaded(settings: Comparison) -> None:
     longer = settings.sequences.model_copy(update={"max_context_tokens": 4096})
     (problem,) = problems_of(settings.model_copy(update={"sequences": longer}))

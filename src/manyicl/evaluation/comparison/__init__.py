@@ -7,9 +7,11 @@
                      regimes.py    a regime -> the recipe of its training
                      budgets.py    how long each regime trains, so that budgets are equal
                      cells.py      what is trained and evaluated: trials of learning rates, then runs
+                     choosing.py   trials -> the learning rate of each regime
                      checks.py     what would go wrong, all of it before anything is trained
                      plan.py       what it will cost
                      run.py        the work, cell by cell
+                     forgetting_along.py   what is measured besides the tasks
                      records.py    what is on the disk
                      statistics.py records -> means, differences, shares of a gap, costs, what is missing
                      estimates.py  errors that hold trainings, draws of demonstrations and queries

@@ -9,6 +9,7 @@ from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
 from manyicl.evaluation.comparison.settings import Comparison
+from manyicl.evaluation.forgetting import NANO
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
 from manyicl.paths import nearest_path
@@ -61,6 +62,13 @@ def _missing_files(settings: Comparison) -> Iterator[UserError]:
         if not path.is_file():
             remedy = nearest_path(path).strip() or "Name a file."
             yield UserError("missing_file", f"{field} names no file", remedy=remedy, file=path, field=field)
+    if compare.forgetting is not None and compare.forgetting.text is None and settings.model.base != NANO:
+        what, field = (
+            f"forgetting is measured on general text, and only {NANO} has one of its own",
+            "compare.forgetting",
+        )
+        remedy = "Name a file of text of which neither training nor replay holds any part."
+        yield UserError("missing_text", what, remedy=remedy, field=f"{field}.text")
     if compare.forgetting is not None and not settings.tasks.evaluate:
         what, field = (
             "forgetting is measured along training together with validation tasks, and there are none",
@@ -112,8 +120,9 @@ def _too_few_rows(settings: Comparison, tasks: ComparisonTasks) -> Iterator[User
             yield UserError("no_test_rows", what, remedy="Give it some, or leave it out.")
     for task in tasks.evaluated:
         yield from _needs(task, max(settings.shots), "compare.shots", "shots")
-    for task in tasks.probes if compare.forgetting else ():
-        yield from _needs(task, max(compare.forgetting.probe_shots), "compare.forgetting.probe_shots", "probe shots")
+    most_probe_shots = max(compare.forgetting.probe_shots) if compare.forgetting else 0
+    for task in tasks.probes:
+        yield from _needs(task, most_probe_shots, "compare.forgetting.probe_shots", "probe shots")
     if "few_shot" in compare.regimes:
         for task in tasks.train:
             number, field = compare.few_shot_demonstrations + 1, "compare.few_shot_demonstrations"
