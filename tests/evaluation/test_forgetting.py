@@ -31,7 +31,7 @@ from manyicl.evaluation.forgetting import (
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.tasks.nanoworld.text import nano_text, write_nano_text
 from manyicl.training.job import ensure_trained
-from tests.builders import byte_level_bpe, make_task, sentencepiece_bpe, tiny_loaded, tiny_model
+from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, tiny_loaded, tiny_model
 from tests.training.recipes import small_recipe, small_tasks
 
 TEXT = GeneralText.of("the film was good and the music was fine. a bad play!\n" * 30, "a text")
@@ -89,6 +89,16 @@ def test_several_processes_find_the_figures_of_one() -> None:
     assert measure_forgetting(loaded, settings, tasks, 3, text=TEXT, share_out=in_two) == alone
     assert set(alone.probes) == {"a", "b"}
     assert alone.text_sha256 == TEXT.sha256
+
+
+def test_probe_tasks_are_given_the_trained_context() -> None:
+    # The model has 512 positions, and was trained on sequences of 256.
+    loaded, settings = tiny_loaded(), ForgettingSettings(probe_shots=(0,))
+    probe = make_task(test=[make_example("film " * 150, "good")])
+    with pytest.raises(UserError) as error:
+        measure_forgetting(loaded, settings, [probe])
+    assert error.value.code == "query_too_long"
+    assert set(measure_forgetting(loaded, settings, [probe], max_context_tokens=512).probes) == {"toy"}
 
 
 def test_a_model_in_training_is_measured_without_dropout_and_stays_in_training() -> None:

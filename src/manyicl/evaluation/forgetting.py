@@ -110,7 +110,8 @@ def measure_forgetting(
         step: Optimizer steps before this moment.
         text: The text; None to leave it out.
         share_out: Gives each of several processes some windows and tasks; the figures are those of one process.
-        **options: How probe tasks are prompted, as for `Engine`: a base must be prompted as what is trained from it.
+        **options: How probe tasks are prompted, as for `Engine`: a base must be prompted as what is trained from it. A
+            fine-tuned model is given contexts of its training, unless ``max_context_tokens`` says otherwise.
 
     Raises:
         UserError: If the tokenizer does not know the words of the text, or a probe task cannot be evaluated.
@@ -214,6 +215,8 @@ def _probe_scores(
 
     if not probes:
         return []
+    if loaded.manifest is not None:
+        options = {"max_context_tokens": loaded.manifest.max_context_tokens, **options}
     evaluation = EvaluationSettings(
         shots=settings.probe_shots,
         num_seeds=1,
