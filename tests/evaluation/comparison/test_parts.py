@@ -88,11 +88,11 @@ def test_a_variant_changes_what_it_names() -> None:
 
 
 def test_replay_adds_text_to_the_sequences_of_a_regime() -> None:
-    settings = comparison("compare.replay={text: a.txt, share: 0.3}")
+    settings = comparison("compare.replay={text: a.txt, share: 0.3, weight: 0.25}")
     assert recipe_of(settings, "all_answers").sequences.replay is None
     replay = recipe_of(settings, "all_answers", replay=True).sequences.replay
     assert replay is not None
-    assert (str(replay.text), replay.share) == ("a.txt", 0.3)
+    assert (str(replay.text), replay.share, replay.weight) == ("a.txt", 0.3, 0.25)
 
 
 # The file

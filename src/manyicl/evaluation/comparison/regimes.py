@@ -61,7 +61,7 @@ def regime_recipe(
     content = settings.model_dump(mode="json", exclude={"compare"})
     content["sequences"] |= _sequences(settings, regime)
     if replay and settings.compare.replay is not None:
-        content["sequences"]["replay"] = settings.compare.replay.model_dump(mode="json", include={"text", "share"})
+        content["sequences"]["replay"] = settings.compare.replay.model_dump(mode="json", exclude={"regimes"})
     content["objective"] |= {"supervise": "last_answer"} if regime in ("few_shot", "last_answer") else {}
     if regime == "dedicated":
         content["tasks"]["mixture"] = {}

@@ -78,6 +78,9 @@ class ReplaySettings(Section):
         "in each line."
     )
     share: float = Field(0.1, gt=0, lt=1, description="Share of the context that holds text.")
+    weight: float = Field(
+        1.0, gt=0, le=1, description="Weight of each token of the text in the loss; a lower one where answers are few."
+    )
     regimes: tuple[ReplayedRegime, ...] = Field(
         ("all_answers",), min_length=1, description="Regimes that are also trained with it."
     )
