@@ -124,7 +124,7 @@ def test_before_a_cell_is_done_the_page_says_so(tmp_path: Path) -> None:
     write_comparison(folder)
     page = page_of(folder)
     assert "there is no number to compare" in page
-    assert "all_answers_seed0: waiting." in page
+    assert "2 cells not started: base_seed0, all_answers_seed0." in page
 
 
 def test_failed_and_waiting_cells_are_on_the_page(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_failed_and_waiting_cells_are_on_the_page(tmp_path: Path) -> None:
     write_comparison(folder)
     page, markdown = page_of(folder), (folder / "report.md").read_text(encoding="utf-8")
     for text in (page, markdown):
-        assert "last_answer_seed0: waiting." in text
+        assert "1 cell not started: last_answer_seed0." in text
         assert "<b>is</b>" not in text
         assert "one training" in text
     assert "few_shot_seed0: failed: The loss &lt;b&gt;is&lt;/b&gt; not a number." in page

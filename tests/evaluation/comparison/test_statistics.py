@@ -223,12 +223,17 @@ def test_an_ablation_differs_from_all_answers_of_the_same_seed(numbers: Statisti
 def test_a_half_finished_comparison_says_what_is_missing(tmp_path: Path) -> None:
     world = World(
         failed={"few_shot_seed1": "The loss is not a number."},
-        waiting=["all_answers_seed2", "zero_shot_seed0", "zero_shot_seed1", "zero_shot_seed2", "dedicated_t4_16_seed0"],
+        waiting=[
+            "all_answers_seed2",
+            *(f"{kind}_seed{seed}" for kind in ("zero_shot", "dedicated_t4_16") for seed in range(3)),
+        ],
     )
     records, numbers = load(world, tmp_path)
     lines = "\n".join(omissions(records, numbers))
     assert "few_shot_seed1: failed: The loss is not a number." in lines
-    assert "all_answers_seed2: waiting." in lines
+    assert "7 cells not started: zero_shot_seed0, " in lines
+    assert "all_answers_seed2, dedicated_t4_16_seed0, dedicated_t4_16_seed1 and 1 more." in lines
+    assert "1 of 4 unseen tasks without a model per task of every size" in lines
     assert "many-shot, all answers: 2 of 3 seeds done." in lines
     assert "zero-shot: no cell of this regime is done." in lines
     (overall,) = (row.overall for row in numbers.headline("unseen") if row.point.arm == ALL_ANSWERS)
@@ -283,4 +288,6 @@ def test_an_empty_comparison_has_no_numbers(tmp_path: Path) -> None:
     assert numbers.differences("unseen") == []
     assert numbers.shares("unseen") == {}
     assert numbers.forgotten() == {}
-    assert len(omissions(records, numbers)) > len(world.waiting)
+    waiting, *others = omissions(records, numbers)
+    assert waiting.startswith(f"{len(world.waiting)} cells not started: base_seed0, ")
+    assert "many-shot, all answers: no cell of this regime is done." in others

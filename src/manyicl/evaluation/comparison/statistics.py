@@ -28,6 +28,7 @@ from manyicl.evaluation.comparison.estimates import (
 )
 from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, Forgetting, PositionScore
 from manyicl.evaluation.comparison.settings import Comparison, VariantSettings
+from manyicl.evaluation.grid import CellState
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL
 from manyicl.evaluation.uncertainty import Estimate
@@ -37,6 +38,8 @@ ComparedRole = Literal["unseen", "seen"]
 ROLES: tuple[ComparedRole, ...] = ("unseen", "seen")
 
 IMPORTED = "import_"
+# Cells that wait which a sentence names.
+MOST_NAMED = 6
 _REGIMES = {
     "base": "base",
     "zero_shot": "zero-shot",
@@ -358,10 +361,10 @@ class Statistics:
         return found
 
     def groups(self, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the mean over families, if there are several, and the families, each with its tasks."""
+        """Return the tasks of the mean over families and, if there are several, those of each family."""
         families = sorted({self.families[task] for task in tasks}, key=family_order)
         members = {family: tuple(task for task in tasks if self.families[task] == family) for family in families}
-        return {OVERALL: tuple(tasks), **members}
+        return {OVERALL: tuple(tasks), **(members if len(families) > 1 else {})}
 
     def dedicated_tasks(self, role: str) -> tuple[str, ...]:
         """Compared tasks with a dedicated model on every number of examples that any task has one on."""
@@ -695,7 +698,12 @@ def statistics_of(records: ComparisonRecords) -> Statistics:
 def omissions(records: ComparisonRecords, statistics: Statistics) -> list[str]:
     """Say in sentences what is missing from the numbers, and why."""
     plan = statistics.plan
-    lines = [f"{report.sentence()}.".replace("..", ".") for report in records.failures]
+    waiting = [report.cell.name for report in records.failures if report.state is CellState.WAITING]
+    others = [report for report in records.failures if report.state is not CellState.WAITING]
+    lines = [report.sentence().removesuffix(".") + "." for report in others]
+    if waiting:
+        more = "" if len(waiting) <= MOST_NAMED else f" and {len(waiting) - MOST_NAMED} more"
+        lines.append(f"{pluralized(len(waiting), 'cell')} not started: {', '.join(waiting[:MOST_NAMED])}{more}.")
     cells = {cell.name for cell in records.cells}
     unfinished = {r.model_name for r in records.results if r.model_name not in cells} - {
         r.model_name for r in records.results if r.model_name.startswith(IMPORTED)
@@ -713,7 +721,8 @@ def omissions(records: ComparisonRecords, statistics: Statistics) -> list[str]:
         for task in statistics.tasks_of(role):
             if (reason := statistics.why_not_compared(role, task)) is not None:
                 lines.append(f"{task} ({role}) is in no mean: {reason}.")
-        lacking = set(statistics.compared(role)) - set(statistics.dedicated_tasks(role))
-        if statistics.dedicated and lacking:
-            lines.append(f"{pluralized(len(lacking), f'{role} task')} without a dedicated model of every size.")
+        compared, with_models = statistics.compared(role), statistics.dedicated_tasks(role)
+        if statistics.dedicated and len(with_models) < len(compared):
+            number = f"{len(compared) - len(with_models)} of {pluralized(len(compared), f'{role} task')}"
+            lines.append(f"{number} without a model per task of every size, and in no comparison with those.")
     return lines

@@ -77,7 +77,11 @@ def replaces(numbers: Statistics, role: ComparedRole) -> str:
         f"with {percent(score.mean)}{unit} after {pluralized(model.shots, 'example')} in its context against "
         f"{percent(other.mean)}{unit} of models trained on {pluralized(count, 'example')} of their task"
     )
-    some = "" if tasks == numbers.compared(role) else f" (on the {pluralized(len(tasks), 'task')} that have models)"
+    some = (
+        ""
+        if tasks == numbers.compared(role)
+        else f" (on the {pluralized(len(tasks), 'task')} with models of their own)"
+    )
     verdicts = {
         "higher": "Yes, and more: one many-shot model is better than one model per task",
         "lower": "No: one many-shot model is worse than one model per task",
