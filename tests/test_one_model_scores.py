@@ -13,6 +13,7 @@ from benchmarks.one_model_scores import main, planned_tasks
 
 from manyicl.errors import UserError
 from manyicl.evaluation.result import ResultStore
+from manyicl.evaluation.shot_curve import Point
 from manyicl.tasks.files import load_task
 
 TASK = """
@@ -68,7 +69,9 @@ def test_it_reads_the_plan_of_the_evidence() -> None:
         assert max((one.settings.shots for one in planned), key=len) == shots
         assert all((FOLDER / role / one.name / "task.yaml").is_file() for one in planned)
     (mrpc,) = planned_tasks("validation", ["mrpc"])
-    assert mrpc.settings.points() == [(0, 0, 0), (0, 4, 0), (0, 16, 0), (1, 4, 0), (1, 16, 0)]
+    assert mrpc.settings.points() == [
+        Point(seed, num_shots, 0) for seed, num_shots in ((0, 0), (0, 4), (0, 16), (1, 4), (1, 16))
+    ]
     assert (mrpc.settings.num_queries, mrpc.max_context_tokens) == (50, 4096)
     with pytest.raises(UserError, match="no validation task is named mrcp"):
         planned_tasks("validation", ["mrcp"])

@@ -30,6 +30,10 @@ def evaluate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
     seeds: Annotated[int, typer.Option(min=1, help="Number of draws of demonstrations per task.")] = 3,
+    orders: Annotated[
+        int,
+        typer.Option(min=1, help="Number of orders of each draw; with more than one, the worst is shown too."),
+    ] = 1,
     queries: Annotated[int, typer.Option(min=1, help="Number of test queries per task.")] = 200,
     retrieve: Annotated[
         int,
@@ -57,6 +61,9 @@ def evaluate_command(
     Every task, shot count and seed becomes one record in the output folder; a second run skips existing ones.
     Every shot count, seed and model answers the same test queries, so that models can be compared query by query.
 
+    `--orders N` measures the same demonstrations in N orders. A draw scores the mean over its orders, and another line
+    of the table says the worst draw and order.
+
     `--retrieve N` adds a second curve: the same queries after the same demonstrations, and before each query the N
     training rows most like it. Tables and report show both.
 
@@ -78,8 +85,16 @@ def evaluate_command(
     from manyicl.tasks.files import load_tasks
 
     require_output_folder(output)
+    if orders > 1 and retrieve:
+        what, remedy = "--orders and --retrieve are not measured together", "Give one of them."
+        raise UserError("conflicting_options", what, remedy=remedy, field="--orders")
     settings = EvaluationSettings(
-        shots=shot_counts, num_seeds=seeds, num_queries=queries, seed=seed, num_retrieved=retrieve
+        shots=shot_counts,
+        num_seeds=seeds,
+        num_queries=queries,
+        seed=seed,
+        num_retrieved=retrieve,
+        num_orders=orders,
     )
     with Activity(new_console(stderr=True), quiet=quiet) as activity:
         activity.begin("reading tasks")

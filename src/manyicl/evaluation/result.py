@@ -75,6 +75,7 @@ class Result(_Record):
     mean_num_retrieved: float = Field(0, ge=0, description="Rows retrieved for a query, on average.")
     seed: int = Field(description="Seed of the draw of demonstrations.")
     sampling: str = Field(description="How demonstrations are chosen: balanced by answer, or random.")
+    order: int = Field(0, ge=0, description="Order of the demonstrations; 0 is the one in which they were drawn.")
 
     query_seed: int = Field(description="Seed of the order of test rows; the first num_queries are the test queries.")
     num_queries: int = Field(ge=1, description="Number of test queries.")

@@ -35,6 +35,7 @@ def _score(summary: Summary, point: Point) -> dict[str, Any]:
         "score": score.mean,
         "standard_error": score.standard_error,
         "interval": score.interval,
+        "worst": worst.mean if (worst := summary.worst(model, (task,), shots)) else None,
         **{name: one.mean if one else None for name, one in baselines.items()},
     }
 

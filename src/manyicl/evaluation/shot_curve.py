@@ -13,14 +13,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from manyicl.activity import Activity
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.engine.queries import has_few_labels
-from manyicl.episodes.budget import require_instruction_fits
+from manyicl.episodes.budget import fit_demonstrations, require_instruction_fits
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, nearest_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
@@ -29,7 +29,7 @@ from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
 from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
 from manyicl.model.manifest import library_versions
 from manyicl.outputs import require_output_folder
-from manyicl.tasks.demonstrations import ShotSampling
+from manyicl.tasks.demonstrations import ShotSampling, in_another_order
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """One measurement of a task: seed, demonstrations for all queries, and rows retrieved for each."""
+    """One measurement of a task: seed, demonstrations for all queries, rows retrieved for each, order of the former."""
 
     seed: int
     num_shots: int
     num_retrieved: int
+    order: int = 0
 
 
 class EvaluationSettings(BaseModel):
@@ -71,16 +72,27 @@ class EvaluationSettings(BaseModel):
         ge=0,
         description="Training rows retrieved for each query at a second point after each; 0 for no such points.",
     )
+    num_orders: int = Field(
+        1, ge=1, description="Orders in which the demonstrations of each draw are measured, its own the first."
+    )
+
+    @model_validator(mode="after")
+    def _orders_of_what_all_queries_share(self) -> Self:
+        if self.num_orders > 1 and self.num_retrieved:
+            raise ValueError("num_orders and num_retrieved are not measured together; give one of them")
+        return self
 
     def points(self) -> list[Point]:
         """Return the points in the order of measurement; without demonstrations one seed says it all."""
         first = self.seed if self.first_draw is None else self.first_draw
         return [
-            Point(seed, shots, num_retrieved)
+            Point(seed, shots, num_retrieved, order)
             for seed in range(first, first + self.num_seeds)
+            # Prefixes of one order reuse each other, of different orders they do not.
+            for order in range(self.num_orders)
             for shots in self.shots
             for num_retrieved in sorted({0, self.num_retrieved})
-            if shots > 0 or seed == first
+            if (shots > 0 or seed == first) and (shots > 1 or order == 0)
         ]
 
 
@@ -253,6 +265,8 @@ class _Curve:
         # Where nothing is retrieved, the key is that of records from before there was retrieval.
         if point.num_retrieved:
             arguments["num_retrieved"] = point.num_retrieved
+        if point.order:
+            arguments["order"] = point.order
         return result_key(arguments)
 
     def measure(self, point: Point) -> tuple[Result, list[PredictedAnswer], list[ContextExample]]:
@@ -261,7 +275,7 @@ class _Curve:
         self._activity.now(_name_of(task, point))
         start = time.perf_counter()
         num_available = min(point.num_shots, len(task.train))
-        drawn = task.demonstrations(num_available, point.seed, self._settings.sampling)
+        drawn = self._demonstrations(num_available, point)
         prefix, retrieve = prefill_to_retrieve(self._engine, task, drawn, point.num_retrieved, self._prefix)
         self._prefix = prefix
         answered = self._answer(prefix, retrieve, point.num_retrieved, start)
@@ -273,6 +287,7 @@ class _Curve:
             num_shots_dropped=num_available - prefix.num_shots,
             num_retrieved=point.num_retrieved,
             seed=point.seed,
+            order=point.order,
             seconds=answered.seconds,
             created=datetime.now(UTC),
             **self._conditions,
@@ -283,6 +298,15 @@ class _Curve:
         )
         context = [ContextExample(origin=e.origin, query=e.query.text, answer=e.answer) for e in prefix.demonstrations]
         return result, answered.answers, context
+
+    def _demonstrations(self, num_available: int, point: Point) -> tuple[Example, ...]:
+        """Draw demonstrations, and put those that fit the context into another order: all orders have the same."""
+        drawn = self._task.demonstrations(num_available, point.seed, self._settings.sampling)
+        if not point.order:
+            return drawn
+        engine, reserve = self._engine, self._engine.num_reserved_tokens(self._task)
+        fitting, _ = fit_demonstrations(self._task, drawn, engine.encoder, engine.max_context_tokens, reserve)
+        return in_another_order(fitting, point.seed, point.order)
 
     def _answer(self, prefix: TaskPrefix, retrieve: Retrieve | None, num_retrieved: int, start: float) -> _Answered:
         """Answer the queries after a prefix, whose making began at ``start``.
@@ -300,7 +324,8 @@ class _Curve:
 def _name_of(task: Task, point: Point) -> str:
     """Name a point as progress shows it."""
     retrieved = f", {point.num_retrieved} retrieved" if point.num_retrieved else ""
-    return f"{task.name}, {pluralized(point.num_shots, 'shot')}{retrieved}, seed {point.seed}"
+    order = f", order {point.order + 1}" if point.order else ""
+    return f"{task.name}, {pluralized(point.num_shots, 'shot')}{retrieved}, seed {point.seed}{order}"
 
 
 def keeps_confidence(task: Task, settings: EvaluationSettings) -> bool:

@@ -6,8 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manyicl.errors import UserError
 from manyicl.evaluation.result import Result
@@ -43,7 +45,7 @@ class Summary:
         families: Task -> family, by family and name; every task that was measured.
         compared: Tasks measured at every shot count of every model: means are over these alone.
         tasks: Score of (model, task, shots), over seeds and queries.
-        by_point: Records of (model, task, shots), one per seed.
+        by_point: Records of (model, task, shots), one per seed and order of its demonstrations.
         num_superseded: Records that newer ones of the same model and task replace.
     """
 
@@ -62,6 +64,11 @@ class Summary:
         return tuple(sorted({self.families[task] for task in self.compared}, key=family_order))
 
     @property
+    def num_orders(self) -> int:
+        """Orders in which the demonstrations of a draw were measured, at most."""
+        return 1 + max(record.order for record in self.records)
+
+    @property
     def not_compared(self) -> tuple[str, ...]:
         """Tasks that lack a point of some model, and are therefore in no mean."""
         return tuple(task for task in self.families if task not in self.compared)
@@ -75,6 +82,15 @@ class Summary:
     def score(self, model: str, group: Group, shots: int) -> Estimate | None:
         """Mean score of a group, families weighing alike; None where a task of it was not measured."""
         return self._mean(group, lambda task: self.tasks.get((model, task, shots)))
+
+    def worst(self, model: str, group: Group, shots: int) -> Estimate | None:
+        """Mean over a group of each task's worst draw and order, without an error; None where a task has one alone."""
+
+        def of_task(task: str) -> Estimate | None:
+            scores = [record.score for record in self.by_point.get((model, task, shots), ())]
+            return Estimate(min(scores), None, len(scores)) if len(scores) > 1 else None
+
+        return self._mean(group, of_task)
 
     def difference(self, first: str, second: str, group: Group, shots: int) -> Estimate | None:
         """Mean of second minus first, paired where ``pairing`` says so; None unless all tasks were measured."""
@@ -125,13 +141,13 @@ def summarise(records: Iterable[Result]) -> Summary:
         raise UserError("no_results", "there is no result to show", remedy="Run `manyicl evaluate` first.")
     names = _display_names(everything)
     newest = {(names[_model(r)], r.task): _queries(r) for r in everything}
-    groups: defaultdict[Point, dict[int, Result]] = defaultdict(dict)
+    groups: defaultdict[Point, dict[tuple[int, int], Result]] = defaultdict(dict)
     for record in everything:
         model = names[_model(record)]
         if newest[model, record.task] == _queries(record):
-            groups[model, record.task, record.num_shots][record.seed] = record
-    by_point = {point: tuple(seeds[seed] for seed in sorted(seeds)) for point, seeds in groups.items()}
-    records = tuple(record for seeds in by_point.values() for record in seeds)
+            groups[model, record.task, record.num_shots][record.seed, record.order] = record
+    by_point = {point: tuple(draws[draw] for draw in sorted(draws)) for point, draws in groups.items()}
+    records = tuple(record for draws in by_point.values() for record in draws)
     families = dict(sorted({r.task: r.family for r in records}.items(), key=lambda i: (family_order(i[1]), i[0])))
     measured = {(model, shots) for model, _, shots in by_point}
     return Summary(
@@ -140,29 +156,80 @@ def summarise(records: Iterable[Result]) -> Summary:
         shots=tuple(sorted({shots for _, shots in measured})),
         families=families,
         compared=tuple(t for t in families if all((model, t, shots) in by_point for model, shots in measured)),
-        tasks={point: estimate(seeds) for point, seeds in by_point.items()},
+        tasks={point: estimate(draws) for point, draws in by_point.items()},
         by_point=by_point,
         num_superseded=len(everything) - len(records),
     )
 
 
-def estimate(seeds: Sequence[Result]) -> Estimate:
-    """Estimate the score of a task from its records, one per seed, that answered the same queries."""
-    tables = [record.query_scores for record in seeds if record.query_scores is not None]
-    if len(tables) == len(seeds):
+def estimate(records: Sequence[Result]) -> Estimate:
+    """Estimate the score of a task from its records, one per seed and order, that answered the same queries."""
+    draws = _draws(records)
+    tables = [draw.query_scores for draw in draws if draw.query_scores is not None]
+    if len(tables) == len(draws):
         return mean_over_seeds_and_queries(tables)
-    return mean_of_seed_means([r.score for r in seeds], [r.standard_error for r in seeds], seeds[0].num_queries)
+    return mean_of_seed_means([d.score for d in draws], [d.standard_error for d in draws], records[0].num_queries)
+
+
+class _Draw(NamedTuple):
+    """One draw of demonstrations, averaged over the orders in which they were measured.
+
+    Attributes:
+        conditions: What two draws have in common if they may be paired.
+        score: Score of the draw.
+        standard_error: Its standard error over queries; None for one query.
+        query_scores: Scores of the queries, (Q,); None where only the whole set has a score.
+        resampled_scores: Scores of resampled queries; None where each query has a score.
+    """
+
+    conditions: tuple[object, ...]
+    score: float
+    standard_error: float | None
+    query_scores: NDArray[np.float64] | None
+    resampled_scores: NDArray[np.float64] | None
+
+
+def _draws(records: Sequence[Result]) -> list[_Draw]:
+    """Average the records of each draw, so that its orders do not count as independent draws."""
+    orders: defaultdict[int, list[Result]] = defaultdict(list)
+    for record in records:
+        orders[record.seed].append(record)
+    found = []
+    for seed, own in sorted(orders.items()):
+        errors = [record.standard_error for record in own if record.standard_error is not None]
+        conditions = seed, tuple((record.order, record.queries_hash) for record in own)
+        found.append(
+            _Draw(
+                conditions,
+                fmean(record.score for record in own),
+                fmean(errors) if len(errors) == len(own) else None,
+                _mean_scores([record.query_scores for record in own]),
+                _mean_scores([record.resampled_scores for record in own]),
+            )
+        )
+    return found
+
+
+def _mean_scores(scores: Sequence[tuple[float, ...] | None]) -> NDArray[np.float64] | None:
+    """Average scores over the orders of a draw; None where one has none."""
+    known = [each for each in scores if each]
+    if len(known) < len(scores):
+        return None
+    mean: NDArray[np.float64] = np.mean(known, axis=0)
+    return mean
 
 
 def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Estimate second minus first: paired where seeds and queries are the same, otherwise as independent."""
-    are_same = [(r.seed, r.queries_hash) for r in first] == [(r.seed, r.queries_hash) for r in second]
-    pairs = list(zip(first, second, strict=True)) if are_same else []
-    scores = [(a.query_scores, b.query_scores) for a, b in pairs if a.query_scores and b.query_scores]
-    if scores and len(scores) == len(pairs):
-        return paired_difference([a for a, _ in scores], [b for _, b in scores])
+    """Estimate second minus first: paired where seeds, orders and queries are the same, otherwise as independent."""
+    one, other = _draws(first), _draws(second)
+    are_same = [draw.conditions for draw in one] == [draw.conditions for draw in other]
+    pairs = list(zip(one, other, strict=True)) if are_same else []
+    scores = [(a.query_scores, b.query_scores) for a, b in pairs]
+    known = [(a, b) for a, b in scores if a is not None and b is not None]
+    if known and len(known) == len(pairs):
+        return paired_difference([a for a, _ in known], [b for _, b in known])
     resampled = [(a.resampled_scores, b.resampled_scores) for a, b in pairs]
-    errors = [spread(np.subtract(b, a)) for a, b in resampled if a and b]
+    errors = [spread(b - a) for a, b in resampled if a is not None and b is not None]
     if errors and len(errors) == len(pairs):
         return mean_of_seed_means([b.score - a.score for a, b in pairs], errors, first[0].num_queries, "paired")
     return independent_difference(estimate(first), estimate(second))

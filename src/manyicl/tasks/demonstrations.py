@@ -34,6 +34,14 @@ def demonstrations_in_order(answers: Sequence[str], seed: int, sampling: ShotSam
         piles = [pile for pile in piles if pile]
 
 
+def in_another_order(demonstrations: Sequence[T], seed: int, order: int) -> tuple[T, ...]:
+    """Return the demonstrations of a draw in another order; 0 is the one in which they were drawn."""
+    others = list(demonstrations)
+    if order:
+        random.Random(f"order {order} of demonstrations {seed}").shuffle(others)
+    return tuple(others)
+
+
 def evenly_chosen(train: Sequence[T], test: Sequence[T], most: int) -> list[T]:
     """Choose examples at even distances from both sides, so that all of a sorted file is seen; no other is read."""
     num_examples = len(train) + len(test)

@@ -207,6 +207,12 @@ def test_training_seeds_draw_other_demonstrations_for_the_same_queries() -> None
     assert [sorted({point.seed for point in each.points()}) for each in (first, second)] == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_every_draw_is_measured_in_as_many_orders_as_the_comparison_says() -> None:
+    settings = comparison("compare.num_orders=3", "compare.regimes=[base]")
+    (of_base,) = (evaluation_of(run, settings) for run in planned_runs(settings, toy_tasks(settings)))
+    assert {point.order for point in of_base.points() if point.num_shots > 1} == {0, 1, 2}
+
+
 def test_no_row_that_a_rate_is_chosen_on_was_trained_on_or_is_a_test_row() -> None:
     settings = comparison("compare.regimes=[dedicated]", "compare.dedicated.num_examples=[8]")
     tasks = toy_tasks(settings)

@@ -233,6 +233,7 @@ def evaluation_of(run: Run, settings: Comparison) -> EvaluationSettings:
         num_queries=compare.num_queries,
         seed=settings.training.seed,
         first_draw=run.draw,
+        num_orders=compare.num_orders,
     )
 
 

@@ -104,7 +104,7 @@ def score_table(draws: Mapping[int, Sequence[Result]], *, is_constant: bool = Fa
     """Make the table of one kind of model on one task at one shot count.
 
     Args:
-        draws: Training seed -> results, one per draw of demonstrations; the draws of a seed are averaged.
+        draws: Training seed -> results, one per draw of demonstrations and order of it; those of a seed are averaged.
         is_constant: Whether no seed changes anything, so that the first row stands for all.
 
     Returns:
@@ -129,8 +129,13 @@ def score_table(draws: Mapping[int, Sequence[Result]], *, is_constant: bool = Fa
         is_resampled=is_resampled,
         num_queries=results[0].num_queries,
         queries_hash=" ".join(hashes.pop()),
-        draws=np.array([len(draws[seed]) if results[0].num_shots else 0 for seed in seeds], dtype=float),
+        draws=np.array([_num_draws(draws[seed]) for seed in seeds], dtype=float),
     )
+
+
+def _num_draws(results: Sequence[Result]) -> int:
+    """Count the draws of demonstrations, whatever the number of their orders."""
+    return len({result.seed for result in results if result.num_shots})
 
 
 @dataclass(frozen=True)

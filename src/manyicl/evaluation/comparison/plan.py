@@ -141,8 +141,9 @@ class ComparisonPlan:
         for task in evaluated_tasks(run, self.prepared.tasks):
             num_queries = min(settings.compare.num_queries, len(task.test))
             num_answers += num_queries * len(points)
-            # Longer prefixes of a draw extend shorter ones.
+            # Longer prefixes of a draw extend shorter ones, in its own order alone.
             prefixes = sum(max(point.num_shots for point in points if point.seed == seed) for seed in _seeds(points))
+            prefixes += sum(point.num_shots for point in points if point.order)
             num_passes = num_queries * (len(task.labels or ("",)) if settings.format.kind == "channel" else 1)
             num_tokens += per_shot * (num_passes * len(points) + prefixes)
         return num_answers, num_tokens

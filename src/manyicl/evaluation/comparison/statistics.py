@@ -157,7 +157,7 @@ class Row:
     Attributes:
         point: The arm and the shot count.
         cells: Group of tasks -> mean, None where a task of it was not measured.
-        worst: Mean over tasks of the worst of all draws and trainings; None where there is one alone.
+        worst: Mean over tasks of the worst of all draws, orders and trainings; None where there is one alone.
     """
 
     point: Point
@@ -397,7 +397,7 @@ class Statistics:
         return Difference(first, second, tuple(tasks), measured) if measured is not None else None
 
     def worst(self, point: Point, tasks: Sequence[str]) -> float | None:
-        """Mean over tasks of the worst score of any draw and training."""
+        """Mean over tasks of the worst score of any draw, order and training."""
         weights = family_weights({task: self.families[task] for task in tasks})
         scores = [
             [result.score for row in self.results.get((point.arm, task, point.shots), {}).values() for result in row]
@@ -669,7 +669,7 @@ def statistics_of(records: ComparisonRecords) -> Statistics:
     by_arm: defaultdict[Arm, list[CellRecord]] = defaultdict(list)
     for cell in records.cells:
         by_arm[arm_of(cell)].append(cell)
-    found: defaultdict[tuple[Arm, str, int], defaultdict[int, dict[int, Result]]] = defaultdict(
+    found: defaultdict[tuple[Arm, str, int], defaultdict[int, dict[tuple[int, int], Result]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for result in sorted(records.results, key=lambda one: one.created):
@@ -682,7 +682,7 @@ def statistics_of(records: ComparisonRecords) -> Statistics:
             arm, seed = Arm("import", imported=name.removeprefix(IMPORTED)), 0
         else:
             continue
-        found[arm, result.task, result.num_shots][seed][result.seed] = result
+        found[arm, result.task, result.num_shots][seed][result.seed, result.order] = result
     return Statistics(
         plan=plan,
         families={task: one.family for task, one in records.roles.items()},

@@ -280,7 +280,8 @@ def _notes(numbers: Statistics) -> list[str]:
         "Differences are paired over the same training seeds, draws and queries. “Not distinguishable” means that the "
         "interval holds zero. Each interval stands for itself: of twenty true zeros, about one would be excluded by "
         "chance.",
-        "Worst draw: mean over tasks of the worst score of any training and draw; it falls with the number of draws.",
+        "Worst draw: mean over tasks of the worst score of any training, draw and order of it; it falls with their "
+        "number.",
         "The share of a gap has Fieller's interval, of every share that the data do not exclude; where the gap is not "
         "above the noise, no share is given.",
         "Models per task see no demonstration and the same instruction; their rows are training seeds as well.",

@@ -22,11 +22,11 @@ BASELINES = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a table: a model, a difference of two, or a baseline, at every shot count."""
+    """One line of a table: a model, its worst draws, a difference of two, or a baseline, at every shot count."""
 
     label: str
     cells: list[Estimate | None]
-    kind: Literal["model", "difference", "baseline"]
+    kind: Literal["model", "worst", "difference", "baseline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,17 @@ def sections(summary: Summary) -> list[Section]:
 
 
 def _lines(summary: Summary, group: Group, *, differences: bool = False) -> list[Line]:
-    """Return the lines of a group: its models, if wanted their differences from the first, and its baselines."""
+    """Return the lines of a group: its models, if wanted their differences from the first, and its baselines.
+
+    Where draws of demonstrations were measured in several orders, a model is followed by its worst draw and order.
+    """
     base, *others = summary.models if differences else summary.models[:1]
-    lines = [Line(model, [summary.score(model, group, n) for n in summary.shots], "model") for model in summary.models]
+    lines: list[Line] = []
+    for model in summary.models:
+        lines.append(Line(model, [summary.score(model, group, n) for n in summary.shots], "model"))
+        if summary.num_orders > 1:
+            cells = [summary.worst(model, group, n) for n in summary.shots]
+            lines.append(Line(f"{model}, worst draw and order", cells, "worst"))
     for other in others:
         cells = [summary.difference(base, other, group, n) for n in summary.shots]
         lines.append(Line(f"{other} − {base}", cells, "difference"))
@@ -123,6 +131,11 @@ def notes(summary: Summary) -> list[str]:
         + " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
         + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
     ]
+    if summary.num_orders > 1:
+        lines.append(
+            f"Each draw was measured in {summary.num_orders} orders, over which it is averaged first. “Worst draw and "
+            "order”: the lowest score of each task, averaged like the others; it has no error."
+        )
     lines += flag_notes(records, _FLAGS)
     if any(record.num_retrieved for record in records):
         lines.append(

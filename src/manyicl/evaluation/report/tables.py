@@ -18,7 +18,7 @@ from manyicl.evaluation.summary import Summary
 from manyicl.evaluation.uncertainty import Estimate
 from manyicl.printing import new_console, printable
 
-_STYLES = {"model": "", "difference": "bold", "baseline": "dim"}
+_STYLES = {"model": "", "worst": "", "difference": "bold", "baseline": "dim"}
 
 
 def print_table(records: Iterable[Result], console: Console | None = None, *, per_task: bool = False) -> Summary:
