@@ -368,6 +368,9 @@ def test_all_tasks_with_free_answers_are_problems_of_the_channel_form_alone(sett
     found = problems_of(channel, **changes)
     assert [problem.code for problem in found] == ["free_answers_in_channel_form"] * 2
     assert [name in str(problem) for name, problem in zip(("'one'", "'two'"), found, strict=True)] == [True, True]
+    with_probe = replace(tasks, probes=(free[0],))
+    assert "free_answers_in_channel_form" in {problem.code for problem in comparison_problems(channel, with_probe)}
+    assert "free_answers_in_channel_form" not in {problem.code for problem in comparison_problems(settings, with_probe)}
 
 
 def test_files_that_are_not_there_are_problems_together(settings: Comparison, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
     yield from _relatives(settings, tasks)
     yield from _too_few_rows(settings, tasks)
     if settings.format.kind == "channel":
-        everything = (*tasks.train, *tasks.validation, *tasks.unseen)
+        everything = (*tasks.train, *tasks.validation, *tasks.unseen, *tasks.probes)
         yield from (free_answers_in_channel_form(task) for task in everything if not task.is_closed)
     for task in tasks.evaluated:
         yield from _single_class(task)
