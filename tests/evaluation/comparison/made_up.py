@@ -181,6 +181,7 @@ class World:
             standard_error=0.05,
             seen_in_training=role == "seen",
             majority=0.5,
+            nearest=0.55 if shots else None,
             created=datetime(2026, 1, 1, tzinfo=UTC),
             **labels,
             **fields,

@@ -147,14 +147,17 @@ def test_examples_in_context_stand_beside_as_many_examples_in_weights(numbers: S
     found = numbers.in_weights("unseen", "classification")
     assert found is not None
     assert found.num_examples == (4, 16)
-    assert {"one model per task", "many-shot, all answers", "base", "majority answer", "TF-IDF + log. reg."} == set(
-        found.lines
-    )
+    answered = ["one model per task", "many-shot, all answers", "base"]
+    assert list(found.lines) == [*answered, "majority answer", "TF-IDF + log. reg.", "nearest neighbour"]
     assert all(one is not None and one.measured.num_tasks == 2 for one in found.differences)
     # A family without labels has no logistic regression, so the mean over families has none.
     everything = numbers.in_weights("unseen")
     assert everything is not None
     assert "TF-IDF + log. reg." not in everything.lines
+    nearest = everything.lines["nearest neighbour"][0]
+    assert nearest is not None
+    assert nearest.mean == pytest.approx(0.55)
+    assert nearest.interval is None
 
 
 def test_imported_answers_stand_beside_them(tmp_path: Path) -> None:
