@@ -135,8 +135,7 @@ class ComparisonPlan:
         settings = self.prepared.settings
         points = evaluation_of(run, settings).points()
         # A query is about as long as a demonstration.
-        samples = [length.statistics for name, length in self.prepared.lengths.items() if name != "dedicated"]
-        per_shot = samples[-1].tokens / max(samples[-1].answers, 1.0) if samples else 0.0
+        per_shot = _tokens_per_example(self.prepared.lengths)
         num_answers, num_tokens = 0, 0.0
         for task in evaluated_tasks(run, self.prepared.tasks):
             num_queries = min(settings.compare.num_queries, len(task.test))
@@ -230,6 +229,12 @@ def _cells(title: str, grid: Grid, works: Iterable[PlannedWork]) -> Iterator[str
     count, *cells = grid.plan(lambda cell: [of_cell[cell.name].sentence()])
     yield f"{title}: {count}"
     yield from (f"  {line}" for line in cells)
+
+
+def _tokens_per_example(lengths: Mapping[str, Length]) -> float:
+    """Estimate the tokens of an example from a regime that supervises each; 0 where none does."""
+    known = [lengths[name].statistics for name in ("all_answers", "zero_shot", "dedicated") if name in lengths]
+    return known[0].tokens / known[0].answers if known else 0.0
 
 
 def _seeds(points: Iterable[Any]) -> set[int]:
