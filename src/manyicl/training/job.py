@@ -64,6 +64,8 @@ class TrainedRun:
         best_score: Score of the saved model on held-out tasks; None if nothing was measured.
         best_step: Step after which it was reached; None if nothing was measured.
         was_found: True if the run was finished before.
+        was_signalled: True if a signal asked to stop, also in the last step, after which the run is finished all the
+            same.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class TrainedRun:
     best_score: float | None
     best_step: int | None
     was_found: bool = False
+    was_signalled: bool = False
 
 
 def ensure_trained(
@@ -157,7 +160,8 @@ def _found_or_trained(
             activity.say(sentence)
     state = trainer.state
     best_step = state.best_global_step if measured else None
-    return TrainedRun(folder.path, finished, state.global_step, state.best_metric, best_step)
+    best = state.best_metric
+    return TrainedRun(folder.path, finished, state.global_step, best, best_step, was_signalled=trainer.was_signalled)
 
 
 def _plan(folder: RunFolder, recipe: Recipe, existing: Existing) -> _Plan:

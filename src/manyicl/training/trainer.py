@@ -96,6 +96,7 @@ class ManyShotTrainer(Trainer):
             )
         self.checkpoints = Checkpoints(Path(str(arguments.output_dir)))
         self.most_logits: int | None = None
+        self.was_signalled = False
         self._evaluation = evaluation
         self.run_counts = run
         self._step_losses: list[tuple[Tensor, tuple[str, ...]]] = []
@@ -365,6 +366,7 @@ class ManyShotTrainer(Trainer):
             except RuntimeError as error:
                 self._why_no_rate = f" The matrix rate could not be measured: {reason(error)}."
             self.train(resume_from_checkpoint=checkpoint)
+        self.was_signalled = stop.was_signalled
         return not stop.stopped
 
 
@@ -389,6 +391,11 @@ class StopAfterStep(TrainerCallback):
     def __init__(self) -> None:
         self._signalled_at: float | None = None
         self.stopped = False
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether a signal came, also one in the last step, after which the run is finished."""
+        return self._signalled_at is not None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; end the run at a later one."""

@@ -24,6 +24,7 @@ from manyicl.evaluation.comparison.summary import as_json, score_rows
 from manyicl.evaluation.grid import CellState
 from manyicl.training.job import ensure_trained
 from tests.evaluation.comparison.cases import comparison_in, write_task
+from tests.training.test_train import stop_in_step
 
 PAIR = ("compare.regimes=[base, last_answer, all_answers]", "compare.learning_rates=[1e-3]")
 TUNED = ("compare.regimes=[zero_shot, all_answers]", "compare.learning_rates=[1e-3, 3e-3]")
@@ -134,6 +135,21 @@ def test_an_interrupted_comparison_in_another_order_ends_as_one_that_was_left_al
 
 
 _planned_runs = planned_runs
+
+
+def test_ctrl_c_in_the_last_step_of_a_training_stops_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = comparison_in(tmp_path, *TUNED, "compare.regimes=[all_answers]")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "held_out_measure", lambda tasks, **options: stop_in_step(1))
+        with pytest.raises(KeyboardInterrupt):
+            compared(settings)
+    trial = settings.output / "rates" / "all_answers_rate0"
+    assert (trial / "model" / "manyicl.json").is_file()
+    assert not (trial / "done.json").exists()
+    assert not (settings.output / "rates" / "all_answers_rate1" / "cell.json").exists()
+    assert not compared(settings).failures
 
 
 def test_a_cell_that_fails_is_kept_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

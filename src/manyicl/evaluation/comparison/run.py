@@ -395,9 +395,10 @@ def _finished(run: TrainedRun) -> TrainedRun:
     """Return a run that is finished.
 
     Raises:
-        KeyboardInterrupt: If a signal ended it early; its checkpoint stays.
+        KeyboardInterrupt: If a signal ended it early, and its checkpoint stays; or came in its last step, and the
+            finished run is found when the comparison resumes.
     """
-    if not run.finished:
+    if not run.finished or run.was_signalled:
         raise KeyboardInterrupt
     return run
 
