@@ -68,7 +68,7 @@ def test_each_plot_is_a_picture_with_its_rows(folder: Path) -> None:
     plots = folder / "plots"
     pictures = {path.stem for path in plots.glob("*.svg")}
     assert {"curves_unseen", "curves_seen", "differences_unseen", "in_weights_unseen", "positions"} <= pictures
-    assert {"forgetting", "forgetting_steps", "curves_unseen_qa", "task_unseen_1_unseen_a"} <= pictures
+    assert {"forgetting", "forgetting_steps", "curves_unseen_qa", "task_unseen_unseen_a"} <= pictures
     for name in pictures:
         assert "<svg" in (plots / f"{name}.svg").read_text(encoding="utf-8")
         assert rows_of(plots / f"{name}.csv"), name
@@ -105,7 +105,10 @@ def test_a_report_replaces_no_file_of_anyone_else(tmp_path: Path, capsys: pytest
         assert path.read_text(encoding="utf-8") == "mine\n"
         assert [one.name for one in other.rglob("*") if one.name.startswith(("report", "curves"))] == [path.name]
         path.unlink()
+    # Rows of an earlier version of ours are replaced.
+    (other / "plots" / "curves_unseen.csv").write_text("regime,shots,earlier\n", encoding="utf-8")
     report_command(other, quiet=True)
+    assert rows_of(other / "plots" / "curves_unseen.csv")
     assert capsys.readouterr() == ("", "")
     assert (other / "report.html").is_file()
 
@@ -147,7 +150,7 @@ def test_failed_and_waiting_cells_are_on_the_page(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    tasks = {f"{EVIL} {i}": ("unseen", "classification") for i in range(2)}
+    tasks = {f"{EVIL}{end}": ("unseen", "classification") for end in ("", "!")}
     world = World(
         tasks=tasks, num_seeds=1, num_queries=5, regimes=["base", "all_answers"], others={}, imported={"x": 0.5}
     )
@@ -161,6 +164,7 @@ def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
     assert tables
     assert all("alert" not in line or line.count("|") == tables[0].count("|") for line in tables)
+    assert len(list((folder / "plots").glob("task_*.svg"))) == 2
     for picture in (folder / "plots").glob("*.svg"):
         assert "<script" not in picture.read_text(encoding="utf-8")
 

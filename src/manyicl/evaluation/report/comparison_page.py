@@ -38,7 +38,7 @@ from manyicl.evaluation.report.comparison_tables import Table
 from manyicl.evaluation.report.drawing import family_title, is_picture
 from manyicl.evaluation.report.lines import FLAGS_OF_COMPARISONS, flag_notes
 from manyicl.evaluation.report.template import is_report, render
-from manyicl.evaluation.result import Result, readable_name
+from manyicl.evaluation.result import Result, hash_of, readable_name
 from manyicl.evaluation.summary import OVERALL
 from manyicl.outputs import require_output_file
 
@@ -151,9 +151,12 @@ def _require_outputs(folder: Path, pictures: Iterable[str], data: Mapping[str, S
     def begins_with(line: str) -> Callable[[Path], bool]:
         return lambda path: path.read_bytes().startswith(line.encode())
 
+    # Rows of an earlier version may have other columns after the first two.
     recognised: dict[Path, Callable[[Path], bool]] = {folder / PAGE: is_report, folder / MARKDOWN: begins_with(MARK)}
     recognised |= {folder / PLOTS / f"{name}.svg": is_picture for name in pictures}
-    recognised |= {folder / PLOTS / f"{name}.csv": begins_with(as_csv(columns, ())) for name, columns in data.items()}
+    recognised |= {
+        folder / PLOTS / f"{name}.csv": begins_with(as_csv(columns[:2], ()).rstrip()) for name, columns in data.items()
+    }
     for path, is_ours in recognised.items():
         require_output_file(path, is_ours=is_ours, with_parents=True)
 
@@ -176,13 +179,13 @@ def _role_content(numbers: Statistics, message: Message) -> RoleContent:
         plots["in_weights"] = in_weights_plot(found, f"in_weights_{role}", title)
     groups = numbers.groups(compared)
     families = (
-        shot_curves(numbers, f"curves_{role}_{readable_name(family)}", family_title(family), members, is_small=True)
+        shot_curves(numbers, f"curves_{role}_{_file_name(family)}", family_title(family), members, is_small=True)
         for family, members in groups.items()
         if family != OVERALL
     )
     task_plots = (
-        shot_curves(numbers, f"task_{role}_{number}_{readable_name(task)}", task, (task,), is_small=True)
-        for number, task in enumerate(compared, start=1)
+        shot_curves(numbers, f"task_{role}_{_file_name(task)}", task, (task,), is_small=True)
+        for task in compared
         if len(compared) <= MOST_TASKS_DRAWN
     )
     return RoleContent(
@@ -198,6 +201,12 @@ def _role_content(numbers: Statistics, message: Message) -> RoleContent:
         families=tuple(plot for plot in families if plot is not None),
         task_plots=tuple(plot for plot in task_plots if plot is not None),
     )
+
+
+def _file_name(name: str) -> str:
+    """Return the name of a task or family as a file can have it; where it changes, a hash keeps it apart."""
+    readable = readable_name(name)
+    return name if readable == name else f"{readable}-{hash_of(name)[:8]}"
 
 
 def _plots_of(content: RoleContent) -> Iterable[Plot]:
