@@ -47,19 +47,19 @@ class SegmentTokenizer:
         description = _with_special_tokens(json.loads(backend.to_str()), written)
         without_marker = _without_leading_marker(description)
         self.marks_first = without_marker != description
-        self._first = _copy(description)
-        # Parsing a vocabulary takes tenths of a second, so where there is no marker, one copy is both.
-        self._inner = _copy(without_marker) if self.marks_first else self._first
+        # Writing and parsing a vocabulary takes tenths of a second, so where there is no marker, one copy is both.
+        first = json.dumps(description)
+        inner = json.dumps(without_marker) if self.marks_first else first
+        self._first = _copy(first)
+        self._inner = _copy(inner) if self.marks_first else self._first
         self._added = tuple(token["content"] for token in description["added_tokens"])
         control = [token for token in description["added_tokens"] if token["content"] in written]
         self._control_ids = {token["content"]: token["id"] for token in control}
         self._strips = any(token["lstrip"] or token["rstrip"] for token in control)
         self._byte_of_token = _byte_of_token(backend, description)
         if written:
-            self._control_first = _copy(description, with_control_tokens=True)
-            self._control_inner = (
-                _copy(without_marker, with_control_tokens=True) if self.marks_first else self._control_first
-            )
+            self._control_first = _copy(first, with_control_tokens=True)
+            self._control_inner = _copy(inner, with_control_tokens=True) if self.marks_first else self._control_first
         for segment in constants:
             self._require_kept(segment)
 
@@ -138,9 +138,9 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return (bos,) if bos is not None and with_special[:1] == [bos] else ()
 
 
-def _copy(description: dict[str, Any], *, with_control_tokens: bool = False) -> Tokenizer:
-    """Make a backend tokenizer without truncation or padding, so that nothing is cut in silence."""
-    copy = Tokenizer.from_str(json.dumps(description))
+def _copy(description: str, *, with_control_tokens: bool = False) -> Tokenizer:
+    """Make a backend tokenizer from its JSON, without truncation or padding, so that nothing is cut in silence."""
+    copy = Tokenizer.from_str(description)
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = not with_control_tokens
