@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,25 @@ def test_every_training_of_a_comparison_is_a_recipe(path: Path) -> None:
         nominal_recipe(settings, regime)
     for variant in settings.compare.variants.values():
         nominal_recipe(settings, "all_answers", variant)
+
+
+def test_the_commands_that_test_the_claims_of_the_paper_are_comparisons() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    changes = re.findall(r"--set (compare\.regimes=\[.*?\])", page)
+    assert len(changes) == 4
+    for change in changes:
+        dropped = [] if "dedicated" in change else ["compare.dedicated={}"]
+        settings = Comparison.read(ROOT / "recipes" / "compare" / "nano.yaml", [change, *dropped])
+        assert f"compare.regimes=[{','.join(settings.compare.regimes)}]" == change
+
+
+def test_metaicl_is_compared_in_both_forms() -> None:
+    direct = Comparison.read(ROOT / "recipes" / "compare" / "metaicl.yaml")
+    channel = Comparison.read(ROOT / "recipes" / "compare" / "metaicl.yaml", ["format.kind=channel"])
+    assert (direct.format.kind, channel.format.kind) == ("plain", "channel")
+    few_shot = nominal_recipe(channel, "few_shot")
+    assert (few_shot.sequences.examples_per_episode, few_shot.objective.supervise) == (17, "last_answer")
+    assert (direct.compare.num_draws, max(direct.shots)) == (5, 16)
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *COMPARISONS], ids=lambda path: path.stem)
