@@ -64,7 +64,7 @@ class TrainedRun:
         best_score: Score of the saved model on held-out tasks; None if nothing was measured.
         best_step: Step after which it was reached; None if nothing was measured.
         was_found: True if the run was finished before.
-        was_signalled: True if a signal asked to stop, also in the last step, after which the run is finished all the
+        was_signalled: True if a signal to stop came, also in the last step, after which the run is finished all the
             same.
     """
 
