@@ -232,9 +232,13 @@ def _cells(title: str, grid: Grid, works: Iterable[PlannedWork]) -> Iterator[str
 
 
 def _tokens_per_example(lengths: Mapping[str, Length]) -> float:
-    """Estimate the tokens of an example from a regime that supervises each; 0 where none does."""
-    known = [lengths[name].statistics for name in ("all_answers", "zero_shot", "dedicated") if name in lengths]
-    return known[0].tokens / known[0].answers if known else 0.0
+    """Estimate the tokens of an example, best from a regime that supervises each; 0 where nothing is trained."""
+    for name in ("all_answers", "zero_shot", "dedicated"):
+        if name in lengths:
+            return lengths[name].statistics.tokens / lengths[name].statistics.answers
+    others = [length.statistics for length in lengths.values()]
+    # As if every episode were as long as the longest.
+    return others[0].tokens / (others[0].episodes * (others[0].most_shots + 1)) if others else 0.0
 
 
 def _seeds(points: Iterable[Any]) -> set[int]:
