@@ -7,20 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.evaluation.comparison.arms import ALL_ANSWERS, BASE, EQUAL_ANSWERS, FEW_SHOT, LAST_ANSWER, Arm, Point
+from manyicl.evaluation.comparison.omissions import omissions
 from manyicl.evaluation.comparison.records import ComparisonRecords
-from manyicl.evaluation.comparison.statistics import (
-    ALL_ANSWERS,
-    BASE,
-    EQUAL_ANSWERS,
-    FEW_SHOT,
-    LAST_ANSWER,
-    Arm,
-    Difference,
-    Point,
-    Statistics,
-    omissions,
-    statistics_of,
-)
+from manyicl.evaluation.comparison.statistics import Difference, Statistics, statistics_of
 from manyicl.evaluation.summary import OVERALL
 from tests.evaluation.comparison.made_up import World
 

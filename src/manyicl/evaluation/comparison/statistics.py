@@ -1,4 +1,4 @@
-"""Records of a comparison -> its numbers: means, differences, shares of a gap, forgetting, cost, and what is missing.
+"""Records of a comparison -> its numbers: means, differences, shares of a gap, ablations, and what is measured besides.
 
 Seen and unseen tasks are never averaged together. Within either, means are over the tasks that every regime answered
 with the same queries, families weighing alike. An *arm* is one way to adapt the model; its trainings differ in their
@@ -8,13 +8,25 @@ seed alone. A *point* is an arm at a shot count.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 from typing import Literal
 
-from manyicl.errors import pluralized
+from manyicl.evaluation.comparison.arms import (
+    ALL_ANSWERS,
+    BASE,
+    EQUAL_ANSWERS,
+    FEW_SHOT,
+    IMPORTED,
+    LAST_ANSWER,
+    REGIME_LABELS,
+    ZERO_SHOT,
+    Arm,
+    Point,
+    arm_of,
+)
 from manyicl.evaluation.comparison.estimates import (
     Measured,
     ScoreTable,
@@ -26,9 +38,16 @@ from manyicl.evaluation.comparison.estimates import (
     score_table,
     share_of_gap,
 )
-from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, Forgetting, PositionScore
+from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords
 from manyicl.evaluation.comparison.settings import Comparison, VariantSettings
-from manyicl.evaluation.grid import CellState
+from manyicl.evaluation.comparison.side_measures import (
+    Cost,
+    Forgotten,
+    PositionMean,
+    cost_of,
+    forgotten,
+    mean_by_position,
+)
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL
 from manyicl.evaluation.uncertainty import Estimate
@@ -37,86 +56,7 @@ from manyicl.tasks.spec import family_order
 ComparedRole = Literal["unseen", "seen"]
 ROLES: tuple[ComparedRole, ...] = ("unseen", "seen")
 
-IMPORTED = "import_"
-# Cells that wait which a sentence names.
-MOST_NAMED = 6
-_REGIMES = {
-    "base": "base",
-    "zero_shot": "zero-shot",
-    "few_shot": "few-shot",
-    "last_answer": "many-shot, last answer",
-    "all_answers": "many-shot, all answers",
-    "dedicated": "one model per task",
-    "import": "imported",
-}
 _BASELINES = {"majority": "majority answer", "tfidf": "TF-IDF + log. reg.", "nearest": "nearest neighbour"}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to adapt the model.
-
-    Attributes:
-        regime: Its regime, or ``import`` for answers that were given as a file.
-        replay: Whether general text was replayed.
-        variant: Name of an ablation of all answers.
-        equal_answers: Whether it has as many supervised answers as the last-answer regime, and so fewer tokens.
-        num_examples: Examples that a dedicated model was trained on.
-        imported: Name of imported answers.
-    """
-
-    regime: str
-    replay: bool = False
-    variant: str | None = None
-    equal_answers: bool = False
-    num_examples: int | None = None
-    imported: str | None = None
-
-    @property
-    def label(self) -> str:
-        """What tables and plots call it."""
-        if self.imported is not None:
-            return f"imported: {self.imported}"
-        if self.variant is not None:
-            return f"variant {self.variant}"
-        name = _REGIMES.get(self.regime, self.regime)
-        if self.num_examples is not None:
-            name = f"{name}, {pluralized(self.num_examples, 'example')}"
-        return name + (", equal answers" if self.equal_answers else "") + (" + replay" if self.replay else "")
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it is one of the regimes with one model for all tasks, at the common budget, without replay."""
-        return self.regime not in ("dedicated", "import") and not (self.replay or self.variant or self.equal_answers)
-
-    @property
-    def place(self) -> tuple[object, ...]:
-        """Its place among other arms."""
-        order = list(_REGIMES).index(self.regime) if self.regime in _REGIMES else len(_REGIMES)
-        return (
-            (self.variant or "", order, self.replay, self.equal_answers),
-            (self.num_examples or 0, self.imported or ""),
-        )
-
-
-BASE, ZERO_SHOT, FEW_SHOT = Arm("base"), Arm("zero_shot"), Arm("few_shot")
-LAST_ANSWER, ALL_ANSWERS = Arm("last_answer"), Arm("all_answers")
-EQUAL_ANSWERS = Arm("all_answers", equal_answers=True)
-
-
-@dataclass(frozen=True)
-class Point:
-    """An arm at a shot count."""
-
-    arm: Arm
-    shots: int
-
-    @property
-    def label(self) -> str:
-        """What tables call it: dedicated models are evaluated without demonstrations, as everyone knows."""
-        if self.arm.regime in ("dedicated", "import"):
-            return self.arm.label
-        return f"{self.arm.label}, {pluralized(self.shots, 'shot')}"
 
 
 @dataclass(frozen=True)
@@ -204,56 +144,6 @@ class InWeights:
     num_examples: tuple[int, ...]
     lines: Mapping[str, tuple[Measured | None, ...]]
     differences: tuple[Difference | None, ...]
-
-
-@dataclass(frozen=True)
-class PositionMean:
-    """Accuracy of the demonstrations at some positions of a sequence, each answered after those before it."""
-
-    first: int
-    last: int
-    accuracy: float
-    num_answers: int
-    num_tasks: int
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """What an arm lost elsewhere.
-
-    Attributes:
-        before: Nats per token of general text of the base, on average over the trainings.
-        after: The same after training.
-        rise: After minus before, over trainings; the text is the same for all.
-        probes: Score on the probe tasks, before and after.
-        steps: Step -> rise, along training, for the steps that every training measured.
-    """
-
-    before: float | None
-    after: float | None
-    rise: Estimate | None
-    probes: tuple[float, float] | None
-    steps: Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a training of an arm costs, on average over the training seeds; of dedicated models, all of them.
-
-    Attributes:
-        num_models: Models that one seed trains.
-        learning_rates: Rates in use.
-        peak_memory_gib: Most memory of any training, if it was recorded.
-    """
-
-    num_models: int
-    num_trainings: int
-    num_steps: float
-    num_tokens: float
-    num_answers: float
-    seconds: float
-    peak_memory_gib: float | None
-    learning_rates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -478,7 +368,7 @@ class Statistics:
             return None
         counts = tuple(arm.num_examples or 0 for arm in self.dedicated)
         lines: dict[str, tuple[Measured | None, ...]] = {
-            _REGIMES["dedicated"]: tuple(self.score(Point(arm, 0), tasks) for arm in self.dedicated)
+            REGIME_LABELS["dedicated"]: tuple(self.score(Point(arm, 0), tasks) for arm in self.dedicated)
         }
         for arm in (ALL_ANSWERS, BASE):
             lines[arm.label] = tuple(self.score(Point(arm, count), tasks) for count in counts)
@@ -520,19 +410,19 @@ class Statistics:
         found: dict[Arm, list[PositionMean]] = {}
         for arm, cells in self.cells.items():
             scores = [one for cell in cells for one in cell.positions if one.task in tasks and one.accuracy is not None]
-            if not arm.variant and (means := _mean_by_position(scores)):
+            if not arm.variant and (means := mean_by_position(scores)):
                 found[arm] = means
         return {arm: found[arm] for arm in self.arms if arm in found}
 
     def forgotten(self) -> dict[Arm, Forgotten]:
         """What each arm lost elsewhere; the base is where all began."""
         base = next((one for cell in self.cells.get(BASE, ()) for one in cell.forgetting), None)
-        found = {arm: _forgotten(self.cells.get(arm, ()), base) for arm in self.arms if arm != BASE}
+        found = {arm: forgotten(self.cells.get(arm, ()), base) for arm in self.arms if arm != BASE}
         return {arm: one for arm, one in found.items() if one is not None}
 
     def costs(self) -> dict[Arm, Cost]:
         """What each arm costs to train."""
-        return {arm: _cost(self.cells[arm]) for arm in self.arms if self.cells.get(arm)}
+        return {arm: cost_of(self.cells[arm]) for arm in self.arms if self.cells.get(arm)}
 
     def ablations(self, role: str = "unseen") -> list[tuple[Row, Difference | None]]:
         """Each ablation, and how it differs from all answers at the same training seeds."""
@@ -552,85 +442,6 @@ def _is_constant(arm: Arm, shots: int) -> bool:
 
 def _same_queries(first: Weighted, second: Weighted) -> bool:
     return [table.queries_hash for _, table in first] == [table.queries_hash for _, table in second]
-
-
-def _mean_by_position(scores: Sequence[PositionScore]) -> list[PositionMean]:
-    """Average tasks at each range of positions; tasks that are too long to reach far are in none."""
-    by_task: defaultdict[str, defaultdict[int, list[PositionScore]]] = defaultdict(lambda: defaultdict(list))
-    for one in scores:
-        # The last range of a task ends with its demonstrations.
-        by_task[one.task][one.first].append(one)
-    if not by_task:
-        return []
-    reach = sorted((max(ranges) for ranges in by_task.values()), reverse=True)
-    far = reach[(len(reach) - 1) // 2]
-    ranges = [by_task[task] for task in by_task if far in by_task[task]]
-    means = []
-    for first in sorted(set.intersection(*(set(one) for one in ranges))):
-        if first <= far:
-            cells = [one[first] for one in ranges]
-            found = [score for one in cells for score in one]
-            accuracy = fmean(fmean(score.accuracy or 0.0 for score in one) for one in cells)
-            num_answers, last = sum(score.num_answers for score in found), max(score.last for score in found)
-            means.append(PositionMean(first, last, accuracy, num_answers, len(cells)))
-    return means
-
-
-def _forgotten(cells: Sequence[CellRecord], base: Forgetting | None) -> Forgotten | None:
-    """Compare the last measurement of each training with its first, or with that of the base."""
-    pairs = []
-    by_step: defaultdict[int, list[float]] = defaultdict(list)
-    for cell in cells:
-        moments = sorted(cell.forgetting, key=lambda one: one.step)
-        before = next((one for one in moments if one.step == 0), base)
-        if not moments or before is None or (before is moments[-1] and cell.num_steps):
-            continue
-        pairs.append((before, moments[-1]))
-        for one in [before, *moments]:
-            if one.nats_per_token is not None and before.nats_per_token is not None:
-                by_step[one.step].append(one.nats_per_token - before.nats_per_token)
-    if not pairs:
-        return None
-    nats = [(a.nats_per_token, b.nats_per_token) for a, b in pairs]
-    known = [(a, b) for a, b in nats if a is not None and b is not None]
-    probes = [(fmean(a.probes.values()), fmean(b.probes.values())) for a, b in pairs if a.probes and b.probes]
-    return Forgotten(
-        before=fmean(a for a, _ in known) if known else None,
-        after=fmean(b for _, b in known) if known else None,
-        rise=_over_trainings([b - a for a, b in known]),
-        probes=(fmean(a for a, _ in probes), fmean(b for _, b in probes)) if probes else None,
-        steps={step: fmean(rises) for step, rises in sorted(by_step.items()) if len(rises) >= len(pairs)},
-    )
-
-
-def _over_trainings(values: Sequence[float]) -> Estimate | None:
-    """Mean over trainings with the error of having trained these; no error for one."""
-    if not values:
-        return None
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return Estimate(mean, None, count, pairing="paired")
-    error = (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** 0.5
-    return Estimate(mean, error, count, count - 1, "paired")
-
-
-def _cost(cells: Sequence[CellRecord]) -> Cost:
-    seeds = {cell.training_seed for cell in cells}
-    memory = [cell.peak_memory_gib for cell in cells if cell.peak_memory_gib is not None]
-
-    def per_seed(values: Iterable[float]) -> float:
-        return sum(values) / len(seeds)
-
-    return Cost(
-        num_models=len({cell.task for cell in cells}),
-        num_trainings=len(seeds),
-        num_steps=per_seed(cell.num_steps for cell in cells),
-        num_tokens=per_seed(cell.num_tokens for cell in cells),
-        num_answers=per_seed(cell.num_answers for cell in cells),
-        seconds=per_seed(cell.seconds for cell in cells),
-        peak_memory_gib=max(memory, default=None),
-        learning_rates=tuple(sorted({cell.learning_rate for cell in cells if cell.learning_rate is not None})),
-    )
 
 
 def plan_of(settings: Comparison) -> Plan:
@@ -655,11 +466,6 @@ def plan_of(settings: Comparison) -> Plan:
 def _changes(variant: VariantSettings) -> str:
     share = [] if variant.task_share == 1 else [f"{variant.task_share:.0%} of the training tasks"]
     return ", ".join([*variant.set, *share])
-
-
-def arm_of(cell: CellRecord) -> Arm:
-    """Return the arm that a cell is a training of."""
-    return Arm(cell.regime, cell.replay, cell.variant, cell.equal == "answers", cell.num_examples)
 
 
 def statistics_of(records: ComparisonRecords) -> Statistics:
@@ -693,36 +499,3 @@ def statistics_of(records: ComparisonRecords) -> Statistics:
             for point, rows in found.items()
         },
     )
-
-
-def omissions(records: ComparisonRecords, statistics: Statistics) -> list[str]:
-    """Say in sentences what is missing from the numbers, and why."""
-    plan = statistics.plan
-    waiting = [report.cell.name for report in records.failures if report.state is CellState.WAITING]
-    others = [report for report in records.failures if report.state is not CellState.WAITING]
-    lines = [report.sentence().removesuffix(".") + "." for report in others]
-    if waiting:
-        more = "" if len(waiting) <= MOST_NAMED else f" and {len(waiting) - MOST_NAMED} more"
-        lines.append(f"{pluralized(len(waiting), 'cell')} not started: {', '.join(waiting[:MOST_NAMED])}{more}.")
-    cells = {cell.name for cell in records.cells}
-    unfinished = {r.model_name for r in records.results if r.model_name not in cells} - {
-        r.model_name for r in records.results if r.model_name.startswith(IMPORTED)
-    }
-    lines += [f"{name}: its results do not count, since the cell is not done." for name in sorted(unfinished)]
-    trained = {arm.regime for arm in statistics.cells}
-    lines += [
-        f"{_REGIMES.get(name, name)}: no cell of this regime is done." for name in plan.regimes if name not in trained
-    ]
-    for arm, its_cells in statistics.cells.items():
-        num_seeds = len({cell.training_seed for cell in its_cells})
-        if not arm.variant and num_seeds < plan.num_training_seeds:
-            lines.append(f"{arm.label}: {num_seeds} of {pluralized(plan.num_training_seeds, 'seed')} done.")
-    for role in ROLES:
-        for task in statistics.tasks_of(role):
-            if (reason := statistics.why_not_compared(role, task)) is not None:
-                lines.append(f"{task} ({role}) is in no mean: {reason}.")
-        compared, with_models = statistics.compared(role), statistics.dedicated_tasks(role)
-        if statistics.dedicated and len(with_models) < len(compared):
-            number = f"{len(compared) - len(with_models)} of {pluralized(len(compared), f'{role} task')}"
-            lines.append(f"{number} without a model per task of every size, and in no comparison with those.")
-    return lines

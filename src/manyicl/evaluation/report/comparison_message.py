@@ -6,20 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from manyicl.errors import pluralized
+from manyicl.evaluation.comparison.arms import ALL_ANSWERS, BASE, EQUAL_ANSWERS, FEW_SHOT, LAST_ANSWER, ZERO_SHOT, Point
 from manyicl.evaluation.comparison.estimates import Measured, ShareOfGap
-from manyicl.evaluation.comparison.statistics import (
-    ALL_ANSWERS,
-    BASE,
-    EQUAL_ANSWERS,
-    FEW_SHOT,
-    LAST_ANSWER,
-    ROLES,
-    ZERO_SHOT,
-    ComparedRole,
-    Difference,
-    Point,
-    Statistics,
-)
+from manyicl.evaluation.comparison.statistics import ROLES, ComparedRole, Difference, Statistics
 from manyicl.evaluation.report.message import COUNTS_RIGHT_ANSWERS
 
 _NAMES = {

@@ -11,14 +11,9 @@ from markupsafe import Markup
 
 from manyicl.atomic import write_atomically
 from manyicl.errors import pluralized
+from manyicl.evaluation.comparison.omissions import omissions
 from manyicl.evaluation.comparison.records import COMPARISON_FILE, ComparisonRecords
-from manyicl.evaluation.comparison.statistics import (
-    ROLES,
-    ComparedRole,
-    Statistics,
-    omissions,
-    statistics_of,
-)
+from manyicl.evaluation.comparison.statistics import ROLES, ComparedRole, Statistics, statistics_of
 from manyicl.evaluation.report import comparison_tables as tables
 from manyicl.evaluation.report.comparison_markdown import MARK, as_markdown
 from manyicl.evaluation.report.comparison_message import Message, enumerated, forgetting_sentence, messages, metrics_of

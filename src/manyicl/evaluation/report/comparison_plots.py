@@ -13,8 +13,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from manyicl.evaluation.comparison.arms import ALL_ANSWERS, Arm
 from manyicl.evaluation.comparison.estimates import Measured
-from manyicl.evaluation.comparison.statistics import ALL_ANSWERS, Arm, Difference, InWeights, Statistics
+from manyicl.evaluation.comparison.statistics import Difference, InWeights, Statistics
 from manyicl.evaluation.report.drawing import (
     FAINT,
     INK,

@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from manyicl.errors import pluralized
+from manyicl.evaluation.comparison.arms import ALL_ANSWERS, Arm, Point
 from manyicl.evaluation.comparison.estimates import Measured
-from manyicl.evaluation.comparison.statistics import (
-    ALL_ANSWERS,
-    ROLES,
-    Arm,
-    ComparedRole,
-    Cost,
-    Difference,
-    Forgotten,
-    Point,
-    Row,
-    Statistics,
-)
+from manyicl.evaluation.comparison.side_measures import Cost, Forgotten
+from manyicl.evaluation.comparison.statistics import ROLES, ComparedRole, Difference, Row, Statistics
 from manyicl.evaluation.report.comparison_message import interval, percent, signed
 from manyicl.evaluation.report.comparison_plots import look_of
 from manyicl.evaluation.report.drawing import family_title
