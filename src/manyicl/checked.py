@@ -75,6 +75,19 @@ def read_text(path: Path) -> str:
     return "".join(text_lines(path))
 
 
+def require_whole_characters(text: str) -> None:
+    """Refuse half characters: JSON may hold lone surrogates, which no tokenizer or file can.
+
+    Raises:
+        UserError: With the half.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.end]
+        raise UserError("half_a_character", f"a text holds half a character, {half!r}") from error
+
+
 def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     """Yield the lines of a text, with or without a byte order mark, with any line ends, as they are needed.
 

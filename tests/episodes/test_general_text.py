@@ -36,6 +36,14 @@ def test_a_line_of_jsonl_without_a_text_is_named(tmp_path: Path, line: str) -> N
     assert (error.value.code, error.value.file, error.value.row) == ("no_text", path, 2)
 
 
+def test_half_a_character_in_a_line_of_jsonl_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "\\ud83d half"}\n', encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_general_text(path)
+    assert (error.value.code, error.value.file, error.value.row) == ("half_a_character", path, 2)
+
+
 @pytest.mark.parametrize(
     ("content", "code"), [(b"", "empty_text"), (b" \n\n", "empty_text"), ("Gerät".encode("cp1252"), "not_utf8")]
 )

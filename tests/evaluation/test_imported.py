@@ -115,6 +115,16 @@ def test_a_line_without_an_answer_is_named(tmp_path: Path, line: str) -> None:
     assert (error.value.code, error.value.row) == ("no_answer", 2)
 
 
+def test_half_a_character_in_an_answer_is_named(tmp_path: Path) -> None:
+    path = answers_file(tmp_path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "answer": "\ud83d"})
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        import_predictions(path, "peer", TASKS, tmp_path / "results")
+    assert (error.value.code, error.value.file, error.value.row) == ("half_a_character", path, 2)
+
+
 def test_two_answers_to_one_query_are_refused_with_both_lines(tmp_path: Path) -> None:
     path = answers_file(tmp_path)
     content = path.read_text(encoding="utf-8")

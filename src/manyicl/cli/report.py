@@ -64,9 +64,9 @@ def report_command(
             "--no-examples": not examples,
             "--per-task": per_task,
             "--errors": errors is not None,
-            "--json": as_json,
         }
-        _report_comparison(results, [name for name, is_given in given.items() if is_given], quiet=quiet)
+        unused = [name for name, is_given in given.items() if is_given]
+        _report_comparison(results, unused, quiet=quiet, as_json=as_json)
         return
     page = output or results / "report.html"
     with Activity(new_console(stderr=True), quiet=quiet) as activity:
@@ -126,9 +126,11 @@ def _print(records: Sequence[Result], written: Mapping[str, Path | None], *, per
             console.print(f"{what}: {path}", markup=False, soft_wrap=True)
 
 
-def _report_comparison(folder: Path, given: Sequence[str], *, quiet: bool) -> None:
+def _report_comparison(folder: Path, given: Sequence[str], *, quiet: bool, as_json: bool) -> None:
     """Write the report of a comparison into its folder, and say what it shows."""
     from manyicl.errors import UserError
+    from manyicl.evaluation.comparison.records import ComparisonRecords
+    from manyicl.evaluation.comparison.summary import as_json as summary
     from manyicl.evaluation.report.comparison_page import write_comparison
 
     if given:
@@ -137,7 +139,9 @@ def _report_comparison(folder: Path, given: Sequence[str], *, quiet: bool) -> No
     with Activity(new_console(stderr=True), quiet=quiet) as activity:
         activity.begin("drawing the report")
         written = write_comparison(folder)
-    if not quiet:
+    if as_json:
+        typer.echo(json.dumps(summary(ComparisonRecords.load(folder)), ensure_ascii=False, indent=2))
+    elif not quiet:
         for path in written[:2]:
             say(new_console(), f"Report: {path}")
         say(new_console(), f"Plots: {folder / 'plots'}")

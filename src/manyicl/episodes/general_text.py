@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from manyicl.checked import read_text
+from manyicl.checked import read_text, require_whole_characters
 from manyicl.errors import UserError, located, quoted
 from manyicl.paths import exists, expanded, nearest_path, sha256_of_file
 
@@ -82,6 +82,8 @@ def _documents(content: str) -> Iterator[str]:
         if not isinstance(document, str):
             expected = 'an object with a text, such as {"text": "…"}'
             raise UserError("no_text", "a line holds no text", expected=expected, found=quoted(line), row=row)
+        with located(row=row, field="text"):
+            require_whole_characters(document)
         yield document
 
 

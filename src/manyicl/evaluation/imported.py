@@ -11,14 +11,14 @@ The hash of a query is that of its task and text, so that an answer cannot get t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from manyicl.atomic import write_atomically
-from manyicl.checked import read_text
-from manyicl.errors import UserError, pluralized, quoted, shortened
+from manyicl.checked import read_text, require_whole_characters
+from manyicl.errors import UserError, located, pluralized, quoted, shortened
 from manyicl.evaluation.metrics import metrics_of
 from manyicl.evaluation.result import PredictedAnswer, Result, ResultStore, hash_of, result_key
 from manyicl.evaluation.shot_curve import (
@@ -34,6 +34,7 @@ from manyicl.tasks.task import Query, Task
 
 # Imported answers were given without demonstrations of ours.
 NUM_SHOTS = 0
+EXPORT_AGAIN = "Export the queries again, with the settings of this evaluation, and answer all of them."
 
 
 def query_hash(task: Task, query: Query) -> str:
@@ -91,8 +92,23 @@ def import_predictions(
     file, settings = Path(path), settings or EvaluationSettings()
     answers = _answers_in(file)
     _require_the_same_queries(answers, tasks, file)
-    store, fingerprint = ResultStore(output), f"imported {sha256_of_file(file)}"
+    store, fingerprint = ResultStore(output), fingerprint_of(file)
     return [_result(task, answers, name, fingerprint, str(path), settings, store) for task in tasks]
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return what the results of a file of answers have in place of the hash of a model's weights."""
+    return f"imported {sha256_of_file(path)}"
+
+
+def require_answers_to(tasks: Sequence[Task], path: Path) -> None:
+    """Refuse a file of answers before a model is loaded: which of the test rows are queries shows only then.
+
+    Raises:
+        UserError: If the file cannot be read, or it answers what is no test row of these tasks.
+    """
+    hashes = {query_hash(task, example.query) for task in tasks for example in task.test}
+    _require_no_foreign(_answers_in(path), hashes, path)
 
 
 class _Answer(NamedTuple):
@@ -131,7 +147,10 @@ def _lines_in(file: Path) -> Iterator[tuple[int, str, str]]:
             raise UserError(
                 "no_answer", "a line holds no answer", expected=expected, found=quoted(line), file=file, row=row
             )
-        yield row, str(values[0]), str(values[1])
+        query, answer = str(values[0]), str(values[1])
+        with located(file=file, row=row, field="answer"):
+            require_whole_characters(answer)
+        yield row, query, answer
 
 
 def _require_the_same_queries(answers: Mapping[str, _Answer], tasks: Sequence[Task], file: Path) -> None:
@@ -141,19 +160,22 @@ def _require_the_same_queries(answers: Mapping[str, _Answer], tasks: Sequence[Ta
         UserError: With the first of them: its hash, and its line or its text.
     """
     queries = {query_hash(task, example.query): (task, example.query) for task in tasks for example in task.test}
-    remedy = "Export the queries again, with the settings of this evaluation, and answer all of them."
-    foreign = [(answer.row, key) for key, answer in answers.items() if key not in queries]
-    if foreign:
-        row, key = foreign[0]
-        what = f"the answer to {key!r} belongs to no query of these tasks"
-        more = f"{pluralized(len(foreign), 'such answer')} of {len(answers):,}"
-        raise UserError("foreign_query", what, found=more, remedy=remedy, file=file, row=row)
+    _require_no_foreign(answers, queries, file)
     missing = [(key, task, query) for key, (task, query) in queries.items() if key not in answers]
     if missing:
         key, task, query = missing[0]
         what = f"the query {key!r} of task {task.name!r} has no answer, {shortened(query.text, 60)!r}"
         more = f"{len(missing):,} of {len(queries):,} queries without one"
-        raise UserError("missing_answer", what, found=more, remedy=remedy, file=file)
+        raise UserError("missing_answer", what, found=more, remedy=EXPORT_AGAIN, file=file)
+
+
+def _require_no_foreign(answers: Mapping[str, _Answer], hashes: Collection[str], file: Path) -> None:
+    foreign = [(answer.row, key) for key, answer in answers.items() if key not in hashes]
+    if foreign:
+        row, key = foreign[0]
+        what = f"the answer to {key!r} belongs to no query of these tasks"
+        more = f"{pluralized(len(foreign), 'such answer')} of {len(answers):,}"
+        raise UserError("foreign_query", what, found=more, remedy=EXPORT_AGAIN, file=file, row=row)
 
 
 def _result(

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-from manyicl.checked import validated
+from manyicl.checked import require_whole_characters, validated
 from manyicl.errors import UserError, did_you_mean, located, pluralized, quoted, shortened
 from manyicl.tasks.accepted_answers import AcceptedAnswers
 from manyicl.tasks.leakage import ON_BOTH_SIDES, leaked
@@ -170,7 +170,7 @@ class TaskBuilder:
         for what, texts in (("query", (query.text,)), ("option", query.choices or ()), ("answer", answers)):
             for text in texts:
                 self._require_short(f"the {what}", len(text))
-                _require_whole_characters(text)
+                require_whole_characters(text)
         if not query.text.strip():
             raise UserError("empty_query", "the query is empty", field="query")
         if not all(answers):
@@ -298,12 +298,3 @@ def require_column(rows: Sequence[LocatedRow], column: str, path: Path) -> None:
             raise missing_column(column, row.columns).at(file=row.file, row=row.line)
     if not rows:
         raise UserError("no_rows", "the file holds no rows", file=path)
-
-
-def _require_whole_characters(text: str) -> None:
-    """Refuse half characters: JSON may hold lone surrogates, which no tokenizer or file can."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = text[error.start : error.end]
-        raise UserError("half_a_character", f"a text holds half a character, {half!r}") from error

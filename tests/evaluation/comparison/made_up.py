@@ -219,6 +219,7 @@ class World:
                 "num_queries": self.num_queries,
                 **dedicated,
                 **({"variants": variants} if variants else {}),
+                "predictions": {name: f"{name}.jsonl" for name in self.imported},
             },
             "output": "runs/comparison",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def test_the_command_writes_the_report_again_and_refuses_what_has_no_effect(
     assert str(folder / "report.html") in capsys.readouterr().out
     assert (folder / "report.html").read_bytes() == before
     assert (folder / "report.md").is_file()
+    report_command(folder, as_json=True)
+    assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == "done"
     with pytest.raises(UserError, match="--title has no effect"):
         report_command(folder, title="Mine")
 

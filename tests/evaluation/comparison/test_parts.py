@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -384,6 +385,24 @@ def test_files_that_are_not_there_are_problems_together(settings: Comparison, tm
         "compare.forgetting.text",
         "compare.predictions.other",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ({"query_hash": "0", "answer": "good"}, "foreign_query"),
+        ({"query_hash": "0"}, "no_answer"),
+        ({"query_hash": "0", "answer": "\ud83d"}, "half_a_character"),
+    ],
+)
+def test_answers_to_other_queries_are_a_problem_before_a_model_is_loaded(
+    settings: Comparison, tmp_path: Path, line: dict[str, str], code: str
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps(line), encoding="utf-8")
+    compare = CompareSettings(**{**settings.compare.model_dump(), "predictions": {"other": file}})
+    (problem,) = problems_of(settings.model_copy(update={"compare": compare}))
+    assert (problem.code, problem.file, problem.row) == (code, file, 1)
 
 
 def test_only_the_nano_base_has_a_text_of_its_own(settings: Comparison) -> None:

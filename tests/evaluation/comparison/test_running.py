@@ -293,6 +293,20 @@ def test_answers_of_another_system_are_scored_on_the_same_queries(tmp_path: Path
     queries = {result.task: result.queries_hash for result in first.results}
     imported = {result.task: result.queries_hash for result in results if result.model_name == "import_first_label"}
     assert imported == queries
+    wrong = [{**answer, "answer": "no label"} for answer in answers]
+    scores = []
+    for each in (answers, wrong, answers):
+        file.write_text("".join(f"{json.dumps(answer)}\n" for answer in each), encoding="utf-8")
+        records = compared(comparison_in(tmp_path, *changes))
+        (summary,) = as_json(records)["imported"]
+        assert summary["name"] == "first_label"
+        scores.append(summary["scores"]["unseen"][0])
+        assert list(score_rows(records))[-1]["model"] == "imported: first_label"
+        assert list(score_rows(records))[-1]["unseen, 0 shots"] == f"{scores[-1]:.3f}"
+    assert scores[0] == scores[2] > scores[1] == 0
+    records = compared(comparison_in(tmp_path, base))
+    assert not [result for result in records.results if result.model_name.startswith("import_")]
+    assert as_json(records)["imported"] == []
 
 
 def test_an_output_with_other_files_is_refused(tmp_path: Path) -> None:

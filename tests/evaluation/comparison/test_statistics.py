@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from manyicl.evaluation.comparison.arms import ALL_ANSWERS, BASE, EQUAL_ANSWERS, FEW_SHOT, LAST_ANSWER, Arm, Point
 from manyicl.evaluation.comparison.omissions import omissions
@@ -159,6 +161,26 @@ def test_imported_answers_stand_beside_them(tmp_path: Path) -> None:
     assert cells[0] is not None
     assert cells[0].mean == pytest.approx(0.9, abs=0.1)
     assert between(numbers, Arm("import", imported="gpt"), ALL_ANSWERS).measured.num_trainings == 2
+
+
+def test_imported_answers_are_those_of_the_files_that_the_comparison_names_now(tmp_path: Path) -> None:
+    world = World(imported={"gpt": 0.9}, num_seeds=1, regimes=["base"], others={})
+    folder = world.write(tmp_path)
+    name, task = "import_gpt", next(iter(world.tasks))
+    file = folder / "results" / f"{task}.results.jsonl"
+    (old,) = [line for line in file.read_text(encoding="utf-8").splitlines() if name in line]
+    line = json.loads(old)
+    line["record"] |= {"key": "f" * 16, "model_fingerprint": "imported new", "created": "2026-01-02T00:00:00Z"}
+    file.write_text(file.read_text(encoding="utf-8") + json.dumps(line) + "\n", encoding="utf-8")
+    for fingerprint in ("imported new", ""):
+        (folder / "imported.json").write_text(json.dumps({"gpt": fingerprint}), encoding="utf-8")
+        results = ComparisonRecords.load(folder).results
+        found = [one.model_fingerprint for one in results if one.task == task and one.model_name == name]
+        assert found == [fingerprint]
+    settings = yaml.safe_load((folder / "comparison.yaml").read_text(encoding="utf-8"))
+    settings["compare"]["predictions"] = {"other": "gpt.jsonl"}
+    (folder / "comparison.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert not [one for one in ComparisonRecords.load(folder).results if one.model_name == name]
 
 
 def test_accuracy_by_position_is_over_the_tasks_that_reach_it(records: ComparisonRecords) -> None:

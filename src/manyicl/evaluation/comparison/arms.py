@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from manyicl.errors import pluralized
 from manyicl.evaluation.comparison.records import CellRecord
 
-IMPORTED = "import_"
 REGIME_LABELS = {
     "base": "base",
     "zero_shot": "zero-shot",

@@ -10,6 +10,7 @@ from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.forgetting import NANO
+from manyicl.evaluation.imported import require_answers_to
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
 from manyicl.paths import nearest_path
@@ -41,6 +42,7 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
     """Yield what is wrong with a comparison, as far as that shows without a model."""
     yield from machine_problems(settings, with_tasks=False)
     yield from _missing_files(settings)
+    yield from _unusable_predictions(settings, tasks)
     yield from _relatives(settings, tasks)
     yield from _too_few_rows(settings, tasks)
     if settings.format.kind == "channel":
@@ -75,6 +77,16 @@ def _missing_files(settings: Comparison) -> Iterator[UserError]:
             "tasks.evaluate",
         )
         yield UserError("no_validation_tasks", what, remedy="Name some in tasks.evaluate.", field=field)
+
+
+def _unusable_predictions(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:
+    """Find files of answers of other systems that cannot be read, or answer other queries."""
+    for path in settings.compare.predictions.values():
+        try:
+            if path.is_file():
+                require_answers_to(tasks.evaluated, path)
+        except UserError as error:
+            yield error
 
 
 def _relatives(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:

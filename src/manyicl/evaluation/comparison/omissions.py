@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from manyicl.errors import pluralized
-from manyicl.evaluation.comparison.arms import IMPORTED, REGIME_LABELS
-from manyicl.evaluation.comparison.records import ComparisonRecords
+from manyicl.evaluation.comparison.arms import REGIME_LABELS
+from manyicl.evaluation.comparison.records import IMPORTED, ComparisonRecords
 from manyicl.evaluation.comparison.statistics import ROLES, Statistics
 from manyicl.evaluation.grid import CellState
 

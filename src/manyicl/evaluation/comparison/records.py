@@ -5,6 +5,7 @@
     OUTPUT/
       comparison.yaml     the resolved file
       tasks.json          role, family and source of each task
+      imported.json       fingerprint of the answers of each other system that comparison.yaml names
       rates/CELL/         a trial of a learning rate: cell.json, done.json, model/
       runs/CELL/          a training with the chosen rate, evaluated: cell.json, done.json (a `CellRecord`), model/
       results/            records of the evaluations; `model_name` is the name of a cell
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,7 +28,10 @@ from manyicl.evaluation.result import RESULTS_ENDING, Result, ResultStore
 from manyicl.library_errors import reason
 
 COMPARISON_FILE, TASKS_FILE, CELLS_FILE = "comparison.yaml", "tasks.json", "cells.json"
+IMPORTED_FILE = "imported.json"
 RATES_FOLDER, RUNS_FOLDER, RESULTS_FOLDER = "rates", "runs", "results"
+# The model_name of imported answers begins so.
+IMPORTED = "import_"
 
 Role = Literal["seen", "unseen", "validation", "probe"]
 Equal = Literal["tokens", "steps", "answers"]
@@ -105,7 +109,8 @@ class ComparisonRecords:
         roles: Role of each task by its name.
         cells: Finished cells, in the order of the plan.
         failures: Cells that failed, wait, run or were interrupted.
-        results: Results of all evaluations, in the order of their creation.
+        results: Results of all evaluations, in the order of their creation; of imported answers, those of the files
+            that the comparison names now.
     """
 
     settings: Comparison
@@ -138,7 +143,20 @@ class ComparisonRecords:
         failures = [report for report, done in zip(reports, is_done, strict=True) if not done]
         results = folder / RESULTS_FOLDER
         found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
-        return cls(settings, roles, tuple(cells), tuple(failures), tuple(found))
+        return cls(settings, roles, tuple(cells), tuple(failures), tuple(_current(found, settings, folder)))
+
+
+def _current(results: Iterable[Result], settings: Comparison, folder: Path) -> Iterator[Result]:
+    """Leave out imported answers that the comparison no longer names, and those of an earlier content of a file."""
+    file = folder / IMPORTED_FILE
+    # Earlier versions did not write it.
+    fingerprints = parsed(TypeAdapter(dict[str, str]), file) if file.is_file() else {}
+    for result in results:
+        name = result.model_name.removeprefix(IMPORTED)
+        is_imported = name != result.model_name
+        is_named = name in settings.compare.predictions
+        if not is_imported or (is_named and fingerprints.get(name) in (None, result.model_fingerprint)):
+            yield result
 
 
 def is_comparison(folder: Path) -> bool:

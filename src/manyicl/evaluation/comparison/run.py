@@ -46,6 +46,8 @@ from manyicl.evaluation.comparison.forgetting_along import ForgettingOfModels
 from manyicl.evaluation.comparison.records import (
     CELLS_FILE,
     COMPARISON_FILE,
+    IMPORTED,
+    IMPORTED_FILE,
     RATES_FOLDER,
     RESULTS_FOLDER,
     RUNS_FOLDER,
@@ -59,7 +61,7 @@ from manyicl.evaluation.comparison.roles import ComparisonTasks, load_comparison
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid
 from manyicl.evaluation.held_out import held_out_measure
-from manyicl.evaluation.imported import export_queries, import_predictions
+from manyicl.evaluation.imported import export_queries, fingerprint_of, import_predictions
 from manyicl.evaluation.positions import score_positions
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries, measure_shot_curves
 from manyicl.model.load import LoadedModel, load_model, load_tokenizer
@@ -76,7 +78,6 @@ HISTORY_FILE = "history.json"
 MODEL_FOLDER = "model"
 # Queries of the evaluation, for other systems to answer.
 QUERIES_FILE = "queries.jsonl"
-IMPORTED_PREFIX = "import_"
 SECONDS_BETWEEN_LOOKS = 2.0
 UNSETTLED = (CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED)
 
@@ -197,7 +198,9 @@ def _write_files(prepared: PreparedComparison) -> None:
     folder = prepared.folder
     folder.mkdir(parents=True, exist_ok=True)
     roles = {name: role.model_dump(mode="json") for name, role in prepared.tasks.roles().items()}
+    imported = {name: fingerprint_of(path) for name, path in prepared.settings.compare.predictions.items()}
     for name, text in (
+        (IMPORTED_FILE, json.dumps(imported, indent=2) + "\n"),
         (TASKS_FILE, json.dumps(roles, ensure_ascii=False, indent=2) + "\n"),
         (CELLS_FILE, json.dumps([run.name for run in prepared.runs], indent=2) + "\n"),
         (COMPARISON_FILE, prepared.settings.to_yaml()),
@@ -374,7 +377,7 @@ class _Work:
         export_queries(tasks, file)
         results = self.prepared.folder / RESULTS_FOLDER
         for name, path in predictions.items():
-            import_predictions(path, f"{IMPORTED_PREFIX}{name}", tasks, results, settings)
+            import_predictions(path, f"{IMPORTED}{name}", tasks, results, settings)
 
     def _evaluate(self, run: Run, engine: Engine) -> None:
         """Measure the shot curves of a model."""

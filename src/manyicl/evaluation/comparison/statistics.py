@@ -19,7 +19,6 @@ from manyicl.evaluation.comparison.arms import (
     BASE,
     EQUAL_ANSWERS,
     FEW_SHOT,
-    IMPORTED,
     LAST_ANSWER,
     REGIME_LABELS,
     ZERO_SHOT,
@@ -38,7 +37,7 @@ from manyicl.evaluation.comparison.estimates import (
     score_table,
     share_of_gap,
 )
-from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords
+from manyicl.evaluation.comparison.records import IMPORTED, CellRecord, ComparisonRecords
 from manyicl.evaluation.comparison.settings import Comparison, VariantSettings
 from manyicl.evaluation.comparison.side_measures import (
     Cost,

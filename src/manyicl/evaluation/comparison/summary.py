@@ -1,4 +1,4 @@
-"""The cells of a comparison in short: mean scores on seen and unseen tasks, and what is missing."""
+"""Cells and imported answers of a comparison in short: mean scores on seen and unseen tasks, and what is missing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
-from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords
+from manyicl.evaluation.comparison.records import IMPORTED, CellRecord, ComparisonRecords
 
 Scores = dict[str, dict[int, float]]
 
 
 def mean_scores(records: ComparisonRecords) -> dict[str, Scores]:
-    """Return, by the name of a cell, its mean score by role of the tasks and number of shots; each task counts once."""
+    """Return, by the ``model_name`` of results, their mean score by role of the tasks and number of shots.
+
+    Each task counts once.
+    """
     by_task: defaultdict[tuple[str, str, int, str], list[float]] = defaultdict(list)
     for result in records.results:
         if (role := records.roles.get(result.task)) is not None:
@@ -28,7 +31,7 @@ def mean_scores(records: ComparisonRecords) -> dict[str, Scores]:
 
 
 def as_json(records: ComparisonRecords) -> dict[str, Any]:
-    """Return every cell with its state and its mean scores, as JSON holds them."""
+    """Return every cell with its state and its mean scores, and those of imported answers, as JSON holds them."""
     scores = mean_scores(records)
     done = [
         {**cell.model_dump(mode="json"), "state": "done", "failure": None, "scores": scores.get(cell.name, {})}
@@ -42,21 +45,29 @@ def as_json(records: ComparisonRecords) -> dict[str, Any]:
         }
         for report in records.failures
     ]
-    return {"output": str(records.settings.output), "cells": [*done, *others]}
+    imported = [{"name": name, "scores": scores.get(f"{IMPORTED}{name}", {})} for name in _imported(records)]
+    return {"output": str(records.settings.output), "cells": [*done, *others], "imported": imported}
+
+
+def _imported(records: ComparisonRecords) -> tuple[str, ...]:
+    """Names of the other systems whose answers were imported."""
+    return tuple(records.settings.compare.predictions)
 
 
 def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
-    """Yield a row of a table for each kind of model: means over training seeds, dedicated models and tasks."""
+    """Yield a row for each kind of model (means over training seeds, dedicated models and tasks) and other system."""
     scores = mean_scores(records)
     kinds: defaultdict[str, list[CellRecord]] = defaultdict(list)
     for cell in records.cells:
         kinds[kind_of(cell)].append(cell)
     columns = [(role, shots) for role in ("seen", "unseen") for shots in records.settings.shots]
-    for kind, cells in kinds.items():
-        row = {"model": kind, "cells": str(len(cells))}
+    names = {kind: [cell.name for cell in cells] for kind, cells in kinds.items()}
+    names |= {f"imported: {name}": [f"{IMPORTED}{name}"] for name in _imported(records)}
+    for kind, its_names in names.items():
+        row = {"model": kind, "cells": str(len(kinds[kind])) if kind in kinds else ""}
         for role, shots in columns:
             found = [
-                known for cell in cells if (known := scores.get(cell.name, {}).get(role, {}).get(shots)) is not None
+                known for name in its_names if (known := scores.get(name, {}).get(role, {}).get(shots)) is not None
             ]
             row[f"{role}, {shots} shots"] = f"{fmean(found):.3f}" if found else ""
         yield row
