@@ -54,7 +54,8 @@ def test_a_compiled_task_is_asked_in_the_format_it_was_compiled_in(
     ask = ["predict", *model, "--prefix", str(prefix), "--input", str(table), "--output", str(out)]
     capsys.readouterr()
     assert run(monkeypatch, *ask) == 2
-    assert "the prefix was made with another text format" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the prefix was made with another text format; expected plain, found chat. Give --format chat, or" in error
     assert run(monkeypatch, *ask, "--format", "chat") == 0
     assert len([json.loads(line) for line in out.read_text("utf-8").splitlines()]) == 40
 

@@ -17,7 +17,7 @@ from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
 from manyicl.engine.local import target_scores
 from manyicl.engine.observed import ObservedAnswer, answer_targets, groups_of_shots, observed_answers
-from manyicl.episodes.text_format import PlainFormat
+from manyicl.episodes.text_format import ChannelFormat, PlainFormat
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest
 from manyicl.tasks.task import Task
@@ -239,6 +239,13 @@ def test_another_format_precision_or_context_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with refused("foreign_prefix", what="another text format"):
         Engine.local(tiny_loaded(), text_format=PlainFormat(separator=" -> ")).load(path)
+    with refused("foreign_prefix", expected="channel", found="plain", remedy="Give --format plain, or compile"):
+        Engine.local(tiny_loaded(), text_format=ChannelFormat()).load(path)
+    saved(tmp_path, Engine.local(tiny_loaded(), text_format=PlainFormat(end_of_answer=" ##")))
+    ends = {"expected": r"plain, end of answer '\n\n'", "found": "plain, end of answer ' ##'"}
+    with refused("foreign_prefix", **ends, remedy="Give --end-of-answer ' ##', or compile"):
+        Engine.local(tiny_loaded()).load(path)
+    saved(tmp_path)
     loaded = tiny_loaded()
     loaded.model.to(torch.bfloat16)  # type: ignore[arg-type]
     with refused("foreign_prefix", what="another precision (float32 against bfloat16)"):

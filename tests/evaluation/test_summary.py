@@ -142,6 +142,13 @@ def test_models_that_share_a_name_are_told_apart_by_fingerprint() -> None:
     assert summary.models == ("m (mmmmmmmm)", "m (zzzzzzzz)")
 
 
+def test_results_of_one_model_in_several_text_formats_are_told_apart() -> None:
+    kinds = ("plain", "channel", "chat")
+    summary = summarise([scored("m", "a", 0, (1.0,), key=kind, text_format={"kind": kind}) for kind in kinds])
+    assert summary.models == ("m", "m (channel)", "m (chat)")
+    assert summary.num_superseded == 0
+
+
 def test_macro_f1_is_averaged_over_seeds_without_scores_per_query() -> None:
     records = [
         scored(

@@ -21,7 +21,7 @@ from manyicl.training.loss import sequence_loss
 from manyicl.training.recipe import ObjectiveSettings, Recipe
 from manyicl.training.requirements import problems
 from manyicl.training.start import starting_point
-from manyicl.training.train import packed_sequences
+from manyicl.training.train import packed_sequences, prepare_run
 from tests.builders import tiny_model
 from tests.reference.one_step import slow_loss, slow_weights
 from tests.training.recipes import small_recipe, small_tasks
@@ -92,6 +92,23 @@ def test_what_a_run_will_hold_is_said_with_its_share_of_the_loss(tmp_path: Path)
     of_answers = fmean(float(batch["weights"].eq(1).sum()) for batch in batches)
     assert f"supervised answers ({of_answers:,.0f} tokens)" in statistics.sentence()
     assert f"replayed text, whose targets have {share:.1%}" in statistics.sentence()
+
+
+@pytest.mark.parametrize(
+    ("share", "code", "found"),
+    [("0.999999", "no_answers", "text takes 60 of 60 tokens"), ("1e-300", "share_too_small", "e-29")],
+)
+def test_a_share_that_leaves_no_answers_or_no_text_is_refused_with_tokens(
+    tmp_path: Path, share: str, code: str, found: str
+) -> None:
+    recipe, tasks = (
+        small_recipe(tmp_path / "run", *replaying(tmp_path), f"sequences.replay.share={share}"),
+        small_tasks(),
+    )
+    with pytest.raises(UserError, match=r"sequences\.replay\.share") as error:
+        prepare_run(recipe, tasks)
+    assert (error.value.code, error.value.field) == (code, "sequences.replay.share")
+    assert found in str(error.value.found)
 
 
 def test_a_run_with_text_is_recorded_resumed_and_found(tmp_path: Path) -> None:

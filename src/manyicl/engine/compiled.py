@@ -29,7 +29,7 @@ from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.prefix_cache import PrefixCache
 from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
 from manyicl.episodes.encoding import Encoder
-from manyicl.episodes.text_format import AnyFormat
+from manyicl.episodes.text_format import BLANK_LINE, AnyFormat, ParagraphFormat
 from manyicl.errors import MachineError, UserError, located
 from manyicl.library_errors import reason
 from manyicl.model.continuation import Block, key_shape
@@ -121,7 +121,7 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)
         require_own(header.identity, backend.identity)
         if header.text_format != encoder.format:
-            raise foreign_prefix("another text format", header.identity, backend.identity)
+            raise _foreign_format(header.text_format, encoder.format)
         rows = _rows(tensors.pop("rows", None))
         require_demonstrations((*header.demonstrations, *rows), Task(header.task, ()))
         encoder.require_encodable(Task(header.task, (*header.demonstrations, *rows)))
@@ -141,6 +141,31 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
         rows=rows,
         blend=header.blend,
     )
+
+
+def _foreign_format(found: AnyFormat, expected: AnyFormat) -> UserError:
+    """Make the error for a prefix of another text format: where they differ, and the options to load the model with."""
+    options = [f"--format {found.kind}"] if found.kind != expected.kind else []
+    if isinstance(found, ParagraphFormat) and found.end_of_answer not in (BLANK_LINE, expected.end_of_answer):
+        options.append(f"--end-of-answer {found.end_of_answer!r}")
+    how = f"Give {' and '.join(options)}" if options else "Use the text format that it was made with"
+    error = UserError("foreign_prefix", "the prefix was made with another text format")
+    error.remedy = f"{how}, or compile the task again."
+    names = _difference(expected, found), _difference(found, expected)
+    if len(set(names)) > 1:
+        error.expected, error.found = names
+    return error
+
+
+def _difference(text_format: AnyFormat, other: AnyFormat) -> str:
+    """Name a text format, and what sets it apart from another one."""
+    parts: list[str] = [text_format.kind]
+    if isinstance(text_format, ParagraphFormat) and isinstance(other, ParagraphFormat):
+        if text_format.end_of_answer != other.end_of_answer:
+            parts.append(f"end of answer {text_format.end_of_answer!r}")
+        if text_format.separator != other.separator:
+            parts.append(f"separator {text_format.separator!r}")
+    return ", ".join(parts)
 
 
 def _rows(tensor: Tensor | None) -> tuple[Example, ...]:

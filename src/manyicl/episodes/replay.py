@@ -17,7 +17,7 @@ from manyicl.errors import UserError
 if TYPE_CHECKING:
     from manyicl.episodes.encoding import Encoder
 
-TEXT_KEY = "sequences.replay.text"
+TEXT_KEY, SHARE_KEY = "sequences.replay.text", "sequences.replay.share"
 DEFAULT_SEGMENT_TOKENS = 512
 
 
@@ -103,6 +103,19 @@ class Replay:
     def fewest_tokens(self) -> int:
         """Tokens of text in a sequence that holds the fewest."""
         return int(self._num_segments) * self.segment_tokens
+
+    def require_a_piece(self, num_sequences: int) -> None:
+        """Refuse a share that leaves room for less than one piece of text in so many packed sequences.
+
+        Raises:
+            UserError: With the tokens that it leaves.
+        """
+        num_tokens = self._num_segments * self.segment_tokens * num_sequences
+        if num_tokens < self.segment_tokens:
+            what = f"{SHARE_KEY} leaves room for less than one piece of text in the whole run"
+            expected, found = f"at least {self.segment_tokens:,} tokens", f"{num_tokens:,.6g}"
+            remedy = f"Raise it, or leave out {SHARE_KEY.rpartition('.')[0]}."
+            raise UserError("share_too_small", what, expected=expected, found=found, remedy=remedy, field=SHARE_KEY)
 
     def segments(self, seed: int, index: int) -> tuple[ReplayedSegment, ...]:
         """Draw the pieces of packed sequence ``index``."""

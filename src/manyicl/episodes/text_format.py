@@ -15,6 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, fi
 from manyicl.checked import Section
 from manyicl.errors import UserError
 
+# Ends an answer and an instruction unless the settings say otherwise.
+BLANK_LINE = "\n\n"
+
 
 class Segment(NamedTuple):
     """A text that is encoded by itself.
@@ -133,9 +136,9 @@ class ParagraphFormat(TextFormat):
     before_answer: ClassVar[str] = ""
     kind: str
     separator: str = Field("\n", min_length=1)
-    end_of_answer: EndOfAnswer = "\n\n"
+    end_of_answer: EndOfAnswer = BLANK_LINE
     end_is_control_token: bool | None = None
-    end_of_instruction: str = Field("\n\n", min_length=1)
+    end_of_instruction: str = Field(BLANK_LINE, min_length=1)
 
     def decided(self, control_tokens: Container[str]) -> Self:
         """Return the format for a tokenizer with these control tokens.

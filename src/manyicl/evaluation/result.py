@@ -121,8 +121,9 @@ class Result(_Record):
 
     @property
     def line(self) -> str:
-        """Return what a table calls the line of this result: the model, its form, and the rows that it retrieves."""
-        name = f"{self.model_name} (channel)" if self.text_format.get("kind") == "channel" else self.model_name
+        """Return what a table calls the line of this result: the model, its text format, and the rows it retrieves."""
+        kind = self.text_format.get("kind")
+        name = f"{self.model_name} ({kind})" if kind in ("channel", "chat") else self.model_name
         return f"{name} + {self.num_retrieved} retrieved" if self.num_retrieved else name
 
     @property

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from manyicl.episodes.packed_sequence import PackedSequence, PackedSequences
+from manyicl.episodes.replay import SHARE_KEY
+from manyicl.errors import UserError, pluralized
 from manyicl.model.load import DTYPES, model_config
 from manyicl.training.batch import Batch, first_tokens, sequence_tensors
 from manyicl.training.loss import caps_or_scales_logits, head_is_separable, most_logits_at_once, sequence_loss
@@ -100,9 +102,19 @@ def sample_sequences(sequences: PackedSequences, objective: ObjectiveSettings) -
     Args:
         sequences: Packed sequences of the run.
         objective: Which answers are supervised.
+
+    Raises:
+        UserError: If replayed text leaves no answer in the sample, or the whole run holds less text than a piece of it.
     """
+    if sequences.replay is not None:
+        sequences.replay.require_a_piece(len(sequences))
     sample = [sequences[index] for index in range(min(len(sequences), NUM_SAMPLED_SEQUENCES))]
     batches = [sequence_tensors(sequence, objective) for sequence in sample]
+    if sequences.replay is not None and not any(batch["counts"].num_answers for batch in batches):
+        what = f"the first {pluralized(len(sample), 'packed sequence')} of the run would hold no supervised answer"
+        why = f"text takes {fmean(sequence.num_replayed_tokens for sequence in sample):,.0f} of"
+        found, remedy = f"{why} {sequences.max_context_tokens:,} tokens", f"Lower {SHARE_KEY}."
+        raise UserError("no_answers", what, found=found, remedy=remedy, field=SHARE_KEY)
     return SequenceStatistics(
         num_sampled=len(sample),
         tokens=fmean(sequence.num_tokens for sequence in sample),
