@@ -18,6 +18,7 @@ from manyicl.engine.engine import Engine
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.estimates import score_table
 from manyicl.evaluation.report import print_table
+from manyicl.evaluation.report.lines import notes, sections
 from manyicl.evaluation.result import Result, ResultStore
 from manyicl.evaluation.scores_json import scores_as_json
 from manyicl.evaluation.shot_curve import EvaluationSettings, measure_shot_curves
@@ -25,6 +26,7 @@ from manyicl.evaluation.summary import OVERALL, summarise
 from manyicl.evaluation.uncertainty import mean_over_seeds_and_queries, paired_difference
 from manyicl.tasks.demonstrations import in_another_order
 from tests.builders import make_task, tiny_loaded
+from tests.evaluation.test_summary import scored
 
 SETTINGS = EvaluationSettings(shots=(0, 1, 6), num_seeds=2, num_queries=5, num_orders=3)
 
@@ -120,6 +122,17 @@ def test_orders_of_a_score_that_only_a_whole_set_has_are_averaged_too(tmp_path: 
     records = summary.by_point["tiny-llama", "toy", 6]
     assert len(records) == 2
     assert summary.tasks["tiny-llama", "toy", 6].mean == pytest.approx(fmean(record.score for record in records))
+
+
+@pytest.mark.parametrize(("num_seeds", "is_shown"), [(4, False), (5, True)])
+def test_the_worst_of_many_draws_is_shown(num_seeds: int, is_shown: bool) -> None:
+    scores = [(float(seed > 0), 1.0) for seed in range(num_seeds)]
+    summary = summarise(scored("m", "a", 4, each, seed=seed) for seed, each in enumerate(scores))
+    (section,) = sections(summary)
+    assert [cell and cell.mean for line in section.lines if line.label == "m, worst draw" for cell in line.cells] == (
+        [0.5] if is_shown else []
+    )
+    assert any("“Worst draw”: the lowest" in note for note in notes(summary)) == is_shown
 
 
 def test_orders_and_retrieved_rows_are_not_measured_together() -> None:

@@ -29,7 +29,10 @@ def evaluate_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     shots: Annotated[str, typer.Option(help="Shot counts, separated by commas.")] = "0,1,4,16,64,256",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of draws of demonstrations per task.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="Number of draws of demonstrations per task; of 5 or more, the worst is shown too."),
+    ] = 3,
     orders: Annotated[
         int,
         typer.Option(min=1, help="Number of orders of each draw; with more than one, the worst is shown too."),
@@ -62,7 +65,7 @@ def evaluate_command(
     Every shot count, seed and model answers the same test queries, so that models can be compared query by query.
 
     `--orders N` measures the same demonstrations in N orders. A draw scores the mean over its orders, and another line
-    of the table says the worst draw and order.
+    of the table says the worst draw and order; so does one of the worst draw with `--seeds 5` or more.
 
     `--retrieve N` adds a second curve: the same queries after the same demonstrations, and before each query the N
     training rows most like it. Tables and report show both.

@@ -26,6 +26,8 @@ from manyicl.tasks.spec import family_order
 from manyicl.tasks.task import Family
 
 OVERALL = "mean over families"
+# So many draws of demonstrations, or several orders, have a line for the worst of them.
+FEWEST_DRAWS_WITH_WORST = 5
 # Fields of a record that hold the score of a trivial baseline.
 BASELINE_FIELDS = ("majority", "tfidf", "nearest", "chance")
 
@@ -67,6 +69,13 @@ class Summary:
     def num_orders(self) -> int:
         """Orders in which the demonstrations of a draw were measured, at most."""
         return 1 + max(record.order for record in self.records)
+
+    @property
+    def worst_label(self) -> str | None:
+        """What a table calls the worst score; None where there is one order, and so few draws that it says little."""
+        if self.num_orders > 1:
+            return "worst draw and order"
+        return "worst draw" if len({record.seed for record in self.records}) >= FEWEST_DRAWS_WITH_WORST else None
 
     @property
     def not_compared(self) -> tuple[str, ...]:

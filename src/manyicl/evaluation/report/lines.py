@@ -83,15 +83,15 @@ def sections(summary: Summary) -> list[Section]:
 def _lines(summary: Summary, group: Group, *, differences: bool = False) -> list[Line]:
     """Return the lines of a group: its models, if wanted their differences from the first, and its baselines.
 
-    Where draws of demonstrations were measured in several orders, a model is followed by its worst draw and order.
+    Where there are many draws of demonstrations or several orders of each, a model is followed by the worst of them.
     """
     base, *others = summary.models if differences else summary.models[:1]
     lines: list[Line] = []
     for model in summary.models:
         lines.append(Line(model, [summary.score(model, group, n) for n in summary.shots], "model"))
-        if summary.num_orders > 1:
+        if summary.worst_label is not None:
             cells = [summary.worst(model, group, n) for n in summary.shots]
-            lines.append(Line(f"{model}, worst draw and order", cells, "worst"))
+            lines.append(Line(f"{model}, {summary.worst_label}", cells, "worst"))
     for other in others:
         cells = [summary.difference(base, other, group, n) for n in summary.shots]
         lines.append(Line(f"{other} − {base}", cells, "difference"))
@@ -132,10 +132,10 @@ def notes(summary: Summary) -> list[str]:
         + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
     ]
     if summary.num_orders > 1:
-        lines.append(
-            f"Each draw was measured in {summary.num_orders} orders, over which it is averaged first. “Worst draw and "
-            "order”: the lowest score of each task, averaged like the others; it has no error."
-        )
+        lines.append(f"Each draw was measured in {summary.num_orders} orders, over which it is averaged first.")
+    if summary.worst_label is not None:
+        name = summary.worst_label.capitalize()
+        lines.append(f"“{name}”: the lowest score of each task, averaged like the others; it has no error.")
     lines += flag_notes(records, _FLAGS)
     if any(record.num_retrieved for record in records):
         lines.append(
