@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from manyicl.cli.main import app
-from manyicl.errors import UserError
+from manyicl.errors import MachineError, UserError
 from tests.evaluation.comparison.cases import comparison_in
 
 runner = CliRunner()
@@ -65,3 +65,19 @@ def test_ctrl_c_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch)
     result = runner.invoke(app, ["compare", str(recipe), "--quiet"])
     assert result.exit_code == 130
     assert "the same command resumes" in result.output
+
+
+def test_what_failed_is_said_once_with_its_reason(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object, **options: object) -> None:
+        raise MachineError("The disk is full.")
+
+    monkeypatch.setattr("manyicl.evaluation.comparison.run.ensure_trained", failing)
+    changes = ["--set", "compare.learning_rates=[1e-3, 3e-3]", "--set", "compare.regimes=[all_answers]"]
+    result = runner.invoke(app, ["compare", str(recipe), "--quiet", *changes])
+    assert isinstance(result.exception, MachineError)
+    assert str(result.exception) == (
+        "1 of 1 cell and 2 trials of learning rates failed, such as all_answers_seed0: no learning rate could be tried "
+        "for all_answers: all_answers_rate0: failed: MachineError: The disk is full. Remove the cause, then run again "
+        "with --retry-failed. Try again with --retry-failed; a trial only as long as no model has started with the "
+        "rate chosen."
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from manyicl.errors import UserError
-from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid
+from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid, Rules
 
 CELLS = [Cell(f"seed{seed}", {"seed": seed, "shots": (0, 4)}) for seed in range(3)]
 
@@ -94,6 +94,63 @@ def test_another_cell_under_the_same_name_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             Grid(tmp_path, cells)
         assert error.value.code == "wrong_cell_name"
+
+
+def test_a_refusal_names_the_first_key_that_changed_with_both_values(tmp_path: Path) -> None:
+    Grid(tmp_path, [Cell("a", {"training": {"seed": 0, "rates": [1]}, "hash": "x"})]).run(lambda cell, folder: 0)
+    with pytest.raises(UserError) as error:
+        Grid(tmp_path, [Cell("a", {"training": {"seed": 0, "rates": [1, 2]}, "hash": "x"})])
+    assert "training.rates was [1], is [1, 2]" in str(error.value)
+    with pytest.raises(UserError) as error:
+        Grid(tmp_path, [Cell("a", {"training": {"seed": 0, "rates": [1]}})])
+    assert "hash was 'x', is nothing" in str(error.value)
+
+
+def test_a_cell_that_another_process_began_meanwhile_with_other_settings_is_refused_and_not_mixed(
+    tmp_path: Path,
+) -> None:
+    ours = Grid(tmp_path, [Cell("seed0", {"seed": 7})])
+    Grid(tmp_path, CELLS).run(double)
+    with pytest.raises(UserError) as error:
+        ours.run(double)
+    assert error.value.code == "another_cell"
+    assert json.loads((tmp_path / "seed0" / "cell.json").read_text(encoding="utf-8"))["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("done.json", '{"a": '), ("cell.json", "[]"), ("cell.json", "{"), ("failed.json", '{"code": "x"}')],
+)
+def test_a_damaged_file_of_a_cell_is_named(tmp_path: Path, name: str, content: str) -> None:
+    Grid(tmp_path, CELLS).run(double)
+    folder = tmp_path / "seed1"
+    if name == "failed.json":
+        (folder / "done.json").unlink()
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        Grid(tmp_path, CELLS).reports()
+    assert (error.value.code, error.value.file) == ("broken_comparison", folder / name)
+
+
+class _Replacing(Rules):
+    def may_replace(self, cell: Cell, folder: Path) -> bool:
+        return cell.name != "seed1"
+
+
+def test_a_cell_that_failed_takes_other_settings_where_the_rules_let_it(tmp_path: Path) -> None:
+    def failing(cell: Cell, folder: Path) -> int:
+        raise UserError("missing_file", "there is no text")
+
+    Grid(tmp_path, CELLS).run(failing)
+    with pytest.raises(UserError):
+        Grid(tmp_path, [Cell("seed0", {"seed": 7})])
+    with pytest.raises(UserError):
+        Grid(tmp_path, [Cell("seed1", {"seed": 7})], _Replacing())
+    grid = Grid(tmp_path, [Cell("seed0", {"seed": 7}), CELLS[2]], _Replacing())
+    assert states(grid.reports()) == ["waiting", "failed"]
+    assert [report.result for report in grid.run(double)] == [14, None]
+    with pytest.raises(UserError):
+        Grid(tmp_path, [Cell("seed0", {"seed": 8})], _Replacing())
 
 
 def slowly(cell: Cell, folder: Path) -> str:

@@ -107,11 +107,21 @@ def _compare(recipe: Path, overrides: list[str], *, retry_failed: bool, quiet: b
         typer.echo(json.dumps(summary(records), ensure_ascii=False, indent=2))
     elif not quiet:
         _print_records(records)
-    failed = [report for report in records.failures if report.failure is not None]
-    if failed:
-        cells = pluralized(len(failed), "cell")
-        what = f"{cells} of {len(records.cells) + len(records.failures)} failed, such as {failed[0].sentence()}"
-        raise MachineError(f"{what} Try again with --retry-failed.")
+    if records.failed:
+        raise MachineError(_failed(records))
+
+
+def _failed(records: ComparisonRecords) -> str:
+    """Say how much failed, why, and what can be tried again."""
+    num_cells = len([report for report in records.failures if report.failure is not None])
+    counts = [f"{num_cells} of {pluralized(len(records.cells) + len(records.failures), 'cell')}"] if num_cells else []
+    num_trials = len(records.failed_trials)
+    counts += [pluralized(num_trials, "trial") + " of learning rates"] if num_trials else []
+    first = records.failed[0]
+    reason = str(first.failure["sentence"]) if first.failure else ""
+    again = "Try again with --retry-failed"
+    again += "; a trial only as long as no model has started with the rate chosen." if num_trials else "."
+    return f"{' and '.join(counts)} failed, such as {first.cell.name}: {reason.removesuffix('.')}. {again}"
 
 
 def _print_records(records: ComparisonRecords) -> None:
@@ -121,7 +131,7 @@ def _print_records(records: ComparisonRecords) -> None:
 
     console = plain_console()
     console.print(table_of(score_rows(records)))
-    for report in records.failures:
+    for report in (*records.failures, *records.failed_trials):
         console.print(report.sentence(), soft_wrap=True)
     console.print(f"Comparison: {records.settings.output}", soft_wrap=True)
     console.print(f"Report: {records.settings.output / 'report.html'}", soft_wrap=True)

@@ -21,7 +21,7 @@ from manyicl.evaluation.comparison.cells import (
     run_tasks,
     trial_tasks,
 )
-from manyicl.evaluation.comparison.checks import comparison_problems, require_possible
+from manyicl.evaluation.comparison.checks import comparison_problems, require_possible, text_problems
 from manyicl.evaluation.comparison.choosing import Choice, choose
 from manyicl.evaluation.comparison.regimes import regime_recipe
 from manyicl.evaluation.comparison.roles import assigned, limited, remaining, share_of_tasks
@@ -428,3 +428,25 @@ def test_a_resolved_file_is_read_as_it_was() -> None:
     for regimes in ("[base]", "[base, all_answers, dedicated]"):
         settings = Comparison.parse(TEXT, overrides=[f"compare.regimes={regimes}"])
         assert Comparison.parse(settings.to_yaml()) == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [(b"\xff\xfe bad", "not_utf8"), (b" \n", "empty_text"), (b"a", "text_too_short")]
+)
+def test_a_text_on_which_forgetting_cannot_be_measured_is_refused_at_once(
+    tmp_path: Path, content: bytes, code: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    (error,) = text_problems(comparison(f"compare.forgetting={{text: {text}}}"), byte_level_bpe())
+    assert (error.code, str(error.file)) == (code, str(text))
+
+
+def test_one_rate_is_said_without_scores() -> None:
+    assert Choice(8e-4).sentence("zero_shot") == "zero_shot: learning rate 0.0008."
+
+
+@pytest.mark.parametrize("key", ["num_training_seeds", "num_draws"])
+def test_a_comparison_has_an_end(key: str) -> None:
+    with pytest.raises(UserError):
+        comparison(f"compare.{key}=101")

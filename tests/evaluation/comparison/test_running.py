@@ -16,13 +16,17 @@ from rich.console import Console
 from manyicl.errors import MachineError, UserError
 from manyicl.evaluation.comparison import run as running
 from manyicl.evaluation.comparison.cells import planned_runs
+from manyicl.evaluation.comparison.omissions import omissions
 from manyicl.evaluation.comparison.plan import ComparisonPlan, planned
 from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, is_comparison
 from manyicl.evaluation.comparison.run import prepare, run_comparison
 from manyicl.evaluation.comparison.settings import Comparison
+from manyicl.evaluation.comparison.statistics import statistics_of
 from manyicl.evaluation.comparison.summary import as_json, score_rows
 from manyicl.evaluation.grid import CellState
+from manyicl.evaluation.shot_curve import measure_shot_curves
 from manyicl.training.job import ensure_trained
+from tests.builders import byte_level_bpe, tiny_model
 from tests.evaluation.comparison.cases import comparison_in, write_task
 from tests.training.test_train import stop_in_step
 
@@ -173,9 +177,21 @@ def test_a_cell_that_fails_is_kept_and_ends_no_other(tmp_path: Path, monkeypatch
     assert failed.failure["code"] == "no_rate"
     assert "The loss became nan" in failed.failure["sentence"]
     assert [cell["state"] for cell in as_json(records)["cells"]] == ["done", "failed"]
+    assert [trial.cell.name for trial in records.failed_trials] == [
+        "all_answers_rate0",
+        "zero_shot_rate0",
+        "zero_shot_rate1",
+    ]
+    assert as_json(records)["failed_trials"][0]["name"] == "all_answers_rate0"
+    missing = omissions(records, statistics_of(records))
+    assert "Learning rate all_answers_rate0: failed: MachineError: The disk is full." in missing
     assert compared(settings).failures
-    retried = compared(settings, retry_failed=True)
+    shown = console()
+    retried = run_comparison(settings, console=shown, retry_failed=True)
     assert not retried.failures
+    assert [trial.cell.name for trial in retried.failed_trials] == ["all_answers_rate0"]
+    assert isinstance(shown.file, io.StringIO)
+    assert "all_answers_rate0 is not tried again: the rate of all_answers was chosen" in shown.file.getvalue()
     # What a model was trained with stays, although its other rate could be tried by now.
     assert retried.cells[1].learning_rate == 3e-3
 
@@ -238,7 +254,120 @@ def test_cells_may_be_added_and_none_may_change(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         compared(comparison_in(tmp_path, base, "compare.num_queries=3"))
     assert error.value.code == "another_cell"
+    assert "compare.num_queries was 4, is 3. Compare into another output" in str(error.value)
     assert ComparisonRecords.load(tmp_path / "output").settings.compare.num_queries == 4
+
+
+def test_a_refusal_names_the_budget_as_the_file_does_and_changed_rows(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[all_answers]", "compare.learning_rates=[1e-3]")
+    declared = prepare(settings)
+    running._write_files(declared)
+    (cell,) = declared.models.cells
+    (settings.output / "runs" / cell.name).mkdir(parents=True)
+    file = settings.output / "runs" / cell.name / "cell.json"
+    file.write_text(json.dumps(cell.settings), encoding="utf-8")
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(UserError) as error:
+            prepare(
+                comparison_in(tmp_path, "compare.regimes=[all_answers]", "compare.learning_rates=[1e-3]", *overrides)
+            )
+        assert error.value.code == "another_cell"
+        return str(error.value)
+
+    assert "training.num_tokens was 1200, is 2400." in refused("training.num_tokens=2400")
+    assert "compare.learning_rates was [0.001], is [0.002]." in refused("compare.learning_rates=[2e-3]")
+    with (tmp_path / "train" / "nli_train_0" / "train.jsonl").open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"text": "one more film", "answer": "yes"}) + "\n")
+    assert "its training tasks or their rows changed." in refused()
+
+
+def test_other_weights_of_the_base_at_the_same_place_are_refused(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[base]")
+    compared(settings)
+    prepare(settings)
+    tiny_model(seed=1, vocabulary_size=len(byte_level_bpe())).save_pretrained(str(tmp_path / "base"))
+    for again in (prepare, compared):
+        with pytest.raises(UserError) as error:
+            again(settings)
+        assert error.value.code == "another_cell"
+        assert "the weights of the base changed" in str(error.value)
+
+
+def test_a_comparison_that_knew_nothing_of_the_weights_of_its_base_goes_on(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[base]")
+    compared(settings)
+    file = settings.output / "runs" / "base_seed0" / "cell.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content.pop("base_weights")
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert not compared(settings).failures
+
+
+def test_a_model_whose_results_are_gone_is_evaluated_again_and_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[all_answers]", "compare.learning_rates=[1e-3]")
+    first = compared(settings)
+    calls: list[str] = []
+    measure = measure_shot_curves
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["model_name"])
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(running, "measure_shot_curves", counted)
+    assert compared(settings).results == first.results
+    assert not calls
+    gone = next((settings.output / "results").glob("nli_unseen_0*"))
+    gone.unlink()
+    shown = console()
+    again = run_comparison(settings, console=shown)
+    assert timeless(again) == timeless(first)
+    assert calls == ["all_answers_seed0"]
+    assert isinstance(shown.file, io.StringIO)
+    assert "all_answers_seed0: 2 of 8 results missing" in shown.file.getvalue()
+
+
+def test_two_processes_that_begin_in_one_folder_with_other_settings_do_not_mix(tmp_path: Path) -> None:
+    first, second = (comparison_in(tmp_path, "compare.regimes=[base]", f"compare.num_queries={n}") for n in (4, 3))
+    one, other = prepare(first), prepare(second)
+    running._write_files(one)
+    running._write_files(one)
+    with pytest.raises(UserError) as error:
+        running._write_files(other)
+    assert error.value.code == "another_comparison"
+    assert ComparisonRecords.load(first.output).settings.compare.num_queries == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rates/all_answers_rate0/done.json", '{"learning_rate": 1e-3}'), ("runs/all_answers_seed0/done.json", "{")],
+)
+def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path: Path, name: str, content: str) -> None:
+    settings = comparison_in(tmp_path, *TUNED, "compare.regimes=[all_answers]")
+    running._write_files(prepare(settings))
+    file = settings.output / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        prepare(settings)
+    assert (error.value.code, error.value.file) == ("broken_comparison", file)
+
+
+def test_a_cell_that_failed_before_it_had_a_model_takes_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise MachineError("There is no memory left.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "load_model", failing)
+        patch.setattr(running._Work, "exchange_predictions", lambda self: None)
+        assert compared(comparison_in(tmp_path, "compare.regimes=[base]")).failures
+    changed = comparison_in(tmp_path, "compare.regimes=[base]", "compare.num_queries=3")
+    assert not compared(changed).failures
+    assert {result.num_queries for result in ComparisonRecords.load(changed.output).results} == {3}
 
 
 @pytest.fixture(name="besides")

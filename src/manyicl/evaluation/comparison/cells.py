@@ -142,7 +142,7 @@ def file_name(task: str) -> str:
 
     Examples:
         >>> file_name("trec"), file_name("deutsch/englisch")
-        ('trec', 'deutsch-englisch-1ab76d1b')
+        ('trec', 'deutsch-englisch-6a5109fe')
     """
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", task)[:60]
     return task if readable == task else f"{readable}-{hash_of(task)[:8]}"
@@ -243,13 +243,15 @@ def evaluated_tasks(run: Run, tasks: ComparisonTasks) -> tuple[Task, ...]:
 
 
 def settings_of_trial(trial: Trial, settings: Comparison, tasks: ComparisonTasks, recipe: Recipe) -> dict[str, Any]:
-    """Return all that decides the score of a trial, as JSON."""
+    """Return all that decides the score of a trial but the weights of the base, as JSON; what is hashed comes first."""
     of_trial = trial_tasks(trial, settings, tasks)
-    return {"recipe": _without_place(recipe), "train": _hash(of_trial.train), "validation": _hash(of_trial.held_out)}
+    return {"train": _hash(of_trial.train), "validation": _hash(of_trial.held_out), "recipe": _without_place(recipe)}
 
 
 def settings_of_run(run: Run, settings: Comparison, tasks: ComparisonTasks, recipe: Recipe | None) -> dict[str, Any]:
-    """Return all that decides the record of a model, as JSON; its rate follows from trials that are declared.
+    """Return all that decides the record of a model but the weights of the base, as JSON; what is hashed comes first.
+
+    Its rate follows from trials that are declared.
 
     Args:
         run: The model.
@@ -258,8 +260,8 @@ def settings_of_run(run: Run, settings: Comparison, tasks: ComparisonTasks, reci
         recipe: Recipe of the model with any rate; None for the base.
     """
     evaluated = {
-        "evaluation": evaluation_of(run, settings).model_dump(mode="json"),
         "evaluated": _hash(evaluated_tasks(run, tasks)),
+        "evaluation": evaluation_of(run, settings).model_dump(mode="json"),
         **(_besides(settings, tasks) if run.task is None else {}),
     }
     if recipe is None:
@@ -268,7 +270,7 @@ def settings_of_run(run: Run, settings: Comparison, tasks: ComparisonTasks, reci
     content = _without_place(recipe)
     content["training"]["learning_rate"] = list(settings.learning_rates)
     of_run = run_tasks(run, settings, tasks)
-    return {"recipe": content, "train": _hash(of_run.train), "validation": _hash(of_run.held_out), **evaluated}
+    return {"train": _hash(of_run.train), "validation": _hash(of_run.held_out), "recipe": content, **evaluated}
 
 
 def _besides(settings: Comparison, tasks: ComparisonTasks) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from manyicl.episodes.encoding import free_answers_in_channel_form
+from manyicl.episodes.text_tokenizer import TextTokenizer
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
 from manyicl.evaluation.comparison.settings import Comparison
-from manyicl.evaluation.forgetting import NANO
+from manyicl.evaluation.forgetting import NANO, held_out_text
 from manyicl.evaluation.imported import require_answers_to
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
@@ -87,6 +90,21 @@ def _unusable_predictions(settings: Comparison, tasks: ComparisonTasks) -> Itera
                 require_answers_to(tasks.evaluated, path)
         except UserError as error:
             yield error
+
+
+def text_problems(settings: Comparison, tokenizer: PreTrainedTokenizerBase) -> Iterator[UserError]:
+    """Yield why forgetting could not be measured on its text."""
+    forgetting, field = settings.compare.forgetting, "compare.forgetting.text"
+    if forgetting is None:
+        return
+    try:
+        text, known = held_out_text(forgetting.text, settings.model.base, field), TextTokenizer(tokenizer)
+        known.require_known_words(text, field)
+        if len(known.ids_from(text.text, 0, 2)) < 2:
+            what = "the text is too short to be scored"
+            yield UserError("text_too_short", what, expected="at least 2 tokens", file=text.name, field=field)
+    except UserError as error:
+        yield error
 
 
 def _relatives(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:

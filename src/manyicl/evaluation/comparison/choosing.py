@@ -31,7 +31,8 @@ class Choice:
         """Say what was chosen, and by which scores."""
         scores = ", ".join(f"{rate:.2g} {score:.3f}" for rate, score in self.scores.items())
         steps = f" and {self.num_steps:,} steps" if self.num_steps is not None else ""
-        return f"{name}: learning rate {self.learning_rate:.2g}{steps} (on validation tasks: {scores})."
+        reason = f" (on validation tasks: {scores})" if scores else ""
+        return f"{name}: learning rate {self.learning_rate:.2g}{steps}{reason}."
 
 
 def choose(trials: Sequence[Trial], reports: Sequence[CellReport]) -> dict[str, Choice | UserError]:

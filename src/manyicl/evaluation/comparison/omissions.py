@@ -21,6 +21,7 @@ def omissions(records: ComparisonRecords, statistics: Statistics) -> list[str]:
     if waiting:
         more = "" if len(waiting) <= MOST_NAMED else f" and {len(waiting) - MOST_NAMED} more"
         lines.append(f"{pluralized(len(waiting), 'cell')} not started: {', '.join(waiting[:MOST_NAMED])}{more}.")
+    lines += [f"Learning rate {report.sentence().removesuffix('.')}." for report in records.failed_trials]
     cells = {cell.name for cell in records.cells}
     unfinished = {r.model_name for r in records.results if r.model_name not in cells} - {
         r.model_name for r in records.results if r.model_name.startswith(IMPORTED)

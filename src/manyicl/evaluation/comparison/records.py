@@ -13,29 +13,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.settings import Comparison, Regime
-from manyicl.evaluation.grid import CELL_FILE, DONE_FILE, FAILED_FILE, Cell, CellReport, CellState, Grid
+from manyicl.evaluation.grid import CELL_FILE, DONE_FILE, FAILED_FILE, Cell, CellReport, CellState, Grid, parsed
 from manyicl.evaluation.result import RESULTS_ENDING, Result, ResultStore
-from manyicl.library_errors import reason
 
 COMPARISON_FILE, TASKS_FILE, CELLS_FILE = "comparison.yaml", "tasks.json", "cells.json"
 IMPORTED_FILE = "imported.json"
 RATES_FOLDER, RUNS_FOLDER, RESULTS_FOLDER = "rates", "runs", "results"
 # The model_name of imported answers begins so.
 IMPORTED = "import_"
+# In the folder of a cell.
+MODEL_FOLDER = "model"
 
 Role = Literal["seen", "unseen", "validation", "probe"]
 Equal = Literal["tokens", "steps", "answers"]
-ContentT = TypeVar("ContentT")
 
 
 class _Record(BaseModel):
@@ -111,6 +110,7 @@ class ComparisonRecords:
         failures: Cells that failed, wait, run or were interrupted.
         results: Results of all evaluations, in the order of their creation; of imported answers, those of the files
             that the comparison names now.
+        failed_trials: Trials of learning rates that failed.
     """
 
     settings: Comparison
@@ -118,6 +118,12 @@ class ComparisonRecords:
     cells: tuple[CellRecord, ...]
     failures: tuple[CellReport, ...]
     results: tuple[Result, ...]
+    failed_trials: tuple[CellReport, ...] = ()
+
+    @property
+    def failed(self) -> tuple[CellReport, ...]:
+        """Return the cells and the trials that failed."""
+        return (*(report for report in self.failures if report.failure is not None), *self.failed_trials)
 
     @classmethod
     def load(cls, folder: str | Path) -> ComparisonRecords:
@@ -143,7 +149,12 @@ class ComparisonRecords:
         failures = [report for report, done in zip(reports, is_done, strict=True) if not done]
         results = folder / RESULTS_FOLDER
         found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
-        return cls(settings, roles, tuple(cells), tuple(failures), tuple(_current(found, settings, folder)))
+        failed = sorted(path.parent.name for path in (folder / RATES_FOLDER).glob(f"*/{FAILED_FILE}"))
+        trials = (report_of(folder / RATES_FOLDER, name) for name in failed)
+        failed_trials = tuple(report for report in trials if report.state is CellState.FAILED)
+        return cls(
+            settings, roles, tuple(cells), tuple(failures), tuple(_current(found, settings, folder)), failed_trials
+        )
 
 
 def _current(results: Iterable[Result], settings: Comparison, folder: Path) -> Iterator[Result]:
@@ -173,17 +184,3 @@ def report_of(folder: Path, name: str) -> CellReport:
     settings = parsed(TypeAdapter(dict[str, Any]), file) if file.is_file() else {}
     (report,) = Grid(folder, [Cell(name, settings)]).reports()
     return report
-
-
-def parsed(kind: TypeAdapter[ContentT], file: Path) -> ContentT:
-    """Read a JSON file of a comparison.
-
-    Raises:
-        UserError: If it is missing, or not what a comparison writes.
-    """
-    try:
-        return kind.validate_python(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
-        what = f"not a file of a comparison of this version, {reason(error)}"
-        remedy = "Restore it, or compare anew into another output."
-        raise UserError("broken_comparison", what, remedy=remedy, file=file) from error

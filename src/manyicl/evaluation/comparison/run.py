@@ -10,11 +10,12 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 from transformers import TrainerState
 
@@ -24,6 +25,7 @@ from manyicl.engine.engine import Engine
 from manyicl.episodes.chat_template import chosen_format
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.errors import UserError, pluralized
+from manyicl.evaluation.comparison.base_weights import base_weights
 from manyicl.evaluation.comparison.budgets import Length, budget_problems, lengths_of
 from manyicl.evaluation.comparison.cells import (
     Run,
@@ -40,7 +42,7 @@ from manyicl.evaluation.comparison.cells import (
     settings_of_trial,
     trial_tasks,
 )
-from manyicl.evaluation.comparison.checks import comparison_problems, require_possible
+from manyicl.evaluation.comparison.checks import comparison_problems, require_possible, text_problems
 from manyicl.evaluation.comparison.choosing import Choice, choose
 from manyicl.evaluation.comparison.forgetting_along import ForgettingOfModels
 from manyicl.evaluation.comparison.records import (
@@ -48,6 +50,7 @@ from manyicl.evaluation.comparison.records import (
     COMPARISON_FILE,
     IMPORTED,
     IMPORTED_FILE,
+    MODEL_FOLDER,
     RATES_FOLDER,
     RESULTS_FOLDER,
     RUNS_FOLDER,
@@ -58,11 +61,13 @@ from manyicl.evaluation.comparison.records import (
     is_comparison,
 )
 from manyicl.evaluation.comparison.roles import ComparisonTasks, load_comparison_tasks
+from manyicl.evaluation.comparison.rules import BASE_WEIGHTS, RulesOfRuns, RulesOfTrials
 from manyicl.evaluation.comparison.settings import Comparison
-from manyicl.evaluation.grid import Cell, CellReport, CellState, Grid
+from manyicl.evaluation.grid import LOCK_FILE, Cell, CellReport, CellState, Grid
 from manyicl.evaluation.held_out import held_out_measure
 from manyicl.evaluation.imported import export_queries, fingerprint_of, import_predictions
 from manyicl.evaluation.positions import score_positions
+from manyicl.evaluation.result import RESULTS_ENDING, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries, measure_shot_curves
 from manyicl.model.load import LoadedModel, load_model, load_tokenizer
 from manyicl.model.manifest import Manifest
@@ -75,9 +80,10 @@ from manyicl.training.throughput import forget_peak
 
 # Log and counts of a training, kept in the folder of its cell when the checkpoints go.
 HISTORY_FILE = "history.json"
-MODEL_FOLDER = "model"
 # Queries of the evaluation, for other systems to answer.
 QUERIES_FILE = "queries.jsonl"
+# A kill may leave no more than these.
+BEFORE_THE_FIRST_FILE = (LOCK_FILE, IMPORTED_FILE, TASKS_FILE, CELLS_FILE)
 SECONDS_BETWEEN_LOOKS = 2.0
 UNSETTLED = (CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED)
 
@@ -92,6 +98,7 @@ class PreparedComparison:
         lengths: Length of each kind of training.
         trials: Trials of learning rates.
         runs: Models of the comparison.
+        found: The file of the comparison that the folder held; None where it held none.
     """
 
     settings: Comparison
@@ -99,6 +106,7 @@ class PreparedComparison:
     lengths: Mapping[str, Length]
     trials: tuple[Trial, ...]
     runs: tuple[Run, ...]
+    found: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -112,7 +120,7 @@ class PreparedComparison:
         Raises:
             UserError: If the folder holds another trial under a name.
         """
-        return Grid(self.folder / RATES_FOLDER, map(self._trial_cell, self.trials))
+        return Grid(self.folder / RATES_FOLDER, map(self._trial_cell, self.trials), RulesOfTrials(self.settings))
 
     @cached_property
     def models(self) -> Grid:
@@ -121,18 +129,26 @@ class PreparedComparison:
         Raises:
             UserError: If the folder holds another model under a name.
         """
-        return Grid(self.folder / RUNS_FOLDER, map(self._run_cell, self.runs))
+        return Grid(self.folder / RUNS_FOLDER, map(self._run_cell, self.runs), RulesOfRuns(self.settings))
 
     def _trial_cell(self, trial: Trial) -> Cell:
         recipe = recipe_of_trial(trial, self.settings, self.lengths, Path(MODEL_FOLDER))
-        return Cell(trial.name, settings_of_trial(trial, self.settings, self.tasks, recipe))
+        return self._cell(trial.name, settings_of_trial(trial, self.settings, self.tasks, recipe))
 
     def _run_cell(self, run: Run) -> Cell:
         recipe = None
         if run.length is not None:
             rate = self.settings.learning_rates[0]
             recipe = recipe_of_run(run, self.settings, self.lengths, Path(MODEL_FOLDER), rate)
-        return Cell(run.name, settings_of_run(run, self.settings, self.tasks, recipe))
+        return self._cell(run.name, settings_of_run(run, self.settings, self.tasks, recipe))
+
+    @cached_property
+    def _base_weights(self) -> str | None:
+        return base_weights(self.settings.model.base)
+
+    def _cell(self, name: str, settings: Mapping[str, Any]) -> Cell:
+        known = {} if self._base_weights is None else {BASE_WEIGHTS: self._base_weights}
+        return Cell(name, {**known, **settings})
 
     def choices(self) -> Mapping[str, Choice | UserError]:
         """Return the learning rates as far as trials that are done tell; the only one where none are tried."""
@@ -149,22 +165,26 @@ def prepare(settings: Comparison, activity: Activity | None = None) -> PreparedC
     """
     activity = activity or Activity()
     require_output_folder(settings.output)
-    if settings.output.is_dir() and any(settings.output.iterdir()) and not is_comparison(settings.output):
+    others = (path for path in settings.output.glob("*") if path.name not in BEFORE_THE_FIRST_FILE)
+    if settings.output.is_dir() and any(others) and not is_comparison(settings.output):
         what, remedy = "the output is not empty and holds no comparison", "Use another output."
         raise UserError("output_exists", what, remedy=remedy, file=settings.output)
+    found = _comparison_file(settings.output)
     activity.begin("reading tasks")
     tasks = load_comparison_tasks(settings, activity.show)
     problems = list(comparison_problems(settings, tasks))
     # Packed sequences of tasks that do not fit cannot be looked at.
     require_possible(problems)
     assert settings.model.base is not None
-    lengths = lengths_of(settings, tasks, load_tokenizer(settings.model.base), activity)
+    tokenizer = load_tokenizer(settings.model.base)
+    require_possible(list(text_problems(settings, tokenizer)))
+    lengths = lengths_of(settings, tasks, tokenizer, activity)
     require_possible(budget_problems(settings, lengths))
     trials, runs = planned_trials(settings, tasks), planned_runs(settings, tasks)
-    prepared = PreparedComparison(settings, tasks, lengths, trials, runs)
-    # Both are compared with what the folder holds.
-    assert prepared.rates
-    assert prepared.models
+    prepared = PreparedComparison(settings, tasks, lengths, trials, runs, found)
+    # Both are compared with what the folder holds, and so is what is done or failed.
+    prepared.rates.reports()
+    prepared.models.reports()
     return prepared
 
 
@@ -190,22 +210,40 @@ def run_comparison(
     work.exchange_predictions()
     work.try_rates(retry_failed=retry_failed)
     work.train_models(retry_failed=retry_failed)
-    return ComparisonRecords.load(prepared.folder)
+    records = ComparisonRecords.load(prepared.folder)
+    # Those of regimes that are no longer compared decide nothing.
+    failed = tuple(report for report in records.failed_trials if report.cell.name in work.trials)
+    return replace(records, failed_trials=failed)
+
+
+def _comparison_file(folder: Path) -> str | None:
+    file = folder / COMPARISON_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _write_files(prepared: PreparedComparison) -> None:
-    """Write what is compared; a comparison to which cells are added is written anew."""
+    """Write what is compared; a comparison to which cells are added is written anew.
+
+    Raises:
+        UserError: If another process has written something else since this one has looked.
+    """
     folder = prepared.folder
     folder.mkdir(parents=True, exist_ok=True)
     roles = {name: role.model_dump(mode="json") for name, role in prepared.tasks.roles().items()}
     imported = {name: fingerprint_of(path) for name, path in prepared.settings.compare.predictions.items()}
-    for name, text in (
-        (IMPORTED_FILE, json.dumps(imported, indent=2) + "\n"),
-        (TASKS_FILE, json.dumps(roles, ensure_ascii=False, indent=2) + "\n"),
-        (CELLS_FILE, json.dumps([run.name for run in prepared.runs], indent=2) + "\n"),
-        (COMPARISON_FILE, prepared.settings.to_yaml()),
-    ):
-        write_atomically(folder / name, text)
+    text = prepared.settings.to_yaml()
+    with FileLock(folder / LOCK_FILE):
+        if (now := _comparison_file(folder)) not in (prepared.found, text):
+            what = "another process began a comparison with other settings here" if now else "the file was removed"
+            remedy = "Compare into another output, or start again with the settings of the file."
+            raise UserError("another_comparison", what, remedy=remedy, file=folder / COMPARISON_FILE)
+        for name, content in (
+            (IMPORTED_FILE, json.dumps(imported, indent=2) + "\n"),
+            (TASKS_FILE, json.dumps(roles, ensure_ascii=False, indent=2) + "\n"),
+            (CELLS_FILE, json.dumps([run.name for run in prepared.runs], indent=2) + "\n"),
+            (COMPARISON_FILE, text),
+        ):
+            write_atomically(folder / name, content)
 
 
 class _Work:
@@ -238,7 +276,12 @@ class _Work:
         models = self.prepared.models.folder
         fixed = {run.choice for run in self.prepared.runs if (models / run.name / MODEL_FOLDER).is_dir()}
         free = [cell for cell in self.prepared.rates.cells if self.trials[cell.name].choice not in fixed]
-        return Grid(self.prepared.rates.folder, free)
+        for report in self.prepared.rates.reports():
+            choice = self.trials[report.cell.name].choice
+            if report.state is CellState.FAILED and choice in fixed:
+                reason = f"the rate of {choice} was chosen without it, and models have started with that rate"
+                say(self.console, f"{report.cell.name} is not tried again: {reason}.")
+        return Grid(self.prepared.rates.folder, free, self.prepared.rates.rules)
 
     def _wait_for_others(self, grid: Grid) -> None:
         """Wait until other processes have ended their trials; take over those that they leave."""
@@ -252,7 +295,26 @@ class _Work:
 
     def train_models(self, *, retry_failed: bool) -> None:
         """Train and evaluate the models."""
+        self._reopen_without_results()
         self.prepared.models.run(self._train_and_evaluate, retry_failed=retry_failed, on_report=self._say)
+
+    def _reopen_without_results(self) -> None:
+        """Let models whose results are gone be evaluated again, and trained again only where they are gone, too."""
+        models, results = self.prepared.models, self.prepared.folder / RESULTS_FOLDER
+        found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
+        known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in found}
+        for report in models.reports():
+            run = self.runs[report.cell.name]
+            points = evaluation_of(run, self.settings).points()
+            expected = {
+                (run.name, task.name, point.num_shots, point.seed, point.order)
+                for task in evaluated_tasks(run, self.prepared.tasks)
+                for point in points
+            }
+            missing = expected - known
+            if report.state is CellState.DONE and missing and models.reopen(report.cell):
+                number = f"{len(missing):,} of {pluralized(len(expected), 'result')}"
+                say(self.console, f"{run.name}: {number} missing in {results}; it is evaluated again.")
 
     @contextmanager
     def _activity(self, what: str, total: int | None = None) -> Iterator[Activity]:

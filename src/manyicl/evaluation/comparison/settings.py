@@ -124,7 +124,7 @@ class CompareSettings(Section):
         16, ge=1, description="Demonstrations before the supervised answer in few_shot; MetaICL takes 16."
     )
     num_training_seeds: int = Field(
-        3, ge=1, description="Trainings of each regime, with training.seed and the numbers after it."
+        3, ge=1, le=100, description="Trainings of each regime, with training.seed and the numbers after it."
     )
     learning_rates: tuple[PositiveFloat, ...] | None = Field(
         None,
@@ -133,7 +133,7 @@ class CompareSettings(Section):
         "its budget; unset: a third of training.learning_rate, it, and three times it. With one, nothing is tuned.",
     )
     shots: Shots = Field((0, 1, 4, 16, 64), min_length=1, description="Shot counts of the curves.")
-    num_draws: int = Field(1, ge=1, description="Draws of demonstrations for each training seed.")
+    num_draws: int = Field(1, ge=1, le=100, description="Draws of demonstrations for each training seed.")
     num_orders: int = Field(1, ge=1, description="Orders in which the demonstrations of each draw are measured.")
     num_queries: int = Field(100, ge=1, description="Test queries for each task.")
     dedicated: DedicatedSettings = Field(default_factory=DedicatedSettings, description="The dedicated models.")

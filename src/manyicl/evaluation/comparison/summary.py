@@ -31,7 +31,7 @@ def mean_scores(records: ComparisonRecords) -> dict[str, Scores]:
 
 
 def as_json(records: ComparisonRecords) -> dict[str, Any]:
-    """Return every cell with its state and its mean scores, and those of imported answers, as JSON holds them."""
+    """Return cells with their states and mean scores, failed trials, and imported answers, as JSON holds them."""
     scores = mean_scores(records)
     done = [
         {**cell.model_dump(mode="json"), "state": "done", "failure": None, "scores": scores.get(cell.name, {})}
@@ -45,8 +45,18 @@ def as_json(records: ComparisonRecords) -> dict[str, Any]:
         }
         for report in records.failures
     ]
+    trials = [
+        {"name": report.cell.name, "failure": report.failure["sentence"] if report.failure else None}
+        for report in records.failed_trials
+    ]
     imported = [{"name": name, "scores": scores.get(f"{IMPORTED}{name}", {})} for name in _imported(records)]
-    return {"output": str(records.settings.output), "cells": [*done, *others], "imported": imported}
+    cells = [*done, *others]
+    return {
+        "output": str(records.settings.output),
+        "cells": cells,
+        "failed_trials": trials,
+        "imported": imported,
+    }
 
 
 def _imported(records: ComparisonRecords) -> tuple[str, ...]:
