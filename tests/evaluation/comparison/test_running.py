@@ -321,6 +321,7 @@ def test_a_model_whose_results_are_gone_is_evaluated_again_and_not_trained(
     assert not calls
     gone = next((settings.output / "results").glob("nli_unseen_0*"))
     gone.unlink()
+    assert "all_answers_seed0: 2 of 8 results missing" in "\n".join(ComparisonPlan(prepare(settings), None).lines())
     shown = console()
     again = run_comparison(settings, console=shown)
     assert timeless(again) == timeless(first)

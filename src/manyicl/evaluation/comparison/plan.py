@@ -156,6 +156,7 @@ class ComparisonPlan:
         ):
             if planned:
                 yield from _cells(title, grid, [work for _, work in planned])
+        yield from self.prepared.missing_results().values()
         yield self._left()
 
     def _opening(self) -> Iterator[str]:

@@ -156,6 +156,27 @@ class PreparedComparison:
             return {run.choice: Choice(self.settings.learning_rates[0]) for run in self.runs if run.length}
         return choose(self.trials, self.rates.reports())
 
+    def missing_results(self) -> dict[str, str]:
+        """Say of each model that is done and not all of whose results are there, by its name, how many are missing.
+
+        Raises:
+            UserError: If a record is damaged.
+        """
+        folder = self.folder / RESULTS_FOLDER
+        found = ResultStore(folder).load() if any(folder.glob(f"*{RESULTS_ENDING}")) else []
+        known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in found}
+        sentences = {}
+        for run, report in zip(self.runs, self.models.reports(), strict=True):
+            expected = {
+                (run.name, task.name, point.num_shots, point.seed, point.order)
+                for task in evaluated_tasks(run, self.tasks)
+                for point in evaluation_of(run, self.settings).points()
+            }
+            if report.state is CellState.DONE and (missing := expected - known):
+                number = f"{len(missing):,} of {pluralized(len(expected), 'result')}"
+                sentences[run.name] = f"{run.name}: {number} missing in {folder}; it is evaluated again."
+        return sentences
+
 
 def prepare(settings: Comparison, activity: Activity | None = None) -> PreparedComparison:
     """Load the tasks, and check all that can be known before anything is trained. Nothing is written.
@@ -300,21 +321,11 @@ class _Work:
 
     def _reopen_without_results(self) -> None:
         """Let models whose results are gone be evaluated again, and trained again only where they are gone, too."""
-        models, results = self.prepared.models, self.prepared.folder / RESULTS_FOLDER
-        found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
-        known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in found}
-        for report in models.reports():
-            run = self.runs[report.cell.name]
-            points = evaluation_of(run, self.settings).points()
-            expected = {
-                (run.name, task.name, point.num_shots, point.seed, point.order)
-                for task in evaluated_tasks(run, self.prepared.tasks)
-                for point in points
-            }
-            missing = expected - known
-            if report.state is CellState.DONE and missing and models.reopen(report.cell):
-                number = f"{len(missing):,} of {pluralized(len(expected), 'result')}"
-                say(self.console, f"{run.name}: {number} missing in {results}; it is evaluated again.")
+        models = self.prepared.models
+        sentences = self.prepared.missing_results()
+        for cell in models.cells:
+            if (sentence := sentences.get(cell.name)) is not None and models.reopen(cell):
+                say(self.console, sentence)
 
     @contextmanager
     def _activity(self, what: str, total: int | None = None) -> Iterator[Activity]:
