@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from manyicl.episodes.general_text import GeneralText
 from manyicl.episodes.text_tokenizer import TextTokenizer
 from manyicl.errors import UserError
-from manyicl.evaluation import forgetting
 from manyicl.evaluation.comparison.records import Forgetting
 from manyicl.evaluation.forgetting import (
     ForgettingSettings,
@@ -30,6 +29,7 @@ from manyicl.evaluation.forgetting import (
 )
 from manyicl.model.load import LoadedModel, load_model
 from manyicl.tasks.nanoworld.text import nano_text, write_nano_text
+from manyicl.training import loss
 from manyicl.training.job import ensure_trained
 from tests.builders import byte_level_bpe, make_example, make_task, sentencepiece_bpe, tiny_loaded, tiny_model
 from tests.training.recipes import small_recipe, small_tasks
@@ -60,7 +60,7 @@ def test_the_loss_of_a_text_is_that_of_the_plain_model_over_each_window(
     tokenizer: object, num_tokens: int, length: int, most_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = tiny_loaded(tokenizer=tokenizer)  # type: ignore[arg-type]
-    monkeypatch.setattr(forgetting, "BYTES_OF_LOGITS", most_logits * 4 * len(loaded.tokenizer))
+    monkeypatch.setattr(loss, "BYTES_OF_LOGITS", most_logits * 4 * len(loaded.tokenizer))
     score = score_text(loaded, TEXT, ForgettingSettings(num_tokens=num_tokens, window_tokens=length))
     nats, num_scored = slow_score(loaded, num_tokens, length)
     assert score.num_tokens == num_scored

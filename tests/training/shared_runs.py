@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from manyicl.episodes.packed_sequence import PackedSequences
-from manyicl.evaluation.held_out import ScoreAt, ShareOut, Work, held_out_measure, in_this_process
+from manyicl.evaluation.held_out import ShareOut, held_out_measure, in_this_process
 from manyicl.model import machine
 from manyicl.model.load import LoadedModel
 from manyicl.tasks.task import Task
@@ -176,8 +176,8 @@ def train(recipe: Recipe, existing: Existing = "use", fails_at: int | None = Non
     console = Console(file=io.StringIO(), width=300, quiet=not is_main_process())
 
     def make_measure(tasks: Sequence[Task], *, share_out: ShareOut = in_this_process, **settings: Any) -> Measure:
-        def shared(tasks: Sequence[Task], work: Work) -> Sequence[ScoreAt]:
-            def failing(own_tasks: Sequence[Task]) -> Sequence[ScoreAt]:
+        def shared(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]], /) -> Sequence[Any]:
+            def failing(own_tasks: Sequence[Any]) -> Sequence[Any]:
                 if len(ended.scores) + 1 == fails_at and (is_sharded() or rank() + 1 == world_size()):
                     raise ArithmeticError("seven times eight")
                 return work(own_tasks)

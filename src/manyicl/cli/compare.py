@@ -118,7 +118,7 @@ def _failed(records: ComparisonRecords) -> str:
     num_trials = len(records.failed_trials)
     counts += [pluralized(num_trials, "trial") + " of learning rates"] if num_trials else []
     first = records.failed[0]
-    reason = str(first.failure["sentence"]) if first.failure else ""
+    reason = first.reason or ""
     again = "" if "--retry-failed" in reason else " Try again with --retry-failed."
     again += " A trial is tried again only as long as no model has started with the rate chosen." if num_trials else ""
     return f"{' and '.join(counts)} failed, such as {first.cell.name}: {reason.removesuffix('.')}.{again}"

@@ -16,7 +16,7 @@ from math import fsum
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,7 @@ from manyicl.episodes.general_text import GeneralText, read_general_text
 from manyicl.episodes.text_tokenizer import TextTokenizer
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.records import Forgetting
-from manyicl.evaluation.held_out import held_out_measure
+from manyicl.evaluation.held_out import ShareOut, held_out_measure, in_this_process
 from manyicl.tasks.nanoworld.text import nano_text
 from manyicl.tasks.task import Task
 
@@ -35,13 +35,9 @@ if TYPE_CHECKING:
     from manyicl.model.load import LoadedModel
 
 NANO = "builtin:nano"
-# Logits of so many bytes in float32 are made at once.
-BYTES_OF_LOGITS = 512 * 2**20
 # Names of the figures in the log of a training; that of a probe task is followed by its name.
 TOKEN_FIGURE, BYTE_FIGURE, COUNT_FIGURE, PROBE_FIGURE = "nats_per_token", "nats_per_byte", "num_text_tokens", "probe_"
 
-Item = TypeVar("Item")
-Outcome = TypeVar("Outcome")
 Measure = Callable[["LoadedModel"], Mapping[str, float]]
 
 
@@ -55,20 +51,6 @@ class ForgettingSettings(BaseModel):
     probe_shots: tuple[int, ...] = Field((0, 8), min_length=1, description="Shot counts of the probe tasks.")
     probe_queries: int = Field(100, ge=1, description="Test queries of each probe task.")
     seed: int = Field(0, description="Seed of the choice of queries and demonstrations.")
-
-
-class ShareOut(Protocol):
-    """Lets each process of a run do some of the work, and returns the outcomes of all to each, in any order."""
-
-    def __call__(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]], /
-    ) -> Sequence[Outcome]:
-        """Call ``work`` with the items of this process."""
-
-
-def in_this_process(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]], /) -> Sequence[Outcome]:
-    """Do all work here."""
-    return work(items)
 
 
 def held_out_text(path: Path | str | None, base: str | None = NANO, field: str | None = None) -> GeneralText:
@@ -183,8 +165,9 @@ def window_nats(model: PreTrainedModel, token_ids: Sequence[int], num_given: int
     import torch
 
     from manyicl.model.attention import packed_arguments
+    from manyicl.training.loss import most_logits_at_once
 
-    most_logits = max(1, BYTES_OF_LOGITS // (4 * model.config.get_text_config().vocab_size))
+    most_logits = most_logits_at_once(model.config.get_text_config().vocab_size)
     ids = torch.tensor([token_ids], device=model.device)
     nats = []
     was_training = model.training

@@ -76,10 +76,15 @@ class CellReport:
     result: Any = None
     failure: Mapping[str, Any] | None = None
 
+    @property
+    def reason(self) -> str | None:
+        """Why its work failed, in a sentence; None unless it failed."""
+        return self.failure["sentence"] if self.failure else None
+
     def sentence(self) -> str:
         """Say how far the cell is."""
-        reason = f": {self.failure['sentence']}" if self.failure else ""
-        return f"{self.cell.name}: {self.state.value}{reason}"
+        because = f": {self.reason}" if self.reason is not None else ""
+        return f"{self.cell.name}: {self.state.value}{because}"
 
 
 Work = Callable[[Cell, Path], Any]
@@ -313,8 +318,14 @@ def parsed(kind: TypeAdapter[ContentT], file: Path) -> ContentT:
     Raises:
         UserError: If it is missing, or not what is written there.
     """
+    return _checked(kind, file)[0]
+
+
+def _checked(kind: TypeAdapter[ContentT], file: Path) -> tuple[ContentT, Any]:
+    """Read a file, and return what it holds and how that is written."""
     try:
-        return kind.validate_python(json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return kind.validate_python(content), content
     except (OSError, ValueError, ValidationError, RecursionError) as error:
         what = f"not a file of a comparison of this version, {reason(error)}"
         remedy = "Restore it, or compare anew into another output."
@@ -330,5 +341,4 @@ def _value(settings: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
     """Read a file as it was written, if it is of a kind."""
-    parsed(kind, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _checked(kind, path)[1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from manyicl.errors import UserError
 from manyicl.tasks.leakage import normalised
@@ -20,20 +20,25 @@ if TYPE_CHECKING:
 
 # A shot count, and the score of a task at it.
 ScoreAt = tuple[int, float]
-# Measures some tasks.
-Work = Callable[[Sequence[Task]], Sequence[ScoreAt]]
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 class ShareOut(Protocol):
-    """Lets each process of a run measure some tasks, and returns the scores of all to each: see `shared_out`."""
+    """Lets each process of a run do some of the work, and returns the outcomes of all to each, in any order.
 
-    def __call__(self, tasks: Sequence[Task], work: Work, /) -> Sequence[ScoreAt]:
-        """Call ``work`` with the tasks of this process."""
+    See `shared_out`.
+    """
+
+    def __call__(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]], /
+    ) -> Sequence[Outcome]:
+        """Call ``work`` with the items of this process."""
 
 
-def in_this_process(tasks: Sequence[Task], work: Work, /) -> Sequence[ScoreAt]:
-    """Measure all tasks here."""
-    return work(tasks)
+def in_this_process(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Outcome]], /) -> Sequence[Outcome]:
+    """Do all work here."""
+    return work(items)
 
 
 def held_out_measure(

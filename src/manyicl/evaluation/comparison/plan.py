@@ -250,7 +250,7 @@ def _as_json(report: CellReport, work: PlannedWork) -> dict[str, Any]:
     return {
         "name": work.name,
         "state": report.state.value,
-        "failure": report.failure["sentence"] if report.failure else None,
+        "failure": report.reason,
         "num_tokens": round(work.num_tokens),
         "num_answers": work.num_answers,
         "hours": work.hours,

@@ -147,8 +147,7 @@ class ComparisonRecords:
             if done
         ]
         failures = [report for report, done in zip(reports, is_done, strict=True) if not done]
-        results = folder / RESULTS_FOLDER
-        found = ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
+        found = results_in(folder)
         failed = sorted(path.parent.name for path in (folder / RATES_FOLDER).glob(f"*/{FAILED_FILE}"))
         trials = (report_of(folder / RATES_FOLDER, name) for name in failed)
         failed_trials = tuple(report for report in trials if report.state is CellState.FAILED)
@@ -173,6 +172,16 @@ def _current(results: Iterable[Result], settings: Comparison, folder: Path) -> I
 def is_comparison(folder: Path) -> bool:
     """Tell whether a folder is that of a comparison."""
     return all((folder / name).is_file() for name in (COMPARISON_FILE, TASKS_FILE, CELLS_FILE))
+
+
+def results_in(folder: Path) -> list[Result]:
+    """Load the results of all evaluations of a comparison; none where nothing was evaluated yet.
+
+    Raises:
+        UserError: If a record is damaged.
+    """
+    results = folder / RESULTS_FOLDER
+    return ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
 
 
 def report_of(folder: Path, name: str) -> CellReport:

@@ -11,12 +11,11 @@ from manyicl.errors import UserError, quoted
 from manyicl.evaluation.comparison.records import (
     COMPARISON_FILE,
     MODEL_FOLDER,
-    RESULTS_FOLDER,
     CellRecord,
+    results_in,
 )
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.grid import Cell, Change, Rules
-from manyicl.evaluation.result import RESULTS_ENDING, ResultStore
 
 BASE_WEIGHTS = "base_weights"
 # What a hash in the settings of a cell is of.
@@ -104,9 +103,6 @@ class RulesOfRuns(_RulesOfComparison):
 
     def may_replace(self, cell: Cell, folder: Path) -> bool:
         """Tell whether a cell left neither a model nor results, which would count together with new ones."""
-        results = self.settings.output / RESULTS_FOLDER
         if (folder / MODEL_FOLDER).exists():
             return False
-        if not any(results.glob(f"*{RESULTS_ENDING}")):
-            return True
-        return all(result.model_name != cell.name for result in ResultStore(results).load())
+        return all(result.model_name != cell.name for result in results_in(self.settings.output))

@@ -59,6 +59,7 @@ from manyicl.evaluation.comparison.records import (
     ComparisonRecords,
     PositionScore,
     is_comparison,
+    results_in,
 )
 from manyicl.evaluation.comparison.roles import ComparisonTasks, load_comparison_tasks
 from manyicl.evaluation.comparison.rules import BASE_WEIGHTS, RulesOfRuns, RulesOfTrials
@@ -67,7 +68,6 @@ from manyicl.evaluation.grid import LOCK_FILE, Cell, CellReport, CellState, Grid
 from manyicl.evaluation.held_out import held_out_measure
 from manyicl.evaluation.imported import export_queries, fingerprint_of, import_predictions
 from manyicl.evaluation.positions import score_positions
-from manyicl.evaluation.result import RESULTS_ENDING, ResultStore
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries, measure_shot_curves
 from manyicl.model.load import LoadedModel, load_model, load_tokenizer
 from manyicl.model.manifest import Manifest
@@ -163,8 +163,7 @@ class PreparedComparison:
             UserError: If a record is damaged.
         """
         folder = self.folder / RESULTS_FOLDER
-        found = ResultStore(folder).load() if any(folder.glob(f"*{RESULTS_ENDING}")) else []
-        known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in found}
+        known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in results_in(self.folder)}
         sentences = {}
         for run, report in zip(self.runs, self.models.reports(), strict=True):
             expected = {

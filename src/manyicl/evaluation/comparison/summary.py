@@ -41,14 +41,11 @@ def as_json(records: ComparisonRecords) -> dict[str, Any]:
         {
             "name": report.cell.name,
             "state": report.state.value,
-            "failure": report.failure["sentence"] if report.failure else None,
+            "failure": report.reason,
         }
         for report in records.failures
     ]
-    trials = [
-        {"name": report.cell.name, "failure": report.failure["sentence"] if report.failure else None}
-        for report in records.failed_trials
-    ]
+    trials = [{"name": report.cell.name, "failure": report.reason} for report in records.failed_trials]
     imported = [{"name": name, "scores": scores.get(f"{IMPORTED}{name}", {})} for name in _imported(records)]
     cells = [*done, *others]
     return {
