@@ -355,36 +355,7 @@ class _Work:
         """Train a model, evaluate it, and return its record."""
         self._begin("Model", cell, self.prepared.models.cells)
         run = self.runs[cell.name]
-        known: dict[str, Any] = {}
-        if run.length is None:
-            loaded, text_format = self._base()
-            # The same for every seed.
-            if self.forgetting is not None and run.draw == 0:
-                known = {"forgetting": self.forgetting.of_base(loaded, text_format)}
-            engine = self._base_engine(loaded, text_format)
-        else:
-            choice = self.choices[run.choice]
-            if isinstance(choice, UserError):
-                raise choice
-            recipe = recipe_of_run(
-                run, self.settings, self.prepared.lengths, folder / MODEL_FOLDER, choice.learning_rate, choice.num_steps
-            )
-            # A dedicated model is used for its task alone.
-            along = self.forgetting if run.task is None else None
-            forget_peak()
-            tasks = run_tasks(run, self.settings, self.prepared.tasks)
-            trained = _finished(
-                ensure_trained(
-                    measured_along(recipe) if along else recipe,
-                    tasks,
-                    along.along if along else None,
-                    console=self.console,
-                )
-            )
-            history = _kept_history(trained, folder)
-            known = {"learning_rate": choice.learning_rate, **_costs(trained, history)}
-            known |= {"forgetting": along.of_log(history)} if along else {}
-            engine = self._engine(str(trained.folder))
+        engine, known = self._untrained(run) if run.length is None else self._trained(run, folder)
         self._evaluate(run, engine)
         if run.task is None:
             known["positions"] = self._positions(run, engine)
@@ -401,6 +372,38 @@ class _Work:
             **known,
         )
         return record.model_dump(mode="json")
+
+    def _untrained(self, run: Run) -> tuple[Engine, dict[str, Any]]:
+        """Return an engine of the base, and what is known of it."""
+        known: dict[str, Any] = {}
+        loaded, text_format = self._base()
+        # The same for every seed.
+        if self.forgetting is not None and run.draw == 0:
+            known = {"forgetting": self.forgetting.of_base(loaded, text_format)}
+        return self._base_engine(loaded, text_format), known
+
+    def _trained(self, run: Run, folder: Path) -> tuple[Engine, dict[str, Any]]:
+        """Train a model, and return an engine of it and what is known of its training.
+
+        Raises:
+            UserError: If no learning rate could be chosen.
+        """
+        choice = self.choices[run.choice]
+        if isinstance(choice, UserError):
+            raise choice
+        recipe = recipe_of_run(
+            run, self.settings, self.prepared.lengths, folder / MODEL_FOLDER, choice.learning_rate, choice.num_steps
+        )
+        tasks = run_tasks(run, self.settings, self.prepared.tasks)
+        # A dedicated model is used for its task alone.
+        along = self.forgetting if run.task is None else None
+        measured, measure = (measured_along(recipe), along.along) if along else (recipe, None)
+        forget_peak()
+        trained = _finished(ensure_trained(measured, tasks, measure, console=self.console))
+        history = _kept_history(trained, folder)
+        known = {"learning_rate": choice.learning_rate, **_costs(trained, history)}
+        known |= {"forgetting": along.of_log(history)} if along else {}
+        return self._engine(str(trained.folder)), known
 
     def _base(self) -> tuple[LoadedModel, AnyFormat]:
         """Load the base, and return how the models that come from it are prompted."""
