@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"tasks", "episodes", "model"},
     "engine": {"tasks", "episodes", "model"},
     "evaluation": {"tasks", "episodes", "model", "training", "engine"},
-    "cli": {"tasks", "episodes", "model", "training", "engine", "evaluation"},
+    "server": {"tasks", "episodes", "model", "engine", "evaluation"},
+    "cli": {"tasks", "episodes", "model", "training", "engine", "evaluation", "server"},
 }
 MOST_BODY_LINES = 40
 NEVER = {"tasks": {"torch", "transformers", "tokenizers", "peft"}, "episodes": {"torch", "peft"}}
