@@ -189,7 +189,7 @@ class JobRecord:
         num_rows: Rows in all.
         num_done: Rows with a result.
         num_problems: Rows that could not be answered, among them.
-        created_at: When it was asked for, in UTC.
+        created_at: When it was requested, in UTC.
         finished_at: When it ended; None before.
         problem: Why it failed, as `UserError.fields` gives it.
     """
