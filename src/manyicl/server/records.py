@@ -140,11 +140,14 @@ class DemonstrationRecord:
         number: Its number in the task, from 1, by time; kept when it is corrected, never given again.
         added_in: Version that it was first part of.
         columns: Column -> value of the row.
+        place: Where it stands in the context: the demonstrations of a version are shown by rising place. Kept when it
+            is corrected; what is added later has a higher one.
     """
 
     number: int
     added_in: int
     columns: Mapping[str, Any]
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +158,13 @@ class Written:
         task: The task as it is now.
         version: The version that the write made.
         replayed: Whether the same request, by its idempotency key, was answered before; nothing was written then.
+        numbers: Numbers of the demonstrations that the write added, corrected, removed or brought back, rising.
     """
 
     task: TaskRecord
     version: VersionRecord
     replayed: bool = False
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
