@@ -197,6 +197,7 @@ class JobRecord:
         created_at: When it was requested, in UTC.
         finished_at: When it ended; None before.
         problem: Why it failed, as `UserError.fields` gives it.
+        summary: Scores of an evaluation that is done; None before, and of predictions.
     """
 
     id: str
@@ -211,6 +212,7 @@ class JobRecord:
     num_problems: int = 0
     finished_at: datetime | None = None
     problem: Mapping[str, Any] | None = None
+    summary: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

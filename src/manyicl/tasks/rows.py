@@ -138,8 +138,17 @@ def iter_rows(path: Path, **how: Unpack[RowFormat]) -> Iterator[LocatedRow]:
         raise unknown_suffix(path)
     lines = _lines(path, how.get("encoding"))
     if is_fielded(path):
-        return _csv_rows(path, lines, how.get("delimiter"), how.get("quotes", "csv"))
+        usual = DELIMITERS[suffix.removesuffix(GZIP)]
+        return _refused(table_rows(lines, str(path), usual, how.get("delimiter"), how.get("quotes", "csv")))
     return json_rows(lines, str(path))
+
+
+def _refused(rows: Iterable[LocatedRow | UserError]) -> Iterator[LocatedRow]:
+    """Yield rows up to the first one that cannot be read, and raise its error."""
+    for row in rows:
+        if isinstance(row, UserError):
+            raise row
+        yield row
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[str]:
@@ -180,7 +189,7 @@ def column_names(path: Path, **how: Unpack[RowFormat]) -> list[str]:
     quotes, usual = how.get("quotes", "csv"), DELIMITERS[suffix.removesuffix(GZIP)]
     with located(file=path, row=1):
         delimiter = how.get("delimiter") or _delimiter_of(lines, usual, quotes)
-        records = _records(path, lines, delimiter, quotes)
+        records = _records(str(path), lines, delimiter, quotes, usual)
         return next((checked_header(fields) for _, fields in records if fields), [])
 
 
@@ -212,35 +221,50 @@ def json_rows(lines: Iterable[str], file: str) -> Iterator[LocatedRow]:
     """
     for line, text in enumerate(lines, start=1):
         if text.strip():
-            with located(file=file, row=line):
-                columns = _parse_json(text.removesuffix("\n"))
-            yield LocatedRow(columns, file, line)
+            yield json_row(text, file, line)
 
 
-def _parse_json(text: str) -> dict[str, Any]:
+def json_row(text: str, file: str, line: int) -> LocatedRow:
+    """Parse one line of JSON lines; see `json_rows`."""
+    with located(file=file, row=line):
+        row = json_value(text.removesuffix("\n"), "one object a line")
+        if not isinstance(row, dict):
+            expected, remedy = 'one JSON object a line, such as {"text": …}', None
+            if isinstance(row, list) and any(isinstance(part, dict) for part in row):
+                remedy = _JSON_LINES_REMEDY
+            found = shortened(text.removesuffix("\n"))
+            raise UserError("not_an_object", "not a row", expected=expected, found=found, remedy=remedy)
+    return LocatedRow(row, file, line)
+
+
+def json_value(text: str, expected: str) -> Any:
+    """Parse JSON, numbers as the text that is written there, NaN as null.
+
+    Args:
+        text: The JSON.
+        expected: What an error says that it should be.
+
+    Raises:
+        UserError: If it is no JSON, a key occurs twice in one object, or it is nested too deeply.
+    """
     try:
-        row = json.loads(
+        value = json.loads(
             text,
             parse_int=NumberText,
             parse_float=NumberText,
             parse_constant=lambda name: as_text(float(name)),
             object_pairs_hook=_with_unique_keys,
         )
-        is_deep = text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(row) > _MOST_LEVELS
+        is_deep = text.count("[") + text.count("{") > _MOST_LEVELS and _num_levels(value) > _MOST_LEVELS
     except json.JSONDecodeError as error:
         what = f"broken JSON at character {error.colno}, {clause(error.msg)}"
         remedy = _JSON_LINES_REMEDY if text.lstrip().startswith("[") else None
-        raise UserError("broken_json", what, expected="one object a line", remedy=remedy) from error
+        raise UserError("broken_json", what, expected=expected, remedy=remedy) from error
     except RecursionError:
         is_deep = True
     if is_deep:
         raise UserError("nested_too_deep", f"the JSON is nested more than {_MOST_LEVELS} deep")
-    if not isinstance(row, dict):
-        expected, remedy = 'one JSON object a line, such as {"text": …}', None
-        if isinstance(row, list) and any(isinstance(part, dict) for part in row):
-            remedy = _JSON_LINES_REMEDY
-        raise UserError("not_an_object", "not a row", expected=expected, found=shortened(text), remedy=remedy)
-    return row
+    return value
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -260,48 +284,66 @@ def _num_levels(value: Any) -> int:
     return 1 + max(map(_num_levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
-def _csv_rows(path: Path, lines: Iterator[str], given: str | None, quotes: Quotes) -> Iterator[LocatedRow]:
+def table_rows(
+    lines: Iterator[str], file: str, usual: str, given: str | None = None, quotes: Quotes = "csv"
+) -> Iterator[LocatedRow | UserError]:
+    """Yield the rows of CSV or TSV, and an error for each row that does not fit the header.
+
+    Args:
+        lines: Lines of the text.
+        file: File that errors name.
+        usual: Delimiter of this kind of table.
+        given: Delimiter that the user named; None for the usual one, or the other that fits.
+        quotes: As in `RowFormat`.
+
+    Raises:
+        UserError: If header, delimiter or quotes are broken, after which nothing can be read; it names file and line.
+    """
     # The limit of 131,072 characters a field is the csv module's own, and process-wide.
     csv.field_size_limit(2**31 - 1)
     first_lines = list(islice(lines, _NUM_LINES_COMPARED))
     if note := _EXCEL_NOTE.fullmatch("".join(first_lines[:1]).strip(" \n")):
         what = f"{note[0]!r} tells Excel the delimiter and is no header"
-        raise UserError("excel_note", what, remedy="Delete that line.", file=path, row=1)
-    usual = DELIMITERS[suffix_of(path).removesuffix(GZIP)]
-    with located(file=path, row=1):
+        raise UserError("excel_note", what, remedy="Delete that line.", file=file, row=1)
+    with located(file=file, row=1):
         delimiter = given or _delimiter_of(first_lines, usual, quotes)
     between = f" between {delimiter!r}" if delimiter not in (given, usual) else ""
     header: list[str] | None = None
     blank_lines: list[int] = []  # since the last row
-    for line, fields in _records(path, chain(first_lines, lines), delimiter, quotes):
+    for line, fields in _records(file, chain(first_lines, lines), delimiter, quotes, usual):
         if not fields:
             blank_lines.append(line)
         elif header is None:
             blank_lines.clear()
-            try:
+            with located(file=file, row=line):
                 header = checked_header(fields)
                 if len(header) == 1 and given:
                     _require_one_column(first_lines, header[0], delimiter, quotes)
-            except UserError as error:
-                raise error.at(file=path, row=line) from None
-        elif len(fields) != len(header):
-            surplus = fields[len(header) :]
-            remedy = "Put a field that holds the delimiter in double quotes."
-            if surplus and not any(map(str.strip, surplus)):
-                remedy = f"Delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end."
-            what, found = "the row does not fit the header", str(len(fields))
-            expected = f"{pluralized(len(header), 'field')}{between}"
-            code = "wrong_number_of_fields"
-            raise UserError(code, what, expected=expected, found=found, remedy=remedy, file=path, row=line)
         else:
             # In a table of one column, a blank line between rows is a row whose field is empty.
             for blank in blank_lines if len(header) == 1 else ():
-                yield LocatedRow({header[0]: ""}, str(path), blank)
+                yield LocatedRow({header[0]: ""}, file, blank)
             blank_lines.clear()
-            yield LocatedRow(dict(zip(header, fields, strict=True)), str(path), line)
+            if len(fields) == len(header):
+                yield LocatedRow(dict(zip(header, fields, strict=True)), file, line)
+            else:
+                yield _misfit(fields, len(header), between).at(file=file, row=line)
 
 
-def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -> Iterator[tuple[int, list[str]]]:
+def _misfit(fields: Sequence[str], num_columns: int, between: str) -> UserError:
+    """Make the error for a row with more or fewer fields than the header."""
+    surplus = fields[num_columns:]
+    remedy = "Put a field that holds the delimiter in double quotes."
+    if surplus and not any(map(str.strip, surplus)):
+        remedy = f"Delete the empty {'field' if len(surplus) == 1 else 'fields'} at its end."
+    what, found = "the row does not fit the header", str(len(fields))
+    expected = f"{pluralized(num_columns, 'field')}{between}"
+    return UserError("wrong_number_of_fields", what, expected=expected, found=found, remedy=remedy)
+
+
+def _records(
+    file: str, lines: Iterable[str], delimiter: str, quotes: Quotes, usual: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV text, each with its first line; a blank line has no fields."""
     reader = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
     line = 1
@@ -310,9 +352,10 @@ def _records(path: Path, lines: Iterable[str], delimiter: str, quotes: Quotes) -
             yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        what = f"broken {suffix_of(path).removesuffix(GZIP)[1:].upper()}, {reason(error)}"
+        kind = "TSV" if usual == DELIMITERS[".tsv"] else "CSV"
+        what = f"broken {kind}, {reason(error)}"
         remedy = _QUOTES_REMEDY if quotes == "csv" else None
-        raise UserError("broken_csv", what, remedy=remedy, file=path, row=line) from error
+        raise UserError("broken_csv", what, remedy=remedy, file=file, row=line) from error
 
 
 def checked_header(fields: list[str]) -> list[str]:
