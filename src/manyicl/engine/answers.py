@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from manyicl.engine.backend import GeneratedToken
 from manyicl.episodes.encoding import Encoder
+from manyicl.episodes.segment_tokenizer import REPLACEMENT
 
 
 class AnswerEnd:
@@ -40,3 +41,39 @@ class AnswerEnd:
             own.pop()
             token_ids.pop()
         return self.encoder.decode_answer(token_ids), sum(token.log_probability for token in own)
+
+
+class GrowingText:
+    """The text of an answer while it is written, as far as no later token can change it.
+
+    Held back are what may be the beginning of the end-of-answer text or of the text before an answer, half a character,
+    and white space, which some decoders change with the word after it.
+
+    Attributes:
+        tokens: The tokens so far.
+    """
+
+    def __init__(self, end: AnswerEnd) -> None:
+        """Take what ends the answer."""
+        self.tokens: list[GeneratedToken] = []
+        self._end = end
+        self._num_given = 0
+
+    def add(self, token: GeneratedToken) -> str:
+        """Add the next token, and return the text that is certain now and was not before; with the last token, all."""
+        self.tokens.append(token)
+        text = self._end.text_of(self.tokens)[0] if token.is_last else self._certain()
+        added = text[self._num_given :]
+        self._num_given += len(added)
+        return added
+
+    def _certain(self) -> str:
+        encoder = self._end.encoder
+        text_format = encoder.format
+        text = encoder.decode([token.token_id for token in self.tokens])
+        if text_format.before_answer.startswith(text):
+            return ""
+        text = text.removeprefix(text_format.before_answer).rstrip(REPLACEMENT)
+        end = text_format.end_of_answer
+        num_of_end = next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)
+        return text[: len(text) - num_of_end].rstrip()

@@ -20,8 +20,9 @@ LEAST_TEMPERATURE = 1e-4
 TokenIds = tuple[int, ...]
 # The best option, the best two, or all of them.
 ScoreScope = Literal["best", "best_two", "all"]
-# Called between two chunks of a long prefill with the tokens that are done and those in all; may raise to end it.
-BetweenChunks = Callable[[int, int], None]
+# Called between two chunks of a long prefill with the tokens that are done and those in all. It may return how many
+# seconds the next chunk should take, or None for the usual, and raise to end the prefill.
+BetweenChunks = Callable[[int, int], float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class Backend(Protocol):
             token_ids: The whole prefix, (P,); may be empty.
             reuse: Another prefix; what both begin with is taken over. It stays as it is.
             between_chunks: Called between chunks of a long prefix, so that other work can go first; chunks are then
-                sized by time. If it raises, the prefill ends there and nothing of it stays.
+                sized by time, which it may return. If it raises, the prefill ends there and nothing of it stays.
         """
 
     def score(
@@ -263,7 +264,12 @@ class ObservingBackend(Backend, Protocol):
     """A backend that can tell from a prefill how it predicted some of the tokens; `Engine.compile` needs one."""
 
     def observe(
-        self, token_ids: Sequence[int], targets: Sequence[Target], reuse: Prefix | None = None
+        self,
+        token_ids: Sequence[int],
+        targets: Sequence[Target],
+        reuse: Prefix | None = None,
+        *,
+        between_chunks: BetweenChunks | None = None,
     ) -> tuple[Prefix, list[TargetScore]]:
         """Prefill, and score some of the tokens in the same pass.
 
@@ -271,6 +277,7 @@ class ObservingBackend(Backend, Protocol):
             token_ids: The whole prefix, (P,).
             targets: Tokens of it, by rising position.
             reuse: Another prefix; what both begin with before the first target is taken over. It stays as it is.
+            between_chunks: As for `Backend.prefill`.
         """
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from manyicl.engine.answers import AnswerEnd
+from manyicl.engine.answers import AnswerEnd, GrowingText
 from manyicl.engine.backend import (
     Backend,
     BetweenChunks,
@@ -43,7 +43,7 @@ from manyicl.engine.queries import (
     require_blendable,
     require_options,
 )
-from manyicl.engine.task_prefix import TaskPrefix, require_demonstrations
+from manyicl.engine.task_prefix import FittedPrefix, TaskPrefix, require_demonstrations
 from manyicl.episodes.budget import fit_demonstrations, longest_answer
 from manyicl.episodes.chat_template import require_rows_as_written
 from manyicl.episodes.encoding import Encoder
@@ -137,6 +137,21 @@ class Prediction:
         if self.similar is not None:
             known["similar"] = [{"text": example.query.text, "answer": example.answer} for example in self.similar]
         return known
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPart:
+    """The next text of a free answer that is being written.
+
+    Attributes:
+        row: Number of the row among those given, from 1.
+        text: Text that follows the parts before it; the parts of a row together are its answer.
+        prediction: The whole answer, with the last part of a row; None before.
+    """
+
+    row: int
+    text: str
+    prediction: Prediction | None = None
 
 
 class Engine:
@@ -262,7 +277,8 @@ class Engine:
             retrieve: Retrieves examples for each query, for which tokens are reserved too.
             reuse: Another prefix of this engine; the tokens that both begin with are shared, not encoded again.
             between_chunks: Called between chunks of a long prefill with the number of tokens done and in total. Chunks
-                then take a fraction of a second, so that other work can go first. If it raises, the prefill ends.
+                then take a fraction of a second, so that other work can go first; it may return how many seconds the
+                next one should take. If it raises, the prefill ends.
 
         Raises:
             UserError: If the tokenizer cannot tell the task's labels apart, a demonstration is of another task, or
@@ -326,6 +342,7 @@ class Engine:
         *,
         num_retrieved: int = 0,
         reuse: TaskPrefix | None = None,
+        between_chunks: BetweenChunks | None = None,
     ) -> TaskPrefix:
         """Encode demonstrations once, and record from the same pass how well each is predicted given those before it.
 
@@ -341,9 +358,46 @@ class Engine:
             raise backend_cannot_compile(self.identity)
         if reuse is not None:
             self._require_own(reuse)
+        fitted = self.fit_prefix(task, demonstrations, queries, num_retrieved=num_retrieved)
+        return self.compile_fitted(fitted, reuse=reuse, between_chunks=between_chunks)
+
+    def fit_prefix(
+        self,
+        task: Task,
+        demonstrations: Iterable[Example],
+        queries: Iterable[Row] | None = None,
+        *,
+        num_retrieved: int = 0,
+    ) -> FittedPrefix:
+        """Choose the demonstrations that `compile` would, and encode them, without running the network.
+
+        A prefix that is stored somewhere can be found by the tokens. Arguments and errors are those of `compile`;
+        `compile_fitted` does the rest.
+        """
         retrieve = Retriever(task.train, num_retrieved) if num_retrieved else None
         fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
         rows = Retriever(task.train, num_retrieved, exclude=fitting).candidates if num_retrieved else ()
+        return FittedPrefix(task, fitting, num_dropped, token_ids, rows)
+
+    def compile_fitted(
+        self, fitted: FittedPrefix, *, reuse: TaskPrefix | None = None, between_chunks: BetweenChunks | None = None
+    ) -> TaskPrefix:
+        """Compile demonstrations that `fit_prefix` chose.
+
+        Args:
+            fitted: From `fit_prefix` of this engine.
+            reuse: As for `compile`. Its keys and values may be those of a part of its demonstrations: no more than what
+                they hold is taken over.
+            between_chunks: As for `prefill`.
+
+        Raises:
+            UserError: If the backend keeps no keys and values, or ``reuse`` is of another engine.
+        """
+        if not isinstance(self.backend, ObservingBackend):
+            raise backend_cannot_compile(self.identity)
+        if reuse is not None:
+            self._require_own(reuse)
+        task, fitting, token_ids = fitted.task, fitted.demonstrations, fitted.token_ids
         targets = [] if self.is_channel else answer_targets(task, fitting, self.encoder)
         kept: tuple[ObservedAnswer, ...] = ()
         num_reused = 0
@@ -353,10 +407,12 @@ class Engine:
         observed = targets[len(kept) :]
         if observed:
             num_reused = min(num_reused, observed[0][0].position - 1)
-        cache, scores = self.backend.observe(token_ids, list(chain(*observed)), reuse.cache if reuse else None)
+        cache, scores = self.backend.observe(
+            token_ids, list(chain(*observed)), reuse.cache if reuse else None, between_chunks=between_chunks
+        )
         answers = (*kept, *observed_answers(observed, scores, len(kept)))
-        prefix = self._prefix(task, fitting, num_dropped, cache)
-        return replace(prefix, num_reused_tokens=num_reused, answers=answers, rows=rows)
+        prefix = self._prefix(task, fitting, fitted.num_dropped, cache)
+        return replace(prefix, num_reused_tokens=num_reused, answers=answers, rows=fitted.rows)
 
     def with_blend(self, prefix: TaskPrefix) -> TaskPrefix:
         """Return the prefix with the weights of its blend, which `predict` with ``blend=True`` uses, fitted once.
@@ -548,6 +604,7 @@ class Engine:
         rows: Iterable[StreamedRow],
         *,
         retrieve: Retrieve | None = None,
+        numbers: Iterable[int] | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[Prediction]:
         """Answer queries in order, in bounded memory; closing the iterator ends the work.
@@ -557,6 +614,8 @@ class Engine:
             rows: Mappings with the task's columns, plain strings if the task has one column, or queries; an error in
                 place of a row that cannot be answered.
             retrieve: Retrieves examples for each query, which come between the prefix and the query.
+            numbers: Number of each row, which fixes what is drawn for it and is in its error; None for 1, 2, 3, …
+                So rows of several streams can be answered together as they would be alone.
             **options: ``scores="best"`` finds the best label alone, ``"best_two"`` the second best too, and with it the
                 margin, for a few more tokens of labels; ``"all"`` scores every label, at the cost of processing them
                 all; ``abstain_below`` marks answers whose probability among the labels is below it,
@@ -575,9 +634,46 @@ class Engine:
         """
         self._require_own(prefix)
         require_options(prefix.task, rows, options, retrieves=retrieve is not None)
+        return self._predict(prefix, self._numbered(prefix, rows, retrieve, numbers, options), retrieve, options)
+
+    def stream(
+        self,
+        prefix: TaskPrefix,
+        rows: Iterable[StreamedRow],
+        *,
+        retrieve: Retrieve | None = None,
+        numbers: Iterable[int] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Iterator[AnswerPart]:
+        """Write free answers, and yield their text as it is written; closing the iterator ends the work.
+
+        The parts of one row come in order, those of different rows in any. They make up the answer that `predict`
+        gives: text that may be the beginning of the end-of-answer text, and half a character, wait for the next token.
+        A row that cannot be answered, where bad rows are reported, has one part with its prediction. Arguments and
+        errors are those of `predict`.
+
+        Raises:
+            UserError: If the task has no free answers.
+        """
+        self._require_own(prefix)
+        require_options(prefix.task, rows, options, retrieves=retrieve is not None)
+        if prefix.task.is_closed:
+            what = f"answers of task {prefix.task.name!r} are chosen as a whole, and not written token by token"
+            raise UserError("closed_answers", what, expected="a task with free answers", remedy="Use predict.")
+        return self._stream(prefix, self._numbered(prefix, rows, retrieve, numbers, options), retrieve, options)
+
+    def _numbered(
+        self,
+        prefix: TaskPrefix,
+        rows: Iterable[StreamedRow],
+        retrieve: Retrieve | None,
+        numbers: Iterable[int] | None,
+        options: AnswerOptions,
+    ) -> Iterator[Numbered]:
+        """Number rows, render and encode them."""
         after_shots = bool(prefix.num_shots or retrieve)
-        numbered = self._encoded(prefix.task, enumerate(rows, start=1), after_shots, options)
-        return self._predict(prefix, numbered, retrieve, options)
+        numbered = enumerate(rows, start=1) if numbers is None else zip(numbers, rows, strict=True)
+        return self._encoded(prefix.task, numbered, after_shots, options)
 
     def answer(
         self,
@@ -770,18 +866,55 @@ class Engine:
 
     def _generate(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
         """Write the answer of each query; those that end early wait for the ones before them."""
-        numbers, queries = [number for number, _ in filter(is_query, batch)], _queries_of(batch)
-        limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
-        ids = [(*query.own_ids, *query.token_ids) for query in queries]
-        written: list[list[GeneratedToken]] = [[] for _ in queries]
+        written: list[list[GeneratedToken]] = [[] for _ in _queries_of(batch)]
         next_query = 0
-        for token in self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers):
+        for token in self._tokens(prefix, batch, options):
             written[token.query].append(token)
             while next_query < len(written) and written[next_query] and written[next_query][-1].is_last:
                 tokens, written[next_query] = written[next_query], []
-                text, log_probability = self._end.text_of(tokens)
-                yield Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
+                yield self._whole_answer(prefix, tokens)
                 next_query += 1
+
+    def _tokens(
+        self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions
+    ) -> Iterator[GeneratedToken]:
+        """Write the answers of the queries of a batch, token by token."""
+        numbers, queries = [number for number, _ in filter(is_query, batch)], _queries_of(batch)
+        limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
+        ids = [(*query.own_ids, *query.token_ids) for query in queries]
+        return self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers)
+
+    def _whole_answer(self, prefix: TaskPrefix, tokens: Sequence[GeneratedToken]) -> Prediction:
+        text, log_probability = self._end.text_of(tokens)
+        return Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
+
+    def _stream(
+        self, prefix: TaskPrefix, numbered: Iterable[Numbered], retrieve: Retrieve | None, options: AnswerOptions
+    ) -> Iterator[AnswerPart]:
+        """Write the answers to the queries of a stream, many together."""
+        fitting = (self._fitting_query(prefix, number, query, retrieve, options) for number, query in numbered)
+        explain = _explanation(prefix, retrieve, options)
+        num_before = 0
+        for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
+            rows = {row: query for row, (_, query) in enumerate(batch, start=num_before + 1)}
+            num_before += len(batch)
+            for row, query in rows.items():
+                if isinstance(query, UserError):
+                    yield AnswerPart(row, "", _unanswered(query))
+            row_of = [row for row, query in rows.items() if isinstance(query, EncodedQuery)]
+            texts = [GrowingText(self._end) for _ in row_of]
+            for token in self._tokens(prefix, batch, options):
+                text, row = texts[token.query], row_of[token.query]
+                added = text.add(token)
+                if not token.is_last:
+                    if added:
+                        yield AnswerPart(row, added)
+                    continue
+                prediction = self._whole_answer(prefix, text.tokens)
+                query = rows[row]
+                if explain is not None and isinstance(query, EncodedQuery):
+                    prediction = replace(prediction, similar=explain(query.query))
+                yield AnswerPart(row, added, prediction)
 
 
 def _kept_answers(
@@ -819,6 +952,10 @@ def _blended(
             abstained=scores.probabilities[scores.best] < abstain_below,
             blended=True,
         )
+
+
+def _unanswered(problem: UserError) -> Prediction:
+    return Prediction("", math.nan, problem=problem)
 
 
 def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:
@@ -859,8 +996,7 @@ def _merged(
         explain: Finds the demonstrations most like a query.
     """
     for number, query in batch:
-        unanswered = Prediction("", math.nan, problem=query) if isinstance(query, UserError) else None
-        prediction = unanswered or next(predictions)
+        prediction = _unanswered(query) if isinstance(query, UserError) else next(predictions)
         if number <= options.get("num_answered", 0):
             continue
         if explain is not None and isinstance(query, EncodedQuery):

@@ -43,8 +43,6 @@ from manyicl.model.merging import is_mergeable, merge_adapter
 MOST_TRIE_TOKENS = 256
 # The logits of every target are looked at, so a prefill that is observed runs in smaller chunks.
 OBSERVED_CHUNK_TOKENS = 512
-# The first of the chunks that are sized by time.
-FIRST_TIMED_CHUNK_TOKENS = 128
 # Configuration keys that change no result here.
 NOT_COMPUTED = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"}
@@ -84,19 +82,16 @@ class LocalBackend:
         if reuse is not None:
             shared = shared_beginning(self._blocks(reuse), num_shared_tokens(token_ids, reuse.token_ids))
         added = token_ids[shared[-1].end if shared else 0 :]
-        chunk_tokens = FIRST_TIMED_CHUNK_TOKENS if between_chunks else None
-        blocks = extend_blocks(
-            self.model,
-            shared,
-            added,
-            chunk_tokens=chunk_tokens,
-            between_chunks=between_chunks,
-            after_chunk=self.on_prefill,
-        )
+        blocks = extend_blocks(self.model, shared, added, between_chunks=between_chunks, after_chunk=self.on_prefill)
         return PrefixCache(self.identity, tuple(token_ids), blocks)
 
     def observe(
-        self, token_ids: Sequence[int], targets: Sequence[Target], reuse: Prefix | None = None
+        self,
+        token_ids: Sequence[int],
+        targets: Sequence[Target],
+        reuse: Prefix | None = None,
+        *,
+        between_chunks: BetweenChunks | None = None,
     ) -> tuple[PrefixCache, list[TargetScore]]:
         """Prefill, and score some of the tokens in the same pass; see `ObservingBackend.observe`."""
         shared: tuple[Block, ...] = ()
@@ -106,7 +101,9 @@ class LocalBackend:
             shared = shared_beginning(self._blocks(reuse), min(most, num_shared_tokens(token_ids, reuse.token_ids)))
         start = shared[-1].end if shared else 0
         moved = [Target(target.position - start, target.allowed) for target in targets]
-        blocks, scores = self._observe(shared, token_ids[start:], moved, OBSERVED_CHUNK_TOKENS, self.on_prefill)
+        blocks, scores = self._observe(
+            shared, token_ids[start:], moved, OBSERVED_CHUNK_TOKENS, self.on_prefill, between_chunks
+        )
         return PrefixCache(self.identity, tuple(token_ids), blocks), scores
 
     def _observe(
@@ -116,6 +113,7 @@ class LocalBackend:
         targets: Sequence[Target],
         chunk_tokens: int,
         after_chunk: BetweenChunks | None = None,
+        between_chunks: BetweenChunks | None = None,
     ) -> tuple[tuple[Block, ...], list[TargetScore]]:
         """Run tokens through the model after what is there, and score some of them by those before."""
         allowed = {target.position - 1: target.allowed for target in targets}
@@ -132,6 +130,7 @@ class LocalBackend:
             chunk_tokens=chunk_tokens,
             keep=list(allowed),
             on_logits=score,
+            between_chunks=between_chunks,
             after_chunk=after_chunk,
         )
         return longer, scores

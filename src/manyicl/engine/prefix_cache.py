@@ -18,6 +18,7 @@ from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_mo
 PREFILL_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Where other work may go first between chunks, a chunk takes about so long, whatever its length in tokens.
 CHUNK_SECONDS = 0.25
+FIRST_TIMED_CHUNK_TOKENS = 128
 FEWEST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 16, 4096
 
 OnLogits = Callable[[Sequence[int], Tensor], None]
@@ -81,11 +82,12 @@ def extend_blocks(
         model: In evaluation mode.
         blocks: What the tokens continue; stays as it is.
         token_ids: New tokens, (T,).
-        chunk_tokens: Tokens per forward pass; of the first alone where ``between_chunks`` is given. None for what
-            suits the device.
+        chunk_tokens: Tokens per forward pass, or the most of them where ``between_chunks`` is given. None for what
+            suits the device, or for ``MOST_CHUNK_TOKENS``.
         keep: Positions among the new tokens whose logits are wanted, rising.
         on_logits: Called after each chunk with its positions out of ``keep`` and their logits, (S, V).
-        between_chunks: Called between two chunks; from the second on, chunks take about ``CHUNK_SECONDS`` each.
+        between_chunks: Called between two chunks. The first then has ``FIRST_TIMED_CHUNK_TOKENS`` at most, and each
+            later one takes about as many seconds as the function returned, or ``CHUNK_SECONDS`` where it returned None.
         after_chunk: Called after each chunk with the number of tokens done and in total; it changes no chunk.
 
     Returns:
@@ -93,7 +95,12 @@ def extend_blocks(
     """
     if not token_ids:
         return tuple(blocks)
-    chunk_tokens = chunk_tokens or PREFILL_CHUNK_TOKENS.get(model.device.type, PREFILL_CHUNK_TOKENS["cpu"])
+    if between_chunks is not None:
+        most_tokens = chunk_tokens or MOST_CHUNK_TOKENS
+        chunk_tokens = min(FIRST_TIMED_CHUNK_TOKENS, most_tokens)
+    else:
+        most_tokens = chunk_tokens or PREFILL_CHUNK_TOKENS.get(model.device.type, PREFILL_CHUNK_TOKENS["cpu"])
+        chunk_tokens = most_tokens
     start = blocks[-1].end if blocks else 0
     own = OwnKeys(1, len(token_ids))
     begin = 0
@@ -126,16 +133,17 @@ def extend_blocks(
         if between_chunks is not None and begin < len(token_ids):
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
-            chunk_tokens = next_chunk_tokens(len(chunk), time.perf_counter() - started)
-            between_chunks(start + begin, start + len(token_ids))
+            took = time.perf_counter() - started
+            may_take = between_chunks(start + begin, start + len(token_ids))
+            chunk_tokens = min(next_chunk_tokens(len(chunk), took, may_take or CHUNK_SECONDS), most_tokens)
     return longer(blocks, Block(start, tuple(own.keys), tuple(own.values)))
 
 
-def next_chunk_tokens(num_tokens: int, seconds: float) -> int:
-    """Size the next chunk so that it takes about ``CHUNK_SECONDS``, growing at most fourfold at a time.
+def next_chunk_tokens(num_tokens: int, seconds: float, may_take: float = CHUNK_SECONDS) -> int:
+    """Size the next chunk so that it takes about ``may_take`` seconds, growing at most fourfold at a time.
 
     >>> next_chunk_tokens(1024, 2.0), next_chunk_tokens(64, 0.0001), next_chunk_tokens(64, 100.0)
     (128, 256, 16)
     """
-    in_time = int(num_tokens * CHUNK_SECONDS / max(seconds, 1e-9))
+    in_time = int(num_tokens * may_take / max(seconds, 1e-9))
     return max(FEWEST_CHUNK_TOKENS, min(in_time, 4 * num_tokens, MOST_CHUNK_TOKENS))

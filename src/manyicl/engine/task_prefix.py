@@ -64,6 +64,25 @@ class TaskPrefix:
         return Blend.of(self.task.labels or (), self.demonstrations, self.blend)
 
 
+@dataclass(frozen=True)
+class FittedPrefix:
+    """Demonstrations that fit the context, and the tokens of their prefix, before the network processes them.
+
+    Attributes:
+        task: Task of the demonstrations.
+        demonstrations: Those that fit, in order.
+        num_dropped: Number of demonstrations that were given and do not fit.
+        token_ids: Tokens of the prefix, (P,).
+        rows: The task's other training rows, to retrieve from; empty where none are retrieved.
+    """
+
+    task: Task
+    demonstrations: tuple[Example, ...]
+    num_dropped: int
+    token_ids: tuple[int, ...]
+    rows: tuple[Example, ...] = ()
+
+
 def require_demonstrations(demonstrations: Sequence[Example], task: Task) -> None:
     """Refuse demonstrations that are not of the task, by their number.
 
