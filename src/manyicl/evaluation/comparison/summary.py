@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
+from manyicl.evaluation.comparison.arms import arm_of
 from manyicl.evaluation.comparison.records import IMPORTED, CellRecord, ComparisonRecords
 
 Scores = dict[str, dict[int, float]]
@@ -66,7 +67,7 @@ def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
     scores = mean_scores(records)
     kinds: defaultdict[str, list[CellRecord]] = defaultdict(list)
     for cell in records.cells:
-        kinds[kind_of(cell)].append(cell)
+        kinds[arm_of(cell).label].append(cell)
     columns = [(role, shots) for role in ("seen", "unseen") for shots in records.settings.shots]
     names = {kind: [cell.name for cell in cells] for kind, cells in kinds.items()}
     names |= {f"imported: {name}": [f"{IMPORTED}{name}"] for name in _imported(records)}
@@ -78,13 +79,3 @@ def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
             ]
             row[f"{role}, {shots} shots"] = f"{fmean(found):.3f}" if found else ""
         yield row
-
-
-def kind_of(cell: CellRecord) -> str:
-    """Return what models of all training seeds have in common."""
-    parts: list[str] = [cell.regime]
-    parts += ["replay"] if cell.replay else []
-    parts += [f"variant {cell.variant}"] if cell.variant else []
-    parts += ["equal answers"] if cell.equal == "answers" else []
-    parts += [f"{cell.num_examples} examples"] if cell.num_examples is not None else []
-    return ", ".join(parts)
