@@ -30,6 +30,15 @@ EndOfAnswer = Annotated[
         "not fine-tuned here. [default: a blank line]",
     ),
 ]
+TaskPatterns = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TASK...",
+        help="Task folders, task.yaml files, folders of task folders, globs, catalog:NAME, or a table with its "
+        "columns, as in tickets.csv:text:label.",
+        show_default=False,
+    ),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(

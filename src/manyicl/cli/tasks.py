@@ -1,4 +1,7 @@
-"""`manyicl tasks`: list tasks, check them with or without a tokenizer, and show an episode as a model sees it."""
+"""`manyicl tasks`: list tasks, check them with or without a tokenizer, and show an episode as a model sees it.
+
+What exchanges tasks with a server is in `served_tasks.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from manyicl.activity import Activity
-from manyicl.cli.options import DataRoot, EndOfAnswer, TextFormat
+from manyicl.cli.options import DataRoot, EndOfAnswer, TaskPatterns, TextFormat
+from manyicl.cli.served_tasks import pull_task, push_tasks
 from manyicl.cli.tables import plain_console, table_of
 from manyicl.errors import UserError
 from manyicl.printing import new_console
@@ -24,15 +28,6 @@ DEFAULT_CONTEXT_TOKENS = 2048
 
 app = typer.Typer(name="tasks", help="List, check and show tasks.", no_args_is_help=True)
 
-TaskPatterns = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="TASK...",
-        help="Task folders, task.yaml files, folders of task folders, globs, catalog:NAME, or a table with its "
-        "columns, as in tickets.csv:text:label.",
-        show_default=False,
-    ),
-]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -282,3 +277,7 @@ def show_task(
         supervised = f"{num_supervised:,} of {len(encoded.token_ids):,} tokens supervised"
     note = f"{loaded.name}, seed {seed}: {shots} answers, {supervised}; ⏎ is a line break."
     console.print(note, style="dim")
+
+
+app.command("push")(push_tasks)
+app.command("pull")(pull_task)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from manyicl.checked import validated
 from manyicl.errors import MachineError, UserError, did_you_mean, located, quoted
@@ -80,6 +81,38 @@ def load_task(path: str | Path, data_root: Path | None = None, *, load_dataset: 
 
 def load_place(place: str | Path, data_root: Path | None, load_dataset: LoadDataset | None = None) -> Task:
     """Load the task of one of `task_places`: arguments and errors are those of `load_task`."""
+    return load_with_rows(place, data_root, load_dataset).task
+
+
+@dataclass(frozen=True)
+class TaskWithRows:
+    """A task, and the rows that it was rendered from.
+
+    Attributes:
+        task: The task.
+        keys: Keys of its task file, or those that a table in the short form stands for.
+        rows: All rows of its files, on both sides, dropped ones included.
+    """
+
+    task: Task
+    keys: TaskFile
+    rows: Sequence[LocatedRow]
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        """Return the columns of the rows of ``task.train``, in its order.
+
+        Raises:
+            UserError: If two files have the same name, so that the rows of one cannot be told from those of the other.
+        """
+        by_origin = {row.origin: row for row in self.rows}
+        if len(by_origin) < len(self.rows):
+            what = f"two data files of task {self.task.name!r} have the same name, in different folders"
+            raise UserError("repeated_file_name", what, remedy="Rename one.", field="data")
+        return [by_origin[example.origin].columns for example in self.task.train]
+
+
+def load_with_rows(place: str | Path, data_root: Path | None, load_dataset: LoadDataset | None = None) -> TaskWithRows:
+    """Load the task of one of `task_places` together with its rows; arguments and errors are those of `load_task`."""
     data_root = data_root and Path(expanded(data_root))
     if data_root is not None and not (exists(data_root) and data_root.is_dir()):
         raise UserError("not_a_folder", "the data root is no folder", remedy=nearest_path(data_root), file=data_root)
@@ -229,7 +262,7 @@ def _read_short_form(path: str, columns: str) -> tuple[_Table, str, str]:
     return table, query_column, answer_column
 
 
-def _task_from_table(path: str, columns: str) -> Task:
+def _task_from_table(path: str, columns: str) -> TaskWithRows:
     """Load ``tickets.csv:text:label``, or ``tickets.csv:text->label``, with options such as ``,group=customer``.
 
     Where no family is given, answers decide it. They are *labels* (classification, labels from the training
@@ -252,10 +285,11 @@ def _task_from_table(path: str, columns: str) -> Task:
         "answer": _column_template(answer_column),
         "data": table,
     }
-    builder = TaskBuilder(validated(TaskFile, values, file), path)
+    keys = validated(TaskFile, {key: value for key, value in values.items() if value is not None}, file)
+    builder = TaskBuilder(keys, path)
     has_answer = {row.origin for row in kept}
     builder.drop("empty answer", (row.origin for row in rows if row.origin not in has_answer))
-    return builder.split_task(kept, table)
+    return TaskWithRows(builder.split_task(kept, table), keys, kept)
 
 
 def _inferred_family(answers: Sequence[object]) -> Literal["classification", "generation"]:
@@ -269,22 +303,22 @@ def _column_template(column: str) -> str:
     return f"{{{{ row['{escaped}'] }}}}"
 
 
-def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> Task:
+def _build_task(keys: TaskFile, file: Path, data_root: Path | None, load_dataset: LoadDataset | None) -> TaskWithRows:
     builder = TaskBuilder(keys, str(file), default_name=file.resolve().parent.name)
     data = keys.data
     if isinstance(data, HubData):
-        sides = [
+        train, test = (
             _hub_rows(data, split, keys, builder.name, data_root, load_dataset) for split in (data.train, data.test)
-        ]
-        return builder.two_sided_task(*sides)
+        )
+        return TaskWithRows(builder.two_sided_task(train, test), keys, [*train, *test])
     paths = (data.file,) if isinstance(data, OneFile) else (*data.train, *data.test)
     _require_of_use(data, paths, file)
     rows_of = {path: _read_local(path, data, file, data_root) for path in paths}
+    rows = [row for rows in rows_of.values() for row in rows]
     if isinstance(data, OneFile):
-        return builder.split_task(rows_of[data.file], data)
-    return builder.two_sided_task(
-        *([row for path in side for row in rows_of[path]] for side in (data.train, data.test))
-    )
+        return TaskWithRows(builder.split_task(rows, data), keys, rows)
+    train, test = ([row for path in side for row in rows_of[path]] for side in (data.train, data.test))
+    return TaskWithRows(builder.two_sided_task(train, test), keys, rows)
 
 
 def _require_of_use(data: TwoFiles | OneFile, paths: Sequence[str], place: str | Path) -> None:
