@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tests run one process per core with one thread each, which is faster here than threads that wait for each other.
 PYTEST_PROCESSES ?= auto
 
-.PHONY: quickstart base test test-slow docs setup format clean
+.PHONY: quickstart base test test-slow test-server docs setup format clean
 
 quickstart: base
 	$(BIN)/manyicl quickstart
@@ -18,11 +18,15 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) -m "not slow and not gpu and not server"
 
 # Checks that take minutes each.
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow
+
+# The server with PostgreSQL (skipped where it is not installed) and with what takes minutes.
+test-server: .venv/.installed
+	$(BIN)/pytest -m server tests/server
 
 # The pages of docs/ as a site that opens from the folder site/, without a network.
 docs: .venv/.installed
