@@ -27,7 +27,7 @@ from manyicl.engine.blend import (
     fitted_positions,
     held_out_words,
 )
-from manyicl.engine.compiled import _digest
+from manyicl.engine.compiled import content_digest
 from manyicl.engine.compiled_file import HASH_KEY, HEADER_KEY
 from manyicl.engine.engine import Engine
 from manyicl.engine.label_scores import MOST_LABELS_SCORED, LabelScores
@@ -315,7 +315,7 @@ def test_a_compiled_task_of_the_version_without_a_blend_is_read(tmp_path: Path) 
     tensors = load_file(path)
     del header["blend"]
     earlier = json.dumps({**header, "format_version": 2})
-    save_file(tensors, path, {HEADER_KEY: earlier, HASH_KEY: _digest(earlier, tensors)})
+    save_file(tensors, path, {HEADER_KEY: earlier, HASH_KEY: content_digest(earlier, tensors)})
     loaded = engine.load(path)
     assert loaded.blend is None
     assert engine.with_blend(loaded).blend is not None

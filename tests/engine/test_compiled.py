@@ -345,7 +345,7 @@ def wrong_limit(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
 def test_a_forged_file_with_a_hash_that_fits_is_refused(
     change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], tmp_path: Path
 ) -> None:
-    from manyicl.engine.compiled import _digest
+    from manyicl.engine.compiled import content_digest
 
     path = saved(tmp_path)
     rewritten(path, change)
@@ -354,7 +354,7 @@ def test_a_forged_file_with_a_hash_that_fits_is_refused(
 
     with safe_open(path, framework="pt") as file:
         header = file.metadata()[HEADER_KEY]
-    save_file(tensors, path, {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)})
+    save_file(tensors, path, {HEADER_KEY: header, HASH_KEY: content_digest(header, tensors)})
     with pytest.raises(UserError) as caught:
         Engine.local(tiny_loaded()).load(path)
     assert caught.value.code in ("incomplete_file", "foreign_prefix", "foreign_demonstration")

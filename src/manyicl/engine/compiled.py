@@ -89,7 +89,7 @@ def save_compiled(prefix: TaskPrefix, path: Path, text_format: AnyFormat) -> Non
         answers=prefix.answers,
         blend=prefix.blend,
     ).model_dump_json()
-    metadata = {HEADER_KEY: header, HASH_KEY: _digest(header, tensors)}
+    metadata = {HEADER_KEY: header, HASH_KEY: content_digest(header, tensors)}
     try:
         write_atomically(path, lambda aside: save_file(tensors, aside, metadata))
     except (OSError, SafetensorError) as error:
@@ -117,7 +117,7 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise _incomplete(reason(error)) from error
-        if metadata.get(HASH_KEY) != _digest(metadata[HEADER_KEY], tensors):
+        if metadata.get(HASH_KEY) != content_digest(metadata[HEADER_KEY], tensors):
             raise UserError("altered_file", "it was altered after it was written", remedy=COMPILE_AGAIN)
         require_own(header.identity, backend.identity)
         if header.text_format != encoder.format:
@@ -129,7 +129,7 @@ def load_compiled(path: Path, backend: Backend, encoder: Encoder) -> TaskPrefix:
         token_ids = encoder.encode_prefix(task.instruction(), header.demonstrations)
         if tensors.pop("token_ids", torch.empty(0)).tolist() != list(token_ids):
             raise foreign_prefix("another tokenizer", header.identity, backend.identity)
-        block = _block(tensors, len(token_ids), backend.model)
+        block = block_of(tensors, 0, len(token_ids), backend.model)
     cache = PrefixCache(backend.identity, token_ids, (block,))
     return TaskPrefix(
         task,
@@ -178,8 +178,18 @@ def _rows(tensor: Tensor | None) -> tuple[Example, ...]:
         raise _incomplete(reason(error)) from error
 
 
-def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedModel) -> Block:
-    """Take the keys and values of all layers, and refuse tensors that are not those of so many tokens in this model."""
+def block_of(tensors: Mapping[str, Tensor], start: int, num_tokens: int, model: PreTrainedModel) -> Block:
+    """Take the keys and values of all layers, and refuse tensors that are not those of so many tokens in this model.
+
+    Args:
+        tensors: ``keys.0``, ``values.0``, ``keys.1``, … of a file.
+        start: Position of the first token.
+        num_tokens: Number of tokens.
+        model: The model that made them.
+
+    Raises:
+        UserError: If so.
+    """
     key_heads, head_size = key_shape(model)
     layers = range(model.config.get_text_config().num_hidden_layers)
     names = [[f"{kind}.{layer}" for layer in layers] for kind in ("keys", "values")]
@@ -187,7 +197,7 @@ def _block(tensors: Mapping[str, Tensor], num_tokens: int, model: PreTrainedMode
     if not num_tokens or expected != {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}:
         raise _incomplete("its keys and values are not those of its text in this model")
     keys, values = (tuple(tensors[name].to(model.device) for name in some) for some in names)
-    return Block(0, keys, values)
+    return Block(start, keys, values)
 
 
 def _checked_header(metadata: Mapping[str, str]) -> Header:
@@ -209,8 +219,8 @@ def _incomplete(why: str) -> UserError:
     return UserError("incomplete_file", f"it is no complete compiled task, {why}", remedy=COMPILE_AGAIN)
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Hash the header and the content of every tensor."""
+def content_digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash the header of a file and the content of every tensor in it, contiguous and on the CPU."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
