@@ -85,7 +85,15 @@ def test_a_cancelled_job_takes_no_results(store: JobStore, key: VersionKey) -> N
 def test_a_failed_job_says_why(store: JobStore, key: VersionKey) -> None:
     job_id = store.create("ann", "evaluate", key, {}, ROWS)[0].id
     assert store.finish(job_id, "failed", {"code": "version_failed"})
-    assert store.get("ann", job_id).problem == {"code": "version_failed"}
+    job = store.get("ann", job_id)
+    assert (job.problem, job.summary) == ({"code": "version_failed"}, None)
+
+
+def test_an_evaluation_keeps_its_scores(store: JobStore, key: VersionKey) -> None:
+    job_id = store.create("ann", "evaluate", key, {}, ROWS)[0].id
+    assert store.finish(job_id, "done", None, {"accuracy": 0.5})
+    job = store.get("ann", job_id)
+    assert (job.problem, job.summary) == (None, {"accuracy": 0.5})
 
 
 def test_another_owner_s_job_does_not_exist(store: JobStore, key: VersionKey) -> None:

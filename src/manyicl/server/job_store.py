@@ -111,7 +111,7 @@ class JobStore:
         """
         with self._database.writing() as connection:
             _find(connection, owner, job_id)
-            self._end(connection, job_id, "cancelled", None)
+            self._end(connection, job_id, "cancelled")
             return _find(connection, owner, job_id)
 
     def unfinished(self) -> list[JobRecord]:
@@ -174,10 +174,16 @@ class JobStore:
             rows = connection.execute(query.order_by(columns.number).limit(limit))
             return [(number, result) for number, result in rows]
 
-    def finish(self, job_id: str, state: Literal["done", "failed"], problem: Mapping[str, Any] | None = None) -> bool:
-        """End a job. False where it is finished, cancelled or gone."""
+    def finish(
+        self,
+        job_id: str,
+        state: Literal["done", "failed"],
+        problem: Mapping[str, Any] | None = None,
+        summary: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """End a job, with why it failed or its scores. False where it is finished, cancelled or gone."""
         with self._database.writing() as connection:
-            return self._end(connection, job_id, state, problem)
+            return self._end(connection, job_id, state, problem, summary)
 
     def delete(self, owner: str, job_id: str) -> JobRecord:
         """Delete a job with its rows and results, and return what it was.
@@ -200,8 +206,15 @@ class JobStore:
             self._database.take_out_deleted()
         return count
 
-    def _end(self, connection: Connection, job_id: str, state: str, problem: Mapping[str, Any] | None) -> bool:
-        values = {"state": state, "finished_at": self._clock(), "problem": None if problem is None else dict(problem)}
+    def _end(
+        self,
+        connection: Connection,
+        job_id: str,
+        state: str,
+        problem: Mapping[str, Any] | None = None,
+        summary: Mapping[str, Any] | None = None,
+    ) -> bool:
+        values = {"state": state, "finished_at": self._clock(), "problem": problem, "summary": summary}
         return connection.execute(update(jobs).where(jobs.c.id == job_id, _UNFINISHED).values(**values)).rowcount > 0
 
 

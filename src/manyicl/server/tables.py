@@ -155,6 +155,7 @@ jobs = Table(
     Column("created_at", Time, nullable=False),
     Column("finished_at", Time),
     Column("problem", Json),
+    Column("summary", Json),
     # The rows of a job are texts that were sent to the task: they go with it.
     ForeignKeyConstraint(["task_id", "version"], ["versions.task_id", "versions.version"], ondelete="CASCADE"),
     Index(None, "owner", "position"),

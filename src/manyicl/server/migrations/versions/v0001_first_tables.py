@@ -76,6 +76,7 @@ def upgrade() -> None:
         sa.Column("created_at", TIME, nullable=False),
         sa.Column("finished_at", TIME),
         sa.Column("problem", sa.Text()),
+        sa.Column("summary", sa.Text()),
         sa.PrimaryKeyConstraint("position", name="pk_jobs"),
         sa.UniqueConstraint("id", name="uq_jobs_id"),
         sa.ForeignKeyConstraint(
