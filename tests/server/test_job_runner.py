@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from manyicl.engine.backend import Sampling
 from manyicl.engine.engine import Prediction
 from manyicl.engine.queries import AnswerOptions
 from manyicl.errors import MachineError, UserError
@@ -42,6 +41,7 @@ class JobsInMemory:
         self.rows: dict[str, list[Mapping[str, Any]]] = {}
         self.stored: dict[str, dict[int, Mapping[str, Any]]] = {}
         self.num_failures = 0
+        self.kept_days: float | None = None
 
     def add(self, job_id: str, rows: Sequence[Mapping[str, Any] | UserError], kind: JobKind = "predict") -> None:
         key, now = VersionKey(f"tsk_of_{job_id}", 1), datetime.now(UTC)
@@ -84,6 +84,9 @@ class JobsInMemory:
     ) -> None:
         self.records[job_id] = replace(self.records[job_id], state=state, problem=problem, summary=summary)
 
+    def forget_older_than(self, days: float) -> None:
+        self.kept_days = days
+
     def cancel(self, job_id: str) -> None:
         self.finish(job_id, "cancelled")
 
@@ -103,12 +106,22 @@ class Echo:
 
     def __init__(self) -> None:
         self.passes: list[tuple[VersionKey, list[str | None], AnswerOptions]] = []
+        self.first_numbers: list[int] = []
         self.behaviour: Callable[[Waiting], bool] = lambda ticket: False
         self.tickets: list[Waiting] = []
 
-    def predict(self, key: VersionKey, rows: Sequence[Any], options: AnswerOptions, num_retrieved: int = 0) -> Waiting:
+    def predict(
+        self,
+        key: VersionKey,
+        rows: Sequence[Any],
+        options: AnswerOptions,
+        num_retrieved: int = 0,
+        *,
+        first_number: int = 1,
+    ) -> Waiting:
         texts = [None if isinstance(row, UserError) else row.text for row in rows]
         self.passes.append((key, texts, options))
+        self.first_numbers.append(first_number)
         ticket = Waiting()
         self.tickets.append(ticket)
         if not self.behaviour(ticket):
@@ -299,16 +312,19 @@ def test_an_evaluation_ends_with_its_summary_over_all_portions() -> None:
     assert worker.passes[-1][1] == ["good", "good", None]
 
 
-def test_sampled_answers_of_two_portions_have_draws_of_their_own_and_are_the_same_after_a_restart() -> None:
+def test_portions_say_where_they_begin_so_that_sampled_answers_do_not_depend_on_them() -> None:
     jobs, worker = JobsInMemory(), Echo()
-    jobs.add("a", texts(8))
-
-    def sampled(job: JobRecord) -> JobPlan:
-        return JobPlan(TASK, {"sampling": Sampling(seed=7)})
-
-    with running(jobs, worker, sampled):
+    jobs.add("a", texts(9))
+    with running(jobs, worker):
         wait_until(is_over(jobs, "a"))
-    assert [options["sampling"] for _, _, options in worker.passes] == [Sampling(seed=7), Sampling(seed=11)]
+    assert worker.first_numbers == [1, 5, 9]
+
+
+def test_jobs_that_ended_long_ago_are_deleted_at_the_start() -> None:
+    jobs, worker = JobsInMemory(), Echo()
+    with running(jobs, worker):
+        wait_until(lambda: jobs.kept_days is not None)
+    assert jobs.kept_days == 30
 
 
 def test_a_row_that_is_none_is_stored_with_its_reason() -> None:

@@ -23,6 +23,8 @@ MOST_ERRORS_NAMED = 100
 
 Result = dict[str, Any]
 Columns = Mapping[str, Any]
+# Accepted answers of a row; the first one is canonical.
+Accepted = tuple[str, ...]
 
 
 class RowsWithAnswers(NamedTuple):
@@ -30,18 +32,27 @@ class RowsWithAnswers(NamedTuple):
 
     Attributes:
         rows: The rows, or why they are in no score.
-        expected: Accepted answers of each, the first one canonical; None where there is an error.
+        expected: Accepted answers of each; None where there is an error.
     """
 
     rows: list[LocatedRow | UserError]
-    expected: list[tuple[str, ...] | None]
+    expected: list[Accepted | None]
+
+
+def require_evaluable(task: Task) -> None:
+    """Refuse a task whose metric does not suit its answers.
+
+    Raises:
+        UserError: If so.
+    """
+    metrics_of(task)
 
 
 def rows_with_answers(task: Task, rows: Iterable[LocatedRow | UserError]) -> RowsWithAnswers:
     """Render the answers that rows hold; a row without one gets an error in its place."""
     expected_answers = _answers_of(task)
     kept: list[LocatedRow | UserError] = []
-    expected: list[tuple[str, ...] | None] = []
+    expected: list[Accepted | None] = []
     for row in rows:
         try:
             if isinstance(row, UserError):
@@ -56,11 +67,11 @@ def rows_with_answers(task: Task, rows: Iterable[LocatedRow | UserError]) -> Row
     return RowsWithAnswers(kept, expected)
 
 
-def _answers_of(task: Task) -> Callable[[Columns], tuple[str, ...]]:
+def _answers_of(task: Task) -> Callable[[Columns], Accepted]:
     """Return what renders the accepted answers of a row, and refuses one that no answer of the model could equal."""
     accepted, labels = AcceptedAnswers(task.spec), frozenset(task.labels or ())
 
-    def answers_of(row: Columns) -> tuple[str, ...]:
+    def answers_of(row: Columns) -> Accepted:
         answers = accepted(row)
         if not answers or not all(answers):
             raise UserError("empty_answer", "its answer is empty", remedy="Leave the row out of the evaluation.")
@@ -75,7 +86,7 @@ def _answers_of(task: Task) -> Callable[[Columns], tuple[str, ...]]:
     return answers_of
 
 
-def evaluated(prediction: Prediction, expected: tuple[str, ...] | None) -> Result:
+def evaluated(prediction: Prediction, expected: Accepted | None) -> Result:
     """Return one answer as a response holds it, with the answers that were expected; null where there was a problem."""
     found = prediction_json(prediction)
     if prediction.problem is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from manyicl.engine.queries import AnswerOptions, checked_query
@@ -28,6 +29,9 @@ RESULTS_PER_PAGE = 1_000
 BUSY_SECONDS = 0.5
 # A job that was made by another process, such as a restored backup, is found after so long.
 IDLE_SECONDS = 5.0
+# Jobs are deleted so many days after their end, which is looked for every hour.
+KEPT_DAYS = 30.0
+FORGET_SECONDS = 3600.0
 # What errors name in place of a file.
 ROWS = "rows"
 # Codes of errors that say "not now": the job waits.
@@ -49,6 +53,9 @@ class Jobs(Protocol):
 
     def put_results(self, job_id: str, results: Sequence[tuple[int, Mapping[str, Any]]], num_problems: int) -> object:
         """Store results together, or none of them."""
+
+    def forget_older_than(self, days: float) -> object:
+        """Delete jobs that ended so many days ago."""
 
     def results(self, job_id: str, after: int, limit: int) -> list[tuple[int, Mapping[str, Any]]]:
         """Return results of rows with higher numbers."""
@@ -78,7 +85,13 @@ class Predicts(Protocol):
     """What the runner needs from the thread that owns the engine."""
 
     def predict(
-        self, key: VersionKey, rows: Sequence[StreamedRow], options: AnswerOptions, num_retrieved: int = 0
+        self,
+        key: VersionKey,
+        rows: Sequence[StreamedRow],
+        options: AnswerOptions,
+        num_retrieved: int = 0,
+        *,
+        first_number: int = 1,
     ) -> Ticket:
         """Answer rows; raises `UserError` ``queue_full`` at once where there is no room."""
 
@@ -144,6 +157,7 @@ class JobRunner:
         plan: Callable[[JobRecord], JobPlan],
         *,
         render: Render = rendered,
+        kept_days: float = KEPT_DAYS,
         rows_per_portion: int = ROWS_PER_PORTION,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
@@ -154,10 +168,12 @@ class JobRunner:
             worker: Answers rows.
             plan: Says how the rows of a job are answered; its `UserError` fails the job.
             render: Renders rows; its `UserError` fails the job.
+            kept_days: How long a job is kept after its end.
             rows_per_portion: Rows that are answered and stored together.
             busy_seconds: How long to wait where there is no room now.
         """
         self._jobs, self._worker, self._plan_of, self._render = jobs, worker, plan, render
+        self._kept_days, self._forgotten_at = kept_days, float("-inf")
         self._rows_per_portion, self._busy_seconds = rows_per_portion, busy_seconds
         self._plans: dict[str, JobPlan] = {}
         self._news, self._stopping = threading.Event(), threading.Event()
@@ -204,6 +220,7 @@ class JobRunner:
 
     def _work_once(self) -> bool:
         """Work on one portion of each unfinished job; tell whether there was any."""
+        self._forget()
         unfinished = self._jobs.unfinished()
         ids = {job.id for job in unfinished}
         self._plans = {job_id: plan for job_id, plan in self._plans.items() if job_id in ids}
@@ -212,6 +229,12 @@ class JobRunner:
                 break
             self._work_on(job)
         return bool(unfinished)
+
+    def _forget(self) -> None:
+        """Delete jobs that ended long ago, once in a while."""
+        if time.monotonic() - self._forgotten_at > FORGET_SECONDS:
+            self._jobs.forget_older_than(self._kept_days)
+            self._forgotten_at = time.monotonic()
 
     def _work_on(self, job: JobRecord) -> None:
         """Answer the next rows of a job, or end it."""
@@ -254,11 +277,7 @@ class JobRunner:
         if job.kind == "evaluate":
             rows, expected = rows_with_answers(plan.task, rows)
         queries = self._render(plan.task, rows)
-        options: AnswerOptions = {**plan.options, "bad_rows": "report"}
-        if (sampling := options.get("sampling")) is not None:
-            # Within a portion queries are numbered from 1, and each number has draws of its own.
-            options["sampling"] = replace(sampling, seed=sampling.seed + numbers[0] - 1)
-        predictions = self._predictions(job, queries, options, plan.num_retrieved)
+        predictions = self._predictions(job, plan, queries, numbers[0])
         if predictions is None:
             return None
         if job.kind == "evaluate":
@@ -268,10 +287,11 @@ class JobRunner:
         return [(number, _numbered(result, number)) for number, result in zip(numbers, found, strict=True)]
 
     def _predictions(
-        self, job: JobRecord, rows: Sequence[Query | UserError], options: AnswerOptions, num_retrieved: int
+        self, job: JobRecord, plan: JobPlan, queries: Sequence[Query | UserError], first_number: int
     ) -> list[Prediction] | None:
-        """Wait for the answers to rows; None where they will not come, as the job was cancelled or the server stops."""
-        ticket = self._worker.predict(job.key, rows, options, num_retrieved)
+        """Wait for the answers; None where they will not come, as the job was cancelled or the server stops."""
+        options: AnswerOptions = {**plan.options, "bad_rows": "report"}
+        ticket = self._worker.predict(job.key, queries, options, plan.num_retrieved, first_number=first_number)
         with self._lock:
             self._current = job.id, ticket
         try:
