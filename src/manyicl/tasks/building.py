@@ -141,7 +141,7 @@ class TaskBuilder:
         examples = []
         for row in rows:
             try:
-                examples.append(self._render(row))
+                examples.append(self.example(row))
             except UserError as error:
                 reason = _BAD_ROWS.get(error.code)
                 if reason is not None and self.keys.bad_rows == "drop":
@@ -153,7 +153,15 @@ class TaskBuilder:
                 raise error.at(file=row.file, row=row.line)  # noqa: B904
         return tuple(examples)
 
-    def _render(self, row: LocatedRow) -> Example:
+    def task_of(self, examples: Iterable[Example]) -> Task:
+        """Make the task of rendered rows, all for training.
+
+        Raises:
+            UserError: If there are none, or all have the same label.
+        """
+        return self._finish(tuple(examples), ())
+
+    def example(self, row: LocatedRow) -> Example:
         """Render one row to an example.
 
         Raises:

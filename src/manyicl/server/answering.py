@@ -1,0 +1,164 @@
+"""Rows -> answers, portion by portion, as long as somebody waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from manyicl.errors import UserError
+from manyicl.server.bodies import quickly
+from manyicl.server.problems import BusyError, too_busy
+from manyicl.server.records import VersionRecord
+from manyicl.server.services import Services
+from manyicl.server.work import Ticket, WorkerState
+
+if TYPE_CHECKING:
+    from manyicl.engine.engine import Prediction
+    from manyicl.server.task_service import Question
+    from manyicl.tasks.task import Query
+
+# Rows that are handed to the worker together; a request has at most two such portions in its queue.
+ROWS_AT_ONCE = 256
+# How often a portion after the first is tried again where too many rows wait.
+SECONDS_BETWEEN_TRIES = 0.2
+ResultT = TypeVar("ResultT")
+
+
+class Client:
+    """Waits for work as long as the client is there."""
+
+    def __init__(self, request: Request, seconds: float) -> None:
+        """Watch the connection of a request whose body was read."""
+        self._seconds = seconds
+        self._gone = asyncio.ensure_future(_until_gone(request))
+
+    async def wait_for(self, future: asyncio.Future[ResultT]) -> ResultT:
+        """Wait for a result.
+
+        Raises:
+            ClientDisconnect: If the client has gone.
+            BusyError: If it takes too long.
+        """
+        waiting: set[asyncio.Future[object]] = {future, self._gone}  # type: ignore[arg-type]
+        await asyncio.wait(waiting, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+        if future.done() and not future.cancelled():
+            return future.result()
+        if self._gone.done():
+            raise ClientDisconnect
+        if future.cancelled():
+            raise too_busy("stopping", "the server gave the rows up, as it is stopping", 1)
+        raise too_busy("not_ready", f"there was no answer within {self._seconds:g} seconds", 5, "Try again later.")
+
+    def cancels(self, ticket: Ticket) -> None:
+        """Let a ticket be cancelled when the client has gone."""
+        self._gone.add_done_callback(lambda _: ticket.cancel())
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._gone.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@asynccontextmanager
+async def client_of(request: Request, services: Services) -> AsyncIterator[Client]:
+    """Watch the connection of a request while it is answered."""
+    client = Client(request, services.settings.request_seconds)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+async def ready_version(services: Services, client: Client, version: VersionRecord) -> VersionRecord:
+    """Wait until a version can answer.
+
+    Raises:
+        UserError: If it failed, or is gone.
+        BusyError: If that takes too long, or the server ends.
+        ClientDisconnect: If the client has gone.
+    """
+    while version.state != "ready":
+        services.require_running()
+        waiting = await quickly(services.service.waiting_for, version)
+        if waiting is not None:
+            # Everyone who waits for the version shares the future: one who leaves must not cancel it.
+            await client.wait_for(asyncio.shield(asyncio.wrap_future(waiting)))
+        version = await quickly(services.service.require_ready_or_compiling, version.key)
+    return version
+
+
+async def answers(services: Services, client: Client, question: Question) -> AsyncIterator[Prediction]:
+    """Yield the predictions of the rows in order; what no one waits for any more leaves the queue.
+
+    Raises:
+        UserError: If the rows cannot be answered at all.
+        BusyError: If too many rows wait.
+        ClientDisconnect: If the client has gone.
+    """
+    rows = question.rows
+    portions = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    tickets: list[Ticket] = [await _ticket(services, question, portions[0])]
+    try:
+        for number in range(len(portions)):
+            if number + 1 < len(portions):
+                tickets.append(await _ticket(services, question, portions[number + 1], number + 1))
+            ticket = tickets.pop(0)
+            try:
+                predictions = await client.wait_for(asyncio.wrap_future(ticket.future))
+            finally:
+                ticket.cancel()  # of no effect once it is done
+            services.metrics.count_rows(len(predictions))
+            for prediction in predictions:
+                yield prediction
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+async def _ticket(
+    services: Services,
+    question: Question,
+    rows: Sequence[Query | UserError],
+    number: int = 0,
+    *,
+    is_first: bool = False,
+) -> Ticket:
+    """Hand a portion to the worker; one after the first waits where the queue is full, as the answer has started.
+
+    Raises:
+        BusyError: If the queue is full.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + services.settings.request_seconds
+    first_number = number * ROWS_AT_ONCE + 1
+    while True:
+        try:
+            return services.worker.predict(
+                question.version.key,
+                rows,
+                question.how.options,
+                question.how.num_retrieved,
+                first_number=first_number,
+            )
+        except UserError as error:
+            if error.code != "queue_full":
+                raise
+            if number == 0 or loop.time() > end:
+                raise queue_full(error, services.worker.state()) from error
+        await asyncio.sleep(SECONDS_BETWEEN_TRIES)
+
+
+def queue_full(error: UserError, state: WorkerState) -> BusyError:
+    """Say when there will be room, from how long the waiting rows will take."""
+    busy = too_busy("queue_full", error.what, max(1.0, state.num_waiting_rows * state.seconds_per_row), error.remedy)
+    busy.expected, busy.found = error.expected, error.found
+    return busy

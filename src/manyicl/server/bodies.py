@@ -1,0 +1,188 @@
+"""Bodies of requests: JSON, JSON lines, tables, or a form with a file; read whole, within the limit, then parsed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import to_thread
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from manyicl.checked import validated
+from manyicl.errors import UserError, quoted
+from manyicl.library_errors import reason
+from manyicl.server.conditions import idempotency_of, matching_revisions
+from manyicl.server.middleware import JSON, MULTIPART
+from manyicl.server.records import Idempotency
+from manyicl.server.row_input import (
+    ROW_CONTENT_TYPES,
+    InputRow,
+    at_most,
+    body_and_rows,
+    json_body,
+    kind_of_upload,
+    media_type,
+    rows_in,
+    with_numbers,
+)
+from manyicl.server.services import services_of
+
+MOST_FIELDS = 20
+FILE_FIELD = "file"
+ResultT = TypeVar("ResultT")
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Body:
+    """The whole body of a request.
+
+    Attributes:
+        content: Its bytes.
+        content_type: Its content type, with parameters.
+        if_match: Revisions that the header ``If-Match`` allows; None for any.
+        idempotency: Idempotency key, and what it belongs to.
+    """
+
+    content: bytes
+    content_type: str
+    if_match: frozenset[int] | None = None
+    idempotency: Idempotency | None = None
+
+    @property
+    def media_type(self) -> str:
+        """Content type without parameters."""
+        return media_type(self.content_type)
+
+
+@dataclass(frozen=True)
+class RowsAndKeys:
+    """What a body says besides its rows, and its rows.
+
+    Attributes:
+        keys: Key -> value, from JSON or from the fields of a form.
+        rows: Rows, or why one cannot be used.
+        is_lines: Whether the rows came as lines, so that each has an answer of its own.
+    """
+
+    keys: Mapping[str, Any]
+    rows: list[InputRow] = field(default_factory=list)
+    is_lines: bool = False
+
+
+async def read_body(request: Request) -> Body:
+    """Read a body whole; its size was bounded on the way (see `manyicl.server.middleware.BodyLimit`).
+
+    Raises:
+        UserError: If it is too large, or a header is wrong.
+    """
+    headers = request.headers
+    if_match, content_type = matching_revisions(headers.get("if-match")), headers.get("content-type", "")
+    content = b"".join([part async for part in request.stream()])
+    target = request.url.path + "?" + request.url.query
+    idempotency = idempotency_of(headers.get("idempotency-key"), request.method, target, content_type, content)
+    return Body(content, content_type, if_match, idempotency)
+
+
+async def in_thread(request: Request, work: Callable[[], ResultT]) -> ResultT:
+    """Parse, render or check many rows in a thread, few requests at a time."""
+    return await to_thread.run_sync(work, limiter=services_of(request).rendering)
+
+
+async def quickly(work: Callable[..., ResultT], *arguments: Any, **named: Any) -> ResultT:
+    """Run what takes milliseconds, as a query of the database, in a thread."""
+    return await to_thread.run_sync(partial(work, *arguments, **named))
+
+
+def json_of(body: Body, model: type[ModelT]) -> ModelT:
+    """Read a JSON object.
+
+    Raises:
+        UserError: If the body is of another type, or breaks a rule.
+    """
+    require_type(body, JSON)
+    return validated(model, with_numbers(json_body(body.content)), None)
+
+
+def columns_of(body: Body) -> dict[str, Any]:
+    """Read a row as a JSON object; its numbers stay the text that is written there.
+
+    Raises:
+        UserError: If the body is of another type, or no object.
+    """
+    require_type(body, JSON)
+    return json_body(body.content)
+
+
+def require_type(body: Body, *expected: str) -> None:
+    """Refuse a body of another type.
+
+    Raises:
+        UserError: If so.
+    """
+    if body.media_type not in expected:
+        what, found = "this address does not take such a body", quoted(body.media_type)
+        raise UserError("wrong_content_type", what, expected=f"one of {', '.join(expected)}", found=found)
+
+
+async def rows_of(request: Request, body: Body, key: str, most: int) -> RowsAndKeys:
+    """Read rows in whatever form they come.
+
+    Args:
+        request: The request.
+        body: Its body.
+        key: Key of the rows in JSON.
+        most: Most rows.
+
+    Raises:
+        UserError: If the body cannot be read, or has no rows or too many.
+    """
+    if body.media_type == MULTIPART:
+        return await _rows_of_form(request, body, key, most)
+    if body.media_type == JSON:
+        keys, rows = await in_thread(request, lambda: body_and_rows(body.content, key, key))
+        return RowsAndKeys(keys, _required(list(at_most(rows, most)), key))
+    kind = ROW_CONTENT_TYPES[body.media_type]
+    rows = await in_thread(request, lambda: list(at_most(rows_in([body.content], kind, key), most)))
+    return RowsAndKeys({}, _required(rows, key), is_lines=True)
+
+
+async def _rows_of_form(request: Request, body: Body, key: str, most: int) -> RowsAndKeys:
+    """Read the file of a form; its other fields are texts, or JSON where they begin like an object."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body.content
+
+    parser = MultiPartParser(
+        Headers({"content-type": body.content_type}), stream(), max_files=1, max_fields=MOST_FIELDS
+    )
+    parser.spool_max_size = len(body.content) + 1  # never a temporary file
+    try:
+        form = await parser.parse()
+    except (MultiPartException, LookupError, ValueError) as error:
+        raise UserError("broken_body", f"the form cannot be read, {reason(error)}") from error
+    try:
+        keys: dict[str, Any] = {}
+        for name, value in form.multi_items():
+            if isinstance(value, str):
+                keys[name] = json_body(value.encode("utf-8", "replace")) if value.lstrip().startswith("{") else value
+        file = form.get(FILE_FIELD)
+        if not isinstance(file, UploadFile):
+            what, remedy = f"the form has no file in the field {FILE_FIELD!r}", "`curl -F file=@rows.csv` sends one."
+            raise UserError("missing_key", what, remedy=remedy, field=FILE_FIELD)
+        kind, content = kind_of_upload(file.content_type, file.filename), await file.read()
+    finally:
+        await form.close()
+    rows = await in_thread(request, lambda: list(at_most(rows_in([content], kind, key), most)))
+    return RowsAndKeys(keys, _required(rows, key), is_lines=True)
+
+
+def _required(rows: list[InputRow], key: str) -> list[InputRow]:
+    if not rows:
+        raise UserError("no_rows", f"there are no rows in {key!r}", expected="one at least", field=key)
+    return rows

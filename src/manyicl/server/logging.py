@@ -1,0 +1,53 @@
+"""Structured logs: one JSON object a line on standard error, without any text of a task or a row."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+import structlog
+from structlog.typing import Processor
+
+# Names of all that may be logged; a text of a user is in none of them.
+log = structlog.stdlib.get_logger("manyicl.server")
+
+
+def set_up_logging(level: str = "INFO") -> None:
+    """Write the server's and uvicorn's logs as JSON lines to standard error."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    # The messages of libraries may quote what they were given: their warnings say what kind, ours say where.
+    for name in ("manyicl.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    # Our own line for each request has no path and no query, which hold names.
+    logging.getLogger("uvicorn.access").disabled = True
+
+
+def place_of(error: BaseException) -> str:
+    """Say which kind of error it is and where it was raised; its message may hold texts of rows, and is not logged."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-4:]]
+    return f"{type(error).__name__} at {' > '.join(places)}"

@@ -1,0 +1,174 @@
+"""Predictions: JSON, lines in and out, and free answers as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from manyicl.checked import validated
+from manyicl.errors import UserError
+from manyicl.server.answering import Client, answers, client_of, queue_full, ready_version
+from manyicl.server.authentication import Predictor
+from manyicl.server.bad_rows import require_all
+from manyicl.server.bodies import in_thread, read_body, rows_of
+from manyicl.server.documented import body_of, errors
+from manyicl.server.prediction_json import json_line, prediction_json
+from manyicl.server.problems import problem
+from manyicl.server.routes.parameters import TaskName
+from manyicl.server.row_input import JSON_LINES
+from manyicl.server.schemas import AnswerChoices, PredictIn, PredictOut
+from manyicl.server.services import Services, services_of
+from manyicl.server.task_service import Question, task_without_rows
+
+ROWS = "rows"
+EVENTS = "text/event-stream"
+
+router = APIRouter(prefix="/v1/tasks", tags=["predictions"])
+App = Annotated[Services, Depends(services_of)]
+
+
+@router.post(
+    "/{task}/predict",
+    response_model=PredictOut,
+    responses={
+        200: {"content": {JSON_LINES: {"schema": {"type": "string"}}, EVENTS: {"schema": {"type": "string"}}}},
+        **errors(404, 409, body=True),
+    },
+    openapi_extra=body_of(PredictIn, lines=True),
+)
+async def predict(
+    task: TaskName, request: Request, caller: Predictor, services: App, choices: Annotated[AnswerChoices, Query()]
+) -> Response:
+    """Answer rows.
+
+    JSON is answered with JSON; a row that cannot be answered makes the whole request fail, and the error names all
+    such rows. Lines and tables, whose options are in the query, are answered with lines in the same order; a row that
+    cannot be answered has its `problem` there. With `Accept: text/event-stream` one free answer comes as it is written.
+    """
+    body = await read_body(request)
+    content = await rows_of(request, body, ROWS, services.settings.max_rows)
+    services.limits.count_rows(caller, len(content.rows))
+    given = choices.model_dump(exclude_unset=True)
+    chosen = validated(AnswerChoices, {**given, **content.keys}, None)
+    question = await in_thread(request, lambda: services.service.question(caller.owner, task, chosen, content.rows))
+    wants_events = EVENTS in request.headers.get("accept", "")
+    if wants_events:
+        return await _events(request, services, question)
+    if content.is_lines:
+        return await _lines(request, services, question)
+    async with client_of(request, services) as client:
+        return await _json(services, client, question)
+
+
+async def _json(services: Services, client: Client, question: Question) -> Response:
+    """Answer all rows, or none."""
+    require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+    version = await ready_version(services, client, question.version)
+    predictions = [one async for one in answers(services, client, question)]
+    numbered = zip(question.numbers, predictions, strict=True)
+    problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]
+    require_all(problems, len(predictions))
+    found = {
+        "task": question.task.id,
+        "version": version.key.version,
+        "model": version.model,
+        "predictions": list(map(prediction_json, predictions)),
+    }
+    return Response(json_line(found), media_type="application/json")
+
+
+async def _lines(request: Request, services: Services, question: Question) -> Response:
+    """Answer row by row; what fails before the first answer has a status of its own."""
+    async with client_of(request, services) as client:
+        version = await ready_version(services, client, question.version)
+    headers = {"X-Task-Version": str(version.key.version)}
+
+    async def lines() -> AsyncIterator[bytes]:
+        async with client_of(request, services) as client:
+            try:
+                numbers = iter(question.numbers)
+                async for prediction in answers(services, client, question):
+                    number = next(numbers)
+                    if prediction.problem is not None:
+                        prediction.problem.at(row=number)
+                    yield json_line(prediction_json(prediction))
+            except UserError as error:
+                yield json_line({"problem": problem(error)})
+
+    return StreamingResponse(await _started(lines()), media_type=JSON_LINES, headers=headers)
+
+
+async def _events(request: Request, services: Services, question: Question) -> Response:
+    """Send one free answer as it is written.
+
+    Raises:
+        UserError: If there are several rows, the task has labels, or the row cannot be answered.
+    """
+    require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+    if len(question.rows) != 1:
+        what = "server-sent events answer one row"
+        raise UserError("one_row_needed", what, found=str(len(question.rows)), field=ROWS)
+    if task_without_rows(question.task, question.version).is_closed:
+        what, remedy = "server-sent events are for free answers, and the task has labels", "Accept JSON."
+        raise UserError("not_streamable", what, remedy=remedy)
+    async with client_of(request, services) as client:
+        await ready_version(services, client, question.version)
+
+    return StreamingResponse(await _started(_parts(request, services, question)), media_type=EVENTS)
+
+
+async def _parts(request: Request, services: Services, question: Question) -> AsyncIterator[bytes]:
+    (row,) = question.rows
+    try:
+        how = question.how
+        ticket = services.worker.stream(question.version.key, row, how.options, how.num_retrieved)
+    except UserError as error:
+        raise queue_full(error, services.worker.state()) if error.code == "queue_full" else error from error
+    has_started = False
+    async with client_of(request, services) as client:
+        client.cancels(ticket)
+        try:
+            async for part in ticket:
+                if part.text:
+                    has_started = True
+                    yield _event("part", {"text": part.text})
+                if part.prediction is not None:
+                    services.metrics.count_rows(1)
+                    if part.prediction.problem is not None:
+                        raise part.prediction.problem
+                    yield _event("done", prediction_json(part.prediction))
+        except CancelledError as error:
+            raise ClientDisconnect from error
+        except UserError as error:
+            if not has_started:
+                raise
+            yield _event("error", problem(error))
+        finally:
+            ticket.cancel()
+
+
+async def _started(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Wait for the first part of a stream, so that what fails before it has a status of its own.
+
+    Raises:
+        UserError: If it fails.
+    """
+    first = await anext(parts, None)
+
+    async def all_parts() -> AsyncIterator[bytes]:
+        if first is not None:
+            yield first
+            async for part in parts:
+                yield part
+
+    return all_parts()
+
+
+def _event(name: str, value: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()

@@ -1,0 +1,81 @@
+"""What the routes of one server work with, put together once at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from anyio import CapacityLimiter
+from fastapi import Request
+
+from manyicl.server.interfaces import Worker
+from manyicl.server.metrics import ServerMetrics
+from manyicl.server.problems import too_busy
+from manyicl.server.rate_limits import RateLimits
+from manyicl.server.records import VersionKey
+from manyicl.server.settings import ServerSettings
+from manyicl.server.task_service import TaskService
+
+if TYPE_CHECKING:
+    from manyicl.server.job_store import JobStore
+    from manyicl.server.keys import KeyStore
+    from manyicl.server.task_store import TaskStore
+
+# Requests whose rows are parsed and rendered at the same time; others wait for them, and small requests go past.
+MOST_RENDERING = 2
+
+
+@dataclass
+class Services:
+    """Parts of a running server.
+
+    Attributes:
+        settings: Its settings.
+        tasks: Tasks in the database.
+        jobs: Jobs in the database.
+        keys: API keys; None for a server without.
+        worker: The thread that owns the engine.
+        service: Rules of tasks.
+        prefix_bytes: Gives the size of a version's prefix in memory; None where it is not there.
+        metrics: What is counted.
+        limits: Limits of callers.
+        rendering: Bounds the requests that are parsed and rendered at the same time.
+        is_stopping: Whether the server ends; requests that would wait long are refused.
+    """
+
+    settings: ServerSettings
+    tasks: TaskStore
+    jobs: JobStore
+    keys: KeyStore | None
+    worker: Worker
+    service: TaskService
+    prefix_bytes: Callable[[VersionKey], int | None] = lambda _: None
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    limits: RateLimits = field(init=False)
+    rendering: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_RENDERING))
+    is_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        """Make the limits that the settings say."""
+        self.limits = RateLimits(self.settings.requests_per_minute, self.settings.rows_per_minute)
+
+    def require_running(self) -> None:
+        """Refuse what would wait long while the server ends.
+
+        Raises:
+            BusyError: If it does.
+        """
+        if self.is_stopping:
+            raise too_busy("stopping", "the server is stopping", 5)
+
+    def stop(self) -> None:
+        """Let nothing wait long from now on."""
+        self.is_stopping = True
+        self.service.wake_all()
+
+
+def services_of(request: Request) -> Services:
+    """Return the parts of the server that a request came to."""
+    services: Services = request.app.state.services
+    return services

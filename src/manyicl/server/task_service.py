@@ -1,0 +1,626 @@
+"""Tasks as the routes use them: rules checked before a write, versions compiled after it, questions prepared.
+
+The only place that knows both the database and the thread that owns the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from manyicl.checked import validated
+from manyicl.engine.queries import checked_query
+from manyicl.errors import UserError, pluralized
+from manyicl.server.answer_options import HowToAnswer, how_to_answer, require_settings
+from manyicl.server.bad_rows import require_all
+from manyicl.server.conditions import require_matching
+from manyicl.server.records import (
+    DemonstrationRecord,
+    Idempotency,
+    TaskRecord,
+    TaskSettings,
+    VersionKey,
+    VersionRecord,
+    Written,
+)
+from manyicl.server.row_input import InputRow
+from manyicl.server.schemas import AnswerChoices, NewTaskKeys, SettingsIn, TaskChanges
+from manyicl.server.work import Compiled, TaskSource
+from manyicl.tasks.building import TaskBuilder
+from manyicl.tasks.demonstrations import demonstrations_in_order
+from manyicl.tasks.rows import LocatedRow
+from manyicl.tasks.schema import TaskFile, TwoFiles
+from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.template import compiled
+
+if TYPE_CHECKING:
+    from manyicl.server.interfaces import Worker
+    from manyicl.server.settings import ServerSettings
+    from manyicl.server.task_store import TaskStore
+
+# How often a write is tried that another write went before, each time with what that one left.
+MOST_TRIES = 5
+MOST_CACHED = 1024
+# How long the answer to a deletion waits until the worker, between two chunks of its work, has deleted the prefixes.
+FORGET_SECONDS = 10
+# What errors name in place of a file.
+DEMONSTRATIONS = "demonstrations"
+_TEMPLATES = ("query", "answer", "instruction")
+_NOT_OVER_HTTP = ("name", "data", "bad_rows", "on_both_sides")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Rows to answer, and what answers them.
+
+    Attributes:
+        task: The task.
+        version: The version that answers; perhaps not ready yet.
+        rows: Rendered queries, or why a row cannot be answered.
+        numbers: Number of each row, or its line in the body.
+        how: How they are answered.
+    """
+
+    task: TaskRecord
+    version: VersionRecord
+    rows: list[Query | UserError]
+    numbers: list[int]
+    how: HowToAnswer
+
+
+class Deadline:
+    """Bounds the time that templates of one request take all together."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start now."""
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def require_time(self) -> None:
+        """Refuse to go on after the end.
+
+        Raises:
+            UserError: If it is over.
+        """
+        if time.monotonic() > self._end:
+            what = f"the templates take more than {self._seconds:g} seconds on these rows"
+            raise UserError("templates_too_slow", what, remedy="Send fewer rows at once, or simplify the templates.")
+
+
+class TaskService:
+    """Creates, changes and reads tasks, and prepares questions to them."""
+
+    def __init__(self, tasks: TaskStore, settings: ServerSettings, model: str) -> None:
+        """Take the database.
+
+        Args:
+            tasks: Tasks in the database.
+            settings: Settings of the server.
+            model: Identity of the model, a hash.
+        """
+        self.tasks = tasks
+        self.model = model
+        self._settings = settings
+        self._worker: Worker | None = None
+        self._waiting = WaitingForVersions()
+        self._to_rebuild: set[VersionKey] = set()
+        self._num_rebuilt = 0
+        self._majorities: OrderedDict[VersionKey, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def worker(self) -> Worker:
+        """The thread that owns the engine."""
+        assert self._worker is not None, "start comes first"
+        return self._worker
+
+    def start(self, worker: Worker) -> None:
+        """Compile what has to be compiled: versions that are not ready, and those of another model, again.
+
+        Args:
+            worker: The thread that owns the engine.
+        """
+        self._worker = worker
+        for key in self.tasks.to_compile(self.model):
+            version = self.tasks.version(key)
+            if version.state == "ready":
+                problem = {"code": "other_model", "sentence": "Another model compiled it; it is compiled again."}
+                self.tasks.set_compiling(key, problem)
+                self._to_rebuild.add(key)
+            worker.compile(key)
+
+    def wake_all(self) -> None:
+        """Wake everyone who waits for a version, as the server is stopping."""
+        self._waiting.settle_all()
+
+    @property
+    def rebuilt(self) -> tuple[int, int]:
+        """How many of the versions of another model are compiled again, and how many there were."""
+        return self._num_rebuilt, len(self._to_rebuild)
+
+    # --- Changes
+
+    def create(
+        self, owner: str, new: NewTaskKeys, rows: Sequence[InputRow], idempotency: Idempotency | None
+    ) -> Written:
+        """Make a task.
+
+        Raises:
+            UserError: If a key, a template or a row breaks a rule, or the name is taken.
+        """
+        if (replayed := self._replayed(owner, idempotency)) is not None:
+            return replayed
+        keys = self.checked_keys(new.task)
+        settings = settings_of(new.settings)
+        task = self._built(new.name, keys, rows)
+        require_settings(settings, task)
+        columns, order = _columns(rows), _context_order(task.train)
+        written = self.tasks.create(owner, new.name, keys, settings, columns, task.labels, idempotency, order=order)
+        return self._after(written)
+
+    def add(
+        self,
+        owner: str,
+        task: str,
+        rows: Sequence[InputRow],
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+    ) -> Written:
+        """Add demonstrations.
+
+        Raises:
+            UserError: If a row breaks a rule of the task, there are too many, or the task was changed meanwhile.
+        """
+
+        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+            together = [*map(_located, known), *rows]
+            built = self._built(record.name, record.keys, together)
+            columns, order = _columns(rows), _context_order(built.train[len(known) :])
+            return self.tasks.add(owner, record.id, columns, built.labels, record.revision, idempotency, order=order)
+
+        return self._write(owner, task, revisions, idempotency, write)
+
+    def correct(
+        self,
+        owner: str,
+        task: str,
+        number: int,
+        columns: Mapping[str, Any],
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+    ) -> Written:
+        """Replace a demonstration.
+
+        Raises:
+            UserError: If there is none of that number, or the row breaks a rule of the task.
+        """
+
+        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+            _require_numbers(known, [number])
+            together = [_located(row if row.number != number else replace(row, columns=columns)) for row in known]
+            labels = self._built(record.name, record.keys, together).labels
+            return self.tasks.correct(owner, record.id, number, columns, labels, record.revision, idempotency)
+
+        return self._write(owner, task, revisions, idempotency, write)
+
+    def remove(
+        self,
+        owner: str,
+        task: str,
+        numbers: Sequence[int],
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+    ) -> Written:
+        """Remove demonstrations.
+
+        Raises:
+            UserError: If there is none of a number, or the others do not make a task.
+        """
+
+        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+            _require_numbers(known, numbers)
+            others = [_located(row) for row in known if row.number not in numbers]
+            if not others:
+                remedy = "Delete the task, or correct the demonstration."
+                raise UserError("last_demonstration", "a task keeps at least one demonstration", remedy=remedy)
+            labels = self._built(record.name, record.keys, others).labels
+            return self.tasks.remove(owner, record.id, numbers, labels, record.revision, idempotency)
+
+        return self._write(owner, task, revisions, idempotency, write)
+
+    def restore(
+        self,
+        owner: str,
+        task: str,
+        version: int,
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+    ) -> Written:
+        """Make a new version with the demonstrations of an earlier one.
+
+        Raises:
+            UserError: If there is no such version.
+        """
+
+        def write(record: TaskRecord, _: list[DemonstrationRecord]) -> Written:
+            labels = self.tasks.version(VersionKey(record.id, version)).labels
+            return self.tasks.restore(owner, record.id, version, labels, record.revision, idempotency)
+
+        return self._write(owner, task, revisions, idempotency, write)
+
+    def update(self, owner: str, task: str, changes: TaskChanges, revisions: frozenset[int] | None) -> TaskRecord:
+        """Change the name or settings of a task.
+
+        Raises:
+            UserError: If the name is taken, a setting does not suit the task, or it was changed meanwhile.
+        """
+        record = self.tasks.get(owner, task)
+        require_matching(record, revisions)
+        given = changes.model_dump(exclude_unset=True)
+        name = given.pop("name", None)
+        settings = replace(
+            record.settings,
+            **{key: value for key, value in given.items() if value is not None or key == "abstain_below"},
+        )
+        require_settings(settings, task_without_rows(record, record.newest))
+        record = self.tasks.update(
+            owner, record.id, name=name, settings=settings, if_revision=record.revision if revisions else None
+        )
+        if "pinned" in given:
+            self.worker.set_pinned(record.id, settings.pinned)
+        return record
+
+    def delete(self, owner: str, task: str, revisions: frozenset[int] | None) -> TaskRecord:
+        """Delete a task with all its texts.
+
+        Raises:
+            UserError: If there is none, or it was changed meanwhile.
+        """
+        record = self.tasks.get(owner, task)
+        require_matching(record, revisions)
+        record = self.tasks.delete(owner, record.id, record.revision if revisions else None)
+        forgotten = self.worker.forget(record.id)
+        with suppress(TimeoutError):
+            forgotten.result(FORGET_SECONDS)  # so that its keys and values are gone from the disk, too
+        self._waiting.settle_task(record.id)
+        with self._lock:
+            for key in [key for key in self._majorities if key.task_id == record.id]:
+                del self._majorities[key]
+        return record
+
+    def _write(
+        self,
+        owner: str,
+        task: str,
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+        write: Callable[[TaskRecord, list[DemonstrationRecord]], Written],
+    ) -> Written:
+        """Read the task, check, and write if it is still what was read; otherwise try again.
+
+        Args:
+            owner: Whose task.
+            task: Its id or name.
+            revisions: Revisions that the caller allows; None for any.
+            idempotency: Idempotency key of the request.
+            write: Checks and writes, given the task and its newest demonstrations.
+
+        Raises:
+            UserError: As ``write`` does; or if others wrote in between every time, or once where the caller named
+                revisions.
+        """
+        if (replayed := self._replayed(owner, idempotency)) is not None:
+            return replayed
+        for attempt in range(1, MOST_TRIES + 1):
+            record = self.tasks.get(owner, task)
+            require_matching(record, revisions)
+            try:
+                written = write(record, self.tasks.demonstrations(record.newest.key))
+            except UserError as error:
+                if error.code != "changed_meanwhile" or revisions is not None or attempt == MOST_TRIES:
+                    raise
+                continue
+            return self._after(written)
+        raise AssertionError("the last try returns or raises")
+
+    def _replayed(self, owner: str, idempotency: Idempotency | None) -> Written | None:
+        return self.tasks.replayed(owner, idempotency) if idempotency is not None else None
+
+    def _after(self, written: Written) -> Written:
+        """Let the version be compiled that a write made; also after a replay, as a kill may have come in between."""
+        if written.version.state == "compiling":
+            self.worker.compile(written.version.key)
+        return written
+
+    # --- Rules
+
+    def checked_keys(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of a new task, with those that are usual.
+
+        Raises:
+            UserError: If one is unknown here, has a wrong value, or a template is too long.
+        """
+        for key in _NOT_OVER_HTTP:
+            if key in keys:
+                remedy = "Leave it out." if key != "name" else "Give the name beside `task`."
+                raise UserError("unknown_key", f"unknown key {key!r}", remedy=remedy, field=f"task.{key}")
+        known = {key: _with_texts(value) for key, value in keys.items() if value is not None}
+        for key in _TEMPLATES:
+            if isinstance(known.get(key), str) and len(known[key]) > self._settings.max_template_characters:
+                what, expected = (
+                    f"{key}: the template is too long",
+                    f"at most {self._settings.max_template_characters:,}",
+                )
+                found = pluralized(len(known[key]), "character")
+                raise UserError("text_too_long", what, expected=expected, found=found, field=f"task.{key}")
+        is_closed = known.get("labels") is not None or known.get("choices") is not None
+        usual = {"query": "{{ query }}", "answer": "{{ answer }}"}
+        known = {"family": "classification" if is_closed else "generation", **usual, **known}
+        TaskBuilder(_task_file(known), None, "task")  # compiles the templates
+        return known
+
+    def _built(self, name: str, keys: Mapping[str, Any], rows: Sequence[InputRow]) -> Task:
+        """Make the whole task, so that all its rules hold.
+
+        Args:
+            name: Its name.
+            keys: Keys of its task file.
+            rows: All its rows.
+
+        Raises:
+            UserError: If a rule is broken; it names all bad rows.
+        """
+        if len(rows) > self._settings.max_demonstrations:
+            expected, found = f"at most {self._settings.max_demonstrations:,}", f"{len(rows):,}"
+            raise UserError("too_many_demonstrations", "too many demonstrations", expected=expected, found=found)
+        builder, deadline = TaskBuilder(_task_file(keys), None, name), Deadline(self._settings.render_seconds)
+        examples, errors = [], []
+        for number, row in enumerate(rows, start=1):
+            deadline.require_time()
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                examples.append(builder.example(row))
+            except UserError as error:
+                errors.append(error.at(row=_number(row) or number))
+        require_all(errors, len(rows))
+        return builder.task_of(examples)
+
+    # --- What the worker needs
+
+    def source(self, key: VersionKey) -> TaskSource:
+        """Return what a version is compiled from.
+
+        Raises:
+            UserError: If the task is gone.
+        """
+        record, rows = self.tasks.source(key)
+        version = self.tasks.version(key)
+        builder = TaskBuilder(_task_file(record.keys), None, record.name)
+        in_order = sorted(rows, key=lambda row: row.place)
+        task = builder.task_of([builder.example(_located(row)) for row in in_order])
+        self._remember_majority(key, _majority([example.answer for example in task.train]))
+        settings = record.settings
+        num_shots, num_retrieved = settings.num_shots, settings.num_retrieved
+        return TaskSource(key, task, num_shots, num_retrieved, version.answers, settings.pinned)
+
+    def on_ready(self, key: VersionKey, compiled_version: Compiled) -> None:
+        """Note that a version can answer, and wake those who wait for it; called by the worker."""
+        found = compiled_version
+        try:
+            is_known = self.tasks.set_ready(
+                key,
+                num_tokens=found.num_tokens,
+                num_shots=found.num_shots,
+                num_dropped=found.num_dropped,
+                answers=found.answers,
+                model=found.model,
+            )
+            if not is_known:
+                self.worker.forget(key.task_id)
+        finally:
+            self._settle(key)
+
+    def on_failed(self, key: VersionKey, error: UserError) -> None:
+        """Note why a version cannot be compiled, and wake those who wait for it; called by the worker."""
+        try:
+            self.tasks.set_failed(key, error.fields())
+        finally:
+            self._settle(key)
+
+    def _settle(self, key: VersionKey) -> None:
+        with self._lock:
+            self._num_rebuilt += key in self._to_rebuild
+        self._waiting.settle(key)
+
+    # --- Questions
+
+    def version_that_answers(self, owner: str, task: str, version: int | None) -> tuple[TaskRecord, VersionRecord]:
+        """Return a task, and the version that answers: the one that is named, the newest ready one, or the newest.
+
+        Raises:
+            UserError: If there is none.
+        """
+        record = self.tasks.get(owner, task)
+        number = version or record.ready or record.newest.key.version
+        if number == record.newest.key.version:
+            return record, record.newest
+        return record, self.tasks.version(VersionKey(record.id, number))
+
+    def question(self, owner: str, task: str, choices: AnswerChoices, rows: Sequence[InputRow]) -> Question:
+        """Find the version that answers, and render the rows.
+
+        Raises:
+            UserError: If there is no such task or version, or the options do not suit it.
+        """
+        record, version = self.version_that_answers(owner, task, choices.version)
+        without_rows = task_without_rows(record, version)
+        how = how_to_answer(choices, record.settings, without_rows)
+        numbers = [_number(row) or number for number, row in enumerate(rows, start=1)]
+        return Question(record, version, self.rendered(without_rows, rows), numbers, how)
+
+    def rendered(self, task: Task, rows: Iterable[InputRow]) -> list[Query | UserError]:
+        """Render rows to queries here and not where the model waits; one that cannot be answered becomes its error.
+
+        Raises:
+            UserError: If the templates take too long.
+        """
+        deadline, found = Deadline(self._settings.render_seconds), list[Query | UserError]()
+        for number, row in enumerate(rows, start=1):
+            deadline.require_time()
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                found.append(checked_query(row.columns, task))
+            except UserError as error:
+                found.append(error.at(row=_number(row) or number))
+        return found
+
+    def waiting_for(self, version: VersionRecord) -> Future[None] | None:
+        """Return what is done when a version is ready or failed; None where it is ready.
+
+        Raises:
+            UserError: If it failed, or is gone.
+        """
+        if version.state == "ready":
+            return None
+        future = self._waiting.future(version.key)
+        self.require_ready_or_compiling(version.key)
+        if self.tasks.version(version.key).state == "ready":
+            return None
+        self.worker.compile(version.key)
+        return future
+
+    def require_ready_or_compiling(self, key: VersionKey) -> VersionRecord:
+        """Return a version as it is now.
+
+        Raises:
+            UserError: If it failed, or is gone.
+        """
+        version = self.tasks.version(key)
+        if version.state == "failed":
+            why = (version.problem or {}).get("sentence", "")
+            what = f"version {key.version} of the task could not be compiled"
+            raise UserError("version_failed", what, remedy=str(why))
+        return version
+
+    # --- What is known of a task besides its record
+
+    def majority(self, record: TaskRecord, version: VersionRecord) -> float | None:
+        """Return the share of the most frequent answer among the demonstrations; None without labels."""
+        if version.labels is None:
+            return None
+        with self._lock:
+            known = self._majorities.get(version.key)
+        if known is None:
+            rows = self.tasks.demonstrations(version.key)
+            template = compiled(str(record.keys["answer"]))
+            known = _majority([template.render(row.columns).strip() for row in rows])
+            self._remember_majority(version.key, known)
+        return known
+
+    def _remember_majority(self, key: VersionKey, majority: float) -> None:
+        with self._lock:
+            self._majorities[key] = majority
+            if len(self._majorities) > MOST_CACHED:
+                self._majorities.popitem(last=False)
+
+
+class WaitingForVersions:
+    """Futures of those who wait for versions to be ready or failed."""
+
+    def __init__(self) -> None:
+        self._futures: dict[VersionKey, Future[None]] = {}
+        self._lock = threading.Lock()
+
+    def future(self, key: VersionKey) -> Future[None]:
+        """Return what is done when the version is settled; everyone who waits for it shares it."""
+        with self._lock:
+            return self._futures.setdefault(key, Future())
+
+    def settle(self, key: VersionKey) -> None:
+        """Wake everyone who waits for the version."""
+        with self._lock:
+            future = self._futures.pop(key, None)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def settle_task(self, task_id: str) -> None:
+        """Wake everyone who waits for a version of the task."""
+        with self._lock:
+            keys = [key for key in self._futures if key.task_id == task_id]
+        for key in keys:
+            self.settle(key)
+
+    def settle_all(self) -> None:
+        """Wake everyone."""
+        with self._lock:
+            keys = list(self._futures)
+        for key in keys:
+            self.settle(key)
+
+
+def settings_of(given: SettingsIn) -> TaskSettings:
+    """Return settings as the database keeps them."""
+    return TaskSettings(**given.model_dump())
+
+
+def task_without_rows(record: TaskRecord, version: VersionRecord) -> Task:
+    """Return the task of a version without its rows: what is needed to render queries."""
+    return _task_without_rows(record.name, json.dumps(dict(record.keys), sort_keys=True), version.labels)
+
+
+@lru_cache(MOST_CACHED)
+def _task_without_rows(name: str, keys: str, labels: tuple[str, ...] | None) -> Task:
+    spec = TaskBuilder(_task_file(json.loads(keys)), None, name).spec
+    return Task(spec.model_copy(update={"labels": labels}), ())
+
+
+def _task_file(keys: Mapping[str, Any]) -> TaskFile:
+    return validated(TaskFile, {**keys, "data": TwoFiles(train=(DEMONSTRATIONS,))}, None, "task")
+
+
+def _located(row: DemonstrationRecord) -> LocatedRow:
+    """Return a demonstration as a row, whose line is its number in the task."""
+    return LocatedRow(dict(row.columns), DEMONSTRATIONS, row.number)
+
+
+def _number(row: InputRow) -> int | None:
+    """Return the number of a row, or its line."""
+    return row.row if isinstance(row, UserError) else row.line
+
+
+def _columns(rows: Iterable[InputRow]) -> list[Mapping[str, Any]]:
+    return [row.columns for row in rows if isinstance(row, LocatedRow)]
+
+
+def _require_numbers(known: Iterable[DemonstrationRecord], numbers: Sequence[int]) -> None:
+    missing = set(numbers) - {row.number for row in known}
+    if missing:
+        raise UserError("unknown_demonstration", f"the task has no demonstration {min(missing)} now")
+
+
+def _with_texts(value: Any) -> Any:
+    """Write numbers as texts, as a task file has them: a label is what the user wrote."""
+    if isinstance(value, dict):
+        return {str(key): _with_texts(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_texts(part) for part in value]
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _context_order(examples: Sequence[Example]) -> list[int]:
+    """Return the positions of new demonstrations in the order of the context, so that a sorted upload is mixed."""
+    return list(demonstrations_in_order([example.answer for example in examples], seed=0, sampling="balanced"))
+
+
+def _majority(answers: Sequence[str]) -> float:
+    return max(Counter(answers).values(), default=0) / max(1, len(answers))

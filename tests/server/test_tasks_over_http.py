@@ -1,0 +1,330 @@
+"""Tasks are made, changed and read over HTTP; what is acknowledged is there, once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from manyicl.server.services import Services
+from tests.server.fakes import BROKEN, echo_task, fake_client, fake_worker, mood_task
+
+
+@pytest.fixture(name="client")
+def _client(tmp_path: Path) -> Iterator[TestClient]:
+    with fake_client(tmp_path / "data") as client:
+        yield client
+
+
+def services_of(client: TestClient) -> Services:
+    services: Services = client.app.state.services  # type: ignore[attr-defined]
+    return services
+
+
+def made(client: TestClient, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+    answer = client.post("/v1/tasks", json=body, headers=headers)
+    assert answer.status_code == 201, answer.text
+    task: dict[str, Any] = answer.json()
+    return task
+
+
+def ready(client: TestClient, task: str) -> dict[str, Any]:
+    """Wait until the newest version is settled: a prediction for it waits."""
+    version = client.get(f"/v1/tasks/{task}").json()["version"]
+    client.post(f"/v1/tasks/{task}/predict", json={"rows": [{"text": "x", "query": "x"}], "version": version})
+    found: dict[str, Any] = client.get(f"/v1/tasks/{task}").json()
+    return found
+
+
+def test_a_task_is_made_of_rows_and_found_by_id_and_name(client: TestClient) -> None:
+    answer = client.post("/v1/tasks", json=mood_task())
+    task = answer.json()
+    assert (answer.status_code, answer.headers["etag"]) == (201, '"1"')
+    assert answer.headers["location"] == f"/v1/tasks/{task['id']}"
+    assert task["labels"] == ["bad", "good"]
+    found = ready(client, "mood")
+    assert found["id"] == task["id"] == client.get(answer.headers["location"]).json()["id"]
+    assert (found["state"], found["ready_version"], found["num_shots"], found["num_tokens"]) == ("ready", 1, 3, 30)
+    assert found["majority"] == pytest.approx(2 / 3)
+    assert found["curve"][0] == {
+        "shots": [0, 0],
+        "num_answers": 1,
+        "accuracy": 0.0,
+        "standard_error": None,
+        "nats_per_answer": 0.5,
+    }
+    assert client.get("/v1/tasks/mood/curve").json()["curve"] == found["curve"]
+
+
+def test_columns_are_query_and_answer_unless_templates_say_otherwise(client: TestClient) -> None:
+    task = made(client, echo_task())
+    assert task["task"] == {"family": "generation", "query": "{{ query }}", "answer": "{{ answer }}"}
+    assert task["labels"] is None
+
+
+def test_numbers_stay_the_text_that_was_sent_and_labels_may_be_numbers(client: TestClient) -> None:
+    body = '{"name": "stars", "task": {"labels": [1, 2]}, "demonstrations": [{"query": 1.50, "answer": 1}]}'
+    answer = client.post("/v1/tasks", content=body, headers={"Content-Type": "application/json"})
+    assert answer.json()["labels"] == ["1", "2"]
+    rows = client.get("/v1/tasks/stars/demonstrations").json()["data"]
+    assert rows == [{"number": 1, "added_in": 1, "columns": {"query": "1.50", "answer": "1"}}]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ("application/x-ndjson", '{"query": "a", "answer": "x"}\n\n{"query": "b", "answer": "y"}\n'),
+        ("text/csv", "query,answer\na,x\nb,y\n"),
+        ("text/tab-separated-values", "query\tanswer\na\tx\nb\ty\n"),
+    ],
+)
+def test_a_task_is_made_of_lines_and_of_a_table(client: TestClient, content_type: str, content: str) -> None:
+    query = {"name": "letters", "labels": "from_train"}
+    headers = {"Content-Type": content_type}
+    answer = client.post("/v1/tasks", params=query, content=content, headers=headers)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["labels"] == ["x", "y"]
+    assert answer.json()["task"]["family"] == "classification"
+
+
+def test_a_task_is_made_of_a_form_with_a_file(client: TestClient) -> None:
+    fields = {"name": "letters", "task": json.dumps({"labels": ["x", "y", "z"]}), "settings": '{"pinned": true}'}
+    files = {"file": ("rows.csv", b"query,answer\na,x\nb,y\n", "application/octet-stream")}
+    answer = client.post("/v1/tasks", data=fields, files=files)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["labels"] == ["x", "y", "z"]
+    assert answer.json()["settings"]["pinned"] is True
+
+
+def test_each_change_makes_a_version_and_an_earlier_one_comes_back(client: TestClient) -> None:
+    made(client, mood_task())
+    rows = {"demonstrations": [{"text": "meh", "label": "mixed"}]}
+    added = client.post("/v1/tasks/mood/demonstrations", json=rows).json()
+    assert (added["version"]["version"], added["numbers"], added["version"]["labels"]) == (
+        2,
+        [4, 4],
+        ["bad", "good", "mixed"],
+    )
+    corrected = client.patch("/v1/tasks/mood/demonstrations/2", json={"text": "so dull", "label": "mixed"})
+    assert (corrected.status_code, corrected.headers["etag"]) == (200, '"3"')
+    removed = client.delete("/v1/tasks/mood/demonstrations/4").json()
+    assert removed["version"]["labels"] == ["good", "mixed"]
+    restored = client.post("/v1/tasks/mood/versions/1/restore", json={})
+    assert (restored.status_code, restored.json()["version"]["change"]) == (201, "restored")
+    versions = client.get("/v1/tasks/mood/versions").json()["data"]
+    changes = ["created", "added", "corrected", "removed", "restored"]
+    assert [(one["version"], one["change"], one["num_demonstrations"]) for one in versions] == list(
+        zip(range(1, 6), changes, (3, 4, 4, 3, 3), strict=True)
+    )
+    first = client.get("/v1/tasks/mood/demonstrations", params={"version": 1}).json()["data"]
+    last = client.get("/v1/tasks/mood/demonstrations").json()["data"]
+    assert [row["columns"] for row in first] == [row["columns"] for row in last] == mood_task()["demonstrations"]
+
+
+def test_demonstrations_come_as_pages_and_as_lines(client: TestClient) -> None:
+    made(client, mood_task())
+    page = client.get("/v1/tasks/mood/demonstrations", params={"limit": 2}).json()
+    rest = client.get("/v1/tasks/mood/demonstrations", params={"cursor": page["next_cursor"]}).json()
+    assert [row["number"] for row in (*page["data"], *rest["data"])] == [1, 2, 3]
+    assert rest["next_cursor"] is None
+    lines = client.get("/v1/tasks/mood/demonstrations", headers={"Accept": "application/x-ndjson"})
+    assert lines.headers["content-type"] == "application/x-ndjson"
+    assert [json.loads(line)["number"] for line in lines.text.splitlines()] == [1, 2, 3]
+
+
+def test_the_order_in_the_context_is_mixed_and_a_change_leaves_what_comes_before(client: TestClient) -> None:
+    rows = [{"query": f"q{n}", "answer": "a" if n < 20 else "b"} for n in range(40)]
+    task = made(client, {"name": "sorted", "task": {"labels": ["a", "b"]}, "demonstrations": rows})
+    service, tasks = services_of(client).service, services_of(client).tasks
+
+    def order(version: int) -> list[str]:
+        key = tasks.version(tasks.get("local", task["id"]).newest.key._replace(version=version)).key
+        return [example.query.text for example in service.source(key).task.train]
+
+    first = order(1)
+    assert sorted(first) == sorted(row["query"] for row in rows)
+    answers = ["a" if int(text[1:]) < 20 else "b" for text in first]
+    assert all(set(answers[n : n + 2]) == {"a", "b"} for n in range(0, 40, 2))
+    client.patch("/v1/tasks/sorted/demonstrations/8", json={"query": "q7, better", "answer": "b"})
+    assert order(2) == [text if text != "q7" else "q7, better" for text in first]
+    client.delete("/v1/tasks/sorted/demonstrations/8")
+    assert order(3) == [text for text in first if text != "q7"]
+    client.post("/v1/tasks/sorted/demonstrations", json={"demonstrations": [{"query": "new", "answer": "a"}]})
+    assert order(4) == [*order(3), "new"]
+
+
+def test_settings_and_name_change_under_an_etag(client: TestClient) -> None:
+    task = made(client, mood_task())
+    body = {"name": "temper", "pinned": True, "abstain_below": 0.5}
+    changed = client.patch("/v1/tasks/mood", json=body, headers={"If-Match": '"1"'})
+    assert changed.json()["settings"] | {"pinned": True, "abstain_below": 0.5} == changed.json()["settings"]
+    assert fake_worker(services_of(client)).pinned == {task["id"]: True}
+    late = client.patch("/v1/tasks/temper", json={"pinned": False}, headers={"If-Match": '"1"'})
+    assert (late.status_code, late.json()["code"]) == (412, "changed_meanwhile")
+    assert client.patch("/v1/tasks/temper", json={"abstain_below": None}).json()["settings"]["abstain_below"] is None
+    assert client.get("/v1/tasks/mood").status_code == 404
+
+
+@pytest.mark.parametrize("if_match", ['W/"1"', '"7"', '"x"', '""'])
+def test_a_write_for_another_revision_is_refused(client: TestClient, if_match: str) -> None:
+    made(client, mood_task())
+    for method, path, body in (
+        ("POST", "/v1/tasks/mood/demonstrations", {"demonstrations": [{"text": "n", "label": "bad"}]}),
+        ("PATCH", "/v1/tasks/mood/demonstrations/1", {"text": "n", "label": "bad"}),
+        ("DELETE", "/v1/tasks/mood/demonstrations/1", None),
+        ("POST", "/v1/tasks/mood/versions/1/restore", {}),
+        ("PATCH", "/v1/tasks/mood", {"pinned": True}),
+        ("DELETE", "/v1/tasks/mood", None),
+    ):
+        answer = client.request(method, path, json=body, headers={"If-Match": if_match})
+        assert (answer.status_code, answer.json()["code"]) == (412, "changed_meanwhile"), path
+    assert client.get("/v1/tasks/mood").json()["revision"] == 1
+
+
+def test_the_same_request_with_its_key_is_done_once(client: TestClient) -> None:
+    key = {"Idempotency-Key": "5f0c"}
+    first = client.post("/v1/tasks", json=mood_task(), headers=key)
+    again = client.post("/v1/tasks", json=mood_task(), headers=key)
+    assert first.json()["id"] == again.json()["id"]
+    assert "idempotent-replayed" not in first.headers
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (201, "true")
+    other = client.post("/v1/tasks", json=mood_task("other"), headers=key)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+    rows = {"demonstrations": [{"text": "n", "label": "bad"}]}
+    for _ in range(3):
+        added = client.post("/v1/tasks/mood/demonstrations", json=rows, headers={"Idempotency-Key": "add"})
+        assert added.json()["version"]["version"] == 2
+    assert client.get("/v1/tasks/mood").json()["num_demonstrations"] == 4
+    assert len(client.get("/v1/tasks").json()["data"]) == 1
+
+
+def test_a_form_that_is_sent_again_is_the_same_request_whatever_its_boundary(client: TestClient) -> None:
+    for replayed in (None, "true"):
+        files = {"file": ("rows.csv", b"query,answer\na,x\nb,y\n", "text/csv")}
+        answer = client.post("/v1/tasks", data={"name": "t"}, files=files, headers={"Idempotency-Key": "k"})
+        assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (201, replayed)
+
+
+def test_all_bad_rows_are_named_and_nothing_is_stored(client: TestClient) -> None:
+    rows = [{"query": "a", "answer": "x"}, {"query": "b"}, {"query": "", "answer": "x"}, {"query": "c", "answer": "y"}]
+    answer = client.post("/v1/tasks", json={"name": "t", "task": {"labels": ["x", "z"]}, "demonstrations": rows})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    errors = answer.json()["errors"]
+    assert [(one["row"], one["code"]) for one in errors] == [
+        (2, "missing_column"),
+        (3, "empty_query"),
+        (4, "unknown_label"),
+    ]
+    assert client.get("/v1/tasks").json() == {"data": [], "next_cursor": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "field"),
+    [
+        ({"name": "a b"}, "wrong_value", "name"),
+        ({"name": "tsk_1"}, "wrong_value", "name"),
+        ({"name": ".."}, "wrong_value", "name"),
+        ({"nam": "x"}, "unknown_key", "nam"),
+        ({"task": {"query": "{{ query"}}, "broken_template", "query"),
+        ({"task": {"query": "x" * 20_001}}, "text_too_long", "task.query"),
+        ({"task": {"data": {"file": "/etc/passwd"}}}, "unknown_key", "task.data"),
+        ({"task": {"labels": ["one"]}}, "wrong_value", "task.labels"),
+        ({"settings": {"num_shots": -1}}, "wrong_value", "settings.num_shots"),
+        ({"settings": {"abstain_below": 0.5}}, "conflicting_options", "abstain_below"),
+        ({"settings": {"blend": True}}, "not_blendable", "blend"),
+        ({"demonstrations": []}, "no_rows", "demonstrations"),
+        ({"demonstrations": "x"}, "not_a_list", "demonstrations"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_with_its_field(
+    client: TestClient, changes: dict[str, Any], code: str, field: str
+) -> None:
+    answer = client.post("/v1/tasks", json={**echo_task(), **changes})
+    problem = answer.json()
+    assert (answer.status_code, problem["code"], problem.get("field")) == (422, code, field), problem
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", '{"name": NaN}', '{"name": "a", "name": "b"}', "\ufeff{", '"x"'])
+def test_a_body_that_is_no_object_is_refused(client: TestClient, body: str) -> None:
+    answer = client.post("/v1/tasks", content=body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["status"] == answer.status_code
+
+
+def test_deeply_nested_json_and_halves_of_characters_are_refused(client: TestClient) -> None:
+    for body in (
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"name": "\\ud800"}',
+        '{"name": "x", "demonstrations": [{"a\\u0000": 1}]}',
+    ):
+        answer = client.post("/v1/tasks", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), answer.text
+
+
+def test_names_are_unique_and_pages_follow_each_other(client: TestClient) -> None:
+    for number in range(5):
+        made(client, echo_task(f"echo{number}"))
+    taken = client.post("/v1/tasks", json=echo_task("echo3"))
+    assert (taken.status_code, taken.json()["code"]) == (409, "name_taken")
+    names, cursor = [], None
+    while True:
+        query = {"limit": 2} if cursor is None else {"limit": 2, "cursor": cursor}
+        page = client.get("/v1/tasks", params=query).json()
+        names += [task["name"] for task in page["data"]]
+        if (cursor := page["next_cursor"]) is None:
+            break
+    assert names == [f"echo{number}" for number in range(5)]
+
+
+def test_a_deleted_task_is_gone_and_the_worker_forgets_it(client: TestClient) -> None:
+    task = made(client, mood_task())
+    assert client.delete("/v1/tasks/mood").status_code == 204
+    assert fake_worker(services_of(client)).forgotten[0] == task["id"]
+    for path in ("mood", task["id"], f"{task['id']}/versions", f"{task['id']}/demonstrations"):
+        assert client.get(f"/v1/tasks/{path}").json()["code"] == "unknown_task"
+
+
+def test_a_version_that_cannot_be_compiled_says_why_and_the_one_before_answers(client: TestClient) -> None:
+    made(client, mood_task())
+    ready(client, "mood")
+    client.post("/v1/tasks/mood/demonstrations", json={"demonstrations": [{"text": "b", "label": BROKEN}]})
+    found = ready(client, "mood")
+    assert (found["state"], found["version"], found["ready_version"]) == ("failed", 2, 1)
+    assert found["problem"]["code"] == "broken_labels"
+    rows = {"rows": [{"text": "so dull"}]}
+    assert client.post("/v1/tasks/mood/predict", json=rows).json()["version"] == 1
+    failed = client.post("/v1/tasks/mood/predict", json={**rows, "version": 2})
+    assert (failed.status_code, failed.json()["code"]) == (409, "version_failed")
+    assert "cannot be told apart" in failed.json()["detail"]
+
+
+def test_the_last_demonstration_stays_and_labels_cannot_become_one(client: TestClient) -> None:
+    made(client, {"name": "one", "demonstrations": [{"query": "a", "answer": "b"}]})
+    assert client.delete("/v1/tasks/one/demonstrations/1").json()["code"] == "last_demonstration"
+    made(client, mood_task())
+    assert client.delete("/v1/tasks/mood/demonstrations/2").json()["code"] == "one_label"
+    assert client.delete("/v1/tasks/mood/demonstrations/9").json()["code"] == "unknown_demonstration"
+
+
+def test_more_demonstrations_than_the_limit_are_refused(tmp_path: Path) -> None:
+    with fake_client(tmp_path / "data", max_demonstrations=3) as client:
+        made(client, mood_task())
+        answer = client.post("/v1/tasks/mood/demonstrations", json={"demonstrations": [{"text": "n", "label": "bad"}]})
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_many_demonstrations")
+
+
+def test_templates_of_a_request_are_bounded_in_time(tmp_path: Path) -> None:
+    loops = "{% for a in range(200) %}{% for b in range(200) %}{% endfor %}{% endfor %}{{ query }}"
+    rows = [{"query": str(number), "answer": "x"} for number in range(1000)]
+    with fake_client(tmp_path / "data", render_seconds=0.3) as client:
+        body = {"name": "slow", "task": {"query": loops}, "demonstrations": rows}
+        answer = client.post("/v1/tasks", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "templates_too_slow"), answer.text
+        made(client, {**body, "demonstrations": rows[:1]})
+        answer = client.post("/v1/tasks/slow/predict", json={"rows": rows})
+        assert answer.json()["code"] == "templates_too_slow"
