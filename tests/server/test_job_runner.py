@@ -143,11 +143,13 @@ def plan(job: JobRecord) -> JobPlan:
 def running(jobs: JobsInMemory, worker: Echo, how: Callable[[JobRecord], JobPlan] = plan) -> Iterator[JobRunner]:
     runner = JobRunner(jobs, worker, how, rows_per_portion=4, busy_seconds=0.01)
     runner.start()
+    runner.start()  # of no effect
+    (thread,) = (one for one in threading.enumerate() if one.name == "jobs")
     try:
         yield runner
     finally:
         runner.stop(5)
-        assert not runner._thread.is_alive()
+        assert not thread.is_alive()
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -18,11 +18,11 @@ from manyicl.server.documented import openapi_document
 from manyicl.server.logging import log
 from manyicl.server.middleware import Authentication, BodyLimit, Guard, RateLimit, RequestLog
 from manyicl.server.problems import ProblemResponse, machine_failed
-from manyicl.server.routes import health, predictions, tasks
+from manyicl.server.routes import evaluation, health, jobs, predictions, tasks
 from manyicl.server.services import Services
 
 DESCRIPTION = "Add a task by giving examples, and let it answer rows. Nothing is trained."
-ROUTERS = (tasks.router, predictions.router, health.router)
+ROUTERS = (tasks.router, predictions.router, evaluation.router, jobs.router, health.router)
 # Status of a request whose client has gone, in logs and metrics; nobody receives it.
 CLIENT_GONE = 499
 
@@ -42,7 +42,7 @@ def create_app(services: Services, on_stop: Callable[[], None] = lambda: None) -
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=_lifespan(on_stop),
+        lifespan=_lifespan(services, on_stop),
     )
     app.state.services = services
     for router in ROUTERS:
@@ -57,12 +57,16 @@ def create_app(services: Services, on_stop: Callable[[], None] = lambda: None) -
     return app
 
 
-def _lifespan(on_stop: Callable[[], None]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    services: Services, on_stop: Callable[[], None]
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        services.runner.start()
         try:
             yield
         finally:
+            services.runner.stop()
             on_stop()
 
     return lifespan

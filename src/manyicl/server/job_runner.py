@@ -179,11 +179,14 @@ class JobRunner:
         self._news, self._stopping = threading.Event(), threading.Event()
         self._current: tuple[str, Ticket] | None = None
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin with the jobs that there are."""
-        self._thread.start()
+        """Begin with the jobs that there are; without effect where it has begun."""
+        if self._thread is None:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+            self._thread.start()
 
     def stop(self, seconds: float | None = None) -> None:
         """End after the portion that is being stored; the others are answered after the next start."""
@@ -192,8 +195,9 @@ class JobRunner:
         with self._lock:
             if self._current is not None:
                 self._current[1].cancel()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join(seconds)
+            self._thread = None
 
     def wake(self) -> None:
         """Look for a new job now."""

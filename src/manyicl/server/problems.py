@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from manyicl.errors import UserError
 from manyicl.server.bad_rows import BadRowsError
+from manyicl.server.prediction_json import error_json
 
 PROBLEM_TYPE = "application/problem+json"
 # A mistake in what a request says, as all rules for tasks and rows find them.
@@ -43,6 +44,7 @@ STATUSES: Mapping[str, int] = {
     "wrong_content_type": 415,
     "queue_full": 429,
     "too_many_requests": 429,
+    "too_many_jobs": 429,
     "server_error": 500,
     "not_ready": 503,
     "stopping": 503,
@@ -96,14 +98,8 @@ def problem(error: UserError, request_id: str | None = None) -> dict[str, Any]:
         "remedy": error.remedy,
     }
     if isinstance(error, BadRowsError):
-        fields["errors"] = [row_problem(one) for one in error.errors]
+        fields["errors"] = [error_json(one) for one in error.errors]
     fields["request_id"] = request_id
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def row_problem(error: UserError) -> dict[str, Any]:
-    """Return why one row of several cannot be used."""
-    fields = {"row": error.row, "field": error.field, "code": error.code, "detail": sentence(error)}
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -111,10 +111,9 @@ class NewDemonstrations(Section):
     demonstrations: list[DemonstrationIn] = Field(min_length=1, description="Rows with their answers.")
 
 
-class AnswerChoices(Section):
-    """Options of predictions, whatever the rows come in."""
+class AnswerOptionsIn(Section):
+    """Options of predictions."""
 
-    version: Number | None = Field(None, description="Version that answers; by default the newest ready one.")
     scores: Literal["best", "best_two", "all"] = Field(
         "best", description="Whether the best label is enough, or the second best with its margin, or all scores."
     )
@@ -131,10 +130,44 @@ class AnswerChoices(Section):
     seed: int | None = Field(None, ge=0, le=MOST_COUNTED, description="Seed of the sampling.")
 
 
+class AnswerChoices(AnswerOptionsIn):
+    """Options of predictions, whatever the rows come in, and which version answers."""
+
+    version: Number | None = Field(None, description="Version that answers; by default the newest ready one.")
+
+
 class PredictIn(AnswerChoices):
     """Rows to answer, and how."""
 
     rows: list[RowIn] = Field(min_length=1, description="Queries.")
+
+
+class EvaluateIn(AnswerChoices):
+    """Rows with their answers, and how they are answered."""
+
+    rows: list[DemonstrationIn] = Field(min_length=1, description="Queries with their answers.")
+
+
+class NewJobKeys(Section):
+    """What is done with the rows of a job."""
+
+    kind: JobKind = Field("predict", description="What is done: the rows are answered, or evaluated.")
+    task: str = Field(min_length=1, max_length=200, description="Id or name of the task; an id goes first.")
+    version: Number | None = Field(None, description="Version that answers; by default the newest ready one.")
+    options: AnswerOptionsIn = Field(default_factory=AnswerOptionsIn, description="How they are answered.")
+
+
+class NewJob(NewJobKeys):
+    """Rows to answer in the background, and how."""
+
+    rows: list[RowIn] = Field(min_length=1, description="Queries; to be evaluated, with their answers.")
+
+
+class JobOfLines(AnswerChoices):
+    """What the query says of a job whose rows come as lines, a table or a form; in JSON the body says it."""
+
+    kind: JobKind | None = Field(None, description="What is done: the rows are answered, or evaluated.")
+    task: str | None = Field(None, min_length=1, max_length=200, description="Id or name of the task; needed.")
 
 
 # --- Answers
@@ -297,6 +330,56 @@ class PredictOut(Out):
     predictions: list[PredictionOut]
 
 
+class LabelOut(Out):
+    """How well one label is recognised."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    num_queries: int = Field(description="Rows with this label.")
+
+
+class ConfusionOut(Out):
+    """Two labels of which the first was answered as the second."""
+
+    expected: str
+    answer: str
+    num_answers: int
+
+
+class WrongAnswer(Out):
+    """A row that was answered wrongly."""
+
+    row: int
+    expected: str
+    answer: str
+    log_probability: float | None
+    probability: float | None = Field(description="Probability among the labels, where all were scored.")
+
+
+class EvaluationOut(Out):
+    """Scores of a task on rows with answers. Each of its metrics, such as `accuracy`, is a key of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    task: str = Field(description="Id of the task.")
+    version: int = Field(description="Version that answered.")
+    model: str | None = Field(description="Identity of the model.")
+    metric: str = Field(description="The task's metric; its score is the key of that name.")
+    standard_error: float | None = Field(description="Standard error of that score; null where it has none.")
+    num_rows: int
+    num_scored: int = Field(description="Rows that are in the scores.")
+    num_problems: int = Field(description="Rows that could not be answered, or hold no usable answer.")
+    num_abstained: int = Field(description="Rows for which the model abstained; they are in no score.")
+    num_guesses_right: int = Field(description="Rows among them where its guess would have been right.")
+    labels: list[LabelOut] | None = Field(description="Scores of each label, the most frequent first.")
+    confusion: list[ConfusionOut] | None = Field(description="Confused labels, the most frequent first.")
+    num_errors: int = Field(description="Wrong answers.")
+    errors: list[WrongAnswer] = Field(description="Up to a hundred of them, the surest first.")
+    problems: list[RowProblem] = Field(description="Up to a hundred rows that could not be answered.")
+
+
 class JobOut(Out):
     """Long work on many rows."""
 
@@ -311,7 +394,8 @@ class JobOut(Out):
     num_problems: int
     created_at: datetime
     finished_at: datetime | None
-    problem: dict[str, Any] | None
+    problem: dict[str, Any] | None = Field(description="Why it failed.")
+    summary: dict[str, Any] | None = Field(description="Scores of an evaluation that is done.")
 
 
 class JobPage(Out):

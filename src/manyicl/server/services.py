@@ -10,6 +10,8 @@ from anyio import CapacityLimiter
 from fastapi import Request
 
 from manyicl.server.interfaces import Worker
+from manyicl.server.job_runner import JobRunner
+from manyicl.server.job_service import JobService
 from manyicl.server.metrics import ServerMetrics
 from manyicl.server.problems import too_busy
 from manyicl.server.rate_limits import RateLimits
@@ -40,6 +42,8 @@ class Services:
         prefix_bytes: Gives the size of a version's prefix in memory; None where it is not there.
         metrics: What is counted.
         limits: Limits of callers.
+        job_service: Rules of jobs.
+        runner: The thread that works on jobs.
         rendering: Bounds the requests that are parsed and rendered at the same time.
         is_stopping: Whether the server ends; requests that would wait long are refused.
     """
@@ -53,12 +57,22 @@ class Services:
     prefix_bytes: Callable[[VersionKey], int | None] = lambda _: None
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     limits: RateLimits = field(init=False)
+    job_service: JobService = field(init=False)
+    runner: JobRunner = field(init=False)
     rendering: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_RENDERING))
     is_stopping: bool = False
 
     def __post_init__(self) -> None:
-        """Make the limits that the settings say."""
+        """Make the limits that the settings say, and the thread that works on jobs, which is not started."""
         self.limits = RateLimits(self.settings.requests_per_minute, self.settings.rows_per_minute)
+        self.job_service = JobService(self.jobs, self.service)
+        self.runner = JobRunner(
+            self.jobs,
+            self.worker,
+            self.job_service.plan,
+            render=self.job_service.render,
+            kept_days=self.settings.kept_days,
+        )
 
     def require_running(self) -> None:
         """Refuse what would wait long while the server ends.

@@ -32,6 +32,8 @@ class ServerSettings(Section):
     max_bytes_in_flight: int = Field(256 * MIB, ge=1024, description="Largest sum of the bodies that are in memory.")
     body_seconds: float = Field(60, gt=0, description="Longest time in which a body must arrive.")
     max_rows: int = Field(10_000, ge=1, description="Most rows of one request for predictions.")
+    max_job_rows: int = Field(200_000, ge=1, description="Most rows of one job.")
+    kept_days: float = Field(30, gt=0, description="Days after which a job that ended is deleted.")
     max_demonstrations: int = Field(20_000, ge=1, description="Most demonstrations of one task.")
     max_template_characters: int = Field(20_000, ge=1, description="Longest template.")
     render_seconds: float = Field(10, gt=0, description="Longest time that the templates of one request may take.")

@@ -38,7 +38,7 @@ from manyicl.tasks.building import TaskBuilder
 from manyicl.tasks.demonstrations import demonstrations_in_order
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import TaskFile, TwoFiles
-from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.task import Example, Query, Task, TaskSpec
 from manyicl.tasks.template import compiled
 
 if TYPE_CHECKING:
@@ -581,7 +581,8 @@ def task_without_rows(record: TaskRecord, version: VersionRecord) -> Task:
 @lru_cache(MOST_CACHED)
 def _task_without_rows(name: str, keys: str, labels: tuple[str, ...] | None) -> Task:
     spec = TaskBuilder(_task_file(json.loads(keys)), None, name).spec
-    return Task(spec.model_copy(update={"labels": labels}), ())
+    # As the builder does once it knows the labels: the usual metric depends on them.
+    return Task(TaskSpec(**{**spec.model_dump(exclude_unset=True), "labels": labels}), ())
 
 
 def _task_file(keys: Mapping[str, Any]) -> TaskFile:
