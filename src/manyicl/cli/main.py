@@ -14,7 +14,8 @@ from rich.markup import escape
 
 import manyicl
 from manyicl import library_errors
-from manyicl.cli import models, tasks
+from manyicl.cli import keys, models, tasks
+from manyicl.cli.backup import backup_command, restore_command
 from manyicl.cli.compare import compare_command
 from manyicl.cli.compile import compile_command
 from manyicl.cli.doctor import doctor_command
@@ -49,6 +50,9 @@ app.command("predict")(predict_command)
 app.command("compile")(compile_command)
 app.command("report")(report_command)
 app.command("export")(export_command)
+app.add_typer(keys.app, name="keys")
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 app.command("doctor")(doctor_command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from manyicl.activity import Activity
 from manyicl.episodes.text_format import FormatKind
+from manyicl.errors import UserError
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Engine
@@ -55,6 +57,20 @@ ActivationBudgetMib = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable."),
+]
+DataFolder = Annotated[
+    Path, typer.Option("--data", metavar="DIR", help="Data folder of the task server; its user alone can read it.")
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        envvar="MANYICL_DATABASE_URL",
+        show_envvar=False,
+        help="`postgresql://user@host/name` to keep tasks in PostgreSQL; a password belongs in the environment "
+        "variable MANYICL_DATABASE_URL. [default: SQLite in the data folder]",
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: depends on the device]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]
@@ -109,3 +125,15 @@ def load_engine(
     if isinstance(engine.backend, LocalBackend):
         engine.backend.on_prefill = activity.prefill
     return engine
+
+
+def require_server_libraries() -> None:
+    """Refuse to run a command of the task server without its libraries.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    missing = [name for name in ("sqlalchemy", "alembic", "fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        what = f"the task server needs {' and '.join(missing)}"
+        raise UserError("missing_library", what, remedy="Run `pip install 'manyicl[server]'`.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -29,7 +30,7 @@ HMAC_FILE_NAME = "hmac.key"
 # How long a statement waits for another process that writes, such as `manyicl keys`.
 WAIT_SECONDS = 30
 # How long the write-ahead log waits for readers before deleted texts are taken out of it with the next write.
-TRUNCATE_WAIT_SECONDS = 1
+TRUNCATE_WAIT_SECONDS = 1.0
 MOST_CONNECTIONS = 32
 # What every connection to SQLite sets, and how it reads afterwards.
 PRAGMAS = {
@@ -44,6 +45,7 @@ PRAGMAS = {
 # Any number, the same in all versions of this program: writes to PostgreSQL take this lock, one at a time as in SQLite.
 _ADVISORY_LOCK = 0x6D616E79
 _POSTGRESQL_SETTINGS = ("synchronous_commit = on", f"lock_timeout = '{WAIT_SECONDS}s'", "timezone = 'UTC'")
+_logger = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -160,7 +162,7 @@ class Database:
         Where a reader needs the log for longer than a second, this is done after the next write, or at the next start.
         """
         if self.is_sqlite:
-            with _failures_named(), self._writer:
+            with self._writer:
                 self._truncate_log()
 
     def close(self) -> None:
@@ -168,12 +170,17 @@ class Database:
         self._engine.dispose()
 
     def _truncate_log(self) -> None:
-        with self._engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            cursor.execute(f"PRAGMA busy_timeout = {TRUNCATE_WAIT_SECONDS * 1000}")
-            is_busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            cursor.execute(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
-            cursor.close()
+        """Empty the write-ahead log; what was written before is durable, whether that succeeds or not."""
+        try:
+            with self._engine.connect() as connection:
+                cursor = connection.connection.cursor()
+                cursor.execute(f"PRAGMA busy_timeout = {round(TRUNCATE_WAIT_SECONDS * 1000)}")
+                is_busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                cursor.execute(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
+                cursor.close()
+        except (DBAPIError, PoolTimeoutError, sqlite3.Error) as error:
+            _logger.warning("The write-ahead log was not emptied, and may hold deleted texts: %s", reason(error))
+            is_busy = True
         self._holds_deleted = bool(is_busy)
 
     def _require_file(self) -> None:
