@@ -49,6 +49,7 @@ class FakeWorker:
         self.open.set()
         self.compiles.set()
         self.compiled: list[VersionKey] = []
+        self.failed: dict[VersionKey, UserError] = {}
         self.cancelled: list[Ticket] = []
         self.forgotten: list[str] = []
         self.pinned: dict[str, bool] = {}
@@ -72,7 +73,8 @@ class FakeWorker:
                 return
             self._sources[key] = source
         if any(example.answer == BROKEN for example in source.task.train):
-            self.service.on_failed(key, UserError("broken_labels", "the labels cannot be told apart"))
+            self.failed[key] = UserError("broken_labels", "the labels cannot be told apart")
+            self.service.on_failed(key, self.failed[key])
             return
         answers = tuple((shots, -0.5, shots % 2) for shots in range(len(source.task.train)))
         self.compiled.append(key)
@@ -110,7 +112,10 @@ class FakeWorker:
             while not self.open.wait(0.01):
                 if not ticket.is_open:
                     return
-            task = (self._sources.get(key) or self.service.source(key)).task
+            self._compile(key)
+            if key in self.failed:
+                raise self.failed[key]
+            task = self._sources[key].task
             for position, row in enumerate(ticket.rows):
                 prediction = self._prediction(task, row, options)
                 if isinstance(ticket, StreamTicket):

@@ -205,7 +205,7 @@ def test_waiting_for_a_version_ends(tmp_path: Path) -> None:
         answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
         assert answer.headers["retry-after"] == "5"
-        services.stop()
+        services.is_stopping = True
         answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
         assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
 

@@ -78,22 +78,17 @@ async def client_of(request: Request, services: Services) -> AsyncIterator[Clien
         client.close()
 
 
-async def ready_version(services: Services, client: Client, version: VersionRecord) -> VersionRecord:
-    """Wait until a version can answer.
+async def require_answerable(services: Services, version: VersionRecord) -> VersionRecord:
+    """Return a version as it is now; one that is not ready is compiled before all others once rows wait for it.
 
     Raises:
         UserError: If it failed, or is gone.
-        BusyError: If that takes too long, or the server ends.
-        ClientDisconnect: If the client has gone.
+        BusyError: If it is not ready and the server ends.
     """
-    while version.state != "ready":
-        services.require_running()
-        waiting = await quickly(services.service.waiting_for, version)
-        if waiting is not None:
-            # Everyone who waits for the version shares the future: one who leaves must not cancel it.
-            await client.wait_for(asyncio.shield(asyncio.wrap_future(waiting)))
-        version = await quickly(services.service.require_ready_or_compiling, version.key)
-    return version
+    if version.state == "ready":
+        return version
+    services.require_running()
+    return await quickly(services.service.require_ready_or_compiling, version.key)
 
 
 async def answers(services: Services, client: Client, question: Question) -> AsyncIterator[Prediction]:
@@ -114,6 +109,11 @@ async def answers(services: Services, client: Client, question: Question) -> Asy
             ticket = tickets.pop(0)
             try:
                 predictions = await client.wait_for(asyncio.wrap_future(ticket.future))
+            except BusyError:
+                raise
+            except UserError:
+                await quickly(services.service.require_ready_or_compiling, question.version.key)
+                raise
             finally:
                 ticket.cancel()  # of no effect once it is done
             services.metrics.count_rows(len(predictions))

@@ -83,11 +83,6 @@ class Services:
         if self.is_stopping:
             raise too_busy("stopping", "the server is stopping", 5)
 
-    def stop(self) -> None:
-        """Let nothing wait long from now on."""
-        self.is_stopping = True
-        self.service.wake_all()
-
 
 def services_of(request: Request) -> Services:
     """Return the parts of the server that a request came to."""

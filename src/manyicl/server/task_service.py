@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -110,9 +109,8 @@ class TaskService:
         self.model = model
         self._settings = settings
         self._worker: Worker | None = None
-        self._waiting = WaitingForVersions()
         self._to_rebuild: set[VersionKey] = set()
-        self._num_rebuilt = 0
+        self._rebuilt: set[VersionKey] = set()
         self._majorities: OrderedDict[VersionKey, float] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -136,15 +134,14 @@ class TaskService:
                 self.tasks.set_compiling(key, problem)
                 self._to_rebuild.add(key)
             worker.compile(key)
-
-    def wake_all(self) -> None:
-        """Wake everyone who waits for a version, as the server is stopping."""
-        self._waiting.settle_all()
+        for task in self.tasks.of_all_owners():
+            if task.settings.pinned and task.ready is not None:
+                worker.compile(VersionKey(task.id, task.ready))  # from the disk into memory
 
     @property
     def rebuilt(self) -> tuple[int, int]:
         """How many of the versions of another model are compiled again, and how many there were."""
-        return self._num_rebuilt, len(self._to_rebuild)
+        return len(self._rebuilt), len(self._to_rebuild)
 
     # --- Changes
 
@@ -290,7 +287,6 @@ class TaskService:
         forgotten = self.worker.forget(record.id)
         with suppress(TimeoutError):
             forgotten.result(FORGET_SECONDS)  # so that its keys and values are gone from the disk, too
-        self._waiting.settle_task(record.id)
         with self._lock:
             for key in [key for key in self._majorities if key.task_id == record.id]:
                 del self._majorities[key]
@@ -410,36 +406,32 @@ class TaskService:
         self._remember_majority(key, _majority([example.answer for example in task.train]))
         settings = record.settings
         num_shots, num_retrieved = settings.num_shots, settings.num_retrieved
-        return TaskSource(key, task, num_shots, num_retrieved, version.answers, settings.pinned)
+        answers = version.answers if version.model == self.model else None
+        return TaskSource(key, task, num_shots, num_retrieved, answers, settings.pinned)
 
     def on_ready(self, key: VersionKey, compiled_version: Compiled) -> None:
-        """Note that a version can answer, and wake those who wait for it; called by the worker."""
+        """Note that a version can answer; called by the worker."""
         found = compiled_version
-        try:
-            is_known = self.tasks.set_ready(
-                key,
-                num_tokens=found.num_tokens,
-                num_shots=found.num_shots,
-                num_dropped=found.num_dropped,
-                answers=found.answers,
-                model=found.model,
-            )
-            if not is_known:
-                self.worker.forget(key.task_id)
-        finally:
-            self._settle(key)
+        is_known = self.tasks.set_ready(
+            key,
+            num_tokens=found.num_tokens,
+            num_shots=found.num_shots,
+            num_dropped=found.num_dropped,
+            answers=found.answers,
+            model=found.model,
+        )
+        if not is_known:
+            self.worker.forget(key.task_id)
+        self._count_rebuilt(key)
 
     def on_failed(self, key: VersionKey, error: UserError) -> None:
-        """Note why a version cannot be compiled, and wake those who wait for it; called by the worker."""
-        try:
-            self.tasks.set_failed(key, error.fields())
-        finally:
-            self._settle(key)
+        """Note why a version cannot be compiled; called by the worker."""
+        self.tasks.set_failed(key, error.fields())
+        self._count_rebuilt(key)
 
-    def _settle(self, key: VersionKey) -> None:
+    def _count_rebuilt(self, key: VersionKey) -> None:
         with self._lock:
-            self._num_rebuilt += key in self._to_rebuild
-        self._waiting.settle(key)
+            self._rebuilt |= self._to_rebuild & {key}
 
     # --- Questions
 
@@ -484,21 +476,6 @@ class TaskService:
                 found.append(error.at(row=_number(row) or number))
         return found
 
-    def waiting_for(self, version: VersionRecord) -> Future[None] | None:
-        """Return what is done when a version is ready or failed; None where it is ready.
-
-        Raises:
-            UserError: If it failed, or is gone.
-        """
-        if version.state == "ready":
-            return None
-        future = self._waiting.future(version.key)
-        self.require_ready_or_compiling(version.key)
-        if self.tasks.version(version.key).state == "ready":
-            return None
-        self.worker.compile(version.key)
-        return future
-
     def require_ready_or_compiling(self, key: VersionKey) -> VersionRecord:
         """Return a version as it is now.
 
@@ -532,40 +509,6 @@ class TaskService:
             self._majorities[key] = majority
             if len(self._majorities) > MOST_CACHED:
                 self._majorities.popitem(last=False)
-
-
-class WaitingForVersions:
-    """Futures of those who wait for versions to be ready or failed."""
-
-    def __init__(self) -> None:
-        self._futures: dict[VersionKey, Future[None]] = {}
-        self._lock = threading.Lock()
-
-    def future(self, key: VersionKey) -> Future[None]:
-        """Return what is done when the version is settled; everyone who waits for it shares it."""
-        with self._lock:
-            return self._futures.setdefault(key, Future())
-
-    def settle(self, key: VersionKey) -> None:
-        """Wake everyone who waits for the version."""
-        with self._lock:
-            future = self._futures.pop(key, None)
-        if future is not None and not future.done():
-            future.set_result(None)
-
-    def settle_task(self, task_id: str) -> None:
-        """Wake everyone who waits for a version of the task."""
-        with self._lock:
-            keys = [key for key in self._futures if key.task_id == task_id]
-        for key in keys:
-            self.settle(key)
-
-    def settle_all(self) -> None:
-        """Wake everyone."""
-        with self._lock:
-            keys = list(self._futures)
-        for key in keys:
-            self.settle(key)
 
 
 def settings_of(given: SettingsIn) -> TaskSettings:

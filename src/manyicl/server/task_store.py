@@ -266,6 +266,13 @@ class TaskStore:
         page, cursor = page_of(found, limit, lambda row: int(row[tasks.c.position]))
         return [_task_record(row) for row in page], cursor
 
+    def of_all_owners(self) -> list[TaskRecord]:
+        """Return all tasks, oldest first, for a server that starts."""
+        with self._database.reading() as connection:
+            return [
+                _task_record(row) for row in connection.execute(_select_tasks().order_by(tasks.c.position)).mappings()
+            ]
+
     def versions(
         self, owner: str, task: str, limit: int, after: str | None = None
     ) -> tuple[list[VersionRecord], str | None]:

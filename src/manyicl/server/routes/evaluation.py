@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
-from manyicl.server.answering import answers, client_of, ready_version
+from manyicl.server.answering import answers, client_of, require_answerable
 from manyicl.server.authentication import Predictor
 from manyicl.server.bad_rows import require_all
 from manyicl.server.bodies import RowsAndKeys, in_thread, read_body, rows_of
@@ -45,8 +45,9 @@ async def evaluate(
     chosen = validated(AnswerChoices, {**choices.model_dump(exclude_unset=True), **content.keys}, None)
     question, expected = await in_thread(request, lambda: _question(services, caller.owner, task, chosen, content))
     async with client_of(request, services) as client:
-        version = await ready_version(services, client, question.version)
+        await require_answerable(services, question.version)
         predictions = [one async for one in answers(services, client, question)]
+    version = await require_answerable(services, question.version)  # which may have become ready for these rows
     if not content.is_lines:
         numbered = enumerate(predictions, start=1)
         problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]

@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
-from manyicl.server.answering import Client, answers, client_of, queue_full, ready_version
+from manyicl.server.answering import Client, answers, client_of, queue_full, require_answerable
 from manyicl.server.authentication import Predictor
 from manyicl.server.bad_rows import require_all
-from manyicl.server.bodies import in_thread, read_body, rows_of
+from manyicl.server.bodies import in_thread, quickly, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line, prediction_json
 from manyicl.server.problems import problem
@@ -69,11 +69,12 @@ async def predict(
 async def _json(services: Services, client: Client, question: Question) -> Response:
     """Answer all rows, or none."""
     require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
-    version = await ready_version(services, client, question.version)
+    await require_answerable(services, question.version)
     predictions = [one async for one in answers(services, client, question)]
     numbered = zip(question.numbers, predictions, strict=True)
     problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]
     require_all(problems, len(predictions))
+    version = await require_answerable(services, question.version)  # which may have become ready for these rows
     found = {
         "task": question.task.id,
         "version": version.key.version,
@@ -85,9 +86,8 @@ async def _json(services: Services, client: Client, question: Question) -> Respo
 
 async def _lines(request: Request, services: Services, question: Question) -> Response:
     """Answer row by row; what fails before the first answer has a status of its own."""
-    async with client_of(request, services) as client:
-        version = await ready_version(services, client, question.version)
-    headers = {"X-Task-Version": str(version.key.version)}
+    await require_answerable(services, question.version)
+    headers = {"X-Task-Version": str(question.version.key.version)}
 
     async def lines() -> AsyncIterator[bytes]:
         async with client_of(request, services) as client:
@@ -117,9 +117,7 @@ async def _events(request: Request, services: Services, question: Question) -> R
     if task_without_rows(question.task, question.version).is_closed:
         what, remedy = "server-sent events are for free answers, and the task has labels", "Accept JSON."
         raise UserError("not_streamable", what, remedy=remedy)
-    async with client_of(request, services) as client:
-        await ready_version(services, client, question.version)
-
+    await require_answerable(services, question.version)
     return StreamingResponse(await _started(_parts(request, services, question)), media_type=EVENTS)
 
 
@@ -147,6 +145,7 @@ async def _parts(request: Request, services: Services, question: Question) -> As
             raise ClientDisconnect from error
         except UserError as error:
             if not has_started:
+                await quickly(services.service.require_ready_or_compiling, question.version.key)
                 raise
             yield _event("error", problem(error))
         finally:
