@@ -141,6 +141,11 @@ class Ticket:
         """Whether the answers are still wanted."""
         return not self.future.done()
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether text of an answer was handed out that cannot be taken back."""
+        return False
+
     def put(self, position: int, prediction: Prediction) -> None:
         """Hand in the prediction of one row, counted from 0; with the last one missing, the future is done."""
         if self._predictions[position] is None:
@@ -182,6 +187,11 @@ class StreamTicket(Ticket):
         self._changed = threading.Condition()
         self._wakers: list[Callable[[], None]] = []
         self.future.add_done_callback(lambda _: self._wake())
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is text already."""
+        return bool(self._parts)
 
     def put_part(self, part: AnswerPart) -> None:
         """Hand in the next text of the answer."""
