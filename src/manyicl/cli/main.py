@@ -24,6 +24,7 @@ from manyicl.cli.export import export_command
 from manyicl.cli.predict import predict_command
 from manyicl.cli.quickstart import quickstart_command
 from manyicl.cli.report import report_command
+from manyicl.cli.serve import serve_command
 from manyicl.cli.train import train_command
 from manyicl.errors import MachineError, UserError
 from manyicl.printing import new_console
@@ -53,6 +54,7 @@ app.command("export")(export_command)
 app.add_typer(keys.app, name="keys")
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
+app.command("serve")(serve_command)
 app.command("doctor")(doctor_command)
 
 

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 import manyicl
 from manyicl.errors import MachineError, UserError, quoted
@@ -125,7 +126,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
         problem = UserError("unknown_address", "there is no such address", remedy="/openapi.json lists all.")
     else:
         problem = UserError("broken_body", lower_case_start(str(error.detail)))
-    return ProblemResponse(problem, _id_of(request), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_at(request.url.path))  # Starlette names those of the first route alone
+    return ProblemResponse(problem, _id_of(request), headers)
+
+
+def _methods_at(path: str) -> list[str]:
+    """Return the methods that an address takes."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
+    methods = [method for route in routes if route.path_regex.match(path) for method in route.methods or ()]
+    return sorted(set(methods)) or ["GET"]
 
 
 async def _client_gone(_request: Request, _error: Exception) -> Response:

@@ -182,7 +182,7 @@ class JobRunner:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin with the jobs that there are; without effect where it has begun."""
+        """Begin with the jobs that there are; without effect where it runs."""
         if self._thread is None:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)

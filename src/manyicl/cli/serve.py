@@ -1,0 +1,124 @@
+"""`manyicl serve`: answer tasks over HTTP."""
+
+from __future__ import annotations
+
+import signal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyicl.cli import options
+from manyicl.errors import UserError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from manyicl.engine.engine import Engine
+
+_NEEDED = (
+    "fastapi",
+    "uvicorn",
+    "sqlalchemy",
+    "alembic",
+    "limits",
+    "prometheus_client",
+    "structlog",
+    "python_multipart",
+)
+
+
+def serve_command(
+    model: options.Model,
+    data: options.DataFolder,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach needs API keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    database: options.DatabaseUrl = None,
+    require_keys: Annotated[
+        bool, typer.Option("--require-keys", help="Refuse to start without an API key, also on loopback.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Further name of the server, as a proxy passes it on; repeatable."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Origin of a web page that may use it; repeatable.")
+    ] = None,
+    memory_mib: Annotated[int, typer.Option(min=1, help="Memory for prefixes, besides the model's.")] = 4096,
+    disk_mib: Annotated[int, typer.Option(min=0, help="Disk space for prefixes.")] = 32_768,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of each key. [default: none]")] = None,
+    rows_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of each key. [default: none]")] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time that requests have to end at a stop.")] = 20,
+    max_context_tokens: options.MaxContextTokens = None,
+    text_format: options.TextFormat = None,
+    end_of_answer: options.EndOfAnswer = None,
+    activation_budget_mib: options.ActivationBudgetMib = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+) -> None:
+    """Serve one model over HTTP: tasks are made of examples and answer rows, as /openapi.json describes.
+
+    Tasks, versions and demonstrations are kept in DATA. Without API keys only this machine can use the server; `manyicl
+    keys create --data DATA` makes a key, and as soon as there is one, every request needs one. SIGTERM or Ctrl-C ends
+    the server after the requests in progress.
+
+    Examples:
+
+        manyicl serve --model builtin:nano --data tasks.data
+
+        curl -s localhost:8000/v1/tasks -H 'Content-Type: application/json' -d '{"name": "mood", "task": {"labels":
+        "from_train"}, "demonstrations": [{"query": "what a film", "answer": "good"}, {"query": "so dull", "answer":
+        "bad"}]}'
+    """
+    _require_libraries()
+    options.require_model(model, dtype)
+    values = {
+        **{"model": model, "data": data, "database": database, "host": host, "port": port},
+        **{"require_keys": require_keys, "allowed_hosts": allow_host or (), "allowed_origins": allow_origin or ()},
+        **{"memory_mib": memory_mib, "disk_mib": disk_mib, "drain_seconds": drain_seconds},
+        **{"requests_per_minute": requests_per_minute, "rows_per_minute": rows_per_minute},
+    }
+
+    def load() -> Engine:
+        return options.load_engine(
+            model, dtype, device, text_format, end_of_answer, max_context_tokens, activation_budget_mib
+        )
+
+    _serve(values, load)
+
+
+def _serve(values: dict[str, Any], load: Any) -> None:
+    """Start the parts, listen, and stop them in the end."""
+    from contextlib import ExitStack
+
+    from manyicl.checked import validated
+    from manyicl.server.app import create_app
+    from manyicl.server.listening import listen
+    from manyicl.server.logging import set_up_logging
+    from manyicl.server.settings import ServerSettings
+    from manyicl.server.start import started
+
+    set_up_logging()
+    # Whatever it is that runs, the parts that were started are stopped; uvicorn has its own handler while it listens.
+    signal.signal(signal.SIGTERM, _end)
+    with ExitStack() as parts:
+        services = parts.enter_context(started(validated(ServerSettings, values, None), load))
+        listen(create_app(services), services, lambda url: typer.echo(f"{values['model']} answers on {url}"))
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _require_libraries() -> None:
+    """Refuse to go on without the libraries of the server.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        what = f"the server needs {', '.join(missing)}"
+        raise UserError("missing_requirement", what, remedy='Run `pip install "manyicl[server]"`.')
