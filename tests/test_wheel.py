@@ -73,6 +73,8 @@ def test_the_wheel_holds_adapter_card_templates_and_starter_tables(wheel: Path) 
         "model/prompt_page.md",
         *(f"evaluation/report/{name}" for name in ("report.html", "comparison.html", "style.css")),
         "cli/quickstart.yaml",
+        "server/migrations/env.py",
+        "server/migrations/versions/v0001_first_tables.py",
         "tasks/catalog/classification/trec/task.yaml",
         *(f"tasks/starter/{task}/task.yaml" for task in ("tickets", "titles", "urgency")),
         *(

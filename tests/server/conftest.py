@@ -21,17 +21,19 @@ def _postgresql() -> Iterator[str]:
 
 
 @pytest.fixture(name="database_url", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
-def _database_url(request: pytest.FixtureRequest) -> str | None:
+def _database_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """URL of an empty database; None for SQLite."""
     if request.param == "sqlite":
-        return None
+        yield None
+        return
     server: str = request.getfixturevalue("postgresql")
     name = f"test_{secrets.token_hex(6)}"
     engine = create_engine(server.format(name="postgres").replace("postgresql:", "postgresql+psycopg:"))
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
+        yield server.format(name=name)
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     engine.dispose()
-    return server.format(name=name)
 
 
 @pytest.fixture(name="database")

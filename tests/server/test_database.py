@@ -94,6 +94,23 @@ def test_a_folder_serves_one_server(tmp_path: Path) -> None:
         pass
 
 
+def test_a_database_serves_one_server(tmp_path: Path, database: Database, database_url: str | None) -> None:
+    if database_url is None:
+        with database.serving():
+            create(database)
+        return
+    second = Database.open(tmp_path, database_url)
+    with database.serving():
+        create(database)
+        create(second, "by another command")
+        with pytest.raises(UserError) as error, second.serving():
+            pass
+        assert error.value.code == "data_in_use"
+    with second.serving():
+        pass
+    second.close()
+
+
 def test_a_file_in_the_place_of_the_data_folder_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as error, data_folder(tmp_path / "file"):

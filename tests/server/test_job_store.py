@@ -51,6 +51,7 @@ def test_a_job_is_done_in_portions_and_resumes_with_the_next_row(store: JobStore
     # Row 3 has no result yet: who reads on after row 4 would miss it.
     assert store.results(job_id, 0, 10) == results(1, 2)
     assert store.results(job_id, 1, 1) == results(2)
+    assert store.results(job_id, 2**31, 1) == store.results(job_id, 2**70, 1) == []
     assert store.put_results(job_id, results(3, 5), 0)
     assert store.results(job_id, 2, 10) == results(3, 4, 5)
     assert store.finish(job_id, "done")
@@ -126,9 +127,10 @@ def test_the_same_request_sent_again_makes_one_job(store: JobStore, key: Version
 
 
 def test_a_job_of_a_version_that_is_not_there_is_refused(store: JobStore, key: VersionKey) -> None:
-    with pytest.raises(UserError) as error:
-        store.create("ann", "predict", VersionKey(key.task_id, 2), {}, ROWS)
-    assert error.value.code == "unknown_version"
+    for version in (0, 2, 2**31, 2**70):
+        with pytest.raises(UserError) as error:
+            store.create("ann", "predict", VersionKey(key.task_id, version), {}, ROWS)
+        assert error.value.code == "unknown_version"
 
 
 def test_rows_that_cannot_be_read_to_the_end_make_no_job(store: JobStore, key: VersionKey) -> None:

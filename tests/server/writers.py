@@ -20,6 +20,8 @@ from tests.server.simple_store import apply, random_operations
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["__main__", "tests.server.writers"])
 PORTION = 7
+MOST_WRITES = 12
+MOST_WAIT_SECONDS = 0.03
 
 
 def write_tasks(data: Path, url: str | None, seed: int, start: int, acknowledged: Connection) -> None:
@@ -39,18 +41,19 @@ def write_results(data: Path, url: str | None, job_id: str, acknowledged: Connec
     time.sleep(60)
 
 
-def killed_at_random(write: Callable[..., None], arguments: tuple[Any, ...], seconds: float) -> int | None:
-    """Run a writer, kill it with SIGKILL some time after it started to write, and return the last number it sent."""
+def killed_at_random(write: Callable[..., None], arguments: tuple[Any, ...], rng: random.Random) -> int | None:
+    """Run a writer, kill it with SIGKILL a moment after some writes, and return the last number that it sent."""
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     process = _PROCESSES.Process(target=write, args=(*arguments, sender))
     process.start()
     sender.close()
-    receiver.poll(60)
-    time.sleep(seconds)
+    numbers = list(islice(_received(receiver), rng.randint(0, MOST_WRITES)))
+    # A write takes some milliseconds: kills are in all of its parts, and, without a wait, at the start of the process.
+    time.sleep(rng.uniform(0, MOST_WAIT_SECONDS))
     process.kill()
     process.join()
     process.close()
-    numbers = list(_received(receiver))
+    numbers += _received(receiver)
     receiver.close()
     return numbers[-1] if numbers else None
 
@@ -61,10 +64,3 @@ def _received(receiver: Connection) -> Iterator[int]:
             yield int(receiver.recv_bytes())
         except EOFError:
             return
-
-
-def random_seconds(seed: int, most: float) -> Iterator[float]:
-    """Yield waits of up to ``most`` seconds, without end."""
-    rng = random.Random(seed)
-    while True:
-        yield rng.uniform(0, most)

@@ -15,8 +15,10 @@ from urllib.parse import quote
 import filelock
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -44,6 +46,7 @@ PRAGMAS = {
 }
 # Any number, the same in all versions of this program: writes to PostgreSQL take this lock, one at a time as in SQLite.
 _ADVISORY_LOCK = 0x6D616E79
+_SERVER_LOCK = _ADVISORY_LOCK + 1
 _POSTGRESQL_SETTINGS = ("synchronous_commit = on", f"lock_timeout = '{WAIT_SECONDS}s'", "timezone = 'UTC'")
 _logger = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -150,11 +153,32 @@ class Database:
                 connection = connection.execution_options(is_writing=True)
                 with connection.begin():
                     if not self.is_sqlite:
-                        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+                        connection.execute(select(func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
                     yield connection
             self._require_file()
             if self._holds_deleted:
                 self._truncate_log()
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Keep a database of PostgreSQL from a second server; a file is kept from it by `data_folder`.
+
+        Raises:
+            UserError: If another server uses the database.
+        """
+        if self.is_sqlite:
+            yield
+            return
+        with _failures_named(), self._engine.connect() as connection:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            # Held by this connection until it ends, with the process at the latest.
+            if not connection.execute(select(func.pg_try_advisory_lock(_SERVER_LOCK))).scalar_one():
+                what, remedy = "another server uses this database", "Stop it first, or take another database."
+                raise UserError("data_in_use", what, remedy=remedy)
+            try:
+                yield
+            finally:
+                connection.invalidate()
 
     def take_out_deleted(self) -> None:
         """Take texts that were deleted out of the write-ahead log of SQLite.
@@ -203,20 +227,25 @@ class Database:
                 connection.connection.cursor().execute("PRAGMA foreign_keys = off")
             with connection.begin():
                 if not self.is_sqlite:
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+                    connection.execute(select(func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
                 config.attributes["connection"] = connection
-                _upgrade(config, self._file)
-                if self.is_sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
-                    raise MachineError(f"{len(broken)} rows of {self._file} refer to rows that do not exist.")
+                is_changed = _upgrade(config, connection, self._file)
+                if is_changed and self.is_sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
+                    raise MachineError(f"The new tables of {self._file} do not fit together; nothing was changed.")
 
 
-def _upgrade(config: Config, file: Path | None) -> None:
+def _upgrade(config: Config, connection: Connection, file: Path | None) -> bool:
+    """Run the migrations that the database has not seen, and tell whether there were any."""
+    newest = ScriptDirectory.from_config(config).get_current_head()
+    if MigrationContext.configure(connection).get_current_revision() == newest:
+        return False
     try:
         command.upgrade(config, "head")
     except CommandError as error:
         what = f"the database is of another version of this program: {reason(error)}"
         remedy = "Install the newest version of manyicl that has served it."
         raise UserError("database_version", what, remedy=remedy, file=file) from error
+    return True
 
 
 @contextmanager

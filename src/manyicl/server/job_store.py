@@ -14,7 +14,7 @@ from manyicl.server.database import Database
 from manyicl.server.idempotency import Made, made_before, remember
 from manyicl.server.pages import page_of, position_of
 from manyicl.server.records import Idempotency, JobKind, JobRecord, VersionKey
-from manyicl.server.tables import is_storable, job_rows, jobs, new_id, utc_now, versions
+from manyicl.server.tables import is_number, is_storable, job_rows, jobs, new_id, utc_now, versions
 
 ROWS_AT_ONCE = 1_000
 _UNFINISHED = jobs.c.state.in_(("waiting", "running"))
@@ -167,6 +167,8 @@ class JobStore:
         columns = job_rows.c
         first_waiting = select(func.min(columns.number)).where(columns.job_id == job_id, columns.result.is_(None))
         query = select(columns.number, columns.result).where(columns.job_id == job_id, columns.number > after)
+        if not is_number(after + 1):
+            return []
         with self._database.reading() as connection:
             end = connection.execute(first_waiting).scalar_one()
             if end is not None:
@@ -220,7 +222,7 @@ class JobStore:
 
 def _require_version(connection: Connection, key: VersionKey) -> None:
     query = select(versions.c.version).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
-    if connection.execute(query).first() is None:
+    if not is_number(key.version) or connection.execute(query).first() is None:
         raise UserError("unknown_version", f"the task has no version {key.version}", field="version")
 
 

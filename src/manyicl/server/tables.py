@@ -82,6 +82,11 @@ def is_storable(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def is_number(number: int) -> bool:
+    """Tell whether a number may be one of a version, a row or a demonstration, and every database can look for it."""
+    return 0 < number < 2**31
+
+
 metadata = MetaData(naming_convention=NAMING_CONVENTION)
 
 tasks = Table(

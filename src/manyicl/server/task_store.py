@@ -43,7 +43,7 @@ from manyicl.server.records import (
     VersionRecord,
     Written,
 )
-from manyicl.server.tables import demonstrations, is_storable, new_id, tasks, utc_now, versions
+from manyicl.server.tables import demonstrations, is_number, is_storable, new_id, tasks, utc_now, versions
 
 _Rows = Sequence[Mapping[str, Any]]
 _Labels = tuple[str, ...] | None
@@ -427,7 +427,7 @@ def _end(connection: Connection, key: VersionKey, numbers: Sequence[int]) -> Non
     for number in sorted(set(numbers)):
         one = and_(demonstrations.c.task_id == key.task_id, demonstrations.c.number == number)
         ending = update(demonstrations).where(one, demonstrations.c.until_version.is_(None))
-        if not connection.execute(ending.values(until_version=key.version)).rowcount:
+        if not is_number(number) or not connection.execute(ending.values(until_version=key.version)).rowcount:
             what = f"the newest version of the task has no demonstration {number}"
             raise UserError("unknown_demonstration", what, field="number")
 
@@ -543,7 +543,7 @@ def _require_revision(task: TaskRecord, revision: int | None) -> None:
 
 def _version(connection: Connection, key: VersionKey) -> VersionRecord:
     query = select(versions).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
-    row = connection.execute(query).mappings().one_or_none()
+    row = connection.execute(query).mappings().one_or_none() if is_number(key.version) else None
     if row is None:
         raise UserError("unknown_version", f"the task has no version {key.version}", field="version")
     return _version_record(row)
