@@ -66,7 +66,7 @@ def client(server: ScriptedServer) -> Iterator[Client]:
 
 def ndjson(*lines: Any) -> Answer:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return Answer(200, text.encode(), {"Content-Type": "application/x-ndjson"})
+    return Answer(200, text.encode(), {"Content-Type": "application/x-ndjson", "X-Task-Version": "1"})
 
 
 def test_pairs_fill_the_columns_of_the_default_templates_and_rows_stay_as_they_are(
@@ -162,7 +162,6 @@ def test_many_rows_are_sent_in_portions_to_one_version_and_bad_ones_have_a_probl
 ) -> None:
     num_rows = ROWS_PER_REQUEST + 2
     bad = {"problem": {"code": "empty_query", "detail": "it is empty", "row": 1}, "answer": None}
-    script.on("GET", "/v1/tasks/t", TASK)
     script.on(
         "POST", "/v1/tasks/t/predict", ndjson(*[{"answer": "a"}] * ROWS_PER_REQUEST), ndjson(bad, {"answer": "b\u2028"})
     )
@@ -170,9 +169,9 @@ def test_many_rows_are_sent_in_portions_to_one_version_and_bad_ones_have_a_probl
     assert len(found) == num_rows
     assert found[-2].problem is not None
     assert (found[-2].problem.code, found[-2].answer, found[-1].answer) == ("empty_query", None, "b\u2028")
-    assert [len(sent.body.splitlines()) for sent in server.sent[1:]] == [ROWS_PER_REQUEST, 2]
-    assert all(sent.query == {"version": "1", "scores": "all"} for sent in server.sent[1:])
-    assert server.sent[1].headers["content-type"] == server.sent[1].headers["accept"] == "application/x-ndjson"
+    assert [len(sent.body.splitlines()) for sent in server.sent] == [ROWS_PER_REQUEST, 2]
+    assert [sent.query for sent in server.sent] == [{"scores": "all"}, {"scores": "all", "version": "1"}]
+    assert server.sent[0].headers["content-type"] == server.sent[0].headers["accept"] == "application/x-ndjson"
 
 
 def test_long_rows_are_sent_in_smaller_portions(client: Client, script: Script, server: ScriptedServer) -> None:
@@ -186,6 +185,10 @@ def test_too_few_answers_are_no_answers(client: Client, script: Script) -> None:
     script.on("POST", "/v1/tasks/t/predict", ndjson({"answer": "a"}))
     with pytest.raises(MachineError, match="answered 1 of 2 rows"):
         list(client.task("t").predict_each([{"query": "a"}, {"query": "b"}], version=1))
+    script.on("POST", "/v1/tasks/t/predict", ndjson({"problem": {"code": "queue_full", "detail": "too many rows"}}))
+    with pytest.raises(UserError) as caught:
+        list(client.task("t").predict_each([{"query": "a"}, {"query": "b"}], version=1))
+    assert caught.value.code == "queue_full"
 
 
 def test_a_table_is_answered_into_a_file_with_the_columns_of_each_row(

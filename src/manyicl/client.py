@@ -233,6 +233,7 @@ class RemoteTask:
         """Name the task; nothing is sent."""
         self.client = client
         self.reference = reference
+        self._only_column: str | None = None
 
     def __repr__(self) -> str:
         return f"RemoteTask({self.reference!r})"
@@ -353,32 +354,30 @@ class RemoteTask:
             UserError: If a row cannot be answered; ``errors`` has all of them. If there are too many rows for one
                 request; `predict_each` sends them in portions.
         """
-        body = {"rows": _queries(rows), **_known({"version": version, **options})}
-        content = parsed(self._predict(body).text)
+        body = {"rows": list(self._queries(rows)), **_known({"version": version, **options})}
+        content = parsed(self.client.requests.send("POST", f"{self._path}/predict", **_json_body(body)).text)
         predictions = map(prediction_of, content["predictions"])
         return Predictions(predictions, content["task"], content["version"], content.get("model"))
 
     def predict_each(
-        self, rows: Iterable[Row], *, version: int | None = None, **options: Unpack[PredictOptions]
+        self, rows: Iterable[Row | str], *, version: int | None = None, **options: Unpack[PredictOptions]
     ) -> Iterator[ServedPrediction]:
         """Answer any number of queries in order, in portions; a row that cannot be answered has a ``problem``.
 
         All are answered by one version: by default the newest that can answer at the beginning.
         """
-        if version is None:
-            info = self.info()
-            version = info.ready_version or self.wait().version
-        return self._predict_each(rows, _known({"version": version, **options}))
-
-    def _predict_each(self, rows: Iterable[Row], query: Mapping[str, Any]) -> Iterator[ServedPrediction]:
+        query = _known({"version": version, **options})
         headers = {"Content-Type": NDJSON, "Accept": NDJSON}
-        for portion in _portions(rows):
+        for portion in _portions(self._queries(rows)):
             response = self.client.requests.send(
                 "POST", f"{self._path}/predict", params=query, headers=headers, content=b"".join(portion)
             )
+            query.setdefault("version", response.headers.get("x-task-version"))
             predictions = list(map(prediction_of, _json_lines(response)))
             if len(predictions) != len(portion):
-                raise MachineError(f"The server answered {len(predictions)} of {len(portion)} rows.")
+                # Where the server fails after the first answers, its last line says why.
+                problem = predictions[-1].problem if predictions else None
+                raise problem or MachineError(f"The server answered {len(predictions)} of {len(portion)} rows.")
             yield from predictions
 
     def predict_file(
@@ -429,11 +428,8 @@ class RemoteTask:
         Raises:
             UserError: If the row cannot be answered, or the task has labels.
         """
-        body = {"rows": _queries([row]), **_known({"version": version, **options})}
+        body = {"rows": list(self._queries([row])), **_known({"version": version, **options})}
         return AnswerStream(self.client.requests, f"{self._path}/predict", body)
-
-    def _predict(self, body: Mapping[str, Any]) -> httpx.Response:
-        return self.client.requests.send("POST", f"{self._path}/predict", **_json_body(body))
 
     def evaluate(
         self, rows: Iterable[Row], *, version: int | None = None, **options: Unpack[PredictOptions]
@@ -456,7 +452,7 @@ class RemoteTask:
 
     def submit(
         self,
-        rows: Iterable[Row],
+        rows: Iterable[Row | str],
         *,
         kind: Literal["predict", "evaluate"] = "predict",
         version: int | None = None,
@@ -472,11 +468,36 @@ class RemoteTask:
             idempotency_key: As for `Client.create_task`.
             **options: As for `predict`.
         """
-        body = {"kind": kind, "task": self.reference, "rows": _rows_of(rows), "options": _known(options)}
+        body = {"kind": kind, "task": self.reference, "rows": list(self._queries(rows)), "options": _known(options)}
         content, _ = self.client._write(
             "POST", "/v1/jobs", body | _known({"version": version}), idempotency_key=idempotency_key
         )
         return RemoteJob(self.client, record_of(JobInfo, content).id)
+
+    def _queries(self, rows: Iterable[Row | str]) -> Iterator[dict[str, Any]]:
+        """Yield queries as rows; a text fills the only column that the task reads.
+
+        Raises:
+            UserError: If they are one row and no list, or a text comes to a task that reads several columns.
+        """
+        if isinstance(rows, str | Mapping):
+            found, remedy = f"one {type(rows).__name__}", "Put the row in a list."
+            raise UserError("not_a_list", "rows are a list", found=found, remedy=remedy)
+        for row in rows:
+            yield {self._column_of_texts(): row} if isinstance(row, str) else _rows_of([row])[0]
+
+    def _column_of_texts(self) -> str:
+        """Return the only column that the task reads; its templates never change, so the server is read once."""
+        if self._only_column is None:
+            from manyicl.tasks.template import compiled
+
+            keys = self.info().task
+            columns = compiled(str(keys.get("query", "{{ query }}"))).columns
+            if len(columns) != 1 or keys.get("choices") is not None:
+                what, remedy = f"task {self.reference!r} reads several columns", "Give a mapping with these keys."
+                raise UserError("query_needs_columns", what, expected=f"the columns {list(columns)}", remedy=remedy)
+            (self._only_column,) = columns
+        return self._only_column
 
 
 class RemoteJob:
@@ -631,24 +652,12 @@ def _rows_of(rows: Iterable[object]) -> list[dict[str, Any]]:
     return found
 
 
-def _queries(rows: Iterable[Row | str]) -> list[Any]:
-    """Return queries as JSON holds them.
-
-    Raises:
-        UserError: If they are one row and no list.
-    """
-    if isinstance(rows, str | Mapping):
-        found, remedy = f"one {type(rows).__name__}", "Put the row in a list."
-        raise UserError("not_a_list", "predict answers a list of rows", found=found, remedy=remedy)
-    return [row if isinstance(row, str) else dict(row) for row in rows]
-
-
 def _portions(rows: Iterable[Row]) -> Iterator[list[bytes]]:
     """Yield rows as lines of JSON, as many together as one request takes."""
     portion: list[bytes] = []
     size = 0
     for row in rows:
-        line = _encoded(_rows_of([row])[0]) + b"\n"
+        line = _encoded(row) + b"\n"
         if portion and (len(portion) == ROWS_PER_REQUEST or size + len(line) > BYTES_PER_REQUEST):
             yield portion
             portion, size = [], 0
@@ -673,9 +682,8 @@ def _encoded(content: Any) -> bytes:
 
 def _json_body(content: Any) -> dict[str, Any]:
     """Return the arguments of a request that sends JSON, or nothing."""
-    if content is None:
-        return {"headers": {}}
-    return {"headers": {"Content-Type": "application/json"}, "content": _encoded(content)}
+    headers = {"Content-Type": "application/json"}  # the server wants it even where nothing follows
+    return {"headers": headers} if content is None else {"headers": headers, "content": _encoded(content)}
 
 
 def _if_match(revision: int | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,7 +19,7 @@ from manyicl.server.services import Services
 from manyicl.server.work import Ticket, WorkerState
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.engine import AnswerPart, Prediction
     from manyicl.server.task_service import Question
     from manyicl.tasks.task import Query
 
@@ -155,6 +156,59 @@ async def _ticket(
             if number == 0 or loop.time() > end:
                 raise queue_full(error, services.worker.state()) from error
         await asyncio.sleep(SECONDS_BETWEEN_TRIES)
+
+
+async def parts_of(request: Request, services: Services, question: Question) -> AsyncIterator[AnswerPart]:
+    """Yield the parts of one free answer as it is written; the last one has the prediction.
+
+    Args:
+        request: The request, whose client may go meanwhile.
+        services: Parts of the server.
+        question: One row.
+
+    Raises:
+        UserError: If the row cannot be answered.
+        BusyError: If too many rows wait.
+        ClientDisconnect: If the client has gone.
+    """
+    (row,), how = question.rows, question.how
+    try:
+        ticket = services.worker.stream(question.version.key, row, how.options, how.num_retrieved)
+    except UserError as error:
+        raise queue_full(error, services.worker.state()) if error.code == "queue_full" else error from error
+    async with client_of(request, services) as client:
+        client.cancels(ticket)
+        try:
+            async for part in ticket:
+                if part.prediction is not None:
+                    services.metrics.count_rows(1)
+                    if part.prediction.problem is not None:
+                        raise part.prediction.problem
+                yield part
+        except CancelledError as error:
+            raise ClientDisconnect from error
+        except UserError:
+            await quickly(services.service.require_ready_or_compiling, question.version.key)
+            raise
+        finally:
+            ticket.cancel()
+
+
+async def started(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Wait for the first part of a stream, so that what fails before it has a status of its own.
+
+    Raises:
+        UserError: If it fails.
+    """
+    first = await anext(parts, None)
+
+    async def all_parts() -> AsyncIterator[bytes]:
+        if first is not None:
+            yield first
+            async for part in parts:
+                yield part
+
+    return all_parts()
 
 
 def queue_full(error: UserError, state: WorkerState) -> BusyError:

@@ -18,12 +18,13 @@ from manyicl.library_errors import lower_case_start
 from manyicl.server.documented import openapi_document
 from manyicl.server.logging import log
 from manyicl.server.middleware import Authentication, BodyLimit, Guard, RateLimit, RequestLog
+from manyicl.server.openai_errors import OpenAIErrors
 from manyicl.server.problems import ProblemResponse, machine_failed
-from manyicl.server.routes import evaluation, health, jobs, predictions, tasks
+from manyicl.server.routes import evaluation, health, jobs, openai, predictions, tasks
 from manyicl.server.services import Services
 
 DESCRIPTION = "Add a task by giving examples, and let it answer rows. Nothing is trained."
-ROUTERS = (tasks.router, predictions.router, evaluation.router, jobs.router, health.router)
+ROUTERS = (tasks.router, predictions.router, evaluation.router, jobs.router, openai.router, health.router)
 # Status of a request whose client has gone, in logs and metrics; nobody receives it.
 CLIENT_GONE = 499
 
@@ -89,6 +90,7 @@ def _add_middleware(app: FastAPI, services: Services) -> None:
         )
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(RequestLog, metrics=services.metrics)
+    app.add_middleware(OpenAIErrors)
 
 
 def _id_of(request: Request) -> str | None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from concurrent.futures import CancelledError
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
-from manyicl.server.answering import Client, answers, client_of, queue_full, require_answerable
+from manyicl.server.answering import Client, answers, client_of, parts_of, require_answerable, started
 from manyicl.server.authentication import Predictor
 from manyicl.server.bad_rows import require_all
-from manyicl.server.bodies import in_thread, quickly, read_body, rows_of
+from manyicl.server.bodies import in_thread, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line, prediction_json
 from manyicl.server.problems import problem
@@ -101,7 +99,7 @@ async def _lines(request: Request, services: Services, question: Question) -> Re
             except UserError as error:
                 yield json_line({"problem": problem(error)})
 
-    return StreamingResponse(await _started(lines()), media_type=JSON_LINES, headers=headers)
+    return StreamingResponse(await started(lines()), media_type=JSON_LINES, headers=headers)
 
 
 async def _events(request: Request, services: Services, question: Question) -> Response:
@@ -118,55 +116,22 @@ async def _events(request: Request, services: Services, question: Question) -> R
         what, remedy = "server-sent events are for free answers, and the task has labels", "Accept JSON."
         raise UserError("not_streamable", what, remedy=remedy)
     await require_answerable(services, question.version)
-    return StreamingResponse(await _started(_parts(request, services, question)), media_type=EVENTS)
+    return StreamingResponse(await started(_parts(request, services, question)), media_type=EVENTS)
 
 
 async def _parts(request: Request, services: Services, question: Question) -> AsyncIterator[bytes]:
-    (row,) = question.rows
-    try:
-        how = question.how
-        ticket = services.worker.stream(question.version.key, row, how.options, how.num_retrieved)
-    except UserError as error:
-        raise queue_full(error, services.worker.state()) if error.code == "queue_full" else error from error
     has_started = False
-    async with client_of(request, services) as client:
-        client.cancels(ticket)
-        try:
-            async for part in ticket:
-                if part.text:
-                    has_started = True
-                    yield _event("part", {"text": part.text})
-                if part.prediction is not None:
-                    services.metrics.count_rows(1)
-                    if part.prediction.problem is not None:
-                        raise part.prediction.problem
-                    yield _event("done", prediction_json(part.prediction))
-        except CancelledError as error:
-            raise ClientDisconnect from error
-        except UserError as error:
-            if not has_started:
-                await quickly(services.service.require_ready_or_compiling, question.version.key)
-                raise
-            yield _event("error", problem(error))
-        finally:
-            ticket.cancel()
-
-
-async def _started(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Wait for the first part of a stream, so that what fails before it has a status of its own.
-
-    Raises:
-        UserError: If it fails.
-    """
-    first = await anext(parts, None)
-
-    async def all_parts() -> AsyncIterator[bytes]:
-        if first is not None:
-            yield first
-            async for part in parts:
-                yield part
-
-    return all_parts()
+    try:
+        async for part in parts_of(request, services, question):
+            if part.text:
+                has_started = True
+                yield _event("part", {"text": part.text})
+            if part.prediction is not None:
+                yield _event("done", prediction_json(part.prediction))
+    except UserError as error:
+        if not has_started:
+            raise
+        yield _event("error", problem(error))
 
 
 def _event(name: str, value: dict[str, Any]) -> bytes:
