@@ -33,12 +33,14 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         load_engine: Loads the model.
 
     Raises:
-        UserError: If another server uses the data folder, keys are needed, or the database or model cannot be used.
+        UserError: If another server uses the data folder or database, keys are needed, or the database or the model
+            cannot be used.
     """
     with ExitStack() as parts:
         data = parts.enter_context(data_folder(settings.data))
         database = Database.open(data, settings.database)
         parts.callback(database.close)
+        parts.enter_context(database.serving())
         keys, tasks = KeyStore(database, data), TaskStore(database)
         settings = settings.require_safe(has_keys=keys.has_keys())
         engine = load_engine()

@@ -18,6 +18,7 @@ from sqlalchemy import (
     RowMapping,
     Select,
     and_,
+    bindparam,
     case,
     delete,
     func,
@@ -47,6 +48,35 @@ from manyicl.server.tables import demonstrations, is_number, is_storable, new_id
 
 _Rows = Sequence[Mapping[str, Any]]
 _Labels = tuple[str, ...] | None
+
+
+def _select_tasks() -> Select[Any]:
+    """Select tasks with their newest version and the number of the one that answers.
+
+    That is the newest version that was ever compiled, unless it is compiled again: an older one, which may be of
+    another model, does not take its place.
+    """
+    compiled = versions.alias()
+    ready = (
+        select(case((compiled.c.state == "ready", compiled.c.version)))
+        .where(compiled.c.task_id == tasks.c.id, compiled.c.model.is_not(None))
+        .order_by(compiled.c.version.desc())
+        .limit(1)
+        .correlate(tasks)
+        .scalar_subquery()
+    )
+    is_newest = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.newest)
+    return select(tasks, versions, ready.label("ready")).join(versions, is_newest)
+
+
+# Made once: to make the statement takes longer than to run it.
+_TASKS = _select_tasks()
+_TASK = _TASKS.where(
+    tasks.c.owner == bindparam("owner"), or_(tasks.c.id == bindparam("task"), tasks.c.name == bindparam("task"))
+)
+_VERSION = select(versions).where(
+    versions.c.task_id == bindparam("task_id"), versions.c.version == bindparam("version")
+)
 
 
 class TaskStore:
@@ -260,7 +290,7 @@ class TaskStore:
         Raises:
             UserError: If the cursor is wrong.
         """
-        query = _select_tasks().where(tasks.c.owner == owner, tasks.c.position > position_of(after))
+        query = _TASKS.where(tasks.c.owner == owner, tasks.c.position > position_of(after))
         with self._database.reading() as connection:
             found = connection.execute(query.order_by(tasks.c.position).limit(limit + 1)).mappings().all()
         page, cursor = page_of(found, limit, lambda row: int(row[tasks.c.position]))
@@ -269,9 +299,7 @@ class TaskStore:
     def of_all_owners(self) -> list[TaskRecord]:
         """Return all tasks, oldest first, for a server that starts."""
         with self._database.reading() as connection:
-            return [
-                _task_record(row) for row in connection.execute(_select_tasks().order_by(tasks.c.position)).mappings()
-            ]
+            return [_task_record(row) for row in connection.execute(_TASKS.order_by(tasks.c.position)).mappings()]
 
     def versions(
         self, owner: str, task: str, limit: int, after: str | None = None
@@ -316,7 +344,7 @@ class TaskStore:
         """
         with self._database.reading() as connection:
             _version(connection, key)
-            row = connection.execute(_select_tasks().where(tasks.c.id == key.task_id)).mappings().one()
+            row = connection.execute(_TASKS.where(tasks.c.id == key.task_id)).mappings().one()
             return _task_record(row), _demonstrations(connection, key)
 
     def replayed(self, owner: str, idempotency: Idempotency) -> Written | None:
@@ -360,7 +388,7 @@ class TaskStore:
             model: Hash of the model that is served.
         """
         with self._database.reading() as connection:
-            rows = connection.execute(_select_tasks().order_by(tasks.c.position)).mappings().all()
+            rows = connection.execute(_TASKS.order_by(tasks.c.position)).mappings().all()
             found = []
             for task in map(_task_record, rows):
                 if task.ready is not None and _version(connection, VersionKey(task.id, task.ready)).model != model:
@@ -488,25 +516,6 @@ def _is_in(version: int) -> ColumnElement[bool]:
     return and_(columns.from_version <= version, or_(columns.until_version.is_(None), columns.until_version > version))
 
 
-def _select_tasks() -> Select[Any]:
-    """Select tasks with their newest version and the number of the one that answers.
-
-    That is the newest version that was ever compiled, unless it is compiled again: an older one, which may be of
-    another model, does not take its place.
-    """
-    compiled = versions.alias()
-    ready = (
-        select(case((compiled.c.state == "ready", compiled.c.version)))
-        .where(compiled.c.task_id == tasks.c.id, compiled.c.model.is_not(None))
-        .order_by(compiled.c.version.desc())
-        .limit(1)
-        .correlate(tasks)
-        .scalar_subquery()
-    )
-    is_newest = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.newest)
-    return select(tasks, versions, ready.label("ready")).join(versions, is_newest)
-
-
 def _find(connection: Connection, owner: str, task: str) -> TaskRecord:
     """Return a task by id or name.
 
@@ -515,8 +524,7 @@ def _find(connection: Connection, owner: str, task: str) -> TaskRecord:
     """
     found: Sequence[RowMapping] = ()
     if is_storable(task):
-        is_meant = and_(tasks.c.owner == owner, or_(tasks.c.id == task, tasks.c.name == task))
-        found = connection.execute(_select_tasks().where(is_meant)).mappings().all()
+        found = connection.execute(_TASK, {"owner": owner, "task": task}).mappings().all()
     if not found:
         raise UserError("unknown_task", f"there is no task {quoted(task)}", field="task")
     return _task_record(max(found, key=lambda row: bool(row[tasks.c.id] == task)))
@@ -542,8 +550,7 @@ def _require_revision(task: TaskRecord, revision: int | None) -> None:
 
 
 def _version(connection: Connection, key: VersionKey) -> VersionRecord:
-    query = select(versions).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
-    row = connection.execute(query).mappings().one_or_none() if is_number(key.version) else None
+    row = connection.execute(_VERSION, key._asdict()).mappings().one_or_none() if is_number(key.version) else None
     if row is None:
         raise UserError("unknown_version", f"the task has no version {key.version}", field="version")
     return _version_record(row)
