@@ -259,6 +259,47 @@ def test_a_compilation_goes_on_however_many_rows_come(bench: Bench, short_chunks
             client.join()
 
 
+def test_a_blend_is_fitted_once_with_what_goes_first_in_between(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.keep_ready(A)
+    bench.keep_ready(B)
+    with_blend, predict = bench.engine.with_blend, bench.engine.predict
+    fits: list[int] = []
+    order: list[str] = []
+
+    def fit(prefix: Any, **options: Any) -> Any:
+        if prefix.blend is None:
+            fits.append(0)
+        if len(fits) == 1 and not order:
+            for name, version in (("other", B), ("same version", A)):
+                bench.worker.predict(version, ["a"], {}).future.add_done_callback(partial(note, name))
+        return with_blend(prefix, **options)
+
+    def note(name: str, _: object) -> None:
+        order.append(name)
+
+    monkeypatch.setattr(bench.engine, "with_blend", fit)
+    options: dict[str, Any] = {"scores": "all", "blend": True}
+    with bench.running():
+        bench.worker.predict(A, ROWS, options).future.add_done_callback(partial(note, "blended"))  # type: ignore[arg-type]
+        blended = bench.answers(A, ROWS, **options)
+        assert order == ["other", "same version", "blended"]
+        # Another prefix of the version, after the first one left memory, has the same weights.
+        weights = bench.prefixes.memory[A].blend
+        bench.prefixes.memory[A] = replace(bench.prefixes.memory[A], blend=None)
+        again = bench.answers(A, ROWS, **options)
+        assert bench.prefixes.memory[A].blend is weights
+    assert fits == [0]
+    monkeypatch.undo()
+    task = bench.sources[A].task
+    expected = list(predict(bench.engine.compile(task, task.train), ROWS, scores="all", blend=True))
+    for found in (blended, again):
+        for one, other in zip(found, expected, strict=True):
+            assert one.blended
+            assert one.scores is not None
+            assert other.scores is not None
+            assert one.scores.probabilities == pytest.approx(other.scores.probabilities, abs=1e-4)
+
+
 def test_a_prefix_that_left_memory_comes_back_from_the_disk_without_the_network(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,8 @@ DEFAULT_MAX_ANSWER_TOKENS = 64
 READ_AHEAD_QUERIES = 256
 # `answer` fits demonstrations to so many queries at once; a longer query after them makes it fit again.
 FITTED_QUERIES = 1024
+# The weights of a blend are fitted on so many queries before other work may go first.
+QUERIES_PER_CHUNK = 4
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
@@ -414,11 +416,16 @@ class Engine:
         prefix = self._prefix(task, fitting, fitted.num_dropped, cache)
         return replace(prefix, num_reused_tokens=num_reused, answers=answers, rows=fitted.rows)
 
-    def with_blend(self, prefix: TaskPrefix) -> TaskPrefix:
+    def with_blend(self, prefix: TaskPrefix, *, between_chunks: BetweenChunks | None = None) -> TaskPrefix:
         """Return the prefix with the weights of its blend, which `predict` with ``blend=True`` uses, fitted once.
 
         They are fitted on what the model and a linear classifier on the same demonstrations say of up to 64 of these
         before they have seen the answer; that costs as many queries. A prefix without demonstrations has no blend.
+
+        Args:
+            prefix: Prefix of this engine.
+            between_chunks: Called after every few of these queries, with the number of those done and in all, so that
+                other work can go first. If it raises, the fit ends.
 
         Raises:
             UserError: If the task has no closed label set, or too many labels.
@@ -430,7 +437,12 @@ class Engine:
         from manyicl.engine.blend import fit_weights, fitted_positions, held_out_words, model_log_probabilities
 
         labels, positions = prefix.task.labels or (), fitted_positions(prefix.demonstrations)
-        model = model_log_probabilities(self.scores_before_shown(prefix, positions), labels)
+        scores: list[dict[str, float]] = []
+        for some in in_batches(positions, QUERIES_PER_CHUNK):
+            scores += self.scores_before_shown(prefix, some)
+            if between_chunks is not None:
+                between_chunks(len(scores), len(positions))
+        model = model_log_probabilities(scores, labels)
         words = held_out_words(prefix.demonstrations, labels, positions)
         answers = [labels.index(prefix.demonstrations[position].answer) for position in positions]
         return replace(prefix, blend=fit_weights(model, words, answers))
@@ -780,7 +792,7 @@ class Engine:
     ) -> Iterator[Prediction]:
         """Answer the queries of a stream, in order."""
         fitting = (self._fitting_query(prefix, number, query, retrieve, options) for number, query in numbered)
-        blend = self.with_blend(prefix).blend_with_words() if options.get("blend") else None
+        blend = self.with_blend(prefix).blend_with_words if options.get("blend") else None
         answer = self._choose if prefix.task.is_closed else self._generate
         explain = _explanation(prefix, retrieve, options)
         for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):

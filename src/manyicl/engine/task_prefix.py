@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from manyicl.engine.backend import Prefix
 from manyicl.engine.blend import Blend, BlendWeights
@@ -57,8 +58,9 @@ class TaskPrefix:
         """Number of demonstrations before a query."""
         return len(self.demonstrations)
 
+    @cached_property
     def blend_with_words(self) -> Blend | None:
-        """Return what combines the model's label scores with those of the words; None where there are no weights."""
+        """What combines the model's label scores with those of the words, fitted once; None without weights."""
         if self.blend is None:
             return None
         return Blend.of(self.task.labels or (), self.demonstrations, self.blend)

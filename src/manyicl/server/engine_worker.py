@@ -79,12 +79,12 @@ class _Due:
 
 @dataclass
 class _Compilation:
-    """A compilation in progress: how far it is, and whether it is to end."""
+    """A compilation in progress, or a fit of the blend after it: how far it is, and whether it is to end."""
 
     key: VersionKey
+    is_of_blend: bool = False
     num_done: int = 0
     num_tokens: int = 0
-    pinned: bool | None = None
     is_abandoned: bool = False
 
 
@@ -183,6 +183,8 @@ class EngineWorker:
         self._writing: list[_Writing] = []
         self._counters, self._lately = _Counters(), _Lately()
         self._last_row = float("-inf")
+        # Task -> whether it is pinned, of those that were compiled here.
+        self._pinned: dict[str, bool] = {}
         self._retrievers: Recent[tuple[VersionKey, int], Retriever] = Recent(REMEMBERED_VERSIONS)
         self._blends: Recent[VersionKey, BlendWeights] = Recent(REMEMBERED_VERSIONS)
 
@@ -263,7 +265,8 @@ class EngineWorker:
         """Return what the worker does, and what it has done."""
         usage = self._prefixes.usage()
         with self._changed:
-            compiling = tuple((one.key, one.num_done, one.num_tokens) for one in list(self._compiling.values()))
+            in_progress = [one for one in list(self._compiling.values()) if not one.is_of_blend]
+            compiling = tuple((one.key, one.num_done, one.num_tokens) for one in in_progress)
             return WorkerState(
                 is_alive=self._thread.is_alive(),
                 is_stopping=self._stop_at is not None,
@@ -386,14 +389,17 @@ class EngineWorker:
             self._write(writing)
 
     def _answer_group(self, group: Group) -> None:
-        version = group.version
-        if version in self._compiling:
+        version, is_blended = group.version, dict(group.options).get("blend")
+        in_progress = self._compiling.get(version)
+        if in_progress is not None and (is_blended or not in_progress.is_of_blend):
             return
         prefix = self._prefixes.get(version)
         if prefix is None:
             if len(self._compiling) >= MOST_NESTED:
                 return
             prefix = self._make(version)
+        if prefix is not None and is_blended and prefix.blend is None:
+            prefix = self._fit_blend(version, prefix)
         if prefix is None:
             return
         with ExitStack() as holding:
@@ -419,15 +425,13 @@ class EngineWorker:
         started = time.perf_counter()
         rows = _rows_of(portions)
         try:
-            options, retrieve = self._options(group), self._retrieve(group, prefix)
-            prefix = self._with_blend(group.version, prefix, options)
             predictions = list(
                 self._engine.predict(
                     prefix,
                     [ticket.rows[position] for ticket, position in rows],
-                    retrieve=retrieve,
+                    retrieve=self._retrieve(group, prefix),
                     numbers=[ticket.first_number + position for ticket, position in rows],
-                    **options,
+                    **self._options(group),
                 )
             )
         except Exception as error:
@@ -541,16 +545,33 @@ class EngineWorker:
             self._retrievers[key] = Retriever(prefix.rows, group.num_retrieved)
         return self._retrievers[key]
 
-    def _with_blend(self, version: VersionKey, prefix: TaskPrefix, options: AnswerOptions) -> TaskPrefix:
-        """Fit the weights of the blend at its first use."""
-        if not options.get("blend") or prefix.blend is not None:
-            return prefix
+    def _fit_blend(self, version: VersionKey, prefix: TaskPrefix) -> TaskPrefix | None:
+        """Fit the weights of a blend at its first use, with what goes first in between; None if that is abandoned."""
         if version in self._blends:
-            return replace(prefix, blend=self._blends[version])
-        blended = self._engine.with_blend(prefix)
-        if blended.blend is not None:
-            self._blends[version] = blended.blend
+            blended = replace(prefix, blend=self._blends[version])
+        else:
+            fit = _Compilation(version, is_of_blend=True)
+            self._compiling[version] = fit
+            try:
+                blended = self._engine.with_blend(prefix, between_chunks=partial(self._between_chunks, fit))
+            except _AbandonedError:
+                return None
+            except Exception:
+                # The pass fails with it, and says so to each ticket.
+                return prefix
+            finally:
+                del self._compiling[version]
+            if blended.blend is not None:
+                self._blends[version] = blended.blend
+        self._keep(version, blended)
         return blended
+
+    def _keep(self, version: VersionKey, prefix: TaskPrefix) -> None:
+        try:
+            self._prefixes.put(version, prefix, pinned=self._pinned.get(version.task_id, False))
+        except Exception as error:
+            # It answers what waits now, and is made again for what comes.
+            _log_failure("A prefix could not be kept", error)
 
     # --- Compiling
 
@@ -589,6 +610,7 @@ class EngineWorker:
             self._not_loaded(key, error, is_due)
             return None
         is_due |= source.answers is None
+        self._pinned[key.task_id] = source.pinned
         try:
             between_chunks = partial(self._between_chunks, compilation)
             prefix = make_prefix(self._engine, self._prefixes, source, self._load, between_chunks)
@@ -609,12 +631,7 @@ class EngineWorker:
             self._counters.num_compiled += 1
             self._counters.num_compiled_again += not is_due
             self._counters.compile_seconds += seconds
-        pinned = source.pinned if compilation.pinned is None else compilation.pinned
-        try:
-            self._prefixes.put(key, prefix, pinned=pinned)
-        except Exception as error:
-            # It answers what waits now, and is made again for what comes.
-            _log_failure("A prefix could not be kept", error)
+        self._keep(key, prefix)
         if is_due:
             self._report(key, lambda: self._on_ready(key, compiled_of(prefix, self.model, seconds)))
         return prefix
@@ -688,12 +705,12 @@ class EngineWorker:
             compilation.is_abandoned |= compilation.key.task_id == task_id
         self._retrievers.discard(lambda key: key[0].task_id == task_id)
         self._blends.discard(lambda key: key.task_id == task_id)
+        self._pinned.pop(task_id, None)
         self._prefixes.forget(task_id)
 
     def _pin(self, task_id: str, pinned: bool) -> None:
-        for compilation in self._compiling.values():
-            if compilation.key.task_id == task_id:
-                compilation.pinned = pinned
+        if task_id in self._pinned:
+            self._pinned[task_id] = pinned
         self._prefixes.set_pinned(task_id, pinned)
 
     def _waiting_tickets(self, version: VersionKey | None = None) -> list[Ticket]:
