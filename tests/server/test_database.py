@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from manyicl.server.records import TaskSettings
 from manyicl.server.tables import metadata
 from manyicl.server.task_store import TaskStore
 
+FULL = r"full|I/O"
 ROWS = [{"text": "Card declined", "label": "billing"}]
 
 
@@ -156,6 +159,48 @@ def test_a_full_disk_fails_a_write_whole_and_later_ones_succeed(tmp_path: Path) 
     assert [task.name for task in TaskStore(database).page("ann", 10)[0]] == ["tickets"]
     TaskStore(database).create("ann", "large", {}, TaskSettings(), rows, None)
     database.close()
+
+
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_on_a_disk_that_is_really_full_what_was_acknowledged_is_kept(small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(500_000))
+    database = Database.open(small_disk / "data")
+    store = TaskStore(database)
+    rows = [{"text": "x" * 30_000}]
+    number = number_until_full(store, rows)
+    for _ in range(3):
+        with pytest.raises(MachineError, match=FULL):
+            store.create("ann", "no", {}, TaskSettings(), rows * 20, None)
+    assert len(store.page("ann", 100)[0]) == number > 5
+    (small_disk / "other").unlink()
+    store.create("ann", f"task{number}", {}, TaskSettings(), rows, None)
+    database.close()
+    database = Database.open(small_disk / "data")
+    kept = TaskStore(database).page("ann", 100)[0]
+    assert [task.name for task in kept] == [f"task{one}" for one in range(number + 1)]
+    assert [TaskStore(database).demonstrations(task.newest.key)[0].columns for task in kept] == rows * (number + 1)
+    database.close()
+
+
+def number_until_full(store: TaskStore, rows: list[dict[str, str]]) -> int:
+    """Make tasks until one fails, and return how many were acknowledged."""
+    for number in range(1_000):
+        try:
+            store.create("ann", f"task{number}", {}, TaskSettings(), rows, None)
+        except MachineError:
+            return number
+    raise AssertionError("the disk is never full")
 
 
 def limit(connection: sqlite3.Connection, num_pages: int) -> None:
