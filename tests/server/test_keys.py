@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
 from manyicl.errors import MachineError, UserError
-from manyicl.server.database import HMAC_FILE_NAME, Database
+from manyicl.server.database import FILE_NAME, HMAC_FILE_NAME, Database
 from manyicl.server.keys import KeyStore
 from manyicl.server.records import Caller
 
@@ -70,6 +71,18 @@ def test_the_secret_of_the_hmacs_is_readable_by_its_user_alone_and_made_once(sto
     store.create("ann", "phone")
     assert file.read_bytes() == secret
     assert not list(data.glob(f"{HMAC_FILE_NAME}-*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root makes files for others")
+def test_what_root_makes_in_the_folder_of_a_server_belongs_to_its_user(data: Path) -> None:
+    data.mkdir()
+    os.chown(data, 12_345, 12_346)
+    database = Database.open(data)
+    KeyStore(database, data).create("ann", "laptop")
+    owners = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in data.iterdir()}
+    assert set(owners) == {FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", HMAC_FILE_NAME}
+    assert set(owners.values()) == {(12_345, 12_346)}
+    database.close()
 
 
 def test_without_the_secret_no_key_is_made_or_checked(store: KeyStore, database: Database, data: Path) -> None:

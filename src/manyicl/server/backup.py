@@ -15,7 +15,14 @@ from manyicl.atomic import sync_tree, write_atomically
 from manyicl.errors import MachineError, UserError
 from manyicl.library_errors import reason
 from manyicl.outputs import require_output_file
-from manyicl.server.database import FILE_NAME, HMAC_FILE_NAME, Database, data_folder, sqlite_connection
+from manyicl.server.database import (
+    FILE_NAME,
+    HMAC_FILE_NAME,
+    Database,
+    data_folder,
+    give_to_owner_of_folder,
+    sqlite_connection,
+)
 
 # What is damaged may be no text, in the messages of SQLite, too.
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
@@ -75,6 +82,7 @@ def restore(archive: Path, data: Path) -> int:
         for name in (HMAC_FILE_NAME, FILE_NAME):
             if (Path(folder) / name).exists():
                 (Path(folder) / name).rename(data / name)
+                give_to_owner_of_folder(data / name)
         sync_tree(data)
     return num_tasks
 

@@ -281,9 +281,17 @@ def _make_file(file: Path, *, must_exist: bool) -> None:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        give_to_owner_of_folder(file)
     except OSError as error:
         what = f"the database file cannot be made: {reason(error)}"
         raise UserError("data_not_writable", what, file=file) from None
+
+
+def give_to_owner_of_folder(file: Path) -> None:
+    """Let the user of the server read what root makes in its data folder, as with ``sudo manyicl keys create``."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = file.parent.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
 
 
 def _file_number(file: Path | None) -> tuple[int, int] | None:

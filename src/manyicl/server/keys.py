@@ -18,7 +18,7 @@ from sqlalchemy import insert, select, update
 
 from manyicl.atomic import sync_folder
 from manyicl.errors import MachineError, UserError, quoted
-from manyicl.server.database import HMAC_FILE_NAME, Database
+from manyicl.server.database import HMAC_FILE_NAME, Database, give_to_owner_of_folder
 from manyicl.server.records import Caller, KeyRecord, Scope
 from manyicl.server.tables import api_keys, utc_now
 
@@ -155,6 +155,7 @@ class KeyStore:
                 file.write(secrets.token_bytes(SECRET_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
+            give_to_owner_of_folder(aside)
             # A link, unlike a rename, fails where another process was first; its secret counts then.
             os.link(aside, self._file)
         except FileExistsError:
