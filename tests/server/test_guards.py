@@ -29,9 +29,9 @@ SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "text/plain;c
 SECRET = "open sesame"
 
 
-@pytest.fixture(name="client")
-def _client(tmp_path: Path) -> Iterator[TestClient]:
-    with fake_client(tmp_path / "data") as client:
+@pytest.fixture(name="client", scope="module")
+def _client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with fake_client(tmp_path_factory.mktemp("guards") / "data") as client:
         assert client.post("/v1/tasks", json=mood_task()).status_code == 201
         assert client.post("/v1/tasks/mood/predict", json={"rows": [{"text": "x"}]}).status_code == 200
         yield client
@@ -45,7 +45,7 @@ def routes_of(client: TestClient) -> list[tuple[str, str]]:
 
 def filled(path: str, task: str = "mood") -> str:
     """Put values in the place of the parameters of a path."""
-    values = {"{task}": task, "{number}": "1", "{version}": "1", "{job}": "job_1"}
+    values = {"{task}": task, "{number}": "1", "{version}": "1", "{job}": "job_1", "{model}": task}
     for name, value in values.items():
         path = path.replace(name, value)
     assert "{" not in path, path
@@ -53,7 +53,9 @@ def filled(path: str, task: str = "mood") -> str:
 
 
 def code_of(answer: Any) -> str:
-    code: str = answer.json()["code"]
+    """Return the code of an error, in our shape or in that of OpenAI's SDK."""
+    content = answer.json()
+    code: str = content.get("error", content)["code"]
     return code
 
 
