@@ -21,7 +21,7 @@ INTRODUCTION = """\
 # API of the server
 
 Made from the OpenAPI document, which a running server gives at `/openapi.json`, and from which clients can be
-generated.
+generated. [The task server](server.md) shows how it is used.
 
 An error is a [`Problem`](#problem) as `application/problem+json`; on the paths for OpenAI's SDK it is an
 [`ErrorOut`](#errorout) as `application/json`. These may come from everywhere; others are named with their paths:
