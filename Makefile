@@ -24,9 +24,10 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow
 
-# The server with PostgreSQL (skipped where it is not installed) and with what takes minutes.
+# The task server with PostgreSQL, skipped where it is not installed, with servers that are killed, and what else takes
+# minutes.
 test-server: .venv/.installed
-	$(BIN)/pytest -m server tests/server
+	$(BIN)/pytest -m server
 
 # The pages of docs/ as a site that opens from the folder site/, without a network.
 docs: .venv/.installed
