@@ -187,7 +187,7 @@ def test_an_observed_chunk_never_grows_beyond_what_its_logits_may_use(monkeypatc
     assert done == list(range(20, compiled.num_tokens, 20))
 
 
-def test_a_fitted_prefix_compiles_as_at_once_and_runs_nothing_that_is_known() -> None:
+def test_a_fitted_prefix_compiles_as_at_once_and_runs_nothing_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_loaded()
     engine = Engine.local(loaded)
     task = closed_task()
@@ -209,6 +209,16 @@ def test_a_fitted_prefix_compiles_as_at_once_and_runs_nothing_that_is_known() ->
     assert again.answers == at_once.answers
     assert blocks_of(again) == blocks_of(at_once)
     assert again.num_reused_tokens == again.num_tokens
+    # Other work may go first while rows are encoded and others retrieved for them.
+    monkeypatch.setattr("manyicl.engine.engine.ROWS_PER_CHUNK", 8)
+    chunks: list[tuple[int, int]] = []
+
+    def work(num_done: int, num_tokens: int) -> None:
+        chunks.append((num_done, num_tokens))
+
+    yielding = engine.fit_prefix(task, iter(task.train[:20]), num_retrieved=2, between_chunks=work)
+    assert yielding == fitted
+    assert chunks == [(0, 0)] * (3 + len(task.test) // 8)
     # Keys and values of a part, with all records: what they do not hold is computed and recorded again.
     part = engine.prefill(task, task.train[:7])
     reuse = TaskPrefix(task, at_once.demonstrations, 0, at_once.text_hash, part.cache, answers=at_once.answers)

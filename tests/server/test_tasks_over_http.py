@@ -157,6 +157,22 @@ def test_the_order_in_the_context_is_mixed_and_a_change_leaves_what_comes_before
     assert order(4) == [*order(3), "new"]
 
 
+def test_a_new_version_is_compiled_from_the_newest_one_that_is_ready(client: TestClient) -> None:
+    task = made(client, mood_task())
+    ready(client, "mood")
+    services = services_of(client)
+    fake_worker(services).compiles.clear()
+    for text in ("one", "two"):
+        client.post("/v1/tasks/mood/demonstrations", json={"demonstrations": [{"text": text, "label": "good"}]})
+    newest = services.tasks.get("local", task["id"]).newest.key
+    source = services.service.source(newest)
+    assert (newest.version, source.answers, source.earlier) == (3, None, newest._replace(version=1))
+    first = services.service.source(newest._replace(version=1))
+    assert first.answers is not None
+    assert first.earlier is None
+    fake_worker(services).compiles.set()
+
+
 def test_settings_and_name_change_under_an_etag(client: TestClient) -> None:
     task = made(client, mood_task())
     body = {"name": "temper", "pinned": True, "abstain_below": 0.5}

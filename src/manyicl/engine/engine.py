@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -66,6 +66,8 @@ READ_AHEAD_QUERIES = 256
 FITTED_QUERIES = 1024
 # The weights of a blend are fitted on so many queries before other work may go first.
 QUERIES_PER_CHUNK = 4
+# Rows that are encoded before other work may go first.
+ROWS_PER_CHUNK = 64
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
@@ -370,16 +372,32 @@ class Engine:
         queries: Iterable[Row] | None = None,
         *,
         num_retrieved: int = 0,
+        between_chunks: BetweenChunks | None = None,
     ) -> FittedPrefix:
         """Choose the demonstrations that `compile` would, and encode them, without running the network.
 
         A prefix that is stored somewhere can be found by the tokens. Arguments and errors are those of `compile`;
-        `compile_fitted` does the rest.
+        `compile_fitted` does the rest. ``between_chunks`` is called with two zeros, after every few rows: thousands of
+        them take a second or more.
         """
-        retrieve = Retriever(task.train, num_retrieved) if num_retrieved else None
+        retrieve: Retrieve | None = Retriever(task.train, num_retrieved) if num_retrieved else None
+        if between_chunks is not None:
+            demonstrations = tuple(demonstrations)
+            self._encode_in_chunks(demonstrations, between_chunks)
+            retrieve = retrieve and _in_chunks(retrieve, between_chunks)
         fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
         rows = Retriever(task.train, num_retrieved, exclude=fitting).candidates if num_retrieved else ()
         return FittedPrefix(task, fitting, num_dropped, token_ids, rows)
+
+    def _encode_in_chunks(self, demonstrations: Sequence[Example], between_chunks: BetweenChunks) -> None:
+        """Encode demonstrations, which the encoder remembers, and let other work go first after every few."""
+        for some in in_batches(demonstrations, ROWS_PER_CHUNK):
+            for example in some:
+                self._num_query_tokens(example.query)
+                # What cannot be encoded is refused together with all that is wrong.
+                with suppress(UserError):
+                    self.encoder.num_shot_tokens(example)
+            between_chunks(0, 0)
 
     def compile_fitted(
         self, fitted: FittedPrefix, *, reuse: TaskPrefix | None = None, between_chunks: BetweenChunks | None = None
@@ -927,6 +945,18 @@ class Engine:
                 if explain is not None and isinstance(query, EncodedQuery):
                     prediction = replace(prediction, similar=explain(query.query))
                 yield AnswerPart(row, added, prediction)
+
+
+def _in_chunks(retrieve: Retrieve, between_chunks: BetweenChunks) -> Retrieve:
+    """Let other work go first after every few queries for which examples are retrieved."""
+    calls = count(1)
+
+    def retrieve_and_yield(query: Query) -> Sequence[Example]:
+        if not next(calls) % ROWS_PER_CHUNK:
+            between_chunks(0, 0)
+        return retrieve(query)
+
+    return retrieve_and_yield
 
 
 def _kept_answers(

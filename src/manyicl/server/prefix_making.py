@@ -92,8 +92,8 @@ def make_prefix(
     Raises:
         UserError: If the task cannot be compiled.
     """
-    fitted = _fitted(engine, source)
-    reuse = _reusable(engine, prefixes, source, fitted, load)
+    fitted = _fitted(engine, source, between_chunks)
+    reuse = _reusable(engine, prefixes, source, fitted, load, between_chunks)
     return engine.compile_fitted(fitted, reuse=reuse, between_chunks=between_chunks)
 
 
@@ -103,30 +103,39 @@ def compiled_of(prefix: TaskPrefix, model: str, seconds: float = 0.0) -> Compile
     return Compiled(prefix.num_tokens, prefix.num_shots, prefix.num_dropped, answers, model, seconds)
 
 
-def _fitted(engine: Engine, source: TaskSource) -> FittedPrefix:
+def _fitted(engine: Engine, source: TaskSource, between_chunks: BetweenChunks | None) -> FittedPrefix:
     demonstrations = source.task.train[: source.num_shots]
     try:
-        return engine.fit_prefix(source.task, demonstrations, num_retrieved=source.num_retrieved)
+        return engine.fit_prefix(
+            source.task, demonstrations, num_retrieved=source.num_retrieved, between_chunks=between_chunks
+        )
     except UserError as error:
         # A small task has all of its demonstrations in the prefix, and none to retrieve until it grows.
         if error.code != "no_example_left":
             raise
-        return engine.fit_prefix(source.task, demonstrations)
+        return engine.fit_prefix(source.task, demonstrations, between_chunks=between_chunks)
 
 
 def _reusable(
-    engine: Engine, prefixes: Prefixes, source: TaskSource, fitted: FittedPrefix, load: Load
+    engine: Engine,
+    prefixes: Prefixes,
+    source: TaskSource,
+    fitted: FittedPrefix,
+    load: Load,
+    between_chunks: BetweenChunks | None,
 ) -> TaskPrefix | None:
     """Put together what is known of the beginning of a prefix: keys and values, and records."""
     cache = prefixes.longest(fitted.token_ids, source.key.task_id)
     if cache is None:
         return None
-    records = _records(source, fitted) or _earlier_records(engine, prefixes, source, load)
+    records = _records(source, fitted) or _earlier_records(engine, prefixes, source, load, between_chunks)
     task, demonstrations, answers = records or _Records(source.task, (), ())
     return TaskPrefix(task, demonstrations, 0, engine.encoder.text_hash, cache, answers=answers)
 
 
-def _earlier_records(engine: Engine, prefixes: Prefixes, source: TaskSource, load: Load) -> _Records | None:
+def _earlier_records(
+    engine: Engine, prefixes: Prefixes, source: TaskSource, load: Load, between_chunks: BetweenChunks | None
+) -> _Records | None:
     key = source.earlier or VersionKey(source.key.task_id, source.key.version - 1)
     if key.version < 1:
         return None
@@ -134,7 +143,7 @@ def _earlier_records(engine: Engine, prefixes: Prefixes, source: TaskSource, loa
         return _Records(prefix.task, prefix.demonstrations, prefix.answers)
     try:
         other = load(key)
-        return _records(other, _fitted(engine, other)) if other.answers else None
+        return _records(other, _fitted(engine, other, between_chunks)) if other.answers else None
     except UserError:
         return None
 

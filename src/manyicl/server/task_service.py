@@ -407,7 +407,8 @@ class TaskService:
         settings = record.settings
         num_shots, num_retrieved = settings.num_shots, settings.num_retrieved
         answers = version.answers if version.model == self.model else None
-        return TaskSource(key, task, num_shots, num_retrieved, answers, settings.pinned)
+        earlier = None if record.ready in (None, key.version) else VersionKey(record.id, record.ready)
+        return TaskSource(key, task, num_shots, num_retrieved, answers, settings.pinned, earlier)
 
     def on_ready(self, key: VersionKey, compiled_version: Compiled) -> None:
         """Note that a version can answer; called by the worker."""
