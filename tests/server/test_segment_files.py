@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from manyicl.engine.local import LocalBackend
 from manyicl.errors import MachineError
@@ -282,6 +282,17 @@ def test_the_least_recently_used_files_go_and_beginnings_go_last(tmp_path: Path,
     assert num_found(files, backend, longer, "tsk_e") in (800, 1000)
 
 
+def test_of_one_prefix_the_end_goes_first(tmp_path: Path, backend: LocalBackend) -> None:
+    longer = tokens(800) + tokens(200, seed=1)
+    files = SegmentFiles(tmp_path, backend, PLENTY)
+    store(files, backend, tokens(800))
+    store(files, backend, longer)
+    for _ in range(2):
+        first, second = files.longest("tsk_a", longer)
+        assert first.segment.used > second.segment.used
+        files.mark_used([first, second])
+
+
 def test_what_is_larger_than_the_budget_is_not_written_and_deletes_nothing(
     tmp_path: Path, backend: LocalBackend
 ) -> None:
@@ -440,10 +451,10 @@ def test_hashed_positions_rise_from_start_to_end(start: int, num_tokens: int) ->
     assert set(positions[1:-1]) == {p for p in range(start + 1, start + num_tokens) if p % 32 == 0}
 
 
-def test_files_are_as_private_as_their_folder_and_named_by_content(tmp_path: Path, backend: LocalBackend) -> None:
-    for folder in ("one", "two"):
-        store(SegmentFiles(tmp_path / folder, backend, PLENTY), backend, tokens(50))
-    one, two = (path for path in sorted(written(tmp_path)))
-    assert one.name == two.name
-    assert one.read_bytes() == two.read_bytes()
-    assert one.stat().st_size < 50 * 10_000
+def test_files_are_named_by_what_their_content_depends_on(tmp_path: Path, backend: LocalBackend) -> None:
+    for folder, token_ids in (("one", tokens(50)), ("two", tokens(50)), ("three", tokens(51))):
+        store(SegmentFiles(tmp_path / folder, backend, PLENTY), backend, token_ids)
+    one, three, two = sorted(written(tmp_path))
+    assert one.name == two.name != three.name
+    same = load_file(two)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in load_file(one).items())

@@ -271,7 +271,7 @@ class SegmentFiles:
                 self.forget(task_id)
                 return True
             self._tasks.setdefault(task_id, []).append(segment)
-            self.mark_used([Piece(segment, segment.end), *(piece for piece in pieces if piece.start < start)])
+            self.mark_used([*(piece for piece in pieces if piece.start < start), Piece(segment, segment.end)])
             for one in joined:
                 self._delete(one)
         return True
