@@ -18,9 +18,9 @@ from tests.server.fakes import FakeWorker, fake_services, fake_worker
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Serve an application until the block ends; gives its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def running(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """Serve an application until the block ends, on a free port unless one is given; gives its address."""
+    with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from typer.testing import CliRunner
@@ -13,11 +14,12 @@ from typer.testing import CliRunner
 from manyicl.cli.tasks import app
 from manyicl.client import Client, RemoteTask
 from manyicl.errors import MachineError, UserError
-from manyicl.served import RefusedRequestError
+from manyicl.served import Change, RefusedRequestError
+from manyicl.server.app import create_app
 from manyicl.tasks.files import load_task
 from manyicl.tasks.starter_tables import write_starter_tables
-from tests.server.fakes import TOO_LONG, FakeWorker
-from tests.server.running import running_fake
+from tests.server.fakes import TOO_LONG, FakeWorker, fake_services
+from tests.server.running import running, running_fake
 
 PAIRS = [("what a film", "good"), ("so dull", "bad"), ("I laughed", "good")]
 
@@ -161,6 +163,24 @@ def test_a_full_queue_is_waited_for(served: tuple[str, FakeWorker], mood: Remote
         (found,) = patient.task("mood").predict([{"query": "so dull"}])
         first.join()
     assert found.answer == "bad"
+
+
+def test_a_restart_goes_unnoticed_and_a_write_is_carried_out_once(tmp_path: Path) -> None:
+    with fake_services(tmp_path / "data") as services:
+        with running(create_app(services)) as url:
+            port = urlsplit(url).port or 0
+            client = Client(url, retry_seconds=20)
+            task = client.create_task("mood", PAIRS, labels=("good", "bad"))
+        changes: list[Change] = []
+        writing = threading.Thread(target=lambda: changes.append(task.add([("a waste", "bad")])))
+        writing.start()
+        writing.join(0.5)
+        assert writing.is_alive(), "nothing answers now"
+        with running(create_app(services), port):
+            writing.join(20)
+            assert [change.task.num_demonstrations for change in changes] == [4]
+            assert task.predict(["a waste"])[0].answer == "bad"
+            client.close()
 
 
 def test_a_starter_table_is_pushed_and_pulled(

@@ -130,7 +130,9 @@ def test_a_task_of_several_columns_takes_an_object(sdk: openai.OpenAI, content: 
         ({"questions": [choice(True, False)]}, "labels_do_not_fit", "questions.0.choices"),
         ({"questions": [{"type": "predicate", "instructions": "?"}]}, "labels_do_not_fit", "questions.0.type"),
         ({"model": "echo"}, "no_labels", "model"),
-        ({"model": "mood@one"}, "unknown_version", None),
+        ({"model": "mood@one"}, "unknown_version", "model"),
+        ({"model": "mood@9"}, "unknown_version", "model"),
+        ({"model": "moody"}, "unknown_task", "model"),
         ({"questions": []}, "wrong_value", "questions"),
         ({"input": [{"role": "system", "content": "Be brief."}]}, "one_message_needed", "input"),
         (
@@ -144,16 +146,13 @@ def test_a_task_of_several_columns_takes_an_object(sdk: openai.OpenAI, content: 
         ({"extra_body": {"tools": []}}, "unknown_key", "tools"),
     ],
 )
-def test_what_does_not_fit_the_task_is_a_bad_request(
-    sdk: openai.OpenAI, changes: Any, code: str, param: str | None
-) -> None:
+def test_what_does_not_fit_the_task_is_a_bad_request(sdk: openai.OpenAI, changes: Any, code: str, param: str) -> None:
     usual = {"model": "mood", "input": "so dull", "questions": [choice("good", "bad")]}
     error = refusal_of(lambda: sdk.decisions.create(**{**usual, **changes}))
-    if code == "unknown_version":
-        assert isinstance(error, openai.NotFoundError)
-    else:
-        assert isinstance(error, openai.BadRequestError)
-        assert (error.code, error.param, error.type) == (code, param, "invalid_request_error")
+    is_unknown = code.startswith("unknown_") and param == "model"
+    assert isinstance(error, openai.NotFoundError if is_unknown else openai.BadRequestError)
+    assert (error.code, error.param) == (code, param)
+    assert error.type == ("not_found_error" if is_unknown else "invalid_request_error")
 
 
 # Chat completions
@@ -294,5 +293,9 @@ def test_keys_are_needed_where_the_server_has_keys_and_no_one_sees_tasks_of_othe
         for key, error in ((others, openai.NotFoundError), ("mk_no_key", openai.AuthenticationError)):
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as sdk, pytest.raises(error):
                 sdk.decisions.create(model="mood", input="a", questions=[choice("good", "bad")])
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as sdk, pytest.raises(error):
+                sdk.chat.completions.create(model="mood", messages=[{"role": "user", "content": "a"}])
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as sdk, pytest.raises(error):
+                sdk.models.retrieve("mood")
         with openai.OpenAI(base_url=f"{url}/v1", api_key=others) as sdk:
             assert not list(sdk.models.list())

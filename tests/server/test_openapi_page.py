@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from manyicl.server.openapi import document, page
@@ -21,6 +22,13 @@ def test_the_page_names_every_path_and_every_key() -> None:
     for name, schema in described["components"]["schemas"].items():
         (section,) = re.findall(rf"^### {name}$(.*?)(?=^### |\Z)", written, re.MULTILINE | re.DOTALL)
         assert re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE) == list(schema.get("properties", {}))
+
+
+def test_everything_that_the_document_refers_to_is_in_it() -> None:
+    described = document()
+    names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(described)))
+    assert names <= described["components"]["schemas"].keys()
+    assert "422" not in described["paths"]["/v1/models/{model}"]["get"]["responses"]
 
 
 def test_a_type_is_written_with_its_bounds_and_alternatives() -> None:

@@ -14,6 +14,8 @@ from manyicl.server.row_input import JSON_LINES
 from manyicl.server.schemas import NewDemonstrations, NewTask, PredictIn, Problem, TaskChanges
 
 _REF = "#/components/schemas/{model}"
+# What FastAPI says of a wrong parameter, which is answered in another shape here.
+_NOT_OURS = "HTTPValidationError"
 # Models of bodies that routes read themselves; others add theirs with `body_of`.
 _MODELS: dict[str, type[BaseModel]] = {
     model.__name__: model for model in (NewDemonstrations, NewTask, PredictIn, Problem, TaskChanges)
@@ -85,7 +87,10 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         components = document.setdefault("components", {}).setdefault("schemas", {})
         for name, schema in schemas.get("$defs", {}).items():
             components.setdefault(name, schema)
-        for name in ("HTTPValidationError", "ValidationError"):
+        for name in (_NOT_OURS, "ValidationError"):
             components.pop(name, None)
+        for route in (route for methods in document["paths"].values() for route in methods.values()):
+            if _NOT_OURS in str(route["responses"].get("422")):
+                del route["responses"]["422"]
         app.openapi_schema = document
     return app.openapi_schema

@@ -44,7 +44,7 @@ from manyicl.server.openai_shapes import (
     seconds,
 )
 from manyicl.server.problems import problem
-from manyicl.server.records import Caller, VersionRecord
+from manyicl.server.records import Caller, TaskRecord, VersionRecord
 from manyicl.server.row_input import json_body, with_numbers
 from manyicl.server.schemas import AnswerChoices
 from manyicl.server.services import Services, services_of
@@ -97,11 +97,10 @@ async def list_models(caller: Predictor, services: App) -> Any:
 @router.get("/models/{model}", response_model=ModelOut)
 async def get_model(model: ModelName, caller: Predictor, services: App) -> Any:
     """Return a task as a model."""
-    task, version = named_model(model)
-    record, found = await quickly(services.service.version_that_answers, caller.owner, task, version)
-    if version is None:
+    record, found = await quickly(_task_and_version, services, caller, model)
+    if "@" not in model:
         return model_out(record)
-    return ModelOut(id=f"{record.name}@{version}", created=seconds(found.created_at))
+    return ModelOut(id=f"{record.name}@{found.key.version}", created=seconds(found.created_at))
 
 
 @router.post("/decisions", response_model=DecisionOut, openapi_extra=body_of(DecisionIn))
@@ -175,8 +174,7 @@ def _question(
     Raises:
         UserError: If there is no such task or version, or the query cannot be answered.
     """
-    task, number = named_model(model)
-    record, version = services.service.version_that_answers(caller.owner, task, number)
+    record, version = _task_and_version(services, caller, model)
     without_rows = task_without_rows(record, version)
     if "scores" in choices and not without_rows.is_closed:
         what, remedy = f"task {record.name!r} has no labels", "Use /v1/chat/completions for free answers."
@@ -186,6 +184,20 @@ def _question(
     question = services.service.question(caller.owner, record.id, chosen, [row])
     _require_no_problem(question.rows[0], field)
     return question
+
+
+def _task_and_version(services: Services, caller: Caller, model: str) -> tuple[TaskRecord, VersionRecord]:
+    """Return the task and the version that a model name stands for.
+
+    Raises:
+        UserError: If there is none.
+    """
+    try:
+        task, number = named_model(model)
+        return services.service.version_that_answers(caller.owner, task, number)
+    except UserError as error:
+        error.field = "model"
+        raise
 
 
 def _require_no_problem(row: object, field: str) -> None:
