@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from manyicl.server.services import Services
-from tests.server.fakes import TOO_LONG, echo_task, fake_client, fake_services, fake_worker, mood_task
+from tests.server.fakes import BROKEN, TOO_LONG, echo_task, fake_client, fake_services, fake_worker, mood_task
 from tests.server.fakes import client_of as client_with
 
 LINES = {"Content-Type": "application/x-ndjson"}
@@ -154,10 +154,12 @@ def test_an_evaluation_in_json_names_all_rows_that_cannot_be_used_and_scores_non
 
 
 def test_an_evaluation_of_lines_counts_rows_that_cannot_be_used(client: TestClient) -> None:
-    lines = '{"text": "what a film", "label": "good"}\n{"text": "b"}\n{\n'
+    lines = '{"text": "what a film", "label": "good"}\n\n{"text": "b"}\n{\n{"text": "new", "label": "good"}\n'
     found = client.post("/v1/tasks/mood/evaluate", content=lines, headers=LINES).json()
-    assert (found["accuracy"], found["num_rows"], found["num_problems"]) == (1.0, 3, 2)
-    assert [(one["row"], one["code"]) for one in found["problems"]] == [(2, "missing_column"), (3, "broken_json")]
+    assert (found["accuracy"], found["num_rows"], found["num_problems"]) == (0.5, 4, 2)
+    # Numbers are those of lines.
+    assert [(one["row"], one["code"]) for one in found["problems"]] == [(3, "missing_column"), (4, "broken_json")]
+    assert [one["row"] for one in found["errors"]] == [5]
 
 
 def test_free_answers_are_evaluated_by_their_metric(client: TestClient) -> None:
@@ -214,7 +216,7 @@ def test_a_cancelled_job_ends_and_a_finished_one_is_forgotten(client: TestClient
     worker = fake_worker(services_of(client))
     worker.open.clear()
     job = submitted(client, {"task": "mood", "rows": ROWS})
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not worker.options:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -227,22 +229,38 @@ def test_a_cancelled_job_ends_and_a_finished_one_is_forgotten(client: TestClient
         assert (answer.status_code, answer.json()["code"]) == (404, "unknown_job")
 
 
-def test_a_job_of_a_version_that_fails_says_why(client: TestClient) -> None:
+def test_the_jobs_of_a_task_go_with_it(client: TestClient) -> None:
     worker = fake_worker(services_of(client))
-    worker.compiles.clear()
-    rows = [{"query": "a", "answer": "broken"}]
-    client.post("/v1/tasks", json={"name": "bad", "demonstrations": rows})
     worker.open.clear()
-    job = submitted(client, {"task": "bad", "rows": [{"query": "a"}]})
-    client.delete("/v1/tasks/bad")
+    job = submitted(client, {"task": "mood", "rows": ROWS})
+    client.post("/v1/tasks", json=echo_task())
+    assert client.delete("/v1/tasks/mood").status_code == 204
     worker.open.set()
+    assert client.get(f"/v1/jobs/{job['id']}").json()["code"] == "unknown_job"
+    # What ended in the middle takes no other job with it.
+    other = submitted(client, {"task": "echo", "rows": [{"query": "d"}]})
+    assert finished(client, other["id"])["state"] == "done"
+
+
+def test_a_job_of_a_version_that_fails_later_says_why(client: TestClient) -> None:
+    services = services_of(client)
+    worker = fake_worker(services)
+    services.runner.stop()
+    worker.compiles.clear()
+    client.post("/v1/tasks", json={"name": "bad", "demonstrations": [{"query": "a", "answer": BROKEN}]})
+    job = submitted(client, {"task": "bad", "rows": [{"query": "a"}]})
     worker.compiles.set()
-    # Its rows went with the task.
-    assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
+    deadline = time.monotonic() + 30
+    while client.get("/v1/tasks/bad").json()["state"] == "compiling":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    services.runner.start()
+    found = finished(client, job["id"])
+    assert (found["state"], found["num_done"], found["problem"]["code"]) == ("failed", 0, "version_failed")
 
 
 def test_a_failed_version_takes_no_jobs(client: TestClient) -> None:
-    client.post("/v1/tasks", json={"name": "bad", "demonstrations": [{"query": "a", "answer": "broken"}]})
+    client.post("/v1/tasks", json={"name": "bad", "demonstrations": [{"query": "a", "answer": BROKEN}]})
     client.post("/v1/tasks/bad/predict", json={"rows": [{"query": "a"}]})
     answer = client.post("/v1/jobs", json={"task": "bad", "rows": [{"query": "a"}]})
     assert (answer.status_code, answer.json()["code"]) == (409, "version_failed")
@@ -266,6 +284,14 @@ def test_more_rows_than_a_job_may_have_are_refused(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["code"]) == (413, "too_many_rows")
         answer = client.post("/v1/tasks/mood/evaluate", json={"rows": ROWS[:2]})
         assert (answer.status_code, answer.json()["code"]) == (413, "too_many_rows")
+
+
+def test_the_rows_of_a_job_count_towards_the_limit_on_rows(tmp_path: Path) -> None:
+    with fake_client(tmp_path / "data", rows_per_minute=4) as client:
+        client.post("/v1/tasks", json=mood_task())
+        submitted(client, {"task": "mood", "rows": ROWS})
+        answer = client.post("/v1/jobs", json={"task": "mood", "rows": ROWS})
+        assert (answer.status_code, answer.json()["code"]) == (429, "too_many_requests")
 
 
 def test_jobs_come_in_pages_and_are_those_of_their_owner(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -56,12 +57,15 @@ def errors(*statuses: int, body: bool = False) -> dict[int | str, dict[str, Any]
     }
 
 
-def body_of(model: type[BaseModel] | None, *, lines: bool = False, required: bool = True) -> dict[str, Any]:
+def body_of(
+    model: type[BaseModel] | None, *, lines: bool = False, fields: Iterable[str] = (), required: bool = True
+) -> dict[str, Any]:
     """Return what describes the body of a route that reads it itself.
 
     Args:
         model: What JSON must be; None for a row.
         lines: Whether rows may also come as JSON lines, a table, or a form with a file.
+        fields: Further fields of such a form.
         required: Whether there must be one.
     """
     schema: dict[str, Any] = {"type": "object", "description": "Column -> value."}
@@ -70,9 +74,8 @@ def body_of(model: type[BaseModel] | None, *, lines: bool = False, required: boo
         schema = {"$ref": _REF.format(model=model.__name__)}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if lines:
-        fields: dict[str, Any] = {"file": {**_TEXT, "format": "binary"}}
-        fields |= {"name": _TEXT, "task": _TEXT, "settings": _TEXT}
-        form = {"type": "object", "required": ["file"], "properties": fields}
+        properties = {"file": {**_TEXT, "format": "binary"}, **dict.fromkeys(fields, _TEXT)}
+        form = {"type": "object", "required": ["file"], "properties": properties}
         content |= {JSON_LINES: {"schema": _TEXT}, "text/csv": {"schema": _TEXT}}
         content |= {"multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": required, "content": content}}

@@ -144,7 +144,7 @@ def row_of(stored: Columns, number: int) -> LocatedRow | UserError:
 
 
 class JobRunner:
-    """Works on all unfinished jobs, those of an earlier process among them, one portion of each in turn.
+    """Works on all unfinished jobs, those of an earlier process among them, portion by portion: owners take turns.
 
     The results of a portion are stored together, so after a kill a row has its result or is answered again, and none
     has two. A full queue, and a database that fails, are waited out; an error of the task ends its job.
@@ -176,6 +176,8 @@ class JobRunner:
         self._kept_days, self._forgotten_at = kept_days, float("-inf")
         self._rows_per_portion, self._busy_seconds = rows_per_portion, busy_seconds
         self._plans: dict[str, JobPlan] = {}
+        self._last_turns: dict[str, int] = {}
+        self._num_turns = 0
         self._news, self._stopping = threading.Event(), threading.Event()
         self._current: tuple[str, Ticket] | None = None
         self._lock = threading.Lock()
@@ -223,16 +225,26 @@ class JobRunner:
                 self._news.clear()
 
     def _work_once(self) -> bool:
-        """Work on one portion of each unfinished job; tell whether there was any."""
+        """Work on one portion of a job of each owner; tell whether there was any."""
         self._forget()
         unfinished = self._jobs.unfinished()
         ids = {job.id for job in unfinished}
         self._plans = {job_id: plan for job_id, plan in self._plans.items() if job_id in ids}
-        for job in unfinished:
+        self._last_turns = {job_id: turn for job_id, turn in self._last_turns.items() if job_id in ids}
+        for job in self._in_turn(unfinished):
             if self._stopping.is_set():
                 break
+            self._num_turns += 1
+            self._last_turns[job.id] = self._num_turns
             self._work_on(job)
         return bool(unfinished)
+
+    def _in_turn(self, unfinished: Sequence[JobRecord]) -> list[JobRecord]:
+        """Return a job of each owner, the one that waited longest; many jobs of one take no time of the others."""
+        chosen: dict[str, JobRecord] = {}
+        for job in sorted(unfinished, key=lambda job: self._last_turns.get(job.id, 0)):
+            chosen.setdefault(job.owner, job)
+        return list(chosen.values())
 
     def _forget(self) -> None:
         """Delete jobs that ended long ago, once in a while."""

@@ -49,13 +49,13 @@ async def evaluate(
         predictions = [one async for one in answers(services, client, question)]
     version = await require_answerable(services, question.version)  # which may have become ready for these rows
     if not content.is_lines:
-        numbered = enumerate(predictions, start=1)
+        numbered = zip(question.numbers, predictions, strict=True)
         problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]
         require_all(problems, len(predictions))
 
     def found() -> dict[str, Any]:
         results = (evaluated(one, answers) for one, answers in zip(predictions, expected, strict=True))
-        return summary(task_without_rows(question.task, version), enumerate(results, start=1))
+        return summary(task_without_rows(question.task, version), zip(question.numbers, results, strict=True))
 
     scores = await in_thread(request, found)
     return EvaluationOut(task=question.task.id, version=version.key.version, model=version.model, **scores)

@@ -39,7 +39,7 @@ MostResults = Annotated[int, Query(ge=1, le=MOST_IN_PAGE, description="Most resu
     status_code=202,
     response_model=JobOut,
     responses={202: _ACCEPTED, **errors(404, 409, body=True)},
-    openapi_extra=body_of(NewJob, lines=True),
+    openapi_extra=body_of(NewJob, lines=True, fields=("kind", "task", "version", "options")),
 )
 async def create_job(
     request: Request,
@@ -53,6 +53,7 @@ async def create_job(
     services.require_running()
     body = await read_body(request)
     content = await rows_of(request, body, ROWS, services.settings.max_job_rows)
+    services.limits.count_rows(caller, len(content.rows))
     new = _new_job(content, lines)
     choices = AnswerChoices(**new.options.model_dump(exclude_unset=True), version=new.version)
     create = partial(services.job_service.create, caller.owner, new.kind, new.task, choices)

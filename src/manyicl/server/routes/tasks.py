@@ -69,7 +69,7 @@ App = Annotated[Services, Depends(services_of)]
     status_code=201,
     response_model=TaskOut,
     responses={201: _CREATED, **errors(409, body=True)},
-    openapi_extra=body_of(NewTask, lines=True),
+    openapi_extra=body_of(NewTask, lines=True, fields=("name", "task", "settings")),
 )
 async def create_task(
     request: Request,
