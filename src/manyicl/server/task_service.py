@@ -32,6 +32,7 @@ from manyicl.server.records import (
 )
 from manyicl.server.row_input import InputRow
 from manyicl.server.schemas import AnswerChoices, NewTaskKeys, SettingsIn, TaskChanges
+from manyicl.server.turns import Turns
 from manyicl.server.work import Compiled, TaskSource
 from manyicl.tasks.building import TaskBuilder
 from manyicl.tasks.demonstrations import demonstrations_in_order
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from manyicl.server.settings import ServerSettings
     from manyicl.server.task_store import TaskStore
 
-# How often a write is tried that another write went before, each time with what that one left.
+# How often a write is tried that another write went before, each time with what that one left. Writes of one task take
+# turns here, so that only a write past this service can go before.
 MOST_TRIES = 5
 MOST_CACHED = 1024
 # How long the answer to a deletion waits until the worker, between two chunks of its work, has deleted the prefixes.
@@ -113,6 +115,7 @@ class TaskService:
         self._rebuilt: set[VersionKey] = set()
         self._majorities: OrderedDict[VersionKey, float] = OrderedDict()
         self._lock = threading.Lock()
+        self._turns = Turns()
 
     @property
     def worker(self) -> Worker:
@@ -259,6 +262,10 @@ class TaskService:
         Raises:
             UserError: If the name is taken, a setting does not suit the task, or it was changed meanwhile.
         """
+        with self._turns.of(self.tasks.get(owner, task).id):
+            return self._update(owner, task, changes, revisions)
+
+    def _update(self, owner: str, task: str, changes: TaskChanges, revisions: frozenset[int] | None) -> TaskRecord:
         record = self.tasks.get(owner, task)
         require_matching(record, revisions)
         given = changes.model_dump(exclude_unset=True)
@@ -302,6 +309,8 @@ class TaskService:
     ) -> Written:
         """Read the task, check, and write if it is still what was read; otherwise try again.
 
+        Writes of one task wait for each other, as a check may take longer than the time until the next write.
+
         Args:
             owner: Whose task.
             task: Its id or name.
@@ -313,6 +322,21 @@ class TaskService:
             UserError: As ``write`` does; or if others wrote in between every time, or once where the caller named
                 revisions.
         """
+        if (replayed := self._replayed(owner, idempotency)) is not None:
+            return replayed
+        with self._turns.of(self.tasks.get(owner, task).id):
+            return self._write_in_turn(owner, task, revisions, idempotency, write)
+
+    def _write_in_turn(
+        self,
+        owner: str,
+        task: str,
+        revisions: frozenset[int] | None,
+        idempotency: Idempotency | None,
+        write: Callable[[TaskRecord, list[DemonstrationRecord]], Written],
+    ) -> Written:
+        """Do what `_write` says, when no other write of the task is being checked."""
+        # The same request, sent again meanwhile, may have gone before.
         if (replayed := self._replayed(owner, idempotency)) is not None:
             return replayed
         for attempt in range(1, MOST_TRIES + 1):
