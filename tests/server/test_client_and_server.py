@@ -24,16 +24,19 @@ from tests.server.running import running, running_fake
 PAIRS = [("what a film", "good"), ("so dull", "bad"), ("I laughed", "good")]
 
 
-@pytest.fixture(name="served")
-def _served(tmp_path: Path) -> Iterator[tuple[str, FakeWorker]]:
-    with running_fake(tmp_path / "data", request_seconds=5) as (url, worker):
+@pytest.fixture(name="served", scope="module")
+def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, FakeWorker]]:
+    with running_fake(tmp_path_factory.mktemp("client") / "data", request_seconds=5) as (url, worker):
         yield url, worker
 
 
 @pytest.fixture(name="client")
 def _client(served: tuple[str, FakeWorker]) -> Iterator[Client]:
+    """A client of a server without tasks."""
     with Client(served[0], retry_seconds=0) as client:
         yield client
+        for task in list(client.tasks()):
+            client.task(task.id).delete()
 
 
 @pytest.fixture(name="mood")
@@ -151,10 +154,12 @@ def test_closing_a_stream_gives_the_answer_up(client: Client, served: tuple[str,
     worker.open.set()
 
 
-def test_a_full_queue_is_waited_for(served: tuple[str, FakeWorker], mood: RemoteTask) -> None:
+def test_a_full_queue_is_waited_for(
+    served: tuple[str, FakeWorker], mood: RemoteTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mood.wait()
     worker = served[1]
-    worker.max_waiting_rows = 1
+    monkeypatch.setattr(worker, "max_waiting_rows", 1)
     worker.open.clear()
     threading.Timer(0.3, worker.open.set).start()
     with Client(served[0], retry_seconds=20) as patient:
@@ -184,7 +189,7 @@ def test_a_restart_goes_unnoticed_and_a_write_is_carried_out_once(tmp_path: Path
 
 
 def test_a_starter_table_is_pushed_and_pulled(
-    served: tuple[str, FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[str, FakeWorker], client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANYICL_URL", served[0])
     (folder,) = [one for one in write_starter_tables(tmp_path / "tables") if one.name == "tickets"]
@@ -197,6 +202,7 @@ def test_a_starter_table_is_pushed_and_pulled(
     original = load_task(folder)
     assert f"made with {len(original.train)} demonstrations" in run("push", folder)
     assert run("push", folder).endswith("tickets: 0 added\n")  # after the log of the server
+    assert [task.num_demonstrations for task in client.tasks()] == [len(original.train)]
     run("pull", "tickets", tmp_path / "copy")
     copy = load_task(tmp_path / "copy")
     assert copy.spec == original.spec
@@ -216,12 +222,12 @@ def test_known_answers_are_compared_at_once_and_by_a_job(client: Client, mood: R
 
 
 def test_a_job_answers_rows_in_order_with_the_problems_of_bad_ones(client: Client, mood: RemoteTask) -> None:
-    job = mood.submit(["so dull", TOO_LONG, "what a film"], idempotency_key="k")
+    job = mood.submit(["so dull", TOO_LONG, "what a film"], idempotency_key="of a job")
     assert job.wait(timeout=30).num_problems == 1
     results = list(job.results())
     assert [one.answer for one in results] == ["bad", None, "good"]
     assert results[1].problem is not None
-    assert mood.submit(["so dull", TOO_LONG, "what a film"], idempotency_key="k").id == job.id
+    assert mood.submit(["so dull", TOO_LONG, "what a film"], idempotency_key="of a job").id == job.id
     job.cancel()
     with pytest.raises(UserError) as caught:
         job.info()

@@ -9,14 +9,15 @@ from manyicl.server.openapi import document, page
 from tests.documents import DOCS
 
 PAGE = DOCS / "api.md"
+DOCUMENT = document()
 
 
 def test_the_page_of_the_api_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(document()), "python -m manyicl.server.openapi > docs/api.md"
+    assert PAGE.read_text(encoding="utf-8") == page(DOCUMENT), "python -m manyicl.server.openapi > docs/api.md"
 
 
 def test_the_page_names_every_path_and_every_key() -> None:
-    written, described = PAGE.read_text(encoding="utf-8"), document()
+    written, described = PAGE.read_text(encoding="utf-8"), DOCUMENT
     routes = {f"{method.upper()} {path}" for path, methods in described["paths"].items() for method in methods}
     assert set(re.findall(r"^### `(.*)`$", written, re.MULTILINE)) == routes
     for name, schema in described["components"]["schemas"].items():
@@ -25,10 +26,9 @@ def test_the_page_names_every_path_and_every_key() -> None:
 
 
 def test_everything_that_the_document_refers_to_is_in_it() -> None:
-    described = document()
-    names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(described)))
-    assert names <= described["components"]["schemas"].keys()
-    assert "422" not in described["paths"]["/v1/models/{model}"]["get"]["responses"]
+    names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(DOCUMENT)))
+    assert names <= DOCUMENT["components"]["schemas"].keys()
+    assert "422" not in DOCUMENT["paths"]["/v1/models/{model}"]["get"]["responses"]
 
 
 def test_a_type_is_written_with_its_bounds_and_alternatives() -> None:
