@@ -132,7 +132,7 @@ def test_what_changes_something_needs_a_content_type_that_no_form_has(
 ) -> None:
     before = client.get("/v1/tasks/mood").json()
     for method, path in routes_of(client):
-        if method in ("POST", "PATCH"):
+        if method in ("POST", "PUT", "PATCH"):
             headers = {} if content_type is None else {"Content-Type": content_type}
             answer = client.request(method, filled(path), content=json.dumps(echo_task()), headers=headers)
             assert (answer.status_code, code_of(answer)) == (415, "wrong_content_type"), path

@@ -88,7 +88,7 @@ def _add_middleware(app: FastAPI, services: Services) -> None:
             allow_headers=["Authorization", "Content-Type", "If-Match", "Idempotency-Key"],
             expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
         )
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, methods_at=_methods_at)
     app.add_middleware(RequestLog, metrics=services.metrics)
     app.add_middleware(OpenAIErrors)
 
@@ -130,7 +130,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         problem = UserError("broken_body", lower_case_start(str(error.detail)))
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        headers["Allow"] = ", ".join(_methods_at(request.url.path))  # Starlette names those of the first route alone
+        headers["Allow"] = (
+            ", ".join(_methods_at(request.url.path)) or "GET"
+        )  # Starlette names those of the first route alone
     return ProblemResponse(problem, _id_of(request), headers)
 
 
@@ -138,7 +140,7 @@ def _methods_at(path: str) -> list[str]:
     """Return the methods that an address takes."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
     methods = [method for route in routes if route.path_regex.match(path) for method in route.methods or ()]
-    return sorted(set(methods)) or ["GET"]
+    return sorted(set(methods))
 
 
 async def _client_gone(_request: Request, _error: Exception) -> Response:

@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -109,9 +110,16 @@ class Guard:
     that a browser sends without asking first can have a few content types only, none of which is accepted.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        """Wrap an application."""
+    def __init__(self, app: ASGIApp, settings: ServerSettings, methods_at: Callable[[str], Collection[str]]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            settings: Settings of the server.
+            methods_at: Gives the methods that a path takes.
+        """
         self._app = app
+        self._methods_at = methods_at
         self._hosts = settings.accepted_hosts
         self._origins = frozenset(settings.allowed_origins)
         self._has_keys = settings.require_keys
@@ -120,20 +128,20 @@ class Guard:
         """Answer a request, or refuse it before its body is read."""
         if scope["type"] == "http":
             try:
-                self._check(scope["method"], Headers(scope=scope))
+                self._check(scope["method"], scope["path"], Headers(scope=scope))
             except UserError as error:
                 await refused(error, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check(self, method: str, path: str, headers: Headers) -> None:
         host = self._required_host(headers)
         self._require_origin(headers, host)
         if not self._has_keys and any(name in headers for name in _FORWARDED):
             what = "the request comes through a proxy, and the server has no API keys"
             remedy = "Make a key with `manyicl keys create` and restart the server."
             raise UserError("forwarded_without_keys", what, remedy=remedy)
-        if method in WITH_BODY:
+        if method in WITH_BODY and method in self._methods_at(path):
             kind = media_type(headers.get("content-type"))
             if kind not in CONTENT_TYPES or len(headers.getlist("content-type")) != 1:
                 what, expected = "the content type is not accepted", f"one of {', '.join(sorted(CONTENT_TYPES))}"
