@@ -36,7 +36,7 @@ from manyicl.server.prefix_making import Load, Prefixes, compiled_of, make_prefi
 from manyicl.server.recent import Recent
 from manyicl.server.records import VersionKey
 from manyicl.server.waiting import Group, Portion, WaitingRows
-from manyicl.server.work import Compiled, StreamTicket, TaskSource, Ticket, WorkerState, queue_full
+from manyicl.server.work import Compiled, StreamTicket, TaskSource, Ticket, WorkerState, queue_full, stopping
 from manyicl.tasks.retrieval import Retriever
 
 if TYPE_CHECKING:
@@ -237,8 +237,8 @@ class EngineWorker:
             first_number: Number of the first row in what the user sent, which fixes what is drawn for the rows.
 
         Raises:
-            UserError: ``too_many_rows`` if they are more than may ever wait, ``queue_full`` if others wait now.
-            MachineError: If the worker has ended or is about to.
+            UserError: ``too_many_rows`` if they are more than may ever wait, ``queue_full`` if others wait now,
+                ``stopping`` if the worker has ended or is about to.
         """
         ticket = Ticket(rows, options.get("bad_rows") == "report", first_number)
         self._enqueue(ticket, key, options, num_retrieved)
@@ -299,7 +299,7 @@ class EngineWorker:
 
     def _require_open(self) -> None:
         if self._is_over or self._stop_at is not None:
-            raise MachineError("The server is about to end and takes no further work.")
+            raise stopping()
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take a ticket out of the queue once it is done, answered or not."""
@@ -728,11 +728,10 @@ class EngineWorker:
         with self._changed:
             self._is_over = True
         self._carry_out_orders()
-        over = MachineError("The server ended before the answers were computed.")
         for writing in list(self._writing):
             self._end_writing(writing)
-            self._fail([portion.ticket for portion in writing.portions], over)
-        self._fail(self._waiting_tickets(), over)
+            self._fail([portion.ticket for portion in writing.portions], stopping())
+        self._fail(self._waiting_tickets(), stopping())
 
 
 def _rows_of(portions: Sequence[Portion[Ticket]]) -> list[tuple[Ticket, int]]:

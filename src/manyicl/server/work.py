@@ -259,3 +259,8 @@ def queue_full(num_waiting: int, most: int) -> UserError:
     """Make the error for rows that come while too many others wait."""
     what, remedy = "too many rows wait for their answers", "Send them again later."
     return UserError("queue_full", what, expected=f"at most {most:,}", found=f"{num_waiting:,}", remedy=remedy)
+
+
+def stopping() -> UserError:
+    """Make the error for rows that come or still wait when the server ends; they may be sent to the next one."""
+    return UserError("stopping", "the server is stopping", remedy="Send the rows again later.")
