@@ -224,7 +224,7 @@ def test_sampling_is_as_the_request_says_and_greedy_otherwise(
         ({"max_completion_tokens": 1}, "conflicting_options", "max_completion_tokens"),
         ({"response_format": {"type": "json_object"}}, "wrong_value", "response_format.type"),
         ({"model": "mood", "temperature": 1.0}, "conflicting_options", "sampling"),
-        ({"messages": [{"role": "user", "content": TOO_LONG}]}, "query_too_long", "input"),
+        ({"messages": [{"role": "user", "content": TOO_LONG}]}, "query_too_long", "messages"),
     ],
 )
 def test_what_would_be_lost_in_silence_is_refused(sdk: openai.OpenAI, changes: Any, code: str, param: str) -> None:
@@ -241,6 +241,7 @@ def test_a_limit_that_the_task_keeps_anyway_is_accepted(sdk: openai.OpenAI) -> N
 def test_an_answer_that_fails_before_its_first_part_has_a_status(sdk: openai.OpenAI) -> None:
     error = refusal_of(lambda: list(sdk.chat.completions.create(**ask(TOO_LONG), stream=True)))
     assert isinstance(error, openai.BadRequestError)
+    assert (error.code, error.param) == ("query_too_long", "messages")
 
 
 # Models and errors

@@ -118,7 +118,7 @@ async def create_decision(request: Request, caller: Predictor, services: App) ->
     if question.version.labels is not None:  # before anything is computed
         for number, one in enumerate(given.questions, start=1):
             labels_of(one, question.version.labels, number)
-    version, prediction = await _answered(request, services, question)
+    version, prediction = await _answered(request, services, question, INPUT)
     assert prediction.scores is not None, "all were wanted, of a task with labels or options"
     probabilities, below = prediction.scores.probabilities, question.how.options.get("abstain_below")
     found = [
@@ -149,7 +149,7 @@ async def create_completion(request: Request, caller: Predictor, services: App) 
         given.require_tokens(task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS)
     if given.stream:
         return await _stream(request, services, question, is_closed=task.is_closed)
-    version, prediction = await _answered(request, services, question)
+    version, prediction = await _answered(request, services, question, MESSAGES)
     return chat_out(prediction, f"{question.task.name}@{version.key.version}", int(time.time()))
 
 
@@ -206,8 +206,10 @@ def _require_no_problem(row: object, field: str) -> None:
         raise row
 
 
-async def _answered(request: Request, services: Services, question: Question) -> tuple[VersionRecord, Prediction]:
-    """Answer the only row.
+async def _answered(
+    request: Request, services: Services, question: Question, field: str
+) -> tuple[VersionRecord, Prediction]:
+    """Answer the only row, which came in that field of the body.
 
     Raises:
         UserError: If it cannot be answered.
@@ -215,7 +217,7 @@ async def _answered(request: Request, services: Services, question: Question) ->
     await require_answerable(services, question.version)
     async with client_of(request, services) as client:
         (prediction,) = [one async for one in answers(services, client, question)]
-    _require_no_problem(prediction.problem, INPUT)
+    _require_no_problem(prediction.problem, field)
     # It may have become ready for this row.
     return await require_answerable(services, question.version), prediction
 
@@ -253,7 +255,7 @@ async def _chunks(parts: AsyncIterator[str | Prediction], model: str) -> AsyncIt
 
 
 async def _label(request: Request, services: Services, question: Question) -> AsyncIterator[str | Prediction]:
-    _, prediction = await _answered(request, services, question)
+    _, prediction = await _answered(request, services, question, MESSAGES)
     if not prediction.abstained:
         yield prediction.answer
     yield prediction
@@ -265,8 +267,11 @@ async def _parts(request: Request, services: Services, question: Question) -> As
     Raises:
         UserError: If it cannot be given.
     """
-    async for part in parts_of(request, services, question):
-        if part.text:
-            yield part.text
-        if part.prediction is not None:
-            yield part.prediction
+    try:
+        async for part in parts_of(request, services, question):
+            if part.text:
+                yield part.text
+            if part.prediction is not None:
+                yield part.prediction
+    except UserError as error:
+        raise error.at(field=MESSAGES)  # noqa: B904
