@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyicl.errors import UserError
+from manyicl.server.prediction_json import error_json
 from manyicl.server.row_input import (
     InputRow,
     RowKind,
@@ -163,3 +164,34 @@ def test_the_kind_of_an_upload_is_its_content_type_or_the_ending_of_its_name() -
     with pytest.raises(UserError) as refused:
         kind_of_upload(None, "rows.xlsx")
     assert refused.value.code == "wrong_content_type"
+
+
+WORDS = rb"""{ } [ ] " : , ; \ \u0000 \ud800 1e999 NaN - text "text" sep=; null""".split()
+CONTENTS = st.lists(
+    st.sampled_from([*WORDS, b"\t", b"\n", b"\r", b"\0", b" ", b"\xff", b"\xef\xbb\xbf", "é".encode(), b"\x1f\x8b"]),
+    max_size=40,
+).map(b"".join) | st.binary(max_size=60)
+
+
+@given(CONTENTS, st.sampled_from(["json_lines", "csv", "tsv"]))
+def test_whatever_a_body_holds_it_is_rows_or_errors_that_can_be_written(content: bytes, kind: RowKind) -> None:
+    try:
+        rows = list(rows_in([content], kind, "rows"))
+    except UserError as error:
+        rows = [error]
+    for row in rows:
+        written = row.columns if isinstance(row, LocatedRow) else error_json(row)
+        json.dumps(written, ensure_ascii=False).encode()
+
+
+@given(CONTENTS)
+def test_whatever_a_json_body_holds_it_is_an_object_or_an_error_that_can_be_written(content: bytes) -> None:
+    for body in (content, b'{"rows": ' + content + b"}", b'{"rows": [' + content + b"]}", b'{"key": ' + content + b"}"):
+        try:
+            rest, rows = body_and_rows(body, "rows", "rows")
+        except UserError as error:
+            rest, rows = {}, [error]
+        json.dumps(rest).encode()
+        for row in rows:
+            written = row.columns if isinstance(row, LocatedRow) else error_json(row)
+            json.dumps(written, ensure_ascii=False).encode()
