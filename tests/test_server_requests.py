@@ -17,6 +17,7 @@ from tests.scripted_server import Answer, Sent, scripted_server
 DONE = Answer(200, {"done": True})
 BUSY = Answer(429, {"code": "queue_full", "detail": "the queue is full."}, {"Retry-After": "2"})
 AWAY = Answer(503, {"code": "starting", "detail": "The server starts.", "request_id": "req_1"})
+FAILED = Answer(503, {"code": "machine_failed", "detail": "The disk failed, and the connection broke off."})
 DROPPED = Answer(drops=True)
 
 
@@ -29,7 +30,7 @@ def requests_to(url: str, waits: list[float], retry_seconds: float = 1000.0) -> 
     return Requests(url, "mk_a_b", timeout=5, retry_seconds=retry_seconds, sleep=waits.append)
 
 
-@pytest.mark.parametrize("failing", [BUSY, AWAY, DROPPED, Answer(200, {"done": True}, breaks_off=True)])
+@pytest.mark.parametrize("failing", [BUSY, AWAY, FAILED, DROPPED, Answer(200, {"done": True}, breaks_off=True)])
 def test_a_request_is_sent_again_with_the_same_headers_until_it_is_answered(failing: Answer) -> None:
     waits: list[float] = []
     with scripted_server(answers(failing, failing)) as server:
@@ -42,7 +43,7 @@ def test_a_request_is_sent_again_with_the_same_headers_until_it_is_answered(fail
     assert waits == [2.0, 2.0] or waits[0] < waits[1]
 
 
-@pytest.mark.parametrize(("failing", "is_sent_again"), [(BUSY, True), (AWAY, True), (DROPPED, False)])
+@pytest.mark.parametrize(("failing", "is_sent_again"), [(BUSY, True), (AWAY, True), (FAILED, False), (DROPPED, False)])
 def test_what_must_not_be_carried_out_twice_is_sent_again_only_where_nothing_was_done(
     failing: Answer, is_sent_again: bool
 ) -> None:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # Too many requests, a full queue, a server that starts or stops, and a proxy that does not reach it.
 TRIED_AGAIN = frozenset({429, 502, 503, 504})
-# Those after which it is certain that the server has done nothing.
+# Those after which it is certain that the server has done nothing, unless its machine failed.
 NOTHING_DONE = frozenset({429, 503})
+MACHINE_FAILED = "machine_failed"
 CONNECT_SECONDS = 10.0
 FIRST_WAIT_SECONDS = 0.25
 MOST_WAIT_SECONDS = 8.0
@@ -136,7 +137,8 @@ class Requests:
                     return response
                 failure = self._failure(response)
                 wished = _retry_after(response)
-                again = response.status_code in (TRIED_AGAIN if repeatable else NOTHING_DONE)
+                is_safe = response.status_code in NOTHING_DONE and not _may_be_done(response)
+                again = response.status_code in TRIED_AGAIN if repeatable else is_safe
             # Not all clients at the same moment.
             pause = wished if wished is not None else wait * random.uniform(0.5, 1)
             if not again or time.monotonic() + pause > give_up:
@@ -178,6 +180,19 @@ class Requests:
         elif isinstance(error, httpx.TimeoutException):
             why = "took longer to answer than the timeout"
         return MachineError(f"The server {self.url} {why}.")
+
+
+def _may_be_done(response: httpx.Response) -> bool:
+    """Tell whether a server whose machine failed may have carried out the request, such as in a commit."""
+    import httpx
+
+    try:
+        problem = parsed(response.text)
+    except httpx.ResponseNotRead:
+        return True
+    except MachineError:
+        return False
+    return isinstance(problem, Mapping) and problem.get("code") == MACHINE_FAILED
 
 
 def _retry_after(response: httpx.Response) -> float | None:

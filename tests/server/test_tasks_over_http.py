@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 from starlette.testclient import TestClient
 
+from manyicl.errors import MachineError
+from manyicl.server.database import Database
 from manyicl.server.services import Services
 from tests.server.fakes import BROKEN, echo_task, fake_client, fake_worker, mood_task
 
@@ -344,3 +348,27 @@ def test_templates_of_a_request_are_bounded_in_time(tmp_path: Path) -> None:
         made(client, {**body, "demonstrations": rows[:1]})
         answer = client.post("/v1/tasks/slow/predict", json={"rows": rows})
         assert answer.json()["code"] == "templates_too_slow"
+
+
+def test_a_write_whose_commit_is_in_doubt_is_answered_with_how_to_find_out(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(client, mood_task())
+    writing = Database.writing
+
+    @contextmanager
+    def writing_and_broken(database: Database) -> Iterator[Connection]:
+        with writing(database) as connection:
+            yield connection
+        raise MachineError("The database failed: the connection is closed.")
+
+    rows, key = {"demonstrations": [{"text": "n", "label": "bad"}]}, {"Idempotency-Key": "add"}
+    monkeypatch.setattr(Database, "writing", writing_and_broken)
+    doubtful = client.post("/v1/tasks/mood/demonstrations", json=rows, headers=key)
+    assert (doubtful.status_code, doubtful.json()["code"]) == (503, "machine_failed")
+    assert "send the request again with the same Idempotency-Key" in doubtful.json()["remedy"]
+    assert "Nothing" not in doubtful.json()["detail"]
+    monkeypatch.setattr(Database, "writing", writing)
+    again = client.post("/v1/tasks/mood/demonstrations", json=rows, headers=key)
+    assert (again.status_code, again.headers["idempotent-replayed"], again.json()["numbers"]) == (201, "true", [4, 4])
+    assert client.get("/v1/tasks/mood").json()["num_demonstrations"] == 4

@@ -73,9 +73,16 @@ def too_busy(code: str, what: str, retry_seconds: float, remedy: str | None = No
 
 
 def machine_failed() -> BusyError:
-    """Make the error for a failure of the disk or the database; the log says which, with paths of this machine."""
+    """Make the error for a failure of the disk or the database; the log says which, with paths of this machine.
+
+    Whether a write is stored is not always known: the connection to PostgreSQL may break while it commits.
+    """
     what = "the disk, the database or the model of the server failed"
-    return too_busy("machine_failed", what, 5, "Nothing of this request is stored. Tell who runs the server.")
+    remedy = (
+        "A write is stored whole or not at all: send the request again with the same Idempotency-Key, or read the task "
+        "first if it had none. Tell who runs the server."
+    )
+    return too_busy("machine_failed", what, 5, remedy)
 
 
 def status_of(error: UserError) -> int:
