@@ -125,6 +125,22 @@ def test_the_key_is_sent_as_a_bearer_token() -> None:
     assert server.sent[0].path == "/v1/tasks"
 
 
+def test_no_proxy_is_between_a_client_and_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted_server(answers()) as proxy, scripted_server(answers()) as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        for variable in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+        requests = requests_to(server.url, [])
+        requests.send("GET", "/v1/tasks")
+        requests.close()
+        elsewhere = requests_to("http://tasks.example.org", [], retry_seconds=0)
+        elsewhere.send("GET", "/v1/tasks")
+        elsewhere.close()
+    assert len(server.sent) == len(proxy.sent) == 1
+    assert proxy.sent[0].headers["host"] == "tasks.example.org"
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

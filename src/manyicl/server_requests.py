@@ -22,6 +22,7 @@ TRIED_AGAIN = frozenset({429, 502, 503, 504})
 NOTHING_DONE = frozenset({429, 503})
 MACHINE_FAILED = "machine_failed"
 CONNECT_SECONDS = 10.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FIRST_WAIT_SECONDS = 0.25
 MOST_WAIT_SECONDS = 8.0
 
@@ -64,8 +65,11 @@ class Requests:
         self.url, self.retry_seconds, self._sleep = url.rstrip("/"), retry_seconds, sleep
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         limits = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
-        # A key is never sent to where a server redirects.
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=limits, follow_redirects=False)
+        # A key is never sent to where a server redirects, nor to a proxy on the way to this very machine.
+        own_machine = parts.hostname in LOOPBACK
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=limits, follow_redirects=False, trust_env=not own_machine
+        )
 
     def close(self) -> None:
         """Close the connections."""
