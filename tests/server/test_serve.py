@@ -183,21 +183,43 @@ def test_a_client_that_goes_away_leaves_no_rows_to_answer(tmp_path: Path) -> Non
 
 
 @pytest.mark.server
-def test_schemathesis_finds_no_failure_and_nothing_undocumented(tmp_path: Path) -> None:
-    data = tmp_path / "data"
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("knows_a_task", [False, True])
+def test_schemathesis_finds_no_failure_and_nothing_undocumented(tmp_path: Path, knows_a_task: bool) -> None:
+    """With names that it makes up, and with those of a task and a job that exist."""
+    data, checks = (
+        tmp_path / "data",
+        (
+            *(
+                "not_a_server_error",
+                "status_code_conformance",
+                "content_type_conformance",
+                "response_headers_conformance",
+            ),
+            *(
+                "response_schema_conformance",
+                "allow_header_conformance",
+                "unsupported_method",
+                "missing_required_header",
+            ),
+            "ignored_auth",
+        ),
+    )
     keys = [sys.executable, "-m", "manyicl", "keys", "create", "--data", str(data), "--owner", "ann", "--name", "all"]
     output = subprocess.run(keys, check=True, capture_output=True, text=True).stdout
     key = next(word for word in output.split() if word.startswith("mk_"))
-    checks = (
-        *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
-        *("response_schema_conformance", "allow_header_conformance", "unsupported_method", "missing_required_header"),
-        "ignored_auth",
-    )
     with serving(data, key=key) as server:
-        assert server.client.post("/v1/tasks", json=THINGS).status_code == 201
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
-        command += ["--header", f"Authorization: Bearer {key}", "--checks", ",".join(checks), "--max-examples", "30"]
-        command += ["--seed", "1", "--continue-on-failure", "--suppress-health-check", "all", "--warnings", "off"]
+        task = server.client.post("/v1/tasks", json=THINGS).json()["id"]
+        job = server.client.post("/v1/jobs", json={"task": task, "rows": [{"query": "a hat"}]}).json()["id"]
+        known = {"task": task, "model": task, "job": job, "number": 1, "version": 1} if knows_a_task else {}
+        settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in known.items())
+        (tmp_path / "schemathesis.toml").write_text(f"[parameters]\n{settings}")
+        command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(tmp_path / "schemathesis.toml")]
+        command += ["run", f"{server.url}/openapi.json", "--no-color", "--header", f"Authorization: Bearer {key}"]
+        command += ["--checks", ",".join(checks), "--max-examples", "20", "--seed", "1", "--continue-on-failure"]
+        command += ["--suppress-health-check", "all", "--warnings", "off"]
+        if knows_a_task:
+            command += ["--exclude-name", "DELETE /v1/tasks/{task}"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert result.returncode == 0, result.stdout[-20_000:]
         assert server.client.get("/healthz").status_code == 200

@@ -56,11 +56,11 @@ def _require_scope(request: Request, scope: Scope) -> Caller:
     return caller
 
 
-def _manages(request: Request, _key: Annotated[object, Depends(KEY_SCHEME)]) -> Caller:
+async def _manages(request: Request, _key: Annotated[object, Depends(KEY_SCHEME)]) -> Caller:
     return _require_scope(request, "manage")
 
 
-def _predicts(request: Request, _key: Annotated[object, Depends(KEY_SCHEME)]) -> Caller:
+async def _predicts(request: Request, _key: Annotated[object, Depends(KEY_SCHEME)]) -> Caller:
     return _require_scope(request, "predict")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from anyio import CapacityLimiter
-from fastapi import Request
+from fastapi import Depends, Request
 
 from manyicl.server.interfaces import Worker
 from manyicl.server.job_runner import JobRunner
@@ -88,3 +88,12 @@ def services_of(request: Request) -> Services:
     """Return the parts of the server that a request came to."""
     services: Services = request.app.state.services
     return services
+
+
+async def _given(request: Request) -> Services:
+    """Give them to a route; FastAPI would call a function that is not async in a thread."""
+    return services_of(request)
+
+
+# A route's parameter of this type is the parts of its server.
+App = Annotated[Services, Depends(_given)]

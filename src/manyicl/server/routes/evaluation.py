@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
@@ -16,13 +16,12 @@ from manyicl.server.documented import body_of, errors
 from manyicl.server.evaluation import Accepted, evaluated, require_evaluable, rows_with_answers, summary
 from manyicl.server.routes.parameters import TaskName
 from manyicl.server.schemas import AnswerChoices, EvaluateIn, EvaluationOut
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
 
 ROWS = "rows"
 
 router = APIRouter(prefix="/v1/tasks", tags=["predictions"])
-App = Annotated[Services, Depends(services_of)]
 
 
 @router.post(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 
 from manyicl.server.authentication import Predictor
 from manyicl.server.documented import errors
 from manyicl.server.metrics import CONTENT_TYPE
 from manyicl.server.schemas import Health, Readiness
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App
 
 router = APIRouter(tags=["health"])
-App = Annotated[Services, Depends(services_of)]
 _TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 

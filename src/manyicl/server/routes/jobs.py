@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
@@ -17,7 +17,7 @@ from manyicl.server.records import JobRecord
 from manyicl.server.routes.parameters import MOST_IN_PAGE, USUAL_IN_PAGE, Cursor, IdempotencyKey, Limit
 from manyicl.server.row_input import JSON_LINES
 from manyicl.server.schemas import MOST_COUNTED, AnswerChoices, JobOfLines, JobOut, JobPage, NewJob, NewJobKeys
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App
 
 ROWS = "rows"
 REPLAYED = "Idempotent-Replayed"
@@ -28,7 +28,6 @@ _LINES = {
 }
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-App = Annotated[Services, Depends(services_of)]
 JobId = Annotated[str, Path(max_length=200, pattern=r"^[^/\x00-\x1f\x7f]+$", description="Id of the job.")]
 After = Annotated[int, Query(ge=0, le=MOST_COUNTED, description="Row after which results begin; 0 for all.")]
 MostResults = Annotated[int, Query(ge=1, le=MOST_IN_PAGE, description="Most results.")]

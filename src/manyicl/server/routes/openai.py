@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
@@ -47,7 +47,7 @@ from manyicl.server.problems import problem
 from manyicl.server.records import Caller, TaskRecord, VersionRecord
 from manyicl.server.row_input import json_body, with_numbers
 from manyicl.server.schemas import AnswerChoices
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 router = APIRouter(prefix="/v1", tags=["openai"], responses=_ERRORS)
-App = Annotated[Services, Depends(services_of)]
 ModelName = Annotated[
     str, Path(max_length=250, pattern=r"^[^/\x00-\x1f\x7f]+$", description="A task: `name` or `name@version`.")
 ]

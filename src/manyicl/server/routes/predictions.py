@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from manyicl.checked import validated
@@ -21,14 +21,13 @@ from manyicl.server.problems import problem
 from manyicl.server.routes.parameters import TaskName
 from manyicl.server.row_input import JSON_LINES
 from manyicl.server.schemas import AnswerChoices, PredictIn, PredictOut
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
 
 ROWS = "rows"
 EVENTS = "text/event-stream"
 
 router = APIRouter(prefix="/v1/tasks", tags=["predictions"])
-App = Annotated[Services, Depends(services_of)]
 
 
 @router.post(

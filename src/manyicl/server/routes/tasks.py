@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from manyicl.checked import validated
@@ -41,7 +41,7 @@ from manyicl.server.schemas import (
     VersionPage,
     WrittenOut,
 )
-from manyicl.server.services import Services, services_of
+from manyicl.server.services import App, Services
 from manyicl.server.task_json import (
     curve,
     demonstration_out,
@@ -61,7 +61,6 @@ _CREATED = {
 }
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"])
-App = Annotated[Services, Depends(services_of)]
 
 
 @router.post(
