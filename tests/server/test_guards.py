@@ -346,6 +346,7 @@ def test_no_text_of_a_task_or_a_row_is_logged(tmp_path: Path, capfd: pytest.Capt
                 client.post("/v1/tasks/open-sesame/predict", json={"rows": [{"query": SECRET}, {SECRET: 1}]})
                 client.post(f"/v1/tasks/open-sesame/predict?version={SECRET}", json={"rows": [{"query": SECRET}]})
                 client.get(f"/v1/tasks/{SECRET}", headers={"X-Request-Id": SECRET})
+                logging.getLogger("manyicl.server.worker").error("it failed", exc_info=ValueError(SECRET))
                 services.service.question = _failing  # type: ignore[method-assign, assignment]
                 answer = client.post("/v1/tasks/open-sesame/predict", json={"rows": [{"query": SECRET}]})
                 assert (answer.status_code, code_of(answer)) == (500, "server_error")
@@ -356,8 +357,8 @@ def test_no_text_of_a_task_or_a_row_is_logged(tmp_path: Path, capfd: pytest.Capt
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True
     lines = [json.loads(line) for line in written.err.splitlines()]
-    assert {"request", "unexpected_error"} <= {line["event"] for line in lines}
-    assert all(line["request_id"] for line in lines)
+    assert {"request", "unexpected_error", "it failed"} <= {line["event"] for line in lines}
+    assert all(line["request_id"] for line in lines if line["event"] == "request")
     for text in (written.err, written.out):
         assert "sesame" not in text
         assert key not in text

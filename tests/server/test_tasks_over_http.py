@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,32 @@ def test_a_write_whose_commit_is_in_doubt_is_answered_with_how_to_find_out(
     again = client.post("/v1/tasks/mood/demonstrations", json=rows, headers=key)
     assert (again.status_code, again.headers["idempotent-replayed"], again.json()["numbers"]) == (201, "true", [4, 4])
     assert client.get("/v1/tasks/mood").json()["num_demonstrations"] == 4
+
+
+def test_a_lost_database_is_a_failure_of_the_machine_and_paths_stay_in_the_log(
+    client: TestClient, tmp_path: Path
+) -> None:
+    made(client, mood_task())
+    ready(client, "mood")
+    (tmp_path / "data" / "manyicl.sqlite").rename(tmp_path / "lost")
+    for answer in (
+        client.get("/v1/tasks/mood"),
+        client.post("/v1/tasks", json=echo_task()),
+        client.post("/v1/tasks/mood/predict", json={"rows": [{"text": "a"}]}),
+        client.delete("/v1/tasks/mood"),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (503, "machine_failed")
+        assert str(tmp_path) not in answer.text
+        assert "retry-after" in answer.headers
+    assert client.get("/healthz").status_code == 200
+    (tmp_path / "lost").rename(tmp_path / "data" / "manyicl.sqlite")
+    assert client.get("/v1/tasks/mood").json()["state"] == "ready"
+
+
+def test_a_task_is_deleted_even_where_its_prefixes_cannot_be(client: TestClient) -> None:
+    made(client, mood_task())
+    failed: Future[None] = Future()
+    failed.set_exception(OSError("the disk is broken"))
+    fake_worker(services_of(client)).forget = lambda task_id: failed  # type: ignore[method-assign]
+    assert client.delete("/v1/tasks/mood").status_code == 204
+    assert client.get("/v1/tasks/mood").status_code == 404

@@ -86,9 +86,10 @@ async def require_answerable(services: Services, version: VersionRecord) -> Vers
         UserError: If it failed, or is gone.
         BusyError: If it is not ready and the server ends.
     """
-    if version.state == "ready":
+    if version.state == "ready" and version.model == services.service.model:
         return version
-    services.require_running()
+    if version.state != "ready":
+        services.require_running()
     return await quickly(services.service.require_ready_or_compiling, version.key)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 from structlog.typing import Processor
@@ -20,6 +22,7 @@ def set_up_logging(level: str = "INFO") -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _without_messages,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -44,6 +47,15 @@ def set_up_logging(level: str = "INFO") -> None:
         logger.setLevel(level)
     # Our own line for each request has no path and no query, which hold names.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _without_messages(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Say where an exception was raised, in place of its message and traceback."""
+    found = event.pop("exc_info", None)
+    error = found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        event["error"] = place_of(error)
+    return event
 
 
 def place_of(error: BaseException) -> str:

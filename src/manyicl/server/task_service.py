@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from manyicl.errors import UserError, pluralized
 from manyicl.server.answer_options import HowToAnswer, how_to_answer, require_settings
 from manyicl.server.bad_rows import require_all
 from manyicl.server.conditions import require_matching
+from manyicl.server.logging import log, place_of
 from manyicl.server.records import (
     DemonstrationRecord,
     Idempotency,
@@ -292,8 +292,10 @@ class TaskService:
         require_matching(record, revisions)
         record = self.tasks.delete(owner, record.id, record.revision if revisions else None)
         forgotten = self.worker.forget(record.id)
-        with suppress(TimeoutError):
+        try:
             forgotten.result(FORGET_SECONDS)  # so that its keys and values are gone from the disk, too
+        except Exception as error:  # the task is gone all the same; the next start deletes what is left of it
+            log.warning("prefixes_not_deleted", task=record.id, error=place_of(error))
         with self._lock:
             for key in [key for key in self._majorities if key.task_id == record.id]:
                 del self._majorities[key]
