@@ -294,6 +294,13 @@ def test_the_rows_of_a_job_count_towards_the_limit_on_rows(tmp_path: Path) -> No
         assert (answer.status_code, answer.json()["code"]) == (429, "too_many_requests")
 
 
+def test_a_job_is_done_where_fewer_rows_may_wait_than_a_portion_has(tmp_path: Path) -> None:
+    with fake_client(tmp_path / "data", max_waiting_rows=2) as client:
+        client.post("/v1/tasks", json=mood_task())
+        job = submitted(client, {"task": "mood", "rows": ROWS})
+        assert finished(client, job["id"])["num_done"] == 3
+
+
 def test_jobs_come_in_pages_and_are_those_of_their_owner(tmp_path: Path) -> None:
     with fake_services(tmp_path / "data", has_keys=True) as services:
         assert services.keys is not None

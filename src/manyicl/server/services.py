@@ -10,7 +10,7 @@ from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from manyicl.server.interfaces import Worker
-from manyicl.server.job_runner import JobRunner
+from manyicl.server.job_runner import ROWS_PER_PORTION, JobRunner
 from manyicl.server.job_service import JobService
 from manyicl.server.metrics import ServerMetrics
 from manyicl.server.problems import too_busy
@@ -72,6 +72,7 @@ class Services:
             self.job_service.plan,
             render=self.job_service.render,
             kept_days=self.settings.kept_days,
+            rows_per_portion=min(ROWS_PER_PORTION, self.settings.max_waiting_rows),
         )
 
     def require_running(self) -> None:
