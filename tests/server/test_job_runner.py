@@ -292,6 +292,26 @@ def test_an_error_of_a_pass_fails_the_job_with_its_reason_and_no_other(error: Ex
     assert jobs.records["good"].state == "done"
 
 
+def test_a_mistake_of_the_server_fails_its_job_once_and_no_other() -> None:
+    jobs, worker = JobsInMemory(), Echo()
+    jobs.add("bad", texts(2), owner="ann")
+    jobs.add("good", texts(2), owner="bob")
+    planned: list[str] = []
+
+    def broken_plan(job: JobRecord) -> JobPlan:
+        planned.append(job.id)
+        if job.id == "bad":
+            raise KeyError("text of a row")
+        return plan(job)
+
+    with running(jobs, worker, broken_plan):
+        wait_until(is_over(jobs, "good"))
+        wait_until(is_over(jobs, "bad"))
+    assert jobs.records["bad"].problem == {"code": "server_error", "detail": "the server failed."}
+    assert jobs.records["good"].state == "done"
+    assert planned.count("bad") == 1
+
+
 def test_a_version_that_cannot_be_planned_for_fails_the_job() -> None:
     jobs, worker = JobsInMemory(), Echo()
     jobs.add("a", texts(2))

@@ -253,24 +253,35 @@ class JobRunner:
             self._forgotten_at = time.monotonic()
 
     def _work_on(self, job: JobRecord) -> None:
-        """Answer the next rows of a job, or end it."""
-        portion = self._jobs.waiting_rows(job.id, self._rows_per_portion)
+        """Answer the next rows of a job, or end it; what can be waited out leaves it as it is.
+
+        Raises:
+            MachineError: If the database fails.
+        """
         try:
-            plan = self._plans.get(job.id)
-            if plan is None:
-                plan = self._plans[job.id] = self._plan_of(job)
-                self._jobs.start(job.id)
-            if not portion:
-                found = summary(plan.task, self._all_results(job.id)) if job.kind == "evaluate" else None
-                self._jobs.finish(job.id, "done", None, found)
-                return
-            results = self._answered(job, plan, portion)
+            self._answer_portion(job)
+        except MachineError:
+            raise
         except UserError as error:
             if error.code in _NOT_NOW:
                 self._stopping.wait(self._busy_seconds)
             elif not self._stopping.is_set():
                 self._jobs.finish(job.id, "failed", _problem(error))
+        except Exception as error:  # a mistake of ours, which would come again
+            _logger.error("%s failed with %s", job.id, type(error).__name__)
+            self._jobs.finish(job.id, "failed", _problem(UserError("server_error", "the server failed")))
+
+    def _answer_portion(self, job: JobRecord) -> None:
+        portion = self._jobs.waiting_rows(job.id, self._rows_per_portion)
+        plan = self._plans.get(job.id)
+        if plan is None:
+            plan = self._plans[job.id] = self._plan_of(job)
+            self._jobs.start(job.id)
+        if not portion:
+            found = summary(plan.task, self._all_results(job.id)) if job.kind == "evaluate" else None
+            self._jobs.finish(job.id, "done", None, found)
             return
+        results = self._answered(job, plan, portion)
         if results is None:
             self._stopping.wait(self._busy_seconds)
             return
