@@ -300,6 +300,27 @@ def test_a_blend_is_fitted_once_with_what_goes_first_in_between(bench: Bench, mo
             assert one.scores.probabilities == pytest.approx(other.scores.probabilities, abs=1e-4)
 
 
+def test_a_prefix_that_leaves_memory_while_its_blend_is_fitted_is_not_made_a_second_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.keep_ready(A)
+    with_blend = bench.engine.with_blend
+    plain: list[Any] = []
+
+    def fit(prefix: Any, **options: Any) -> Any:
+        if not plain:
+            bench.prefixes.memory.clear()
+            plain.append(bench.worker.predict(A, ["a"], {}))
+        return with_blend(prefix, **options)
+
+    monkeypatch.setattr(bench.engine, "with_blend", fit)
+    with bench.running():
+        assert bench.answers(A, ROWS, scores="all", blend=True)[0].blended
+        assert plain[0].future.result(SECONDS)[0].answer
+    assert bench.loaded == []
+    assert bench.prefixes.memory[A].blend is not None
+
+
 def test_a_prefix_that_left_memory_comes_back_from_the_disk_without_the_network(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

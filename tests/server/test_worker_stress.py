@@ -14,17 +14,20 @@ from typing import Any
 import pytest
 
 from manyicl.engine.engine import Engine, Prediction
+from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import MachineError, UserError
 from manyicl.server.prefix_store import PrefixStore
 from manyicl.server.records import VersionKey
-from manyicl.server.work import StreamTicket, Ticket
+from manyicl.server.work import StreamTicket, TaskSource, Ticket
+from manyicl.tasks.retrieval import Retriever
 from tests.engine.parts import backend_of
 from tests.server.worker_parts import Bench, closed_task, free_task, tiny_engine
 
 LONGEST = "the long red box was by the door"
 ROWS = ["film 3 was good", "a", LONGEST, "play 7 was fine", "boom", " "]
 NUM_TASKS = 6
-CALLS: list[dict[str, Any]] = [{}, {"scores": "all"}, {"num_similar": 2}, {"bad_rows": "report"}]
+CLOSED_CALLS: list[dict[str, Any]] = [{"scores": "all"}, {"scores": "all", "blend": True}]
+CALLS: list[dict[str, Any]] = [{}, {"num_similar": 2}, {"bad_rows": "report"}]
 
 
 @dataclass
@@ -36,12 +39,12 @@ class Client:
     lock: threading.Lock
     draw: random.Random
     counts: Counter[str] = field(default_factory=Counter)
-    answers: list[tuple[VersionKey, str, Prediction]] = field(default_factory=list)
+    answers: list[tuple[VersionKey, str, dict[str, Any], int, Prediction]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def act_until(self, ends: float) -> None:
+    def act(self, num_acts: int) -> None:
         """Act; whatever is unexpected is noted."""
-        while time.monotonic() < ends:
+        for _ in range(num_acts):
             try:
                 self.draw.choice([self.predict] * 6 + [self.stream, self.add, self.replace, self.compile, self.pin])()
             except Exception as error:
@@ -55,26 +58,29 @@ class Client:
     def predict(self) -> None:
         version = self.version()
         rows = self.draw.choices(ROWS[: self.draw.choice([4, 4, 4, 6])], k=self.draw.choice([1, 1, 2, 20]))
-        options = self.draw.choice(CALLS if "closed" in version.task_id else CALLS[2:])
+        options = self.draw.choice(CALLS + (CLOSED_CALLS if "closed" in version.task_id else []))
+        num_retrieved = 0 if options.get("blend") else self.draw.choice([0, 0, 2])
         try:
-            ticket = self.bench.worker.predict(version, rows, options)  # type: ignore[arg-type]
+            ticket = self.bench.worker.predict(version, rows, options, num_retrieved)  # type: ignore[arg-type]
         except UserError as error:
             self.note_error(error, rows)
             return
         if self.draw.random() < 0.2:
-            time.sleep(self.draw.random() * 0.02)
+            time.sleep(self.draw.choice([0, 0.003, 0.02]))
             ticket.cancel()
-        self.finish(ticket, version, rows)
+        self.finish(ticket, version, rows, options, num_retrieved)
 
     def stream(self) -> None:
         version = self.version()
         ticket = self.bench.worker.stream(version, row := self.draw.choice(ROWS[:4]), {})
         if self.draw.random() < 0.5:
-            time.sleep(self.draw.random() * 0.02)
+            time.sleep(self.draw.choice([0, 0.003, 0.02]))
             ticket.cancel()
-        self.finish(ticket, version, [row])
+        self.finish(ticket, version, [row], {})
 
-    def finish(self, ticket: Ticket, version: VersionKey, rows: list[str]) -> None:
+    def finish(
+        self, ticket: Ticket, version: VersionKey, rows: list[str], options: dict[str, Any], num_retrieved: int = 0
+    ) -> None:
         try:
             if isinstance(ticket, StreamTicket):
                 text = "".join(part.text for part in ticket)
@@ -86,7 +92,8 @@ class Client:
             self.note_error(error, rows)
         else:
             self.counts["answered"] += 1
-            self.answers += [(version, *pair) for pair in zip(rows, predictions, strict=True)]
+            pairs = zip(rows, predictions, strict=True)
+            self.answers += [(version, row, options, num_retrieved, prediction) for row, prediction in pairs]
 
     def note_error(self, error: UserError | MachineError, rows: list[str]) -> None:
         code = error.code if isinstance(error, UserError) else "machine"
@@ -101,14 +108,15 @@ class Client:
         with self.lock:
             task_id = self.draw.choice(list(self.tasks))
             newest = VersionKey(task_id, self.tasks[task_id])
-            task = self.bench.sources[newest].task
+            source = self.bench.sources[newest]
+            task = source.task
             train = list(task.train)
             if self.draw.random() < 0.5 and len(train) < 40:
                 train += train[:3]
             else:
                 train[self.draw.randrange(len(train))] = train[0]
             newer = VersionKey(task_id, newest.version + 1)
-            self.bench.add(newer, replace(task, train=tuple(train)))
+            self.bench.add(newer, replace(task, train=tuple(train)), **limits(source))
             self.tasks[task_id] += 1
         self.bench.worker.compile(newer)
 
@@ -124,6 +132,7 @@ class Client:
         self.bench.worker.compile(VersionKey(new, 1))
         if self.draw.random() < 0.5:
             forgotten.result(60)
+        self.finish(self.bench.worker.predict(VersionKey(task_id, 1), ["a"], {}), VersionKey(task_id, 1), ["a"], {})
 
     def compile(self) -> None:
         self.bench.worker.compile(self.version())
@@ -132,13 +141,18 @@ class Client:
         self.bench.worker.set_pinned(self.version().task_id, self.draw.random() < 0.3)
 
 
+def limits(source: TaskSource) -> dict[str, Any]:
+    return {"num_shots": source.num_shots, "num_retrieved": source.num_retrieved}
+
+
 def new_task_id(draw: random.Random) -> str:
     return f"tsk_{draw.choice(['closed', 'closed', 'free'])}_{draw.randrange(10**12)}"
 
 
 def add_task(bench: Bench, tasks: dict[str, int], task_id: str, draw: random.Random) -> None:
     task = closed_task(draw.randint(5, 40)) if "closed" in task_id else free_task(draw.randint(2, 8))
-    bench.add(VersionKey(task_id, 1), task)
+    retrieves = draw.random() < 0.4
+    bench.add(VersionKey(task_id, 1), task, num_shots=4 if retrieves else None, num_retrieved=2 if retrieves else 0)
     tasks[task_id] = 1
 
 
@@ -161,10 +175,10 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "seconds"), [(0, 6), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(1, 4))]
+    ("seed", "num_acts"), [(0, 15), *(pytest.param(seed, 200, marks=pytest.mark.slow) for seed in range(1, 4))]
 )
 def test_many_threads_cancel_delete_and_fail_and_all_others_get_their_answers(
-    seed: int, seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, num_acts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, offline = tiny_engine(), tiny_engine()
     short_chunks(monkeypatch)
@@ -176,20 +190,19 @@ def test_many_threads_cancel_delete_and_fail_and_all_others_get_their_answers(
         bench = Bench(engine, store, max_waiting_rows=60, fill_seconds=0.001, rows_per_pass=16)
         for _ in range(NUM_TASKS):
             add_task(bench, tasks, new_task_id(draw), draw)
-        kept: dict[VersionKey, Any] = {}
+        kept: dict[VersionKey, TaskSource] = {}
         add = bench.add
 
         def remember(version: VersionKey, *given: Any, **fields: Any) -> VersionKey:
             add(version, *given, **fields)
-            kept[version] = bench.sources[version].task
+            kept[version] = bench.sources[version]
             return version
 
-        kept |= {version: source.task for version, source in bench.sources.items()}
+        kept |= bench.sources
         monkeypatch.setattr(bench, "add", remember)
         clients = [Client(bench, tasks, lock, random.Random(f"{seed} {i}")) for i in range(8)]
         with bench.running():
-            ends = time.monotonic() + seconds
-            threads = [threading.Thread(target=client.act_until, args=(ends,)) for client in clients]
+            threads = [threading.Thread(target=client.act, args=(num_acts,)) for client in clients]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -211,12 +224,34 @@ def test_many_threads_cancel_delete_and_fail_and_all_others_get_their_answers(
     counts = sum((client.counts for client in clients), Counter[str]())
     assert [wrong for client in clients for wrong in client.wrong] == []
     assert min(counts[name] for name in ("answered", "cancelled", "unknown_task", "machine")) > 0, counts
-    prefixes = {}
-    for version, row, prediction in draw.sample(
-        answers := [answer for client in clients for answer in client.answers], min(200, len(answers))
-    ):
+    answers = [answer for client in clients for answer in client.answers]
+    prefixes: dict[VersionKey, TaskPrefix] = {}
+    for version, row, options, num_retrieved, prediction in draw.sample(answers, min(60, len(answers))):
         if version not in prefixes:
-            prefixes[version] = offline.compile(kept[version], kept[version].train)
-        if prediction.problem is None:
-            (expected,) = offline.predict(prefixes[version], [row], bad_rows="report")
-            assert prediction.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+            prefixes[version] = offline_prefix(offline, kept[version])
+        expected = offline_answer(offline, prefixes[version], row, options, num_retrieved)
+        if prediction.problem is not None:
+            assert expected.problem is not None
+            continue
+        assert prediction.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+        assert prediction.similar == expected.similar
+        if prediction.scores is not None and expected.scores is not None:
+            assert prediction.scores.probabilities == pytest.approx(expected.scores.probabilities, abs=1e-3)
+
+
+def offline_prefix(engine: Engine, source: TaskSource) -> TaskPrefix:
+    """Compile a task as the engine does without a server."""
+    task = source.task
+    is_all_shown = source.num_shots is None or source.num_shots >= len({(one.query, one.answer) for one in task.train})
+    num_reserved = 0 if is_all_shown else source.num_retrieved
+    return engine.compile(task, task.train[: source.num_shots], num_retrieved=num_reserved)
+
+
+def offline_answer(
+    engine: Engine, prefix: TaskPrefix, row: str, options: dict[str, Any], num_retrieved: int
+) -> Prediction:
+    """Answer a row as the engine does without a server."""
+    retrieve = Retriever(prefix.rows, num_retrieved) if num_retrieved and prefix.rows else None
+    options = {**options, "bad_rows": "report"}
+    (prediction,) = engine.predict(prefix, [row], retrieve=retrieve, **options)
+    return prediction

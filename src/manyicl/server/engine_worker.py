@@ -395,7 +395,8 @@ class EngineWorker:
             return
         prefix = self._prefixes.get(version)
         if prefix is None:
-            if len(self._compiling) >= MOST_NESTED:
+            # While a blend is fitted, its prefix may leave memory, and comes back with the blend.
+            if in_progress is not None or len(self._compiling) >= MOST_NESTED:
                 return
             prefix = self._make(version)
         if prefix is not None and is_blended and prefix.blend is None:
@@ -553,7 +554,8 @@ class EngineWorker:
             fit = _Compilation(version, is_of_blend=True)
             self._compiling[version] = fit
             try:
-                blended = self._engine.with_blend(prefix, between_chunks=partial(self._between_chunks, fit))
+                with self._prefixes.using(version):
+                    blended = self._engine.with_blend(prefix, between_chunks=partial(self._between_chunks, fit))
             except _AbandonedError:
                 return None
             except Exception:
