@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from manyicl.server.records import Idempotency
 from manyicl.server.row_input import (
     ROW_CONTENT_TYPES,
     InputRow,
+    RowKind,
     at_most,
     body_and_rows,
     json_body,
@@ -87,7 +89,10 @@ async def read_body(request: Request) -> Body:
     if_match, content_type = matching_revisions(headers.get("if-match")), headers.get("content-type", "")
     content = b"".join([part async for part in request.stream()])
     target = request.url.path + "?" + request.url.query
-    idempotency = idempotency_of(headers.get("idempotency-key"), request.method, target, content_type, content)
+    key = headers.get("idempotency-key")
+    idempotent = partial(idempotency_of, key, request.method, target, content_type, content)
+    # Hashing a large body takes a tenth of a second.
+    idempotency = idempotent() if key is None or len(content) <= SMALL_BYTES else await quickly(idempotent)
     return Body(content, content_type, if_match, idempotency)
 
 
@@ -160,12 +165,23 @@ async def rows_of(request: Request, body: Body, key: str, most: int) -> RowsAndK
 async def _rows_of_form(request: Request, body: Body, key: str, most: int) -> RowsAndKeys:
     """Read the file of a form; its other fields are texts, or JSON where they begin like an object."""
 
+    def read() -> RowsAndKeys:
+        # The parser is asynchronous, but has nothing to wait for: in a thread it keeps nobody else waiting.
+        keys, kind, content = asyncio.run(_fields_and_file(body))
+        rows = list(at_most(rows_in([content], kind, key), most))
+        return RowsAndKeys(keys, _required(rows, key), is_lines=True)
+
+    return await in_thread(request, read)
+
+
+async def _fields_and_file(body: Body) -> tuple[dict[str, Any], RowKind, bytes]:
+    """Return the fields of a form, and the kind and content of its file."""
+
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body.content
 
-    parser = MultiPartParser(
-        Headers({"content-type": body.content_type}), stream(), max_files=1, max_fields=MOST_FIELDS
-    )
+    headers = Headers({"content-type": body.content_type})
+    parser = MultiPartParser(headers, stream(), max_files=1, max_fields=MOST_FIELDS)
     parser.spool_max_size = len(body.content) + 1  # never a temporary file
     try:
         form = await parser.parse()
@@ -180,11 +196,9 @@ async def _rows_of_form(request: Request, body: Body, key: str, most: int) -> Ro
         if not isinstance(file, UploadFile):
             what, remedy = f"the form has no file in the field {FILE_FIELD!r}", "`curl -F file=@rows.csv` sends one."
             raise UserError("missing_key", what, remedy=remedy, field=FILE_FIELD)
-        kind, content = kind_of_upload(file.content_type, file.filename), await file.read()
+        return keys, kind_of_upload(file.content_type, file.filename), await file.read()
     finally:
         await form.close()
-    rows = await in_thread(request, lambda: list(at_most(rows_in([content], kind, key), most)))
-    return RowsAndKeys(keys, _required(rows, key), is_lines=True)
 
 
 def _required(rows: list[InputRow], key: str) -> list[InputRow]:

@@ -29,7 +29,7 @@ class ServerSettings(Section):
         (), description="Origins of web pages elsewhere that may use the server, as in https://example.org."
     )
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Largest body of a request.")
-    max_bytes_in_flight: int = Field(256 * MIB, ge=1024, description="Largest sum of the bodies that are in memory.")
+    max_bytes_in_flight: int = Field(128 * MIB, ge=1024, description="Largest sum of the bodies that are in memory.")
     body_seconds: float = Field(60, gt=0, description="Longest time in which a body must arrive.")
     max_rows: int = Field(10_000, ge=1, description="Most rows of one request for predictions.")
     max_job_rows: int = Field(200_000, ge=1, description="Most rows of one job.")

@@ -26,6 +26,8 @@ from manyicl.server.task_service import Question, task_without_rows
 
 ROWS = "rows"
 EVENTS = "text/event-stream"
+# nginx would keep the parts of an answer until it has many.
+UNBUFFERED = {"X-Accel-Buffering": "no"}
 
 router = APIRouter(prefix="/v1/tasks", tags=["predictions"])
 
@@ -84,7 +86,7 @@ async def _json(services: Services, client: Client, question: Question) -> Respo
 async def _lines(request: Request, services: Services, question: Question) -> Response:
     """Answer row by row; what fails before the first answer has a status of its own."""
     await require_answerable(services, question.version)
-    headers = {"X-Task-Version": str(question.version.key.version)}
+    headers = {"X-Task-Version": str(question.version.key.version), **UNBUFFERED}
 
     async def lines() -> AsyncIterator[bytes]:
         async with client_of(request, services) as client:
@@ -115,7 +117,7 @@ async def _events(request: Request, services: Services, question: Question) -> R
         what, remedy = "server-sent events are for free answers, and the task has labels", "Accept JSON."
         raise UserError("not_streamable", what, remedy=remedy)
     await require_answerable(services, question.version)
-    return StreamingResponse(await started(_parts(request, services, question)), media_type=EVENTS)
+    return StreamingResponse(await started(_parts(request, services, question)), media_type=EVENTS, headers=UNBUFFERED)
 
 
 async def _parts(request: Request, services: Services, question: Question) -> AsyncIterator[bytes]:

@@ -215,7 +215,9 @@ async def list_demonstrations(
     key = VersionKey(record.id, version or record.newest.key.version)
     rows = await quickly(services.tasks.demonstrations, key)
     if JSON_LINES in request.headers.get("accept", ""):
-        lines = (json_line(demonstration_out(row).model_dump()) for row in rows)
+        # Each part is made in a thread.
+        parts = (rows[start : start + USUAL_IN_PAGE] for start in range(0, len(rows), USUAL_IN_PAGE))
+        lines = (b"".join(json_line(demonstration_out(row).model_dump()) for row in part) for part in parts)
         return StreamingResponse(lines, media_type=JSON_LINES)
     after = _number_after(cursor)
     page = [row for row in rows if row.number > after]
