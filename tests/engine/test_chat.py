@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.engine import engine as engine_module
 from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.engine import Engine
 from manyicl.episodes.chat_template import ChatTemplate
@@ -118,6 +119,17 @@ def test_turns_cut_just_now_are_compared_with_the_rows_of_every_task() -> None:
     engine = Engine.local(loaded, text_format="chat")
     with pytest.raises(UserError, match=r"Task 'toy'.*writes this otherwise than its turns"):
         engine.prefill(make_task())
+
+
+def test_an_engine_that_compares_ever_new_tasks_remembers_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MOST_COMPARED", 3)
+    engine = Engine.local(chat_model("Gemma 2", taught=False), text_format="chat")
+    sizes = set()
+    for number in range(7):
+        task = make_task(f"toy {number}")
+        engine.prefill(task, task.train[:2])
+        sizes.add(len(engine._compared))
+    assert sizes == {1, 2, 3}
 
 
 def test_a_turn_ends_where_the_models_own_token_ends_it() -> None:

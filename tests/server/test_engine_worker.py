@@ -454,6 +454,21 @@ def test_newer_versions_are_compiled_before_older_ones(bench: Bench) -> None:
     assert bench.reported == [key("a", 3), B, key("a", 1), key("a", 2)]
 
 
+def test_a_task_that_is_written_faster_than_compiled_has_a_short_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_worker, "MOST_OLD_TO_COMPILE", 2)
+    bench.worker.compile(bench.add(B))
+    for version in range(1, 8):
+        bench.worker.compile(bench.add(key("a", version), closed_task(4 + version)))
+        assert bench.worker.state().num_waiting_compiles <= 1 + 3
+    with bench.running():
+        bench.wait_for(lambda: len(bench.reported) == 4)
+        assert bench.reported == [B, key("a", 7), key("a", 5), key("a", 6)]
+        bench.answers(key("a", 1), ROWS[:1])  # compiled when it is asked
+    assert bench.reported[4:] == [key("a", 1)]
+
+
 def test_retrieved_examples_come_from_what_is_not_in_the_prefix(bench: Bench) -> None:
     task = closed_task()
     bench.add(A, task, num_shots=5, num_retrieved=2)

@@ -68,6 +68,8 @@ FITTED_QUERIES = 1024
 QUERIES_PER_CHUNK = 4
 # Rows that are encoded before other work may go first.
 ROWS_PER_CHUNK = 64
+# Tasks whose rows were compared with the turns of a chat; where there are more, some are compared again.
+MOST_COMPARED = 1024
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
@@ -555,6 +557,8 @@ class Engine:
         if self._compares_rows and (task.name, task.data_hash) not in self._compared:
             chat = FormatSettings(kind="chat")
             require_rows_as_written(chat, self.encoder.tokenizer, self.encoder.format, [task])
+            if len(self._compared) >= MOST_COMPARED:
+                self._compared.clear()
             self._compared.add((task.name, task.data_hash))
         reserve = self.num_reserved_tokens(task, queries, retrieve)
         fitting, num_dropped = fit_demonstrations(task, demonstrations, self.encoder, self.max_context_tokens, reserve)

@@ -61,6 +61,8 @@ QUIET_SECONDS = 5.0
 MOST_NESTED = 3
 # After a failure to read or to report a version, that is no mistake of a user, it is tried again.
 RETRY_SECONDS = 5.0
+# Versions of a task that wait to be compiled though a newer one waits, too; others are compiled when they are asked.
+MOST_OLD_TO_COMPILE = 100
 # Versions of which things are remembered that are made again at small cost.
 REMEMBERED_VERSIONS = 64
 
@@ -215,7 +217,14 @@ class EngineWorker:
                 if other.task_id == key.task_id:
                     its.is_old |= other.version < key.version
                     due.is_old |= other.version > key.version
+            self._drop_old(key.task_id)
             self._changed.notify_all()
+
+    def _drop_old(self, task_id: str) -> None:
+        """Keep the queue of a task short that is written faster than it is compiled."""
+        old = sorted(key for key, its in self._to_compile.items() if key.task_id == task_id and its.is_old)
+        for key in old[:-MOST_OLD_TO_COMPILE]:
+            del self._to_compile[key]
 
     def predict(
         self,
