@@ -177,11 +177,12 @@ def fake_services(data: Path, *, has_keys: bool = False, **settings: Any) -> Ite
     values: dict[str, Any] = {"model": "builtin:nano", "data": data, "require_keys": has_keys, **settings}
     checked = ServerSettings(**values)
     database = Database.open(data)
-    tasks = TaskStore(database)
+    tasks = TaskStore(database, limits=checked.store_limits)
     service = TaskService(tasks, checked, MODEL)
     worker = FakeWorker(service, checked.max_waiting_rows)
     keys = KeyStore(database, data) if has_keys else None
-    services = Services(checked, tasks, JobStore(database), keys, worker, service)
+    jobs = JobStore(database, limits=checked.store_limits)
+    services = Services(checked, tasks, jobs, keys, worker, service)
     service.start(worker)
     try:
         yield services

@@ -48,6 +48,7 @@ def serve_command(
     ] = None,
     memory_mib: Annotated[int, typer.Option(min=1, help="Memory for prefixes, besides the model's.")] = 4096,
     disk_mib: Annotated[int, typer.Option(min=0, help="Disk space for prefixes.")] = 32_768,
+    max_versions: Annotated[int, typer.Option(min=1, help="Newest versions that are kept of each task.")] = 1000,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of each key. [default: none]")] = None,
     rows_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of each key. [default: none]")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that requests have to end at a stop.")] = 20,
@@ -78,6 +79,7 @@ def serve_command(
         **{"model": model, "data": data, "database": database, "host": host, "port": port},
         **{"require_keys": require_keys, "allowed_hosts": allow_host or (), "allowed_origins": allow_origin or ()},
         **{"memory_mib": memory_mib, "disk_mib": disk_mib, "drain_seconds": drain_seconds},
+        "max_versions": max_versions,
         **{"requests_per_minute": requests_per_minute, "rows_per_minute": rows_per_minute},
     }
 

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from manyicl.errors import UserError
 from manyicl.server.records import Idempotency
+from manyicl.server.store_limits import require_few_idempotency_keys
 from manyicl.server.tables import idempotency_keys
 
 KEPT = timedelta(hours=24)
@@ -43,10 +44,22 @@ def made_before(connection: Connection, owner: str, idempotency: Idempotency | N
     return Made(row.task_id, row.version, row.job_id)
 
 
-def remember(connection: Connection, owner: str, idempotency: Idempotency | None, made: Made, now: datetime) -> None:
-    """Keep what a request made, in the transaction that makes it, and forget what is older than a day."""
+def remember(
+    connection: Connection,
+    owner: str,
+    idempotency: Idempotency | None,
+    made: Made,
+    now: datetime,
+    most: int | None = None,
+) -> None:
+    """Keep what a request made, in the transaction that makes it, and forget what is older than a day.
+
+    Raises:
+        UserError: If the owner has more than ``most`` such requests.
+    """
     if idempotency is None:
         return
     connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at <= now - KEPT))
     values = {"owner": owner, "key": idempotency.key, "request": idempotency.request, "created_at": now}
     connection.execute(insert(idempotency_keys).values(**values, **made._asdict()))
+    require_few_idempotency_keys(connection, owner, most)

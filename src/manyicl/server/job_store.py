@@ -13,8 +13,9 @@ from manyicl.errors import UserError, quoted
 from manyicl.server.database import Database
 from manyicl.server.idempotency import Made, made_before, remember
 from manyicl.server.pages import page_of, position_of
-from manyicl.server.records import Idempotency, JobKind, JobRecord, VersionKey
-from manyicl.server.tables import is_number, is_storable, job_rows, jobs, new_id, utc_now, versions
+from manyicl.server.records import NO_LIMITS, Idempotency, JobKind, JobRecord, StoreLimits, VersionKey
+from manyicl.server.store_limits import require_few_jobs, require_version
+from manyicl.server.tables import is_number, is_storable, job_rows, jobs, new_id, utc_now
 
 ROWS_AT_ONCE = 1_000
 _UNFINISHED = jobs.c.state.in_(("waiting", "running"))
@@ -23,15 +24,19 @@ _UNFINISHED = jobs.c.state.in_(("waiting", "running"))
 class JobStore:
     """Reads and writes jobs. Another owner's job is unknown, just as one that does not exist."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self, database: Database, clock: Callable[[], datetime] = utc_now, limits: StoreLimits = NO_LIMITS
+    ) -> None:
         """Take the database, and a clock, of which no order depends.
 
         Args:
             database: Open database.
             clock: Gives the time in UTC.
+            limits: How much is kept.
         """
         self._database = database
         self._clock = clock
+        self._limits = limits
 
     def create(
         self,
@@ -56,20 +61,22 @@ class JobStore:
             The job, and whether it was there.
 
         Raises:
-            UserError: If the version does not exist, or another request had the idempotency key.
+            UserError: If the version does not exist, the owner has too many jobs or rows of jobs, or another request
+                had the idempotency key.
         """
         with self._database.writing() as connection:
             now = self._clock()
             if made := made_before(connection, owner, idempotency, now):
                 return _job_made_before(connection, owner, made), True
-            _require_version(connection, key)
+            require_version(connection, key)
             job_id = new_id("job")
             values = {"id": job_id, "owner": owner, "kind": kind, **key._asdict(), "options": dict(options)}
             counts = {"state": "waiting", "num_rows": 0, "num_done": 0, "num_problems": 0, "created_at": now}
             connection.execute(insert(jobs).values(**values, **counts))
             num_rows = _insert_rows(connection, job_id, rows)
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(num_rows=num_rows))
-            remember(connection, owner, idempotency, Made(job_id=job_id), now)
+            require_few_jobs(connection, owner, self._limits)
+            remember(connection, owner, idempotency, Made(job_id=job_id), now, self._limits.idempotency_keys)
             return _find(connection, owner, job_id), False
 
     def get(self, owner: str, job_id: str) -> JobRecord:
@@ -218,12 +225,6 @@ class JobStore:
     ) -> bool:
         values = {"state": state, "finished_at": self._clock(), "problem": problem, "summary": summary}
         return connection.execute(update(jobs).where(jobs.c.id == job_id, _UNFINISHED).values(**values)).rowcount > 0
-
-
-def _require_version(connection: Connection, key: VersionKey) -> None:
-    query = select(versions.c.version).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
-    if not is_number(key.version) or connection.execute(query).first() is None:
-        raise UserError("unknown_version", f"the task has no version {key.version}", field="version")
 
 
 def _insert_rows(connection: Connection, job_id: str, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -238,3 +238,25 @@ class KeyRecord:
     revoked_at: datetime | None = None
     requests_per_minute: int | None = None
     rows_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Limits on what is kept; None for no limit.
+
+    Attributes:
+        tasks: Most tasks of an owner.
+        versions: Newest versions that are kept of a task.
+        jobs: Most jobs of an owner, ended ones included.
+        job_rows: Most rows of all those jobs together.
+        idempotency_keys: Most requests of an owner that are remembered by their Idempotency-Key.
+    """
+
+    tasks: int | None = None
+    versions: int | None = None
+    jobs: int | None = None
+    job_rows: int | None = None
+    idempotency_keys: int | None = None
+
+
+NO_LIMITS = StoreLimits()

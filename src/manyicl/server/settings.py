@@ -9,6 +9,7 @@ from pydantic import Field
 
 from manyicl.checked import Section
 from manyicl.errors import UserError
+from manyicl.server.records import StoreLimits
 
 MIB = 2**20
 # Names by which a browser or a command on this machine reaches a server on loopback.
@@ -34,6 +35,15 @@ class ServerSettings(Section):
     max_rows: int = Field(10_000, ge=1, description="Most rows of one request for predictions.")
     max_job_rows: int = Field(200_000, ge=1, description="Most rows of one job.")
     kept_days: float = Field(30, gt=0, description="Days after which a job that ended is deleted.")
+    max_tasks: int = Field(10_000, ge=1, description="Most tasks of one owner.")
+    max_versions: int = Field(
+        1000, ge=1, description="Newest versions kept of one task; older ones and their texts are deleted."
+    )
+    max_jobs: int = Field(1000, ge=1, description="Most jobs of one owner, ended ones included.")
+    max_kept_job_rows: int = Field(2_000_000, ge=1, description="Most rows of all jobs of one owner.")
+    max_idempotency_keys: int = Field(
+        100_000, ge=1, description="Most requests of one owner that are remembered by their Idempotency-Key."
+    )
     max_demonstrations: int = Field(20_000, ge=1, description="Most demonstrations of one task.")
     max_template_characters: int = Field(20_000, ge=1, description="Longest template.")
     render_seconds: float = Field(10, gt=0, description="Longest time that the templates of one request may take.")
@@ -48,6 +58,17 @@ class ServerSettings(Section):
     )
     memory_mib: int = Field(4096, ge=1, description="Memory for prefixes.")
     disk_mib: int = Field(32_768, ge=0, description="Disk space for prefixes.")
+
+    @property
+    def store_limits(self) -> StoreLimits:
+        """How much the database keeps."""
+        return StoreLimits(
+            tasks=self.max_tasks,
+            versions=self.max_versions,
+            jobs=self.max_jobs,
+            job_rows=self.max_kept_job_rows,
+            idempotency_keys=self.max_idempotency_keys,
+        )
 
     @property
     def is_loopback(self) -> bool:

@@ -41,7 +41,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         database = Database.open(data, settings.database)
         parts.callback(database.close)
         parts.enter_context(database.serving())
-        keys, tasks = KeyStore(database, data), TaskStore(database)
+        keys, tasks = KeyStore(database, data), TaskStore(database, limits=settings.store_limits)
         settings = settings.require_safe(has_keys=keys.has_keys())
         engine = load_engine()
         prefixes = parts.enter_context(_prefixes(settings, engine))
@@ -62,7 +62,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         services = Services(
             settings=settings,
             tasks=tasks,
-            jobs=JobStore(database),
+            jobs=JobStore(database, limits=settings.store_limits),
             keys=keys if settings.require_keys else None,
             worker=worker,
             service=service,

@@ -447,7 +447,7 @@ class TaskService:
             answers=found.answers,
             model=found.model,
         )
-        if not is_known:
+        if not is_known and not self.tasks.is_there(key.task_id):
             self.worker.forget(key.task_id)
         self._count_rebuilt(key)
 

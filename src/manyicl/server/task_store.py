@@ -35,15 +35,18 @@ from manyicl.server.database import Database
 from manyicl.server.idempotency import Made, made_before, remember
 from manyicl.server.pages import page_of, position_of
 from manyicl.server.records import (
+    NO_LIMITS,
     Change,
     DemonstrationRecord,
     Idempotency,
+    StoreLimits,
     TaskRecord,
     TaskSettings,
     VersionKey,
     VersionRecord,
     Written,
 )
+from manyicl.server.store_limits import drop_old_versions, require_few_tasks, unknown_version
 from manyicl.server.tables import demonstrations, is_number, is_storable, new_id, tasks, utc_now, versions
 
 _Rows = Sequence[Mapping[str, Any]]
@@ -82,15 +85,19 @@ _VERSION = select(versions).where(
 class TaskStore:
     """Reads and writes tasks. Another owner's task is unknown, just as one that does not exist."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self, database: Database, clock: Callable[[], datetime] = utc_now, limits: StoreLimits = NO_LIMITS
+    ) -> None:
         """Take the database, and a clock, of which no order depends.
 
         Args:
             database: Open database.
             clock: Gives the time in UTC.
+            limits: How much is kept.
         """
         self._database = database
         self._clock = clock
+        self._limits = limits
 
     def create(
         self,
@@ -117,19 +124,20 @@ class TaskStore:
             order: Positions of ``rows`` in the order in which they are shown; None for the order they are in.
 
         Raises:
-            UserError: If the name is taken, or another request had the idempotency key.
+            UserError: If the name is taken, the owner has too many tasks, or another request had the idempotency key.
         """
         with self._database.writing() as connection:
             now = self._clock()
             if made := made_before(connection, owner, idempotency, now):
                 return _written(connection, owner, made, is_replayed=True)
             _require_free(connection, owner, name)
+            require_few_tasks(connection, owner, self._limits.tasks)
             key = VersionKey(new_id("tsk"), 1)
             values = {"id": key.task_id, "owner": owner, "name": name, "keys": dict(keys), "settings": asdict(settings)}
             counts = {"revision": 0, "newest": 0, "num_numbers": 0, "created_at": now, "updated_at": now}
             connection.execute(insert(tasks).values(**values, **counts))
             _insert_rows(connection, key, 0, rows, order)
-            return _finish(connection, owner, key, "created", labels, now, idempotency)
+            return self._finish(connection, owner, key, "created", labels, now, idempotency)
 
     def add(
         self,
@@ -336,6 +344,11 @@ class TaskStore:
             _version(connection, key)
             return _demonstrations(connection, key)
 
+    def is_there(self, task_id: str) -> bool:
+        """Tell whether there is a task, of any owner."""
+        with self._database.reading() as connection:
+            return connection.execute(select(tasks.c.id).where(tasks.c.id == task_id)).first() is not None
+
     def source(self, key: VersionKey) -> tuple[TaskRecord, list[DemonstrationRecord]]:
         """Return a task of any owner and the demonstrations of a version, by number, to be compiled.
 
@@ -422,7 +435,30 @@ class TaskStore:
             key = VersionKey(found.id, found.newest.key.version + 1)
             num_numbers = connection.execute(select(tasks.c.num_numbers).where(tasks.c.id == found.id)).scalar_one()
             write(connection, key, num_numbers)
-            return _finish(connection, owner, key, change, labels, max(now, found.updated_at), idempotency)
+            return self._finish(connection, owner, key, change, labels, max(now, found.updated_at), idempotency)
+
+    def _finish(
+        self,
+        connection: Connection,
+        owner: str,
+        key: VersionKey,
+        change: Change,
+        labels: _Labels,
+        now: datetime,
+        idempotency: Idempotency | None,
+    ) -> Written:
+        """Write the record of a new version, whose demonstrations were written, and what the request made."""
+        is_here = and_(demonstrations.c.task_id == key.task_id, _is_in(key.version))
+        count = connection.execute(select(func.count()).select_from(demonstrations).where(is_here)).scalar_one()
+        values = {"change": change, "labels": labels, "num_demonstrations": count, "created_at": now}
+        connection.execute(insert(versions).values(**key._asdict(), state="compiling", num_dropped=0, **values))
+        changing = update(tasks).where(tasks.c.id == key.task_id)
+        connection.execute(changing.values(newest=key.version, revision=tasks.c.revision + 1, updated_at=now))
+        made = Made(*key)
+        remember(connection, owner, idempotency, made, now, self._limits.idempotency_keys)
+        written = _written(connection, owner, made)
+        drop_old_versions(connection, key, self._limits.versions)
+        return written
 
 
 def _insert_rows(
@@ -475,27 +511,6 @@ def _copy(
     }
     query = select(*values.values()).where(demonstrations.c.task_id == key.task_id, which)
     connection.execute(insert(demonstrations).from_select(list(values), query))
-
-
-def _finish(
-    connection: Connection,
-    owner: str,
-    key: VersionKey,
-    change: Change,
-    labels: _Labels,
-    now: datetime,
-    idempotency: Idempotency | None,
-) -> Written:
-    """Write the record of a new version, whose demonstrations were written, and what the request made."""
-    is_here = and_(demonstrations.c.task_id == key.task_id, _is_in(key.version))
-    count = connection.execute(select(func.count()).select_from(demonstrations).where(is_here)).scalar_one()
-    values = {"change": change, "labels": labels, "num_demonstrations": count, "created_at": now}
-    connection.execute(insert(versions).values(**key._asdict(), state="compiling", num_dropped=0, **values))
-    changing = update(tasks).where(tasks.c.id == key.task_id)
-    connection.execute(changing.values(newest=key.version, revision=tasks.c.revision + 1, updated_at=now))
-    made = Made(*key)
-    remember(connection, owner, idempotency, made, now)
-    return _written(connection, owner, made)
 
 
 def _written(connection: Connection, owner: str, made: Made, *, is_replayed: bool = False) -> Written:
@@ -552,7 +567,7 @@ def _require_revision(task: TaskRecord, revision: int | None) -> None:
 def _version(connection: Connection, key: VersionKey) -> VersionRecord:
     row = connection.execute(_VERSION, key._asdict()).mappings().one_or_none() if is_number(key.version) else None
     if row is None:
-        raise UserError("unknown_version", f"the task has no version {key.version}", field="version")
+        raise unknown_version(connection, key)
     return _version_record(row)
 
 
