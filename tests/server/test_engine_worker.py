@@ -465,7 +465,7 @@ def test_a_task_that_is_written_faster_than_compiled_has_a_short_queue(
     with bench.running():
         bench.wait_for(lambda: len(bench.reported) == 4)
         assert bench.reported == [B, key("a", 7), key("a", 5), key("a", 6)]
-        bench.answers(key("a", 1), ROWS[:1])  # compiled when it is asked
+        bench.answers(key("a", 1), ROWS[:1])  # compiled with its first row
     assert bench.reported[4:] == [key("a", 1)]
 
 

@@ -61,7 +61,7 @@ QUIET_SECONDS = 5.0
 MOST_NESTED = 3
 # After a failure to read or to report a version, that is no mistake of a user, it is tried again.
 RETRY_SECONDS = 5.0
-# Versions of a task that wait to be compiled though a newer one waits, too; others are compiled when they are asked.
+# Versions of a task that wait to be compiled though a newer one waits, too; others are compiled with their first row.
 MOST_OLD_TO_COMPILE = 100
 # Versions of which things are remembered that are made again at small cost.
 REMEMBERED_VERSIONS = 64
