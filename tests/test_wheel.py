@@ -13,6 +13,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
 from manyicl.model.pretrained import BASES
@@ -110,3 +111,34 @@ def test_the_one_model_answers_a_table(scripts: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == ["I was charged twice", "The parcel never came"]
     assert {row["answer"] for row in rows} <= {"billing", "delivery", "repairs", "app", "advice"}
+
+
+def test_the_server_runs_from_the_wheel(scripts: Path, wheel: Path, tmp_path: Path) -> None:
+    constraints = ROOT / "constraints.txt"
+    must([scripts / "python", "-m", "pip", "install", "--constraint", constraints, f"{wheel}[server]"], tmp_path)
+    answer_from_a_new_server(scripts, tmp_path)
+
+
+def answer_from_a_new_server(scripts: Path, folder: Path) -> None:
+    """Start a server, make a task, and let it answer."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [scripts / "manyicl", "serve", "--model", "builtin:nano", "--data", folder / "data", "--port", "0"]
+    rows = [{"query": "a red hat", "answer": "hat"}, {"query": "the blue lamp", "answer": "lamp"}]
+    task = {"name": "things", "task": {"labels": "from_train"}, "demonstrations": rows}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            list(map(str, command)), cwd=folder, env=kept, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    assert server.stdout is not None
+    try:
+        line = server.stdout.readline()
+        assert "answers on" in line, (folder / "log").read_text()
+        with httpx.Client(base_url=line.split()[-1], timeout=120, trust_env=False) as client:
+            assert client.post("/v1/tasks", json=task).status_code == 201
+            found = client.post("/v1/tasks/things/predict", json={"rows": [{"query": "a lamp"}]})
+            assert found.json()["predictions"][0]["answer"] == "lamp"
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.stdout.close()
