@@ -170,6 +170,28 @@ def test_an_owner_has_so_many_tasks_and_another_owner_as_many(database: Database
     store.create("ann", "third", {}, TaskSettings(), rows_of("x"), None)
 
 
+def test_an_owner_has_so_many_pinned_tasks(database: Database) -> None:
+    store, task_id = task_of(database, pinned=1)
+    pinned = TaskSettings(pinned=True)
+    for _ in range(2):  # to pin it again changes nothing
+        store.update("ann", task_id, settings=pinned)
+    store.create("ann", "second", {}, TaskSettings(), rows_of("x"), None)
+    for write in (
+        lambda: store.create("ann", "third", {}, pinned, rows_of("x"), None),
+        lambda: store.update("ann", "second", settings=pinned),
+    ):
+        with pytest.raises(UserError) as error:
+            write()
+        assert refused(error) == "too_many_pinned_tasks"
+    assert [(task.name, task.settings.pinned) for task in store.page("ann", 10)[0]] == [
+        ("tickets", True),
+        ("second", False),
+    ]
+    store.create("bob", "third", {}, pinned, rows_of("x"), None)
+    store.update("ann", task_id, settings=TaskSettings())
+    store.update("ann", "second", settings=pinned)
+
+
 def test_an_owner_has_so_many_jobs_and_so_many_rows_of_jobs(database: Database) -> None:
     _, task_id = task_of(database)
     key = VersionKey(task_id, 1)
@@ -220,7 +242,13 @@ def test_so_many_requests_are_remembered_and_more_are_not_carried_out(database: 
 
 
 def test_limits_of_the_settings_reach_the_database_and_are_answered_with_their_status(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_tasks": 1, "max_jobs": 1, "max_idempotency_keys": 1, "max_versions": 1}
+    settings: dict[str, Any] = {
+        "max_tasks": 1,
+        "max_pinned_tasks": 0,
+        "max_jobs": 1,
+        "max_idempotency_keys": 1,
+        "max_versions": 1,
+    }
     with fake_services(tmp_path / "data", **settings) as services, client_of(services) as client:
         assert client.post("/v1/tasks", json=echo_task(), headers={"Idempotency-Key": "one"}).status_code == 201
         job = {"kind": "predict", "task": "echo", "rows": [{"query": "a"}]}
@@ -229,6 +257,7 @@ def test_limits_of_the_settings_reach_the_database_and_are_answered_with_their_s
         row = {"query": "a b", "answer": "AB"}
         for answer, status, code in (
             (client.post("/v1/tasks", json=echo_task("other")), 409, "too_many_tasks"),
+            (client.patch("/v1/tasks/echo", json={"pinned": True}), 409, "too_many_pinned_tasks"),
             (client.post("/v1/jobs", json=job), 409, "too_many_kept_jobs"),
             (
                 client.patch("/v1/tasks/echo/demonstrations/1", json=row, headers={"Idempotency-Key": "two"}),
@@ -242,4 +271,4 @@ def test_limits_of_the_settings_reach_the_database_and_are_answered_with_their_s
 
 def test_every_limit_of_the_database_has_a_setting() -> None:
     limits = ServerSettings(model="m", data=Path("d")).store_limits
-    assert limits == StoreLimits(10_000, 1000, 1000, 2_000_000, 100_000)
+    assert limits == StoreLimits(10_000, 16, 1000, 1000, 2_000_000, 100_000)

@@ -36,6 +36,7 @@ STATUSES: Mapping[str, int] = {
     "name_taken": 409,
     "too_many_tasks": 409,
     "too_many_kept_jobs": 409,
+    "too_many_pinned_tasks": 409,
     "version_failed": 409,
     "task_deleted": 409,
     "results_not_ready": 409,

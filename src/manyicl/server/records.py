@@ -246,6 +246,7 @@ class StoreLimits:
 
     Attributes:
         tasks: Most tasks of an owner.
+        pinned: Most tasks of an owner whose prefixes always stay in memory.
         versions: Newest versions that are kept of a task.
         jobs: Most jobs of an owner, ended ones included.
         job_rows: Most rows of all those jobs together.
@@ -253,6 +254,7 @@ class StoreLimits:
     """
 
     tasks: int | None = None
+    pinned: int | None = None
     versions: int | None = None
     jobs: int | None = None
     job_rows: int | None = None

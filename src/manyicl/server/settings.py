@@ -36,6 +36,7 @@ class ServerSettings(Section):
     max_job_rows: int = Field(200_000, ge=1, description="Most rows of one job.")
     kept_days: float = Field(30, gt=0, description="Days after which a job that ended is deleted.")
     max_tasks: int = Field(10_000, ge=1, description="Most tasks of one owner.")
+    max_pinned_tasks: int = Field(16, ge=0, description="Most tasks of one owner that are pinned in memory.")
     max_versions: int = Field(
         1000, ge=1, description="Newest versions kept of one task; older ones and their texts are deleted."
     )
@@ -64,6 +65,7 @@ class ServerSettings(Section):
         """How much the database keeps."""
         return StoreLimits(
             tasks=self.max_tasks,
+            pinned=self.max_pinned_tasks,
             versions=self.max_versions,
             jobs=self.max_jobs,
             job_rows=self.max_kept_job_rows,

@@ -70,6 +70,20 @@ def require_few_tasks(connection: Connection, owner: str, most: int | None) -> N
         raise UserError("too_many_tasks", what, expected=f"at most {most:,}", remedy="Delete one first.")
 
 
+def require_few_pinned(connection: Connection, owner: str, most: int | None) -> None:
+    """Refuse the pinned tasks of an owner with the one that was just written, where they are too many for the memory.
+
+    Raises:
+        UserError: If so; the transaction is to be given up.
+    """
+    if most is None:
+        return
+    settings = connection.execute(select(tasks.c.settings).where(tasks.c.owner == owner)).scalars()
+    if sum(one["pinned"] for one in settings) > most:
+        what, remedy = f"more than {pluralized(most, 'task')} would be pinned", "Unpin one first."
+        raise UserError("too_many_pinned_tasks", what, expected=f"at most {most:,}", remedy=remedy)
+
+
 def require_few_jobs(connection: Connection, owner: str, limits: StoreLimits) -> None:
     """Refuse the jobs of an owner with the one that was just written, where they are more than are kept.
 

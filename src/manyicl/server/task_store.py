@@ -46,7 +46,7 @@ from manyicl.server.records import (
     VersionRecord,
     Written,
 )
-from manyicl.server.store_limits import drop_old_versions, require_few_tasks, unknown_version
+from manyicl.server.store_limits import drop_old_versions, require_few_pinned, require_few_tasks, unknown_version
 from manyicl.server.tables import demonstrations, is_number, is_storable, new_id, tasks, utc_now, versions
 
 _Rows = Sequence[Mapping[str, Any]]
@@ -124,7 +124,8 @@ class TaskStore:
             order: Positions of ``rows`` in the order in which they are shown; None for the order they are in.
 
         Raises:
-            UserError: If the name is taken, the owner has too many tasks, or another request had the idempotency key.
+            UserError: If the name is taken, the owner has too many tasks, or too many pinned ones, or another request
+                had the idempotency key.
         """
         with self._database.writing() as connection:
             now = self._clock()
@@ -136,6 +137,8 @@ class TaskStore:
             values = {"id": key.task_id, "owner": owner, "name": name, "keys": dict(keys), "settings": asdict(settings)}
             counts = {"revision": 0, "newest": 0, "num_numbers": 0, "created_at": now, "updated_at": now}
             connection.execute(insert(tasks).values(**values, **counts))
+            if settings.pinned:
+                require_few_pinned(connection, owner, self._limits.pinned)
             _insert_rows(connection, key, 0, rows, order)
             return self._finish(connection, owner, key, "created", labels, now, idempotency)
 
@@ -251,7 +254,7 @@ class TaskStore:
         """Change the name or the settings of a task; its demonstrations and version stay.
 
         Raises:
-            UserError: If the task is unknown or was changed meanwhile, or the name is taken.
+            UserError: If the task is unknown or was changed meanwhile, the name is taken, or too many tasks are pinned.
         """
         with self._database.writing() as connection:
             found = _find(connection, owner, task)
@@ -266,6 +269,8 @@ class TaskStore:
             if settings is not None:
                 values["settings"] = asdict(settings)
             connection.execute(update(tasks).where(tasks.c.id == found.id).values(**values))
+            if settings is not None and settings.pinned and not found.settings.pinned:
+                require_few_pinned(connection, owner, self._limits.pinned)
             return _find(connection, owner, found.id)
 
     def delete(self, owner: str, task: str, if_revision: int | None = None) -> TaskRecord:
