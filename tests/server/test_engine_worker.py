@@ -241,7 +241,7 @@ def test_rows_come_while_a_task_is_compiled_and_are_answered_between_its_chunks(
 
 def test_a_compilation_goes_on_however_many_rows_come(bench: Bench, short_chunks: None) -> None:
     bench.add(A)
-    bench.add(B, closed_task(60))
+    bench.add(B, closed_task(24))
     is_over = threading.Event()
 
     def ask() -> None:
@@ -253,10 +253,12 @@ def test_a_compilation_goes_on_however_many_rows_come(bench: Bench, short_chunks
         bench.compiled(A)
         for client in clients:
             client.start()
-        bench.compiled(B)
-        is_over.set()
-        for client in clients:
-            client.join()
+        try:
+            bench.compiled(B)
+        finally:
+            is_over.set()
+            for client in clients:
+                client.join()
 
 
 def test_a_blend_is_fitted_once_with_what_goes_first_in_between(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
