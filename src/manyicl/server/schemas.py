@@ -351,7 +351,7 @@ class ConfusionOut(Out):
 class WrongAnswer(Out):
     """A row that was answered wrongly."""
 
-    row: int
+    row: int = Field(description="Its number, or its line where rows came as lines or a table; a job counts its rows.")
     expected: str
     answer: str
     log_probability: float | None
