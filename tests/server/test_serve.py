@@ -41,7 +41,7 @@ START_SECONDS = 120
 
 def refusal(*arguments: str) -> UserError:
     """Run the command in this process, and return why it is refused; no model is loaded before."""
-    result = CliRunner().invoke(app, ["serve", "--model", MODEL, *arguments])
+    result = CliRunner().invoke(app, ["serve", "--model", MODEL, "--port", "0", *arguments])
     assert isinstance(result.exception, UserError), result.output
     return result.exception
 
@@ -55,6 +55,13 @@ def test_an_address_that_others_reach_is_refused_without_keys(tmp_path: Path) ->
 def test_a_second_server_on_a_data_folder_is_refused(tmp_path: Path) -> None:
     with data_folder(tmp_path / "data"):
         assert refusal("--data", str(tmp_path / "data")).code == "data_in_use"
+
+
+def test_an_address_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = refusal("--data", str(tmp_path / "data"), "--port", str(taken.getsockname()[1]))
+    assert (error.code, error.field) == ("cannot_listen", "--port")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_model_that_does_not_exist_is_refused_before_the_folder_is_made(tmp_path: Path) -> None:

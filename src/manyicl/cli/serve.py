@@ -97,7 +97,7 @@ def _serve(values: dict[str, Any], load: Any) -> None:
 
     from manyicl.checked import validated
     from manyicl.server.app import create_app
-    from manyicl.server.listening import listen
+    from manyicl.server.listening import listen, reserved
     from manyicl.server.logging import set_up_logging
     from manyicl.server.settings import ServerSettings
     from manyicl.server.start import started
@@ -106,8 +106,10 @@ def _serve(values: dict[str, Any], load: Any) -> None:
     # Whatever it is that runs, the parts that were started are stopped; uvicorn has its own handler while it listens.
     signal.signal(signal.SIGTERM, _end)
     with ExitStack() as parts:
-        services = parts.enter_context(started(validated(ServerSettings, values, None), load))
-        listen(create_app(services), services, lambda url: typer.echo(f"{values['model']} answers on {url}"))
+        settings = validated(ServerSettings, values, None)
+        address = parts.enter_context(reserved(settings))
+        services = parts.enter_context(started(settings, load))
+        listen(create_app(services), services, address, lambda url: typer.echo(f"{values['model']} answers on {url}"))
 
 
 def _end(_signal: int, _frame: FrameType | None) -> None:

@@ -15,19 +15,16 @@ from manyicl.server.settings import ServerSettings
 
 # Connections and requests at a time; the next ones are answered 503 at once.
 MOST_CONCURRENT = 1024
-WAITING_CONNECTIONS = 2048
 
 
-def listen(app: FastAPI, services: Services, on_listening: Callable[[str], None]) -> None:
+def listen(app: FastAPI, services: Services, address: socket.socket, on_listening: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C: then no connection is accepted any more, and requests in progress may end.
 
     Args:
         app: The application.
         services: Its parts.
+        address: From `reserved`.
         on_listening: Called with the address once it accepts connections.
-
-    Raises:
-        UserError: If the address cannot be listened on.
     """
     settings = services.settings
     config = uvicorn.Config(
@@ -41,8 +38,7 @@ def listen(app: FastAPI, services: Services, on_listening: Callable[[str], None]
         limit_concurrency=MOST_CONCURRENT,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
-    with _socket(settings) as listening:
-        _Server(config, services, lambda: on_listening(_url(settings, listening))).run(sockets=[listening])
+    _Server(config, services, lambda: on_listening(_url(settings, address))).run(sockets=[address])
 
 
 class _Server(uvicorn.Server):
@@ -62,21 +58,24 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _socket(settings: ServerSettings) -> socket.socket:
-    """Open the socket; uvicorn itself would end the process where the address is taken."""
+def reserved(settings: ServerSettings) -> socket.socket:
+    """Reserve the address of a server, on which nothing listens yet, so that one that is taken is refused at once.
+
+    Raises:
+        UserError: If it cannot be listened on.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    address = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((settings.host.strip("[]"), settings.port))
-        listening.listen(WAITING_CONNECTIONS)
+        address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        address.bind((settings.host.strip("[]"), settings.port))
     except OSError as error:
-        listening.close()
+        address.close()
         what = f"cannot listen on {settings.host}, port {settings.port}: {reason(error)}"
         raise UserError("cannot_listen", what, remedy="Take another port.", field="--port") from error
-    return listening
+    return address
 
 
-def _url(settings: ServerSettings, listening: socket.socket) -> str:
+def _url(settings: ServerSettings, address: socket.socket) -> str:
     host = settings.host.strip("[]")
-    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}"
