@@ -216,7 +216,7 @@ def test_rows_come_while_a_task_is_compiled_and_are_answered_between_its_chunks(
     def send(token_ids: Any, task_id: str) -> Any:
         """Called in the compilation of A, before its first chunk."""
         if task_id == A.task_id:
-            for name, version in (("resident", B), ("not resident", C), ("itself", A)):
+            for name, version in (("resident", B), ("not resident", C)):
                 ticket = bench.worker.predict(version, ["a"], {})
                 ticket.future.add_done_callback(partial(note, name))
                 tickets.append(ticket)
@@ -233,10 +233,40 @@ def test_rows_come_while_a_task_is_compiled_and_are_answered_between_its_chunks(
         assert all(ticket.future.result(SECONDS) for ticket in tickets)
     assert done_after["resident"] == 16
     assert done_after["not resident"] == 16
-    assert done_after["itself"] == -1
     assert bench.reported == [B, C, A]
     for (_, score, _), answer in zip(compiled.answers, at_once.answers, strict=True):
         assert score == pytest.approx(answer.log_probability, abs=1e-4)
+
+
+def test_what_rows_wait_for_is_compiled_before_what_later_rows_wait_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, short_chunks: None
+) -> None:
+    """Otherwise each compilation would stop for another one, and none would end."""
+    bench.add(A, closed_task(40))
+    bench.add(B, closed_task(12, first=50))
+    bench.add(C)
+    order: list[str] = []
+    longest = bench.prefixes.longest
+
+    def note(name: str, _: object) -> None:
+        order.append(name)
+
+    def send(token_ids: Any, task_id: str) -> Any:
+        if task_id == A.task_id:
+            for name, version in (("not stored", B), ("stored", C)):
+                bench.worker.predict(version, ["a"], {}).future.add_done_callback(partial(note, name))
+            bench.worker.compile(B)
+        return longest(token_ids, task_id)
+
+    with bench.running():
+        bench.add(C, answers=bench.compiled(C).answers)
+        bench.prefixes.memory.clear()
+        monkeypatch.setattr(bench.prefixes, "longest", send)
+        first = bench.worker.predict(A, ["a"], {})
+        first.future.add_done_callback(partial(note, "first"))
+        bench.wait_for(lambda: len(order) == 3 and set(bench.reported) == {A, B, C})
+    assert order == ["stored", "first", "not stored"]
+    assert bench.loaded.count(B) == 2
 
 
 def test_a_compilation_goes_on_however_many_rows_come(bench: Bench, short_chunks: None) -> None:

@@ -9,9 +9,9 @@
                                                                     the next compilation
 
 A compilation stops between its chunks for a round of all that goes first; a chunk takes about as long as one row. A
-version whose prefix is not in memory is compiled for the rows that wait for it, if necessary in the middle of another
-compilation. Rows are never answered together with rows of another version or with other options, and what is answered
-together does not change the answers.
+version whose prefix is not in memory is compiled for the rows that wait for it, if need be in the middle of another
+compilation, unless rows wait for that one: they came first. Rows are never answered together with rows of another
+version or with other options, and what is answered together does not change the answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from manyicl.engine.engine import AnswerPart, Engine, Retrieve
 from manyicl.engine.queries import AnswerOptions, StreamedRow
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import MachineError, UserError
-from manyicl.server.prefix_making import Load, Prefixes, compiled_of, make_prefix, model_hash
+from manyicl.server.prefix_making import Load, NotStoredError, Prefixes, compiled_of, make_prefix, model_hash
 from manyicl.server.recent import Recent
 from manyicl.server.records import VersionKey
 from manyicl.server.waiting import Group, Portion, WaitingRows
@@ -88,6 +88,8 @@ class _Compilation:
     num_done: int = 0
     num_tokens: int = 0
     is_abandoned: bool = False
+    # Versions that rows wait for, and that are compiled after this one.
+    postponed: set[VersionKey] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -405,9 +407,9 @@ class EngineWorker:
         prefix = self._prefixes.get(version)
         if prefix is None:
             # While a blend is fitted, its prefix may leave memory, and comes back with the blend.
-            if in_progress is not None or len(self._compiling) >= MOST_NESTED:
+            if in_progress is not None or len(self._compiling) >= MOST_NESTED or self._is_postponed(version):
                 return
-            prefix = self._make(version)
+            prefix = self._make(version, may_compute=self._may_compile_now())
         if prefix is not None and is_blended and prefix.blend is None:
             prefix = self._fit_blend(version, prefix)
         if prefix is None:
@@ -419,6 +421,15 @@ class EngineWorker:
             elif len(self._writing) < MOST_PASSES_WRITING:
                 portions = self._take(group, min(ROWS_WRITTEN_TOGETHER, self._rows_per_pass))
                 self._begin_writing(group, prefix, portions, holding.pop_all())
+
+    def _is_postponed(self, version: VersionKey) -> bool:
+        return any(version in compilation.postponed for compilation in self._compiling.values())
+
+    def _may_compile_now(self) -> bool:
+        """Tell whether no rows wait for what is compiled now: they came first, and would wait for twice as much."""
+        innermost = next(reversed(self._compiling), None)
+        with self._changed:
+            return innermost is None or not self._waiting.tickets(innermost)
 
     def _take(self, group: Group, most_rows: int) -> list[Portion[Ticket]]:
         self._last_row = time.monotonic()
@@ -604,13 +615,14 @@ class EngineWorker:
             self._to_compile.pop(key, None)
         self._report(key, lambda: self._on_ready(key, compiled_of(prefix, self.model)))
 
-    def _make(self, key: VersionKey) -> TaskPrefix | None:
+    def _make(self, key: VersionKey, *, may_compute: bool = True) -> TaskPrefix | None:
         """Compile a version or take its prefix from the disk, and report it if it was to be compiled; None if it fails.
 
-        What waits for a version that cannot be compiled fails with it.
+        What waits for a version that cannot be compiled fails with it. If the network may not run, and would have to,
+        the version is postponed until the compilation in progress is done.
         """
         with self._changed:
-            is_due = self._to_compile.pop(key, None) is not None
+            is_requested = is_due = self._to_compile.pop(key, None) is not None
         compilation = _Compilation(key)
         self._compiling[key] = compilation
         others, started = self._counters.pass_seconds + self._counters.compile_seconds, time.perf_counter()
@@ -624,11 +636,16 @@ class EngineWorker:
         self._pinned[key.task_id] = source.pinned
         try:
             between_chunks = partial(self._between_chunks, compilation)
-            prefix = make_prefix(self._engine, self._prefixes, source, self._load, between_chunks)
+            prefix = make_prefix(
+                self._engine, self._prefixes, source, self._load, between_chunks, may_compute=may_compute
+            )
             self._carry_out_orders()
             if compilation.is_abandoned:
                 raise _AbandonedError
         except _AbandonedError:
+            return None
+        except NotStoredError:
+            self._postpone(key, is_requested)
             return None
         except Exception as error:
             self._cannot_compile(key, error, is_due)
@@ -646,6 +663,13 @@ class EngineWorker:
         if is_due:
             self._report(key, lambda: self._on_ready(key, compiled_of(prefix, self.model, seconds)))
         return prefix
+
+    def _postpone(self, key: VersionKey, is_requested: bool) -> None:
+        """Leave a version until the compilation is done in whose middle it was tried."""
+        outer = [compilation for other, compilation in self._compiling.items() if other != key]
+        outer[-1].postponed.add(key)
+        if is_requested:
+            self.compile(key)
 
     def _between_chunks(self, compilation: _Compilation, num_done: int, num_tokens: int) -> float | None:
         """Do all that goes first, and say how long the next chunk may take."""

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from manyicl.engine.backend import BetweenChunks, Prefix
 from manyicl.engine.engine import Engine
+from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import ObservedAnswer
 from manyicl.engine.task_prefix import FittedPrefix, TaskPrefix
 from manyicl.errors import UserError
@@ -77,8 +78,18 @@ def model_hash(engine: Engine) -> str:
     return hashlib.sha256(json.dumps([*parts, engine.max_context_tokens]).encode()).hexdigest()[:32]
 
 
+class NotStoredError(Exception):
+    """A prefix is not stored as a whole, and was not to be computed."""
+
+
 def make_prefix(
-    engine: Engine, prefixes: Prefixes, source: TaskSource, load: Load, between_chunks: BetweenChunks | None = None
+    engine: Engine,
+    prefixes: Prefixes,
+    source: TaskSource,
+    load: Load,
+    between_chunks: BetweenChunks | None = None,
+    *,
+    may_compute: bool = True,
 ) -> TaskPrefix:
     """Compile a version of a task; what is stored and recorded already is taken over.
 
@@ -88,12 +99,16 @@ def make_prefix(
         source: The version.
         load: Reads another version, for its records.
         between_chunks: As for `Engine.compile`.
+        may_compute: Whether the network may run; otherwise all of the prefix must be stored.
 
     Raises:
         UserError: If the task cannot be compiled.
+        NotStoredError: If the network would have to run, and may not.
     """
     fitted = _fitted(engine, source, between_chunks)
     reuse = _reusable(engine, prefixes, source, fitted, load, between_chunks)
+    if not may_compute and not _is_stored(engine, fitted, reuse):
+        raise NotStoredError
     return engine.compile_fitted(fitted, reuse=reuse, between_chunks=between_chunks)
 
 
@@ -131,6 +146,14 @@ def _reusable(
     records = _records(source, fitted) or _earlier_records(engine, prefixes, source, load, between_chunks)
     task, demonstrations, answers = records or _Records(source.task, (), ())
     return TaskPrefix(task, demonstrations, 0, engine.encoder.text_hash, cache, answers=answers)
+
+
+def _is_stored(engine: Engine, fitted: FittedPrefix, known: TaskPrefix | None) -> bool:
+    """Tell whether the network need not run: all keys and values are known, and all records."""
+    if known is None or num_shared_tokens(fitted.token_ids, known.token_ids) < len(fitted.token_ids):
+        return False
+    is_recorded = len(known.answers) == len(fitted.demonstrations) and known.demonstrations == fitted.demonstrations
+    return engine.is_channel or is_recorded
 
 
 def _earlier_records(
