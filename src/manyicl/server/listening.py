@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from manyicl.errors import UserError
 from manyicl.library_errors import reason
+from manyicl.server.connections import Connection
 from manyicl.server.services import Services
 from manyicl.server.settings import ServerSettings
 
@@ -33,6 +34,7 @@ def listen(app: FastAPI, services: Services, address: socket.socket, on_listenin
         access_log=False,
         server_header=False,
         proxy_headers=False,  # what a proxy says of a client changes nothing here
+        http=Connection,
         ws="none",
         lifespan="on",
         limit_concurrency=MOST_CONCURRENT,
