@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import stat
@@ -141,6 +142,27 @@ def test_nothing_is_written_to_a_database_file_that_is_gone(tmp_path: Path, *, i
     with pytest.raises(MachineError, match="is gone or was replaced"):
         TaskStore(database).get("ann", "tickets")
     database.close()
+
+
+def test_nothing_is_written_to_a_database_file_that_was_cut_off(tmp_path: Path) -> None:
+    database = Database.open(tmp_path)
+    create(database)
+    file = tmp_path / FILE_NAME
+    num_bytes = file.stat().st_size
+    os.truncate(file, num_bytes // 2)
+    for _ in range(2):
+        with pytest.raises(MachineError, match="cut off"):
+            create(database, "other")
+    os.truncate(file, num_bytes)  # what was cut off is empty, which nothing here reads
+    database.close()
+
+
+@pytest.mark.parametrize("content", [b"x" * 5_000, b"SQLite format 3\0" + b"x" * 5_000])
+def test_a_damaged_database_is_refused_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(UserError, match="manyicl restore") as error:
+        Database.open(tmp_path)
+    assert error.value.code == "database_unavailable"
 
 
 def test_a_full_disk_fails_a_write_whole_and_later_ones_succeed(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class Database:
         """
         self._engine = engine
         self._file = file
-        self._file_number = _file_number(file)
+        self._file_number, self._num_bytes = _number_and_bytes(file)
         # SQLite lets waiting writers poll, so that one may wait long while others pass; in a process they queue here.
         self._writer = threading.Lock()
         self._holds_deleted = False
@@ -208,10 +208,15 @@ class Database:
         self._holds_deleted = bool(is_busy)
 
     def _require_file(self) -> None:
-        """Refuse to go on where the file was deleted or replaced: SQLite would write on into what has no name."""
-        if self._file is not None and _file_number(self._file) != self._file_number:
-            sentence = "is gone or was replaced. Stop the server, restore a backup (`manyicl restore`) and start it."
-            raise MachineError(f"The database file {self._file} {sentence}")
+        """Refuse to go on where the file was deleted, replaced or cut off: SQLite would write on, and all be lost."""
+        if self._file is None:
+            return
+        known_bytes = self._num_bytes  # read first, as another thread may see the file grow meanwhile; it never shrinks
+        number, num_bytes = _number_and_bytes(self._file)
+        if number != self._file_number or num_bytes < known_bytes:
+            sentence = "is gone or was replaced or cut off. Stop the server, restore a backup (`manyicl restore`)"
+            raise MachineError(f"The database file {self._file} {sentence} and start it.")
+        self._num_bytes = num_bytes
 
     def _migrate(self) -> None:
         """Run the migrations in one transaction that excludes other writers."""
@@ -258,7 +263,10 @@ def _failures_named(*, is_start: bool = False) -> Iterator[None]:
     except DBAPIError as error:
         sentence = shortened(" ".join(str(error.orig).split()))
         if is_start:
-            raise UserError("database_unavailable", f"the database cannot be used: {sentence}") from error
+            is_damaged = type(error.orig) is sqlite3.DatabaseError
+            remedy = "Restore a backup into a new data folder with `manyicl restore`." if is_damaged else None
+            what = f"the database cannot be used: {sentence}"
+            raise UserError("database_unavailable", what, remedy=remedy) from error
         raise MachineError(f"The database failed: {sentence}") from error
     except PoolTimeoutError as error:
         raise MachineError("All connections to the database were busy for too long.") from error
@@ -294,14 +302,14 @@ def give_to_owner_of_folder(file: Path) -> None:
         os.chown(file, owner.st_uid, owner.st_gid)
 
 
-def _file_number(file: Path | None) -> tuple[int, int] | None:
+def _number_and_bytes(file: Path | None) -> tuple[tuple[int, int] | None, int]:
     if file is None:
-        return None
+        return None, 0
     try:
         status = file.stat()
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return None, 0
+    return (status.st_dev, status.st_ino), status.st_size
 
 
 def sqlite_connection(file: Path) -> sqlite3.Connection:

@@ -6,9 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from manyicl.errors import MachineError
 from manyicl.server.authentication import Predictor
+from manyicl.server.bodies import quickly
 from manyicl.server.documented import errors
 from manyicl.server.metrics import CONTENT_TYPE
+from manyicl.server.records import LOCAL_OWNER
 from manyicl.server.schemas import Health, Readiness
 from manyicl.server.services import App
 
@@ -24,10 +27,14 @@ async def get_health() -> Any:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}, **errors()})
 async def get_readiness(response: Response, services: App) -> Any:
-    """Say whether all tasks that could answer before can answer now; 503 while some are compiled again."""
+    """Say whether all tasks that could answer before can answer now.
+
+    503 while some are compiled again, or the database cannot be read.
+    """
     num_done, number = services.service.rebuilt
     state = services.worker.state()
-    status = "failed" if not state.is_alive else "compiling" if num_done < number else "ready"
+    can_answer = state.is_alive and await _database_answers(services)
+    status = "failed" if not can_answer else "compiling" if num_done < number else "ready"
     if services.is_stopping:
         status = "stopping"
     response.status_code = 200 if status == "ready" else 503
@@ -37,6 +44,14 @@ async def get_readiness(response: Response, services: App) -> Any:
         "num_versions_to_compile": number,
         "num_versions_compiled": num_done,
     }
+
+
+async def _database_answers(services: Services) -> bool:
+    try:
+        await quickly(services.tasks.page, LOCAL_OWNER, 1)
+    except MachineError:
+        return False
+    return True
 
 
 @router.get("/metrics", response_class=Response, responses={200: _TEXT, **errors()})
