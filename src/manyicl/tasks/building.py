@@ -88,7 +88,7 @@ class TaskBuilder:
         if not template.columns:
             column = source.strip() if source.strip().isidentifier() else "text"
             hint = " A column whose name has a meaning of its own is written row['true']." if "{{" in source else ""
-            what = f"{key}: the template {source!r} names no column"
+            what = f"{key}: the template {quoted(source)} names no column"
             remedy = f"Write one in braces, as in '{{{{ {column} }}}}'.{hint}"
             raise UserError("template_without_column", what, remedy=remedy, field=key)
         return template
@@ -198,7 +198,7 @@ class TaskBuilder:
             what = f"the answer {shortened(answer)!r} is none of the row's options"
             raise UserError("not_an_option", what, expected=f"one of {shortened(repr(list(query.choices)))}")
         if self.labels is not None and answer not in self.label_set:
-            named = ", ".join(map(repr, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
+            named = ", ".join(map(quoted, self.labels[:12])) + (", …" if len(self.labels) > 12 else "")
             # Where rows are dropped nobody reads it, and among thousands of labels it takes a tenth of a second.
             hint = did_you_mean(shortened(answer), self.labels) if self.keys.bad_rows == "refuse" else None
             what = f"{shortened(answer)!r} is no label of task {self.name!r}"
@@ -221,6 +221,7 @@ class TaskBuilder:
         dropped_rows = {reason: tuple(origins) for reason, origins in self.dropped_rows.items()}
         task = Task(spec, train, test, dropped=dict(self.dropped), dropped_rows=dropped_rows)
         with _within_key("instruction"):  # which alone is rendered here: it needs all labels
+            require_whole_characters(task.instruction())
             return replace(task, data_hash=hash_content(task))
 
     def _without_test_queries(self, train: tuple[Example, ...], test: tuple[Example, ...]) -> tuple[Example, ...]:

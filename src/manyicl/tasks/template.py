@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
-from manyicl.errors import UserError, shortened
+from manyicl.errors import UserError, quoted, shortened
 from manyicl.library_errors import reason
 from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, joined, rendered, written
 from manyicl.tasks.values import as_written, missing_column
@@ -74,7 +74,7 @@ class Template:
         for column in self.columns:
             if column not in row:
                 error = missing_column(column, row, self._spelling_hint(row))
-                error.what = f"Template {self.source!r} names the column {column!r}, which is missing"
+                error.what = f"Template {quoted(self.source)} names the column {quoted(column)}, which is missing"
                 raise error
         named = dict(row)
         for column, names in (class_names or {}).items():
@@ -86,15 +86,17 @@ class Template:
             variables = {name: value for name, value in named.items() if name not in GLOBALS}
             return rendered(self._compiled, {**variables, "row": named} if self._reads_row else variables)
         except _FAILURES as error:
-            what = f"Template {self.source!r} fails: {reason(error)}"
+            what = f"Template {quoted(self.source)} fails: {reason(error)}"
             raise UserError("template_fails", what, remedy=self._spelling_hint(row)) from error
 
     def _spelling_hint(self, row: Mapping[str, object]) -> str:
         """Say how a column is written whose name is written as if it were a word, as in ``{{ a-b }}``."""
         for column in map(str, row):
+            if column.isidentifier() or column in self.columns or column not in self.source:
+                continue
             as_a_word = re.search(rf"(?<![\w'\"]){re.escape(column)}(?![\w'\"])", self.source)
-            if as_a_word and re.search(r"[^\W\d]", column) and not column.isidentifier() and column not in self.columns:
-                return f" Such a column is written row[{column!r}]."
+            if as_a_word and re.search(r"[^\W\d]", column):
+                return f" Such a column is written row[{quoted(column)}]."
         return ""
 
 

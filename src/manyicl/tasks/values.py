@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from manyicl.errors import UserError, did_you_mean
+from manyicl.errors import UserError, did_you_mean, quoted, shortened
 
 
 class NumberText(str):
@@ -105,8 +105,8 @@ def missing_column(column: str, row: Mapping[str, object], remedy: str = "") -> 
     """Make the error for a column that a row lacks."""
     known = sorted(map(str, row))
     remedy = remedy or did_you_mean(column, known)
-    what, found = f"the column {column!r} is missing", f"the columns {known}"
-    return UserError("missing_column", what, found=found, remedy=remedy, field=column)
+    what, found = f"the column {quoted(column)} is missing", f"the columns {shortened(str(known))}"
+    return UserError("missing_column", what, found=found, remedy=remedy, field=shortened(column))
 
 
 def num_characters(value: object) -> int:
