@@ -359,6 +359,7 @@ def _first_error(model: type[BaseModel], error: ValidationError, under: str) -> 
     said = lower_case_start(first["msg"].removeprefix("Value error, "))
     for pythons, ours in (("tuple", "list"), ("valid dictionary", "mapping"), (" after validation", "")):
         said = said.replace(pythons, ours)
+    said = re.sub(r" or instance of \w+| using _\w+\(\)", "", said)  # names of the code
     hint = None
     if kind == "value_error":
         found = None  # the message says it

@@ -33,6 +33,14 @@ def test_a_key_opens_what_it_was_made_for(store: KeyStore) -> None:
     assert store.has_keys()
 
 
+@pytest.mark.parametrize("owner", ["", " "])
+def test_an_owner_has_a_name(store: KeyStore, owner: str) -> None:
+    with pytest.raises(UserError) as error:
+        store.create(owner, "laptop")
+    assert (error.value.code, error.value.field) == ("wrong_value", "owner")
+    assert not store.has_keys()
+
+
 def test_a_changed_key_opens_nothing(store: KeyStore) -> None:
     key, record = store.create("ann", "laptop")
     other, _ = store.create("bob", "phone")

@@ -157,3 +157,13 @@ def test_a_turn_leaves_nothing_behind_also_after_an_error() -> None:
     assert len(turns) == 0
     with turns.of("a"), turns.of("b"):
         assert len(turns) == 2
+
+
+def test_rows_that_wait_for_a_task_that_is_deleted_hear_that_it_was(services: Services) -> None:
+    service, task = services.service, created(services.service)
+    with pytest.raises(UserError, match="no version 9"):
+        service.require_ready_or_compiling(VersionKey(task.id, 9))
+    service.delete(OWNER, task.id, None)
+    with pytest.raises(UserError, match="the task was deleted meanwhile") as error:
+        service.require_ready_or_compiling(VersionKey(task.id, 1))
+    assert error.value.code == "unknown_task"

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from starlette.testclient import TestClient
 
 from manyicl.errors import MachineError
-from manyicl.server.database import Database
+from manyicl.server.database import FILE_NAME, Database
 from manyicl.server.services import Services
 from tests.server.fakes import BROKEN, echo_task, fake_client, fake_worker, mood_task
 
@@ -252,6 +252,8 @@ def test_all_bad_rows_are_named_and_nothing_is_stored(client: TestClient) -> Non
         ({"nam": "x"}, "unknown_key", "nam"),
         ({"task": {"query": "{{ query"}}, "broken_template", "query"),
         ({"task": {"query": "x" * 20_001}}, "text_too_long", "task.query"),
+        ({"task": {"description": "x" * 20_001}}, "text_too_long", "task.description"),
+        ({"task": {"instruction": "{{ '\\ud800' }}"}}, "half_a_character", "instruction"),
         ({"task": {"data": {"file": "/etc/passwd"}}}, "unknown_key", "task.data"),
         ({"task": {"labels": ["one"]}}, "wrong_value", "task.labels"),
         ({"settings": {"num_shots": -1}}, "wrong_value", "settings.num_shots"),
@@ -267,6 +269,38 @@ def test_what_breaks_a_rule_is_refused_with_its_field(
     answer = client.post("/v1/tasks", json={**echo_task(), **changes})
     problem = answer.json()
     assert (answer.status_code, problem["code"], problem.get("field")) == (422, code, field), problem
+
+
+def test_a_server_without_its_database_is_not_ready(client: TestClient) -> None:
+    file = services_of(client).settings.data / FILE_NAME
+    file.rename(aside := file.with_name("aside"))
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+    aside.rename(file)
+    assert client.get("/readyz").json()["status"] == "ready"
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "a@1", "a,b", "a:b"])
+def test_a_name_is_refused_with_what_a_name_may_not_hold(client: TestClient, name: str) -> None:
+    expected = client.post("/v1/tasks", json=echo_task(name)).json()["expected"]
+    assert expected.endswith("no spaces, '/', '\\', ',', ':' or '@'")
+
+
+def test_what_is_wrong_is_said_without_names_of_the_code(client: TestClient) -> None:
+    detail = client.post("/v1/tasks", json={**echo_task(), "settings": []}).json()["detail"]
+    assert detail == "settings: input should be a mapping; found []."
+
+
+def test_errors_of_rows_stay_short_whatever_names_columns_have(client: TestClient) -> None:
+    column = "".join(chr(ord("a") + number % 26) for number in range(19_000))
+    made(
+        client,
+        {"name": "t", "task": {"query": f"{{{{ {column} }}}}"}, "demonstrations": [{column: "a", "answer": "b"}]},
+    )
+    rows = [{f"c{number}": 1 for number in range(5_000)}, {"z" * 20_000: 1}, {f"{column[:-1]}1": 1}]
+    errors = client.post("/v1/tasks/t/predict", json={"rows": rows}).json()["errors"]
+    assert [one["code"] for one in errors] == ["missing_column"] * len(rows)
+    assert max(len(str(one)) for one in errors) < 1_500
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", '{"name": NaN}', '{"name": "a", "name": "b"}', "\ufeff{", '"x"'])

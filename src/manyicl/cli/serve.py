@@ -67,7 +67,7 @@ def serve_command(
 
     Examples:
 
-        manyicl serve --model builtin:nano --data tasks.data
+        manyicl serve --model builtin:one --data tasks.data
 
         curl -s localhost:8000/v1/tasks -H 'Content-Type: application/json' -d '{"name": "mood", "task": {"labels":
         "from_train"}, "demonstrations": [{"query": "what a film", "answer": "good"}, {"query": "so dull", "answer":

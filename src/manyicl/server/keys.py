@@ -67,6 +67,8 @@ class KeyStore:
         Raises:
             UserError: If there are keys, and the file with the secret of their HMACs is missing.
         """
+        if not owner.strip():
+            raise UserError("wrong_value", "an owner has a name", found=quoted(owner), field="owner")
         key_id = secrets.token_hex(8)
         key = f"mk_{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
         limits = {"requests_per_minute": requests_per_minute, "rows_per_minute": rows_per_minute}

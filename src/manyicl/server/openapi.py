@@ -24,7 +24,8 @@ Made from the OpenAPI document, which a running server gives at `/openapi.json`,
 generated. [The task server](server.md) shows how it is used.
 
 An error is a [`Problem`](#problem) as `application/problem+json`; on the paths for OpenAI's SDK it is an
-[`ErrorOut`](#errorout) as `application/json`. These may come from everywhere; others are named with their paths:
+[`ErrorOut`](#errorout) as `application/json`. An address that is not on this page
+is answered with 404, another method with 405. These may come from everywhere; others are named with their paths:
 
 | Status | Meaning |
 | --- | --- |

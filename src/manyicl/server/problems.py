@@ -38,7 +38,6 @@ STATUSES: Mapping[str, int] = {
     "too_many_kept_jobs": 409,
     "too_many_pinned_tasks": 409,
     "version_failed": 409,
-    "task_deleted": 409,
     "results_not_ready": 409,
     "changed_meanwhile": 412,
     "body_too_large": 413,

@@ -18,6 +18,7 @@ MOST_RETRIEVED = 64
 MOST_SIMILAR = 100
 # No spaces, no slashes and no control characters; a comma, a colon and an at sign have meanings of their own.
 NAME_PATTERN = r"^[^\s/\\,:@\x00-\x1f\x7f]+$"
+NAME_MEANING = "unique among yours; no spaces, '/', '\\', ',', ':' or '@'"
 _RESERVED_NAMES = re.compile(r"tsk_.*|\.{1,2}")
 
 Number = Annotated[int, Field(ge=1, le=MOST_COUNTED)]
@@ -60,7 +61,7 @@ class SettingsIn(Section):
 class NewTaskKeys(Section):
     """A task without its demonstrations."""
 
-    name: str = Field(min_length=1, max_length=200, pattern=NAME_PATTERN, description="Name, unique among yours.")
+    name: str = Field(min_length=1, max_length=200, pattern=NAME_PATTERN, description=f"Name, {NAME_MEANING}.")
     task: dict[str, Any] = Field(
         default_factory=dict,
         description="Keys of a task file without `name` and `data`: family, query, answer, labels, instruction and so "
@@ -83,7 +84,9 @@ class NewTask(NewTaskKeys):
 class TaskOfTable(Section):
     """A task whose demonstrations come as lines: what the body of JSON would say, in the query."""
 
-    name: str | None = Field(None, min_length=1, max_length=200, pattern=NAME_PATTERN, description="Name.")
+    name: str | None = Field(
+        None, min_length=1, max_length=200, pattern=NAME_PATTERN, description=f"Name, {NAME_MEANING}."
+    )
     query: str | None = Field(None, description="Template of the query; by default `{{ query }}`.")
     answer: str | None = Field(None, description="Template of the answer; by default `{{ answer }}`.")
     family: str | None = Field(None, description="Kind of task.")
@@ -94,7 +97,9 @@ class TaskOfTable(Section):
 class TaskChanges(Section):
     """Changes of a task besides its demonstrations; what is not given stays."""
 
-    name: str | None = Field(None, min_length=1, max_length=200, pattern=NAME_PATTERN, description="New name.")
+    name: str | None = Field(
+        None, min_length=1, max_length=200, pattern=NAME_PATTERN, description=f"New name, {NAME_MEANING}."
+    )
     pinned: bool | None = Field(None, description="Whether its prefix always stays in memory.")
     abstain_below: Probability | None = Field(None, description="Least probability of an answer; null for none.")
     blend: bool | None = Field(None, description="Whether scores are combined with those of a linear classifier.")
@@ -441,7 +446,8 @@ class Readiness(Out):
     """Whether the server can answer, and how far it is with what it compiles again after a change of its model."""
 
     status: Literal["ready", "compiling", "failed", "stopping"] = Field(
-        description="`compiling` while tasks that could answer before are compiled again."
+        description="`compiling` while tasks that could answer before are compiled again, `failed` where the model or "
+        "the database cannot be used."
     )
     model: str
     num_versions_to_compile: int = Field(description="Versions that were to be compiled again at the start.")

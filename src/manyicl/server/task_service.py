@@ -54,7 +54,7 @@ MOST_CACHED = 1024
 FORGET_SECONDS = 10
 # What errors name in place of a file.
 DEMONSTRATIONS = "demonstrations"
-_TEMPLATES = ("query", "answer", "instruction")
+_BOUNDED_TEXTS = ("query", "answer", "instruction", "description", "source")
 _NOT_OVER_HTTP = ("name", "data", "bad_rows", "on_both_sides")
 
 
@@ -368,17 +368,17 @@ class TaskService:
         """Return the keys of a new task, with those that are usual.
 
         Raises:
-            UserError: If one is unknown here, has a wrong value, or a template is too long.
+            UserError: If one is unknown here, has a wrong value, or a text is too long.
         """
         for key in _NOT_OVER_HTTP:
             if key in keys:
                 remedy = "Leave it out." if key != "name" else "Give the name beside `task`."
                 raise UserError("unknown_key", f"unknown key {key!r}", remedy=remedy, field=f"task.{key}")
         known = {key: _with_texts(value) for key, value in keys.items() if value is not None}
-        for key in _TEMPLATES:
+        for key in _BOUNDED_TEXTS:
             if isinstance(known.get(key), str) and len(known[key]) > self._settings.max_template_characters:
                 what, expected = (
-                    f"{key}: the template is too long",
+                    f"{key}: the text is too long",
                     f"at most {self._settings.max_template_characters:,}",
                 )
                 found = pluralized(len(known[key]), "character")
@@ -509,7 +509,12 @@ class TaskService:
         Raises:
             UserError: If it failed, or is gone.
         """
-        version = self.tasks.version(key)
+        try:
+            version = self.tasks.version(key)
+        except UserError as error:
+            if self.tasks.exists(key.task_id):
+                raise
+            raise UserError("unknown_task", "the task was deleted meanwhile", field="task") from error
         if version.state == "failed":
             why = (version.problem or {}).get("sentence", "")
             what = f"version {key.version} of the task could not be compiled"

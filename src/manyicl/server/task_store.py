@@ -354,6 +354,11 @@ class TaskStore:
         with self._database.reading() as connection:
             return connection.execute(select(tasks.c.id).where(tasks.c.id == task_id)).first() is not None
 
+    def exists(self, task_id: str) -> bool:
+        """Tell whether a task of any owner is there."""
+        with self._database.reading() as connection:
+            return connection.execute(select(tasks.c.id).where(tasks.c.id == task_id)).first() is not None
+
     def source(self, key: VersionKey) -> tuple[TaskRecord, list[DemonstrationRecord]]:
         """Return a task of any owner and the demonstrations of a version, by number, to be compiled.
 

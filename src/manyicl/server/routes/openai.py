@@ -61,7 +61,7 @@ _STATUSES = {
     403: "The key does not allow it, or a web page of another site sent the request.",
     404: "There is no such task or version, or it is another owner's.",
     408: "The body did not arrive in time.",
-    409: "The task cannot answer: compiling it failed, or it was deleted meanwhile.",
+    409: "The task cannot answer: compiling it failed.",
     413: "The request is larger than a limit.",
     415: "The content type is not accepted.",
     429: "Too many requests, or too many rows wait; `Retry-After` says when to try again.",
