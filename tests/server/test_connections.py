@@ -112,6 +112,6 @@ def test_slow_answers_and_requests_one_after_the_other_keep_theirs(address: tupl
 def test_the_server_listens_with_such_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
     monkeypatch.setattr(listening._Server, "run", lambda server, sockets: configs.append(server.config))
-    with fake_services(tmp_path / "data", port=0) as services:
-        listening.listen(create_app(services), services, print)
+    with fake_services(tmp_path / "data") as services, socket.create_server(("127.0.0.1", 0)) as address:
+        listening.listen(create_app(services), services, address, print)
     assert [config.http for config in configs] == [Connection]
