@@ -390,6 +390,8 @@ class RemoteTask:
     ) -> tuple[int, int]:
         """Answer the rows of a table, and write one line of JSON for each, with the columns of the row.
 
+        A column that has the name of a part of an answer, such as ``answer``, becomes ``input_answer``.
+
         Args:
             path: Rows, as for ``manyicl predict --input``: JSON lines, CSV, Parquet or a workbook.
             output: File to write, in a folder that exists; it appears when all rows are answered.
@@ -403,7 +405,7 @@ class RemoteTask:
             UserError: If the table cannot be read.
         """
         from manyicl.atomic import write_atomically
-        from manyicl.tasks.rows import iter_rows
+        from manyicl.tasks.rows import iter_rows, with_other_names
 
         num_rows = num_problems = 0
 
@@ -413,7 +415,8 @@ class RemoteTask:
             predictions = self.predict_each(sent, version=version, **options)
             with aside.open("w", encoding="utf-8") as file:
                 for columns, prediction in zip(kept, predictions, strict=True):
-                    file.write(json.dumps({**columns, **_as_line(prediction)}, ensure_ascii=False) + "\n")
+                    line = {**with_other_names(columns, vars(prediction)), **_as_line(prediction)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     num_rows += 1
                     num_problems += prediction.problem is not None
 

@@ -128,6 +128,13 @@ def test_a_table_is_answered_into_a_file(mood: RemoteTask, tmp_path: Path) -> No
     assert [(line["id"], line["answer"]) for line in lines] == [("7", "bad"), ("8", None), ("9", "good")]
 
 
+def test_a_column_with_the_name_of_a_part_of_an_answer_is_kept(mood: RemoteTask, tmp_path: Path) -> None:
+    (tmp_path / "known.csv").write_text("query,answer,problem\nso dull,good,late\n", encoding="utf-8")
+    assert mood.predict_file(tmp_path / "known.csv", tmp_path / "answers.jsonl") == (1, 0)
+    line = json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
+    assert (line["answer"], line["input_answer"], line["input_problem"]) == ("bad", "good", "late")
+
+
 def test_a_free_answer_comes_in_parts(client: Client) -> None:
     echo = client.create_task("echo", [("a b", "A B"), ("c", "C")])
     with echo.stream({"query": "hello"}, temperature=0.5, seed=1) as answer:

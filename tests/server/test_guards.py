@@ -324,7 +324,7 @@ def test_a_server_that_others_reach_needs_a_key_to_start(
     values: dict[str, Any] = {"model": "m", "data": "d", "host": host, "require_keys": require_keys}
     settings = ServerSettings(**values, allowed_hosts=hosts)
     if is_refused:
-        with pytest.raises(UserError, match="manyicl keys create") as caught:
+        with pytest.raises(UserError, match="manyicl keys create --data d --owner NAME") as caught:
             settings.require_safe(has_keys=has_keys)
         assert caught.value.code == "keys_needed"
     else:

@@ -105,6 +105,28 @@ def test_a_task_is_made_of_a_form_with_a_file(client: TestClient) -> None:
     assert answer.json()["settings"]["pinned"] is True
 
 
+def test_a_template_in_a_field_of_a_form_is_a_text_and_broken_json_names_its_field(client: TestClient) -> None:
+    files = {"file": ("rows.csv", b"text,answer\na,x\nb,y\n", "text/csv")}
+    answer = client.post("/v1/tasks", data={"name": "letters", "query": "{{ text }}"}, files=files)
+    assert (answer.status_code, answer.json()["code"], answer.json()["field"]) == (422, "unknown_key", "query")
+    broken = client.post("/v1/tasks", data={"name": "letters", "task": "{'labels': 1}"}, files=files)
+    assert (broken.status_code, broken.json()["code"], broken.json()["field"]) == (400, "broken_json", "task")
+
+
+def test_an_error_of_several_rows_says_what_is_wrong_with_the_first(client: TestClient) -> None:
+    rows = [{"query": "a", "answer": "x"}, {"text": "b"}, {"text": "c"}]
+    answer = client.post("/v1/tasks", json={"name": "t", "demonstrations": rows})
+    assert "2 rows of 3 cannot be used; the first is row 2: " in answer.json()["detail"]
+    assert "names the column 'query', which is missing" in answer.json()["detail"]
+
+
+def test_a_body_without_rows_is_told_which_keys_it_has(client: TestClient) -> None:
+    made(client, mood_task())
+    answer = client.post("/v1/tasks/mood/predict", json={"text": "so dull"})
+    assert (answer.json()["code"], answer.json()["field"]) == ("no_rows", "rows")
+    assert answer.json()["found"] == "the keys 'text'"
+
+
 def test_each_change_makes_a_version_and_an_earlier_one_comes_back(client: TestClient) -> None:
     made(client, mood_task())
     rows = {"demonstrations": [{"text": "meh", "label": "mixed"}]}

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from manyicl.errors import UserError, quoted
 from manyicl.outputs import require_ending
-from manyicl.tasks.rows import suffix_of
+from manyicl.tasks.rows import suffix_of, with_other_names
 from manyicl.tasks.values import NumberText, as_written
 
 if TYPE_CHECKING:
@@ -219,13 +219,7 @@ def require_no_rows_of(task_name: str, examples: Iterable[Example], output: Path
 
 def with_answer(row: Row, answer: Row) -> Row:
     """Add an answer to its query; an input column with the name of an output column becomes ``input_...``."""
-    kept: Row = {}
-    for column, value in row.items():
-        name = column
-        while name in answer or (name != column and name in row):
-            name = f"input_{name}"
-        kept[name] = value
-    return {**kept, **answer}
+    return {**with_other_names(row, answer), **answer}
 
 
 def _as_field(value: object) -> object:

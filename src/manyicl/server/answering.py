@@ -131,8 +131,6 @@ async def _ticket(
     question: Question,
     rows: Sequence[Query | UserError],
     number: int = 0,
-    *,
-    is_first: bool = False,
 ) -> Ticket:
     """Hand a portion to the worker; one after the first waits where the queue is full, as the answer has started.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from manyicl.errors import UserError, pluralized
 
@@ -26,7 +27,9 @@ class BadRowsError(UserError):
             errors: Why rows cannot be used, each with its ``row``.
             num_rows: Rows of the request.
         """
-        what = f"{pluralized(len(errors), 'row')} of {num_rows:,} cannot be used; the first is row {errors[0].row}"
+        first = str(replace(errors[0], file=None, row=None)).removesuffix(".")
+        counts = f"{pluralized(len(errors), 'row')} of {num_rows:,} cannot be used"
+        what = f"{counts}; the first is row {errors[0].row}: {first}"
         super().__init__("bad_rows", what, row=None, field=None)
         self.errors = tuple(errors[:MOST_ROWS_NAMED])
 

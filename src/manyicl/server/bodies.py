@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from manyicl.checked import validated
-from manyicl.errors import UserError, quoted
+from manyicl.errors import UserError, located, quoted
 from manyicl.library_errors import reason
 from manyicl.server.conditions import idempotency_of, matching_revisions
 from manyicl.server.middleware import JSON, MULTIPART
@@ -156,7 +156,7 @@ async def rows_of(request: Request, body: Body, key: str, most: int) -> RowsAndK
     if body.media_type == JSON:
         parse = partial(body_and_rows, body.content, key, key)
         keys, rows = parse() if len(body.content) <= SMALL_BYTES else await in_thread(request, parse)
-        return RowsAndKeys(keys, _required(list(at_most(rows, most)), key))
+        return RowsAndKeys(keys, _required(list(at_most(rows, most)), key, keys))
     kind = ROW_CONTENT_TYPES[body.media_type]
     rows = await in_thread(request, lambda: list(at_most(rows_in([body.content], kind, key), most)))
     return RowsAndKeys({}, _required(rows, key), is_lines=True)
@@ -191,7 +191,8 @@ async def _fields_and_file(body: Body) -> tuple[dict[str, Any], RowKind, bytes]:
         keys: dict[str, Any] = {}
         for name, value in form.multi_items():
             if isinstance(value, str):
-                keys[name] = json_body(value.encode("utf-8", "replace")) if value.lstrip().startswith("{") else value
+                with located(field=name):
+                    keys[name] = _object_or_text(value)
         file = form.get(FILE_FIELD)
         if not isinstance(file, UploadFile):
             what, remedy = f"the form has no file in the field {FILE_FIELD!r}", "`curl -F file=@rows.csv` sends one."
@@ -201,7 +202,15 @@ async def _fields_and_file(body: Body) -> tuple[dict[str, Any], RowKind, bytes]:
         await form.close()
 
 
-def _required(rows: list[InputRow], key: str) -> list[InputRow]:
+def _object_or_text(value: str) -> Any:
+    """Parse a field of a form that begins like a JSON object; one that begins with two braces is a template."""
+    start = value.lstrip()
+    is_object = start.startswith("{") and not start.startswith("{{")
+    return json_body(value.encode("utf-8", "replace")) if is_object else value
+
+
+def _required(rows: list[InputRow], key: str, others: Iterable[str] = ()) -> list[InputRow]:
     if not rows:
-        raise UserError("no_rows", f"there are no rows in {key!r}", expected="one at least", field=key)
+        found = f"the keys {', '.join(map(quoted, names))}" if (names := list(others)) else None
+        raise UserError("no_rows", f"there are no rows in {key!r}", expected="one at least", found=found, field=key)
     return rows

@@ -145,7 +145,10 @@ class Guard:
             kind = media_type(headers.get("content-type"))
             if kind not in CONTENT_TYPES or len(headers.getlist("content-type")) != 1:
                 what, expected = "the content type is not accepted", f"one of {', '.join(sorted(CONTENT_TYPES))}"
-                raise UserError("wrong_content_type", what, expected=expected, found=quoted(kind or None))
+                remedy = "For JSON, and where there is no body, send the header `Content-Type: application/json`."
+                raise UserError(
+                    "wrong_content_type", what, expected=expected, found=quoted(kind or None), remedy=remedy
+                )
 
     def _required_host(self, headers: Headers) -> str:
         """Return the host that the request names, with its port."""

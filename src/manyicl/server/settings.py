@@ -105,6 +105,6 @@ class ServerSettings(Section):
             what = f"a server on {self.host} can be reached from elsewhere, and there is no API key"
             if self.is_loopback:
                 what = "every request is to have an API key, and there is none"
-            remedy = f"Make one first: `manyicl keys create --data {self.data}`."
+            remedy = f"Make one first: `manyicl keys create --data {self.data} --owner NAME`."
             raise UserError("keys_needed", what, remedy=remedy)
         return self.model_copy(update={"require_keys": has_keys})

@@ -339,15 +339,22 @@ class TaskStore:
         with self._database.reading() as connection:
             return _version(connection, key)
 
-    def demonstrations(self, key: VersionKey) -> list[DemonstrationRecord]:
+    def demonstrations(self, key: VersionKey, after: int = 0, limit: int | None = None) -> list[DemonstrationRecord]:
         """Return the demonstrations of a version, by number.
+
+        Args:
+            key: The version.
+            after: Only those with higher numbers.
+            limit: Only the first so many of them.
 
         Raises:
             UserError: If there is no such version.
         """
+        if not is_number(after + 1):
+            return []
         with self._database.reading() as connection:
             _version(connection, key)
-            return _demonstrations(connection, key)
+            return _demonstrations(connection, key, after, limit)
 
     def is_there(self, task_id: str) -> bool:
         """Tell whether there is a task, of any owner."""
@@ -581,10 +588,13 @@ def _version(connection: Connection, key: VersionKey) -> VersionRecord:
     return _version_record(row)
 
 
-def _demonstrations(connection: Connection, key: VersionKey) -> list[DemonstrationRecord]:
+def _demonstrations(
+    connection: Connection, key: VersionKey, after: int = 0, limit: int | None = None
+) -> list[DemonstrationRecord]:
     columns = demonstrations.c
     query = select(columns.number, columns.added_in, columns.columns, columns.place).order_by(columns.number)
-    rows = connection.execute(query.where(columns.task_id == key.task_id, _is_in(key.version)))
+    is_meant = and_(columns.task_id == key.task_id, columns.number > after, _is_in(key.version))
+    rows = connection.execute(query.where(is_meant).limit(limit))
     return [DemonstrationRecord(*row) for row in rows]
 
 

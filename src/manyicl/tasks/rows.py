@@ -6,11 +6,11 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from manyicl.checked import SAVE_AS_UTF8, decoded_lines, text_lines
 from manyicl.errors import UserError, located, pluralized, shortened
@@ -19,6 +19,7 @@ from manyicl.paths import exists, nearest_path
 from manyicl.tasks.packed import unpacked_lines
 from manyicl.tasks.values import NumberText, as_text
 
+ValueT = TypeVar("ValueT")
 Quotes = Literal["csv", "none"]
 _QUOTING: Mapping[Quotes, Literal[0, 3]] = {"csv": csv.QUOTE_MINIMAL, "none": csv.QUOTE_NONE}
 
@@ -161,6 +162,21 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
         if error.remedy and error.remedy.endswith(SAVE_AS_UTF8):
             error.remedy = f"{error.remedy.removesuffix('.')}, or name its encoding: {_ENCODING_PLACES}."
         raise
+
+
+def with_other_names(row: Mapping[str, ValueT], taken: Collection[str]) -> dict[str, ValueT]:
+    """Return a row in which each column with a name that is taken is called ``input_...``.
+
+    >>> with_other_names({"text": "hello", "answer": "good"}, ["answer"])
+    {'text': 'hello', 'input_answer': 'good'}
+    """
+    renamed: dict[str, ValueT] = {}
+    for column, value in row.items():
+        name = column
+        while name in taken or (name != column and name in row):
+            name = f"input_{name}"
+        renamed[name] = value
+    return renamed
 
 
 def has_header(path: Path) -> bool:

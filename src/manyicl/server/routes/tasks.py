@@ -213,14 +213,13 @@ async def list_demonstrations(
     """Return demonstrations by number, as pages of JSON, or all as JSON lines where `Accept` says so."""
     record = await quickly(services.tasks.get, caller.owner, task)
     key = VersionKey(record.id, version or record.newest.key.version)
-    rows = await quickly(services.tasks.demonstrations, key)
     if JSON_LINES in request.headers.get("accept", ""):
+        rows = await quickly(services.tasks.demonstrations, key)
         # Each part is made in a thread.
         parts = (rows[start : start + USUAL_IN_PAGE] for start in range(0, len(rows), USUAL_IN_PAGE))
         lines = (b"".join(json_line(demonstration_out(row).model_dump()) for row in part) for part in parts)
         return StreamingResponse(lines, media_type=JSON_LINES)
-    after = _number_after(cursor)
-    page = [row for row in rows if row.number > after]
+    page = await quickly(services.tasks.demonstrations, key, _number_after(cursor), limit + 1)
     next_cursor = str(page[limit - 1].number) if len(page) > limit else None
     return DemonstrationPage(data=list(map(demonstration_out, page[:limit])), next_cursor=next_cursor)
 
