@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 PROGRAM = "import sys; from manyicl.cli.main import main; sys.exit(main())"
-START_SECONDS, STOP_SECONDS = 300.0, 60.0
+START_SECONDS, STOP_SECONDS = 600.0, 60.0
 # Words that every model here knows, those of the tiny one among them.
 THINGS = {
     "animal": ("fox", "goat", "hen", "horse", "mouse", "sheep", "wolf", "bear", "frog", "duck"),
@@ -79,6 +79,7 @@ class ServerProcess:
     options: Sequence[str] = ()
     key: str | None = None
     port: int = 0
+    health: ClassVar[str] = "/healthz"
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def __enter__(self) -> Self:
@@ -109,15 +110,18 @@ class ServerProcess:
     def start(self) -> None:
         """Start it on the port it had before, or else a free one."""
         self.port = self.port or free_port()
-        words = ["serve", "--model", self.model, "--data", str(self.data), "--port", str(self.port), *self.options]
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         with self.log.open("ab") as log:
-            command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *words]
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def command(self) -> list[str]:
+        """Return the command that starts it."""
+        words = ["serve", "--model", self.model, "--data", str(self.data), "--port", str(self.port), *self.options]
+        return [sys.executable, "-W", "ignore", "-c", PROGRAM, *words]
 
     def wait(self) -> None:
         """Wait until it answers."""
-        self.wait_for("/healthz")
+        self.wait_for(self.health)
 
     def wait_for(self, path: str, body: Any = None) -> Any:
         """Send a request again and again until the server is there, and return the answer."""

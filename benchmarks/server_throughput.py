@@ -121,19 +121,44 @@ def rows_of(num_tasks: int) -> list[Row]:
     return [(i % num_tasks, f"today {query}") for i, (query, _) in enumerate(make_pairs(10_000, NUM_ROWS))]
 
 
-async def ask(session: aiohttp.ClientSession, row: Row, answers: Answers) -> None:
+@dataclass(frozen=True)
+class Protocol:
+    """How a server is asked.
+
+    Attributes:
+        request: Row -> path and JSON of the request for its answer.
+        answer: JSON that comes back -> answer.
+    """
+
+    request: Callable[[Row], tuple[str, Any]]
+    answer: Callable[[Any], str]
+
+
+MANYICL = Protocol(
+    lambda row: (f"/v1/tasks/task{row[0]}/predict", {"rows": [{"query": row[1]}]}),
+    lambda content: str(content["predictions"][0]["answer"]),
+)
+
+
+async def ask(session: aiohttp.ClientSession, row: Row, answers: Answers, protocol: Protocol = MANYICL) -> None:
     """Send one row and note its answer."""
+    path, body = protocol.request(row)
     started = time.perf_counter()
-    async with session.post(f"/v1/tasks/task{row[0]}/predict", json={"rows": [{"query": row[1]}]}) as response:
+    async with session.post(path, json=body) as response:
         content = await response.read()
     answers.latencies.append(time.perf_counter() - started)
     if response.status != 200:
         raise SystemExit(f"The server answered {response.status}: {content.decode()}")
-    answers.answers[row] = json.loads(content)["predictions"][0]["answer"]
+    answers.answers[row] = protocol.answer(json.loads(content))
 
 
 async def ask_for(
-    server: ServerProcess, rows: Sequence[Row], num_clients: int, seconds: float, pause: float = 0.0
+    server: ServerProcess,
+    rows: Sequence[Row],
+    num_clients: int,
+    seconds: float,
+    pause: float = 0.0,
+    protocol: Protocol = MANYICL,
 ) -> Answers:
     """Let clients send their rows for some time, each the next row once it has its answer."""
     answers = Answers()
@@ -143,7 +168,7 @@ async def ask_for(
 
         async def client(number: int) -> None:
             for row in endlessly(rows, number * len(rows) // num_clients):
-                await ask(session, row, answers)
+                await ask(session, row, answers, protocol)
                 if time.perf_counter() >= started + seconds:
                     break
                 await asyncio.sleep(pause)
