@@ -23,7 +23,7 @@ def test_the_limits_on_the_page_are_those_of_the_settings() -> None:
         "Rows of a request": f"{known.max_rows:,}",
         "Rows of a job": f"{known.max_job_rows:,}",
         "Demonstrations of a task": f"{known.max_demonstrations:,}",
-        "A template": f"{known.max_template_characters:,} characters",
+        "A template, a description": f"{known.max_template_characters:,} characters",
         "Rendering the rows of a request": f"{known.render_seconds:g} s",
         "Rows that wait for the model": f"{known.max_waiting_rows:,}",
         "Waiting for an answer": f"{known.request_seconds:g} s",
