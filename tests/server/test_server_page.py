@@ -10,6 +10,8 @@ from typing import Any
 from typer.main import get_command
 
 from manyicl.cli.main import app
+from manyicl.server.connections import HEADER_SECONDS
+from manyicl.server.listening import MOST_CONCURRENT
 from manyicl.server.routes.parameters import MOST_IN_PAGE
 from manyicl.server.settings import MIB, ServerSettings
 from tests.documents import DOCS, ROOT
@@ -18,7 +20,9 @@ from tests.documents import DOCS, ROOT
 def test_the_limits_on_the_page_are_those_of_the_settings() -> None:
     known = ServerSettings(model="builtin:nano", data=Path())
     in_flight = f"all bodies together {known.max_bytes_in_flight // MIB} MiB"
+    at_once = f"on {MOST_CONCURRENT:,} connections at a time; further ones are answered with 503"
     limits = {
+        "Headers of a request": f"within {HEADER_SECONDS:g} s, {at_once}",
         "Body of a request": f"{known.max_body_bytes // MIB} MiB, within {known.body_seconds:g} s; {in_flight}",
         "Rows of a request": f"{known.max_rows:,}",
         "Rows of a job": f"{known.max_job_rows:,}",
