@@ -70,7 +70,7 @@ class PredictOptions(TypedDict, total=False):
     """How queries are answered, as for `Engine.predict`.
 
     Attributes:
-        scores: ``best``, ``best_two`` or ``all``.
+        scores: ``best``, ``best_two`` or ``all``; by default all of few labels, the best two of many.
         abstain_below: Least probability among the labels, below which there is no answer.
         blend: Whether scores are combined with those of a linear classifier on the same demonstrations.
         retrieve: Further demonstrations most like a query to put before it.

@@ -176,7 +176,9 @@ class ServedPrediction:
         log_probability: Log-probability of the answer, in nats; None where there is a problem.
         scores: Log-probability of every label or choice in nats, where all were wanted.
         probabilities: Probability of each among them.
+        probability: That of the answer, or of the guess.
         second: The second best label or choice, where it was wanted.
+        second_probability: Its probability, where all scores were wanted.
         margin: Log-probability of the answer less that of the second best, in nats.
         stopped: False if a generated answer was cut at the limit.
         abstained: True if the answer's probability among the labels was below the threshold.
@@ -191,7 +193,9 @@ class ServedPrediction:
     log_probability: float | None = None
     scores: Mapping[str, float] | None = None
     probabilities: Mapping[str, float] | None = None
+    probability: float | None = None
     second: str | None = None
+    second_probability: float | None = None
     margin: float | None = None
     stopped: bool | None = True
     abstained: bool | None = False

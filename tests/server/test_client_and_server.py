@@ -18,7 +18,7 @@ from manyicl.served import Change, RefusedRequestError
 from manyicl.server.app import create_app
 from manyicl.tasks.files import load_task
 from manyicl.tasks.starter_tables import write_starter_tables
-from tests.server.fakes import TOO_LONG, FakeWorker, fake_services
+from tests.server.fakes import BROKEN, TOO_LONG, FakeWorker, fake_services
 from tests.server.running import running, running_fake
 
 PAIRS = [("what a film", "good"), ("so dull", "bad"), ("I laughed", "good")]
@@ -214,6 +214,18 @@ def test_a_starter_table_is_pushed_and_pulled(
     copy = load_task(tmp_path / "copy")
     assert copy.spec == original.spec
     assert [one.query.text for one in copy.train] == [one.query.text for one in original.train]
+
+
+def test_a_push_ends_with_the_reason_where_the_task_cannot_be_compiled(
+    served: tuple[str, FakeWorker], client: Client, tmp_path: Path
+) -> None:
+    table = tmp_path / "odd.csv"
+    table.write_text(f"text,label\na,{BROKEN}\nb,other\n")
+    arguments = ["push", f"{table}:text:label,test_fraction=0", "--url", served[0]]
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert caught.value.code == "broken_labels"
+    assert [task.state for task in client.tasks()] == ["failed"]
 
 
 def test_known_answers_are_compared_at_once_and_by_a_job(client: Client, mood: RemoteTask) -> None:

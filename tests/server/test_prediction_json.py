@@ -21,6 +21,7 @@ def test_a_prediction_has_its_scores_and_the_numbers_of_similar_demonstrations()
     assert found["probabilities"] == {"good": 1.0, "bad": 0.0}
     assert found["scores"] == {"good": -0.1, "bad": None}
     assert found["margin"] is None
+    assert (found["probability"], found["second_probability"]) == (1.0, 0.0)
     assert found["similar"] == [{"demonstration": 17, "text": "a film", "answer": "good"}]
     assert json.loads(json_line(found)) == found
 

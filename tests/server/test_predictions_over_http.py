@@ -57,6 +57,17 @@ def test_more_rows_than_may_wait_are_answered_portion_by_portion(client: TestCli
     assert [one["answer"] for one in predicted(client, "echo", texts)] == [text.upper() for text in texts]
 
 
+def test_few_labels_are_all_scored_unless_the_request_says_otherwise(client: TestClient, services: Services) -> None:
+    (answered,) = predicted(client, "mood", ["so dull"])
+    assert fake_worker(services).options[-1][0]["scores"] == "all"
+    assert answered["probability"] == answered["probabilities"]["bad"] > 0.5
+    (answered,) = predicted(client, "mood", ["so dull"], scores="best")
+    assert fake_worker(services).options[-1][0]["scores"] == "best"
+    assert "probability" not in answered
+    predicted(client, "echo", ["x"])
+    assert fake_worker(services).options[-1][0]["scores"] == "best"
+
+
 def test_options_of_the_request_go_before_those_of_the_task(client: TestClient, services: Services) -> None:
     worker = fake_worker(services)
     client.patch("/v1/tasks/mood", json={"abstain_below": 0.99})

@@ -31,7 +31,13 @@ class ScopeName(StrEnum):
 @app.command("create")
 def create_command(
     data: options.DataFolder,
-    owner: Annotated[str, typer.Option(help="Whose tasks the key opens; those of other owners do not exist for it.")],
+    owner: Annotated[
+        str,
+        typer.Option(
+            help="Whose tasks the key opens; those of other owners do not exist for it. Tasks that were made while the "
+            "server had no keys are those of `local`."
+        ),
+    ],
     name: Annotated[str, typer.Option(help="What the key is for.")] = "",
     scope: Annotated[
         list[ScopeName] | None,

@@ -33,7 +33,7 @@ Url = Annotated[
 
 
 def push(client: Client, local: TaskWithRows, *, remove_others: bool) -> str:
-    """Make a task of a server what a local one is, and say what was done.
+    """Make a task of a server what a local one is, wait until it can answer, and say what was done.
 
     Test rows stay where they are. Where the server has the task, rows that it lacks are added.
 
@@ -43,7 +43,7 @@ def push(client: Client, local: TaskWithRows, *, remove_others: bool) -> str:
         remove_others: Whether demonstrations that the local task lacks are removed.
 
     Raises:
-        UserError: If the server has a task of that name with other keys, or refuses the task.
+        UserError: If the server has a task of that name with other keys, refuses the task, or cannot compile it.
     """
     from manyicl.served import RefusedRequestError
 
@@ -53,8 +53,8 @@ def push(client: Client, local: TaskWithRows, *, remove_others: bool) -> str:
     except RefusedRequestError as error:
         if error.status != 404:
             raise
-        made = client.create_task(local.task.name, local.train_rows(), **keys)
-        return f"{local.task.name}: made with {pluralized(made.info().num_demonstrations, 'demonstration')}"
+        info = client.create_task(local.task.name, local.train_rows(), **keys).wait()
+        return f"{info.name}: made with {pluralized(info.num_demonstrations, 'demonstration')}, ready"
     _require_equal_keys(info, keys)
     return f"{info.name}: {_update(task, local, remove_others=remove_others)}"
 
@@ -102,6 +102,7 @@ def _update(task: RemoteTask, local: TaskWithRows, *, remove_others: bool) -> st
         task.add(added)
     for number in others if remove_others else ():
         task.remove(number)
+    task.wait()
     done = [f"{len(added):,} added"]
     if others:
         done.append(f"{len(others):,} removed" if remove_others else f"{len(others):,} that are not here, kept")
@@ -123,7 +124,8 @@ def push_tasks(
 ) -> None:
     """Make tasks on a task server of the training rows of tasks here, or add the rows that it lacks.
 
-    Test rows are not sent. Of a table, a fifth of the rows are test rows, unless `,test_fraction=0` says otherwise.
+    The command ends when the tasks can answer. Test rows are not sent. Of a table, a fifth of the rows are test rows,
+    unless `,test_fraction=0` says otherwise.
 
     Examples:
 

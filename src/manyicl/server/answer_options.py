@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from manyicl.engine.backend import Sampling
-from manyicl.engine.queries import AnswerOptions, require_options
+from manyicl.engine.backend import Sampling, ScoreScope
+from manyicl.engine.queries import AnswerOptions, has_few_labels, require_options
 from manyicl.errors import UserError
 from manyicl.server.records import TaskSettings
 from manyicl.server.schemas import AnswerChoices
@@ -50,7 +50,7 @@ def how_to_answer(choices: AnswerChoices, settings: TaskSettings, task: Task) ->
         remedy = "Make the task with `num_retrieved` in its settings."
         raise UserError("no_tokens_reserved", what, expected=expected, found=found, remedy=remedy, field="retrieve")
     options: AnswerOptions = {
-        "scores": "all" if task.is_closed and (blend or abstain_below is not None) else choices.scores,
+        "scores": _scope(choices, task, needs_all=blend or abstain_below is not None),
         "abstain_below": abstain_below,
         "blend": blend,
         "sampling": _sampling(choices),
@@ -59,6 +59,17 @@ def how_to_answer(choices: AnswerChoices, settings: TaskSettings, task: Task) ->
     }
     require_options(task, (), options, retrieves=num_retrieved > 0)
     return HowToAnswer(options, num_retrieved)
+
+
+def _scope(choices: AnswerChoices, task: Task, *, needs_all: bool) -> ScoreScope:
+    """Return which labels are scored: by default all where they are few, as `manyicl predict` does."""
+    if task.is_closed and needs_all:
+        return "all"
+    if choices.scores is not None:
+        return choices.scores
+    if not task.is_closed:
+        return "best"
+    return "all" if has_few_labels(task) else "best_two"
 
 
 def _sampling(choices: AnswerChoices) -> Sampling | None:

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 def prediction_json(prediction: Prediction) -> dict[str, Any]:
     """Return one answer as a response holds it.
 
-    ``answer`` is null where the model abstained, and ``guess`` then what it would have answered. Where the row could
-    not be answered, everything is null but ``problem``, which says why.
+    ``answer`` is null where the model abstained, and ``guess`` then what it would have answered.
+    ``probability`` is that of the answer or the guess. Where the row could not be answered, everything is null but
+    ``problem``, which says why.
     """
     found = prediction.as_json()
     if prediction.problem is not None:
         return found | {"problem": error_json(prediction.problem)}
+    if prediction.scores is not None:
+        probabilities = prediction.scores.probabilities
+        found["probability"] = probabilities[prediction.answer]
+        found["second_probability"] = None if prediction.second is None else probabilities[prediction.second]
     if prediction.abstained:
         found["guess"] = prediction.answer
     if prediction.similar is not None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from manyicl.checked import Section
+from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.server.records import Change, JobKind, JobState, VersionState
 
 # PostgreSQL's integer.
@@ -119,8 +120,10 @@ class NewDemonstrations(Section):
 class AnswerOptionsIn(Section):
     """Options of predictions."""
 
-    scores: Literal["best", "best_two", "all"] = Field(
-        "best", description="Whether the best label is enough, or the second best with its margin, or all scores."
+    scores: Literal["best", "best_two", "all"] | None = Field(
+        None,
+        description="Whether the best label is enough, or the second best with its margin, or all labels with their "
+        f"probabilities; by default all of up to {MOST_LABELS_SCORED} labels, and the best two of more.",
     )
     abstain_below: Probability | None = Field(
         None, description="Least probability of an answer; the task's by default."
@@ -318,7 +321,9 @@ class PredictionOut(Out):
     abstained: bool | None = Field(None, description="Whether its probability was below the threshold.")
     num_shots: int | None = Field(None, description="Demonstrations before the query.")
     blended: bool | None = Field(None, description="Whether the scores are combined with those of the words.")
+    probability: float | None = Field(None, description="Its probability among the labels, where all were scored.")
     second: str | None = Field(None, description="The second best label.")
+    second_probability: float | None = Field(None, description="Probability of the second best label.")
     margin: float | None = Field(None, description="Log-probability of the answer less that of the second best.")
     scores: dict[str, float] | None = Field(None, description="Label -> log-probability.")
     probabilities: dict[str, float] | None = Field(None, description="Label -> probability among the labels.")
