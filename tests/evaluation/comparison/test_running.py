@@ -99,7 +99,8 @@ def test_every_model_is_trained_and_evaluated_under_its_own_name(whole: Comparis
 
 def test_the_summary_has_a_row_for_each_kind_of_model(whole: ComparisonRecords) -> None:
     rows = list(score_rows(whole))
-    assert [row["model"] for row in rows] == ["base", "all_answers", "dedicated, 4 examples"]
+    labels = ["base", "many-shot, all answers", "one model per task, 4 examples"]
+    assert [row["model"] for row in rows] == labels
     assert rows[2]["cells"] == "2"
     assert rows[2]["unseen, 2 shots"] == ""
     cells = as_json(whole)["cells"]
