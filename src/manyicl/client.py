@@ -6,12 +6,12 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import tee
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from manyicl.errors import MachineError, UserError, quoted
@@ -43,6 +43,7 @@ ROWS_PER_PAGE = 1_000
 # While a task is compiled or a job works, its state is looked up at such intervals, in seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 
+InfoT = TypeVar("InfoT", TaskInfo, JobInfo)
 Row = Mapping[str, object]
 # A row with its answer, or a query and its answer for a task with the default templates.
 Demonstration = Row | tuple[str, str]
@@ -257,13 +258,8 @@ class RemoteTask:
             UserError: If compiling it failed, with the reason.
             MachineError: If it takes longer than ``timeout`` seconds.
         """
-        for _ in _pauses(timeout, f"Task {self.reference!r} was not compiled within {timeout:g} s."):
-            info = self.info()
-            if info.state == "failed":
-                raise error_of(info.problem or {"code": "version_failed"})
-            if info.state == "ready":
-                return info
-        raise AssertionError("pauses end with an error")
+        sentence = f"Task {self.reference!r} was not compiled within {timeout:g} s."
+        return _settled(self.info, ("ready",), "version_failed", timeout, sentence)
 
     # --- Demonstrations
 
@@ -530,13 +526,8 @@ class RemoteJob:
             UserError: If it failed, with the reason.
             MachineError: If it takes longer than ``timeout`` seconds.
         """
-        for _ in _pauses(timeout, f"Job {self.id} did not end within {timeout:g} s."):
-            info = self.info()
-            if info.state == "failed":
-                raise error_of(info.problem or {"code": "job_failed"})
-            if info.state in ("done", "cancelled"):
-                return info
-        raise AssertionError("pauses end with an error")
+        sentence = f"Job {self.id} did not end within {timeout:g} s."
+        return _settled(self.info, ("done", "cancelled"), "job_failed", timeout, sentence)
 
     def results(self) -> Iterator[ServedPrediction]:
         """Yield the results that there are, in order of the rows."""
@@ -703,6 +694,22 @@ def _as_line(prediction: ServedPrediction) -> dict[str, Any]:
     """Return a prediction as a line of a file holds it; a problem as its sentence."""
     known = _known(vars(prediction))
     return known | {"answer": prediction.answer} | ({"problem": str(prediction.problem)} if prediction.problem else {})
+
+
+def _settled(read: Callable[[], InfoT], ends: Collection[str], failure: str, timeout: float, sentence: str) -> InfoT:
+    """Read again and again until the state is one of ``ends``.
+
+    Raises:
+        UserError: If the state is ``failed``, with the reason; ``failure`` is its code where none is known.
+        MachineError: With the sentence, when the time is up.
+    """
+    for _ in _pauses(timeout, sentence):
+        info = read()
+        if info.state == "failed":
+            raise error_of(info.problem or {"code": failure})
+        if info.state in ends:
+            return info
+    raise AssertionError("pauses end with an error")
 
 
 def _pauses(timeout: float, sentence: str) -> Iterator[None]:

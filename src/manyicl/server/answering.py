@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from manyicl.errors import UserError
+from manyicl.server.bad_rows import require_all
 from manyicl.server.bodies import quickly
 from manyicl.server.problems import BusyError, too_busy
 from manyicl.server.records import VersionRecord
@@ -91,6 +92,25 @@ async def require_answerable(services: Services, version: VersionRecord) -> Vers
     if version.state != "ready":
         services.require_running()
     return await quickly(services.service.require_ready_or_compiling, version.key)
+
+
+def require_all_rows(question: Question) -> None:
+    """Refuse a request if any of its rows cannot be rendered.
+
+    Raises:
+        UserError: If so; it names all such rows.
+    """
+    require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+
+
+def require_all_answers(question: Question, predictions: Sequence[Prediction]) -> None:
+    """Refuse a request if any of its rows could not be answered.
+
+    Raises:
+        UserError: If so; it names all such rows.
+    """
+    numbered = zip(question.numbers, predictions, strict=True)
+    require_all([one.problem.at(row=number) for number, one in numbered if one.problem is not None], len(predictions))
 
 
 async def answers(services: Services, client: Client, question: Question) -> AsyncIterator[Prediction]:

@@ -182,22 +182,15 @@ def _errors(task: Task, scored: list[tuple[int, Result]]) -> dict[str, Any]:
                 "expected": result["expected"][0],
                 "answer": result["answer"],
                 "log_probability": result["log_probability"],
-                "probability": _probability(result),
+                "probability": result.get("probability"),
             }
             for number, result in named
         ],
     }
 
 
-def _probability(result: Result) -> float | None:
-    """Return the probability of the answer among the labels, where all were scored."""
-    probabilities = result.get("probabilities")
-    return None if probabilities is None else probabilities[result["answer"]]
-
-
 def _certainty(result: Result) -> float:
     """Return what errors are ordered by: the probability among the labels, or else the log-probability."""
-    probability = _probability(result)
-    if probability is not None:
-        return probability
+    if (probability := result.get("probability")) is not None:
+        return float(probability)
     return float("-inf") if result["log_probability"] is None else float(result["log_probability"])

@@ -39,9 +39,14 @@ def made_before(connection: Connection, owner: str, idempotency: Idempotency | N
     if row is None:
         return None
     if row.request != idempotency.request:
-        what = "another request had this Idempotency-Key"
-        raise UserError("idempotency_key_reused", what, remedy="Take a new key for each new request.")
+        raise key_of_another_request()
     return Made(row.task_id, row.version, row.job_id)
+
+
+def key_of_another_request() -> UserError:
+    """Make the error for a key that came with another request before, or with one that made something else."""
+    what, remedy = "another request had this Idempotency-Key", "Take a new key for each new request."
+    return UserError("idempotency_key_reused", what, remedy=remedy)
 
 
 def remember(

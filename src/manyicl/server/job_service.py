@@ -74,7 +74,7 @@ class JobService:
             UserError: If its task is gone, or the version failed.
         """
         version = self._tasks.require_ready_or_compiling(job.key)
-        record, _ = self._tasks.tasks.source(job.key)
+        record = self._tasks.tasks.get(job.owner, job.key.task_id)
         without_rows = task_without_rows(record, version)
         how = how_to_answer(AnswerChoices.model_validate(dict(job.options)), record.settings, without_rows)
         return JobPlan(without_rows, how.options, how.num_retrieved)

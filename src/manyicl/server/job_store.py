@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, delete, func, insert, 
 
 from manyicl.errors import UserError, quoted
 from manyicl.server.database import Database
-from manyicl.server.idempotency import Made, made_before, remember
+from manyicl.server.idempotency import Made, key_of_another_request, made_before, remember
 from manyicl.server.pages import page_of, position_of
 from manyicl.server.records import NO_LIMITS, Idempotency, JobKind, JobRecord, StoreLimits, VersionKey
 from manyicl.server.store_limits import require_few_jobs, require_version
@@ -253,8 +253,7 @@ def _keep_results(connection: Connection, job_id: str, results: Sequence[tuple[i
 
 def _job_made_before(connection: Connection, owner: str, made: Made) -> JobRecord:
     if made.job_id is None:
-        what = "another request had this Idempotency-Key"
-        raise UserError("idempotency_key_reused", what, remedy="Take a new key for each new request.")
+        raise key_of_another_request()
     return _find(connection, owner, made.job_id)
 
 

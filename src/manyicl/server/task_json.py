@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from manyicl.engine.observed import ObservedAnswer, groups_of_shots
-from manyicl.server.records import DemonstrationRecord, TaskRecord, VersionKey, VersionRecord
+from manyicl.server.records import DemonstrationRecord, TaskRecord, VersionRecord
 from manyicl.server.schemas import (
     CurvePoint,
     DemonstrationOut,
@@ -26,7 +26,7 @@ def task_out(services: Services, task: TaskRecord, *, is_whole: bool = True) -> 
         task: The task.
         is_whole: Whether the curve and the share of the most frequent answer belong to it, which lists omit.
     """
-    newest, answering = task.newest, version_that_answers(services, task)
+    newest, answering = task.newest, services.service.answering_version(task)
     num_bytes = services.prefix_bytes(answering.key)
     return TaskOut(
         id=task.id,
@@ -50,13 +50,6 @@ def task_out(services: Services, task: TaskRecord, *, is_whole: bool = True) -> 
         created_at=task.created_at,
         updated_at=task.updated_at,
     )
-
-
-def version_that_answers(services: Services, task: TaskRecord) -> VersionRecord:
-    """Return the newest ready version, or the newest where none is ready."""
-    if task.ready is None or task.ready == task.newest.key.version:
-        return task.newest
-    return services.tasks.version(VersionKey(task.id, task.ready))
 
 
 def curve(version: VersionRecord) -> list[CurvePoint] | None:

@@ -463,16 +463,24 @@ class TaskService:
     # --- Questions
 
     def version_that_answers(self, owner: str, task: str, version: int | None) -> tuple[TaskRecord, VersionRecord]:
-        """Return a task, and the version that answers: the one that is named, the newest ready one, or the newest.
+        """Return a task, and the version of it that answers; see `answering_version`.
 
         Raises:
             UserError: If there is none.
         """
         record = self.tasks.get(owner, task)
+        return record, self.answering_version(record, version)
+
+    def answering_version(self, record: TaskRecord, version: int | None = None) -> VersionRecord:
+        """Return the version of a task that answers: the one that is named, the newest ready one, or the newest.
+
+        Raises:
+            UserError: If the one that is named does not exist.
+        """
         number = version or record.ready or record.newest.key.version
         if number == record.newest.key.version:
-            return record, record.newest
-        return record, self.tasks.version(VersionKey(record.id, number))
+            return record.newest
+        return self.tasks.version(VersionKey(record.id, number))
 
     def question(self, owner: str, task: str, choices: AnswerChoices, rows: Sequence[InputRow]) -> Question:
         """Find the version that answers, and render the rows.
@@ -512,7 +520,7 @@ class TaskService:
         try:
             version = self.tasks.version(key)
         except UserError as error:
-            if self.tasks.exists(key.task_id):
+            if self.tasks.is_there(key.task_id):
                 raise
             raise UserError("unknown_task", "the task was deleted meanwhile", field="task") from error
         if version.state == "failed":

@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 from manyicl.errors import UserError, quoted
 from manyicl.server.database import Database
-from manyicl.server.idempotency import Made, made_before, remember
+from manyicl.server.idempotency import Made, key_of_another_request, made_before, remember
 from manyicl.server.pages import page_of, position_of
 from manyicl.server.records import (
     NO_LIMITS,
@@ -361,11 +361,6 @@ class TaskStore:
         with self._database.reading() as connection:
             return connection.execute(select(tasks.c.id).where(tasks.c.id == task_id)).first() is not None
 
-    def exists(self, task_id: str) -> bool:
-        """Tell whether a task of any owner is there."""
-        with self._database.reading() as connection:
-            return connection.execute(select(tasks.c.id).where(tasks.c.id == task_id)).first() is not None
-
     def source(self, key: VersionKey) -> tuple[TaskRecord, list[DemonstrationRecord]]:
         """Return a task of any owner and the demonstrations of a version, by number, to be compiled.
 
@@ -532,8 +527,7 @@ def _copy(
 
 def _written(connection: Connection, owner: str, made: Made, *, is_replayed: bool = False) -> Written:
     if made.task_id is None or made.version is None:
-        what = "another request had this Idempotency-Key"
-        raise UserError("idempotency_key_reused", what, remedy="Take a new key for each new request.")
+        raise key_of_another_request()
     key = VersionKey(made.task_id, made.version)
     task = _find(connection, owner, key.task_id)
     columns = demonstrations.c

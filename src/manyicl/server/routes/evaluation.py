@@ -7,19 +7,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from manyicl.checked import validated
-from manyicl.errors import UserError
-from manyicl.server.answering import answers, client_of, require_answerable
+from manyicl.server.answering import answers, client_of, require_all_answers, require_all_rows, require_answerable
 from manyicl.server.authentication import Predictor
-from manyicl.server.bad_rows import require_all
 from manyicl.server.bodies import RowsAndKeys, in_thread, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.evaluation import Accepted, evaluated, require_evaluable, rows_with_answers, summary
-from manyicl.server.routes.parameters import TaskName
+from manyicl.server.routes.parameters import ROWS, TaskName
 from manyicl.server.schemas import AnswerChoices, EvaluateIn, EvaluationOut
 from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
-
-ROWS = "rows"
 
 router = APIRouter(prefix="/v1/tasks", tags=["predictions"])
 
@@ -48,9 +44,7 @@ async def evaluate(
         predictions = [one async for one in answers(services, client, question)]
     version = await require_answerable(services, question.version)  # which may have become ready for these rows
     if not content.is_lines:
-        numbered = zip(question.numbers, predictions, strict=True)
-        problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]
-        require_all(problems, len(predictions))
+        require_all_answers(question, predictions)
 
     def found() -> dict[str, Any]:
         results = (evaluated(one, answers) for one, answers in zip(predictions, expected, strict=True))
@@ -72,5 +66,5 @@ def _question(
     chosen = chosen.model_copy(update={"version": version.key.version})
     question = services.service.question(owner, record.id, chosen, with_answers.rows)
     if not content.is_lines:
-        require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+        require_all_rows(question)
     return question, with_answers.expected

@@ -47,7 +47,7 @@ async def get_readiness(response: Response, services: App) -> Any:
 
 async def _database_answers(services: Services) -> bool:
     try:
-        await quickly(services.tasks.exists, "")  # any read will do
+        await quickly(services.tasks.is_there, "")  # any read will do
     except MachineError:
         return False
     return True

@@ -14,13 +14,19 @@ from manyicl.server.bodies import RowsAndKeys, in_thread, quickly, read_body, ro
 from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line
 from manyicl.server.records import JobRecord
-from manyicl.server.routes.parameters import MOST_IN_PAGE, USUAL_IN_PAGE, Cursor, IdempotencyKey, Limit
+from manyicl.server.routes.parameters import (
+    MOST_IN_PAGE,
+    REPLAYED,
+    ROWS,
+    USUAL_IN_PAGE,
+    Cursor,
+    IdempotencyKey,
+    Limit,
+)
 from manyicl.server.row_input import JSON_LINES
 from manyicl.server.schemas import MOST_COUNTED, AnswerChoices, JobOfLines, JobOut, JobPage, NewJob, NewJobKeys
 from manyicl.server.services import App
 
-ROWS = "rows"
-REPLAYED = "Idempotent-Replayed"
 _ACCEPTED = {"headers": {"Location": {"description": "Address of the job.", "schema": {"type": "string"}}}}
 _LINES = {
     "content": {JSON_LINES: {"schema": {"type": "string"}}},

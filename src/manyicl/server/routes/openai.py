@@ -45,6 +45,7 @@ from manyicl.server.openai_shapes import (
 )
 from manyicl.server.problems import problem
 from manyicl.server.records import Caller, TaskRecord, VersionRecord
+from manyicl.server.routes.parameters import EVENTS
 from manyicl.server.row_input import json_body, with_numbers
 from manyicl.server.schemas import AnswerChoices
 from manyicl.server.services import App, Services
@@ -53,7 +54,6 @@ from manyicl.server.task_service import Question, task_without_rows
 if TYPE_CHECKING:
     from manyicl.engine.engine import Prediction
 
-EVENTS = "text/event-stream"
 MODELS_AT_ONCE = 1000
 _STATUSES = {
     400: "The request breaks a rule, or the task's labels do not fit it.",

@@ -1,4 +1,4 @@
-"""Parameters that several routes have."""
+"""Parameters, and names in bodies and headers, that several routes have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from fastapi import Header, Path, Query
 
 from manyicl.server.schemas import MOST_COUNTED
 
+# Key of the rows in a body.
+ROWS = "rows"
+# Content type of server-sent events.
+EVENTS = "text/event-stream"
+# Header of an answer to a request that was carried out before.
+REPLAYED = "Idempotent-Replayed"
 MOST_IN_PAGE = 1000
 USUAL_IN_PAGE = 100
 

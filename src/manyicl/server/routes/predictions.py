@@ -11,21 +11,27 @@ from fastapi.responses import StreamingResponse
 
 from manyicl.checked import validated
 from manyicl.errors import UserError
-from manyicl.server.answering import Client, answers, client_of, parts_of, require_answerable, started
+from manyicl.server.answering import (
+    Client,
+    answers,
+    client_of,
+    parts_of,
+    require_all_answers,
+    require_all_rows,
+    require_answerable,
+    started,
+)
 from manyicl.server.authentication import Predictor
-from manyicl.server.bad_rows import require_all
 from manyicl.server.bodies import in_thread, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line, prediction_json
 from manyicl.server.problems import problem
-from manyicl.server.routes.parameters import TaskName
+from manyicl.server.routes.parameters import EVENTS, ROWS, TaskName
 from manyicl.server.row_input import JSON_LINES
 from manyicl.server.schemas import AnswerChoices, PredictIn, PredictOut
 from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
 
-ROWS = "rows"
-EVENTS = "text/event-stream"
 # nginx would keep the parts of an answer until it has many.
 UNBUFFERED = {"X-Accel-Buffering": "no"}
 
@@ -67,12 +73,10 @@ async def predict(
 
 async def _json(services: Services, client: Client, question: Question) -> Response:
     """Answer all rows, or none."""
-    require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+    require_all_rows(question)
     await require_answerable(services, question.version)
     predictions = [one async for one in answers(services, client, question)]
-    numbered = zip(question.numbers, predictions, strict=True)
-    problems = [one.problem.at(row=number) for number, one in numbered if one.problem is not None]
-    require_all(problems, len(predictions))
+    require_all_answers(question, predictions)
     version = await require_answerable(services, question.version)  # which may have become ready for these rows
     found = {
         "task": question.task.id,
@@ -109,7 +113,7 @@ async def _events(request: Request, services: Services, question: Question) -> R
     Raises:
         UserError: If there are several rows, the task has labels, or the row cannot be answered.
     """
-    require_all([row for row in question.rows if isinstance(row, UserError)], len(question.rows))
+    require_all_rows(question)
     if len(question.rows) != 1:
         what = "server-sent events answer one row"
         raise UserError("one_row_needed", what, found=str(len(question.rows)), field=ROWS)

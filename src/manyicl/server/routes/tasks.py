@@ -17,6 +17,7 @@ from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line
 from manyicl.server.records import VersionKey, Written
 from manyicl.server.routes.parameters import (
+    REPLAYED,
     USUAL_IN_PAGE,
     Cursor,
     DemonstrationNumber,
@@ -47,12 +48,10 @@ from manyicl.server.task_json import (
     demonstration_out,
     task_out,
     version_out,
-    version_that_answers,
     written_out,
 )
 
 DEMONSTRATIONS = "demonstrations"
-REPLAYED = "Idempotent-Replayed"
 _CREATED = {
     "headers": {
         "Location": {"description": "Address of the task.", "schema": {"type": "string"}},
@@ -160,7 +159,7 @@ async def get_curve(task: TaskName, caller: Predictor, services: App) -> Any:
 
     def found() -> CurveOut:
         record = services.tasks.get(caller.owner, task)
-        version = version_that_answers(services, record)
+        version = services.service.answering_version(record)
         majority = services.service.majority(record, version)
         return CurveOut(task=record.id, version=record.ready, curve=curve(version) or [], majority=majority)
 
