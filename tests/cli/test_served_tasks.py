@@ -91,7 +91,7 @@ def run(*arguments: object) -> str:
 def test_a_task_makes_the_round_trip_with_its_keys_and_training_rows(
     folder: Path, tasks: Tasks, tmp_path: Path
 ) -> None:
-    assert run("push", folder) == "tickets: made with 3 demonstrations\n"
+    assert run("push", folder) == "tickets: made with 3 demonstrations, ready\n"
     assert tasks.tasks["tickets"]["task"].keys() == {"family", "query", "answer", "labels", "instruction"}
     assert list(tasks.rows["tickets"].values()) == [
         {"title": "A", "text": "first", "label": "yes"},
