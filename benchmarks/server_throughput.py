@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,12 +91,12 @@ class EngineAlone:
         return answers
 
     def rows_per_second(self, rows: Sequence[Row], seconds: float, at_once: int = NUM_ROWS) -> float:
-        """Answer all rows, so many at once, again and again until the time is over."""
+        """Answer so many rows at once, from the first again after the last, until the time is over."""
         started, num_answered = time.perf_counter(), 0
-        while time.perf_counter() < started + seconds:
-            for first in range(0, len(rows), at_once):
-                num_answered += len(rows[first : first + at_once])
-                self.answer(rows[first : first + at_once])
+        for first in itertools.cycle(range(0, len(rows), at_once)):
+            num_answered += len(self.answer(rows[first : first + at_once]))
+            if time.perf_counter() >= started + seconds:
+                break
         return num_answered / (time.perf_counter() - started)
 
     def latencies(self, rows: Sequence[Row], seconds: float) -> list[float]:
@@ -108,6 +110,11 @@ class EngineAlone:
             if time.perf_counter() >= ends:
                 break
         return found
+
+
+def note(progress: str) -> None:
+    """Say on the terminal what was measured so far; tables follow when they are whole."""
+    print(progress, file=sys.stderr, flush=True)
 
 
 def endlessly(rows: Sequence[Row], first: int = 0) -> Iterator[Row]:
@@ -210,7 +217,7 @@ class Benchmark:
             self.server.request("/v1/tasks", new_task(f"task{number}", pairs))
         for number in range(max(self.arguments.tasks)):
             found = self.server.wait_until_ready(f"task{number}")
-        print(f"Prefixes of {found['num_tokens']:,} tokens from {found['num_shots']} demonstrations.\n")
+        print(f"Prefixes of {found['num_tokens']:,} tokens from {found['num_shots']} demonstrations.\n", flush=True)
 
     def ask(self, num_tasks: int, num_clients: int, pause: float = 0.0) -> Answers:
         """Let the server answer for the usual time, after a second that does not count."""
@@ -224,8 +231,8 @@ class Benchmark:
         for num_tasks in self.arguments.tasks:
             rows = rows_of(num_tasks)
             expected = self.alone.answer(rows)
+            alone = self.alone.rows_per_second(rows, self.arguments.seconds)
             for num_clients in self.arguments.clients:
-                alone = self.alone.rows_per_second(rows, self.arguments.seconds)
                 at_once = self.alone.rows_per_second(rows, self.arguments.seconds, at_once=num_clients)
                 found = self.ask(num_tasks, num_clients)
                 differing = sum(expected[row] != answer for row, answer in found.answers.items())
@@ -242,6 +249,7 @@ class Benchmark:
                         "answers that differ": f"{differing} of {len(found.answers)}",
                     }
                 )
+                note(f"tasks, clients {num_tasks}, {num_clients}: {found.per_second:.1f} rows/s")
         print("## Rows of one-row requests a second, server and engine alone\n")
         print(f"{table(lines)}\n\nAim: ratio {AIM_THROUGHPUT} at 64 clients for one task.\n")
 
@@ -332,6 +340,7 @@ def main(words: Sequence[str] | None = None) -> None:
             benchmark.make_tasks()
             for part in PARTS:
                 if part in arguments.only:
+                    note(f"measuring {part}")
                     getattr(benchmark, part)()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,13 +13,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from manyicl.server.app import create_app
+from manyicl.server.listening import reserved
+from manyicl.server.settings import ServerSettings
 from tests.server.fakes import FakeWorker, fake_services, fake_worker
 
 
 @contextmanager
 def running(app: FastAPI, port: int = 0) -> Iterator[str]:
     """Serve an application until the block ends, on a free port unless one is given; gives its address."""
-    with socket.create_server(("127.0.0.1", port)) as listening:
+    with reserved(ServerSettings(model="builtin:nano", data=Path(), port=port)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from manyicl.server import connections, listening
 from manyicl.server.app import create_app
 from manyicl.server.connections import Connection
+from manyicl.server.settings import ServerSettings
 from tests.server.fakes import fake_services
 
 HEADER_SECONDS = 0.2
@@ -115,3 +117,24 @@ def test_the_server_listens_with_such_connections(tmp_path: Path, monkeypatch: p
     with fake_services(tmp_path / "data") as services, socket.create_server(("127.0.0.1", 0)) as address:
         listening.listen(create_app(services), services, address, print)
     assert [config.http for config in configs] == [Connection]
+
+
+def test_no_answer_waits_for_the_acknowledgement_of_its_first_packet(tmp_path: Path) -> None:
+    with listening.reserved(ServerSettings(model="builtin:nano", data=tmp_path, port=0)) as address:
+        assert asyncio.run(_no_delay_of_an_accepted_connection(address))
+
+
+async def _no_delay_of_an_accepted_connection(address: socket.socket) -> int:
+    """Return the option TCP_NODELAY of a connection that asyncio accepted on an address."""
+    option: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def accepted(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        option.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async with await asyncio.start_server(accepted, sock=address):
+        _, writer = await asyncio.open_connection(*address.getsockname())
+        found = await option
+        writer.close()
+        await writer.wait_closed()
+        return found
