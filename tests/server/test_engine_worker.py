@@ -16,7 +16,7 @@ from manyicl.engine.backend import Sampling
 from manyicl.engine.engine import AnswerPart, Engine
 from manyicl.errors import MachineError, UserError
 from manyicl.server import engine_worker
-from manyicl.server.engine_worker import model_hash
+from manyicl.server.engine_worker import MOST_PASS_SECONDS, model_hash
 from tests.engine.parts import refused
 from tests.server.worker_parts import SECONDS, Bench, Passes, closed_task, free_task, key, tiny_engine
 
@@ -119,6 +119,21 @@ def test_a_ticket_of_many_rows_takes_turns(engine: Engine, monkeypatch: pytest.M
         names = [[row.split()[0] for row in rows] for rows in passes.rows]
         # The small one joins the second turn of its group, after a turn of the other group.
         assert names == [["large"] * 4, ["other"], ["small", *["large"] * 3], ["large"] * 2]
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([1] * 12, [10, 2]), ([12], [8, 4]), ([12, 1, 1], [8, 6])])
+def test_a_slow_pass_has_a_row_of_each_ticket_that_waits_and_few_of_one(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, sizes: list[int], expected: list[int]
+) -> None:
+    bench = Bench(engine)
+    bench.keep_ready(A)
+    bench.worker._lately.of_version[A] = MOST_PASS_SECONDS / 10
+    monkeypatch.setattr(bench.worker._lately, "learn", lambda *_: None)
+    with Passes(engine, monkeypatch) as passes:
+        tickets = [bench.worker.predict(A, [f"row {i}" for i in range(size)], {}) for size in sizes]
+        with bench.running():
+            assert [len(ticket.future.result(SECONDS)) for ticket in tickets] == sizes
+        assert list(map(len, passes.rows)) == expected
 
 
 def test_bad_rows_are_reported_or_fail_their_own_ticket_alone(bench: Bench) -> None:

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "EngineWorker", "StreamTicket", "TaskSource", "Ticket", "WorkerState", "model_hash"]
 
 _LOG = logging.getLogger(__name__)
-# A pass has as many rows as take about so long, so that nothing waits for it for longer.
-PASS_SECONDS = 0.25
+# A pass has as many rows as take about so long, so that others need not wait for many rows of one request; where many
+# requests wait for one task, it has a row of each, which is faster for all of them, as far as it takes not much longer.
+PASS_SECONDS, MOST_PASS_SECONDS = 0.25, 2.0
 FEWEST_ROWS_OF_A_PASS = 8
 # Rows whose free answers are written together, and for how long at a time before it is another's turn.
 ROWS_WRITTEN_TOGETHER = 32
@@ -417,7 +418,7 @@ class EngineWorker:
         with ExitStack() as holding:
             holding.enter_context(self._prefixes.using(version))
             if prefix.task.is_closed:
-                self._answer(group, prefix, self._take(group, self._most_rows(version)))
+                self._answer(group, prefix, self._take(group, self._most_rows(group)))
             elif len(self._writing) < MOST_PASSES_WRITING:
                 portions = self._take(group, min(ROWS_WRITTEN_TOGETHER, self._rows_per_pass))
                 self._begin_writing(group, prefix, portions, holding.pop_all())
@@ -436,8 +437,14 @@ class EngineWorker:
         with self._changed:
             return self._waiting.take(group, most_rows)
 
-    def _most_rows(self, version: VersionKey) -> int:
-        return self._lately.rows_in(version, PASS_SECONDS, self._rows_per_pass)
+    def _most_rows(self, group: Group) -> int:
+        """Return how many rows of a group a pass may have."""
+        usual, most = (
+            self._lately.rows_in(group.version, seconds, self._rows_per_pass)
+            for seconds in (PASS_SECONDS, MOST_PASS_SECONDS)
+        )
+        with self._changed:
+            return min(most, max(usual, self._waiting.num_tickets(group)))
 
     def _answer(self, group: Group, prefix: TaskPrefix, portions: Sequence[Portion[Ticket]]) -> None:
         """Answer rows of closed answers in one pass; if it fails, each ticket alone, so that only the cause fails."""

@@ -94,6 +94,10 @@ class WaitingRows(Generic[TicketT]):
             if version in (None, entry.group.version) and task_id in (None, entry.group.version.task_id)
         ]
 
+    def num_tickets(self, group: Group) -> int:
+        """Return how many tickets of a group can be taken now."""
+        return len(self._queues.get(group, ()))
+
     def take(self, group: Group, most_rows: int) -> list[Portion[TicketT]]:
         """Take up to ``most_rows`` rows of a group; their tickets cannot be taken again before `give_back`."""
         portions: list[Portion[TicketT]] = []
