@@ -216,9 +216,19 @@ def test_waiting_for_a_version_ends(tmp_path: Path) -> None:
         answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
         assert answer.headers["retry-after"] == "5"
+        assert answer.json()["title"].startswith("the task is not compiled yet; there was no answer within 0.2 s")
         services.is_stopping = True
         answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
         assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
+
+
+def test_waiting_for_an_answer_of_a_compiled_task_ends(tmp_path: Path) -> None:
+    with fake_services(tmp_path / "data", request_seconds=0.2) as services, client_of(services) as client:
+        client.post("/v1/tasks", json=echo_task())
+        assert predicted(client, "echo", ["a"])[0]["answer"] == "A"
+        fake_worker(services).open.clear()
+        answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
+        assert (answer.status_code, answer.json()["title"]) == (503, "there was no answer within 0.2 seconds")
 
 
 async def _until(condition: Any) -> None:

@@ -158,6 +158,8 @@ def test_demonstrations_come_as_pages_and_as_lines(client: TestClient) -> None:
     rest = client.get("/v1/tasks/mood/demonstrations", params={"cursor": page["next_cursor"]}).json()
     assert [row["number"] for row in (*page["data"], *rest["data"])] == [1, 2, 3]
     assert rest["next_cursor"] is None
+    refused = client.get("/v1/tasks/mood/demonstrations", params={"cursor": "2"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "bad_cursor")
     lines = client.get("/v1/tasks/mood/demonstrations", headers={"Accept": "application/x-ndjson"})
     assert lines.headers["content-type"] == "application/x-ndjson"
     assert [json.loads(line)["number"] for line in lines.text.splitlines()] == [1, 2, 3]

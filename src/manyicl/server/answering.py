@@ -15,7 +15,7 @@ from manyicl.errors import UserError
 from manyicl.server.bad_rows import require_all
 from manyicl.server.bodies import quickly
 from manyicl.server.problems import BusyError, too_busy
-from manyicl.server.records import VersionRecord
+from manyicl.server.records import VersionKey, VersionRecord
 from manyicl.server.services import Services
 from manyicl.server.work import Ticket, WorkerState
 
@@ -131,10 +131,8 @@ async def answers(services: Services, client: Client, question: Question) -> Asy
             ticket = tickets.pop(0)
             try:
                 predictions = await client.wait_for(asyncio.wrap_future(ticket.future))
-            except BusyError:
-                raise
-            except UserError:
-                await quickly(services.service.require_ready_or_compiling, question.version.key)
+            except UserError as error:
+                await _explain(services, question.version.key, error)
                 raise
             finally:
                 ticket.cancel()  # of no effect once it is done
@@ -206,11 +204,26 @@ async def parts_of(request: Request, services: Services, question: Question) -> 
                 yield part
         except CancelledError as error:
             raise ClientDisconnect from error
-        except UserError:
-            await quickly(services.service.require_ready_or_compiling, question.version.key)
+        except UserError as error:
+            await _explain(services, question.version.key, error)
             raise
         finally:
             ticket.cancel()
+
+
+async def _explain(services: Services, key: VersionKey, error: UserError) -> None:
+    """Find out whether the state of the version is why its rows were not answered; if not, the error says enough.
+
+    Raises:
+        UserError: If the version failed, or is gone.
+        BusyError: If it is not compiled yet.
+    """
+    if isinstance(error, BusyError) and error.code != "not_ready":
+        return
+    version = await quickly(services.service.require_ready_or_compiling, key)
+    if error.code == "not_ready" and version.state != "ready":
+        what = f"the task is not compiled yet; {error.what}"
+        raise too_busy("not_ready", what, 5, "Read the task until its `state` is ready, and try again.") from error
 
 
 async def started(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

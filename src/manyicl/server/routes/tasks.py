@@ -14,6 +14,7 @@ from manyicl.server.authentication import Manager, Predictor
 from manyicl.server.bodies import RowsAndKeys, columns_of, in_thread, json_of, quickly, read_body, rows_of
 from manyicl.server.conditions import entity_tag, matching_revisions
 from manyicl.server.documented import body_of, errors
+from manyicl.server.pages import page_of, position_of
 from manyicl.server.prediction_json import json_line
 from manyicl.server.records import VersionKey, Written
 from manyicl.server.routes.parameters import (
@@ -218,17 +219,9 @@ async def list_demonstrations(
         parts = (rows[start : start + USUAL_IN_PAGE] for start in range(0, len(rows), USUAL_IN_PAGE))
         lines = (b"".join(json_line(demonstration_out(row).model_dump()) for row in part) for part in parts)
         return StreamingResponse(lines, media_type=JSON_LINES)
-    page = await quickly(services.tasks.demonstrations, key, _number_after(cursor), limit + 1)
-    next_cursor = str(page[limit - 1].number) if len(page) > limit else None
-    return DemonstrationPage(data=list(map(demonstration_out, page[:limit])), next_cursor=next_cursor)
-
-
-def _number_after(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    if not (cursor.isascii() and cursor.isdecimal() and len(cursor) < 12):
-        raise UserError("wrong_cursor", "there is no such cursor", remedy="Begin without one.", field="cursor")
-    return int(cursor)
+    found = await quickly(services.tasks.demonstrations, key, position_of(cursor), limit + 1)
+    page, next_cursor = page_of(found, limit, lambda row: row.number)
+    return DemonstrationPage(data=list(map(demonstration_out, page)), next_cursor=next_cursor)
 
 
 @router.patch(
