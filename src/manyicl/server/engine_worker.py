@@ -45,10 +45,12 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "EngineWorker", "StreamTicket", "TaskSource", "Ticket", "WorkerState", "model_hash"]
 
 _LOG = logging.getLogger(__name__)
-# A pass has as many rows as take about so long, so that others need not wait for many rows of one request; where many
-# requests wait for one task, it has a row of each, which is faster for all of them, as far as it takes not much longer.
-PASS_SECONDS, MOST_PASS_SECONDS = 0.25, 2.0
-FEWEST_ROWS_OF_A_PASS = 8
+# A pass has as many rows as take about so long, so that others need not wait for many rows of one request. Where more
+# requests wait for one task it has a row of each, which is faster for all of them.
+PASS_SECONDS = 0.25
+FEWEST_ROWS_OF_A_PASS, MOST_REQUESTS_OF_A_PASS = 8, 64
+# Share of the time of a pass in which the clients it answered may come back to be in the next one.
+SHARE_TO_COME_BACK = 0.1
 # Rows whose free answers are written together, and for how long at a time before it is another's turn.
 ROWS_WRITTEN_TOGETHER = 32
 WRITING_SECONDS = 0.05
@@ -141,6 +143,24 @@ class _Lately:
         return min(most, max(FEWEST_ROWS_OF_A_PASS, int(seconds / per_row) if per_row else most))
 
 
+@dataclass
+class _Round:
+    """The passes in which all groups that waited at one time were answered.
+
+    Attributes:
+        num_requests: Requests that were answered.
+        clients_return_until: Until when it is worth waiting for the next rows of their clients.
+    """
+
+    num_requests: int = 0
+    clients_return_until: float = float("-inf")
+
+    def add(self, num_requests: int, seconds: float) -> None:
+        """Take in a pass that ended now."""
+        self.num_requests += num_requests
+        self.clients_return_until = time.monotonic() + SHARE_TO_COME_BACK * seconds
+
+
 class EngineWorker:
     """Owns an engine in one thread, and takes rows to answer and versions to compile from any other.
 
@@ -186,7 +206,7 @@ class EngineWorker:
         # Only the worker's thread touches these, except to look.
         self._compiling: dict[VersionKey, _Compilation] = {}
         self._writing: list[_Writing] = []
-        self._counters, self._lately = _Counters(), _Lately()
+        self._counters, self._lately, self._last_round = _Counters(), _Lately(), _Round()
         self._last_row = float("-inf")
         # Task -> whether it is pinned, of those that were compiled here.
         self._pinned: dict[str, bool] = {}
@@ -386,8 +406,11 @@ class EngineWorker:
             oldest = self._waiting.oldest()
             if oldest is None or self._writing or self._fill_seconds <= 0:
                 return
-            while (left := oldest + self._fill_seconds - time.monotonic()) > 0:
-                if self._waiting.num_rows >= self._rows_per_pass or self._stop_at is not None:
+            while self._waiting.num_rows < self._rows_per_pass and self._stop_at is None:
+                end = oldest + self._fill_seconds
+                if self._waiting.num_tickets() < self._last_round.num_requests:
+                    end = max(end, self._last_round.clients_return_until)
+                if (left := end - time.monotonic()) <= 0:
                     return
                 self._changed.wait(left)
 
@@ -395,6 +418,8 @@ class EngineWorker:
         """Give each group whose rows wait now a pass, and each answer that is being written some tokens."""
         with self._changed:
             groups = self._waiting.groups(time.monotonic())
+        if groups:
+            self._last_round = _Round()
         for group in groups:
             self._answer_group(group)
         for writing in list(self._writing):
@@ -439,12 +464,9 @@ class EngineWorker:
 
     def _most_rows(self, group: Group) -> int:
         """Return how many rows of a group a pass may have."""
-        usual, most = (
-            self._lately.rows_in(group.version, seconds, self._rows_per_pass)
-            for seconds in (PASS_SECONDS, MOST_PASS_SECONDS)
-        )
+        usual = self._lately.rows_in(group.version, PASS_SECONDS, self._rows_per_pass)
         with self._changed:
-            return min(most, max(usual, self._waiting.num_tickets(group)))
+            return max(usual, min(self._waiting.num_tickets(group), MOST_REQUESTS_OF_A_PASS, self._rows_per_pass))
 
     def _answer(self, group: Group, prefix: TaskPrefix, portions: Sequence[Portion[Ticket]]) -> None:
         """Answer rows of closed answers in one pass; if it fails, each ticket alone, so that only the cause fails."""
@@ -465,7 +487,9 @@ class EngineWorker:
         except Exception as error:
             self._failed_pass(portions, error, lambda portion: self._answer(group, prefix, [portion]))
             return
-        self._count_pass(group.version, len(rows), time.perf_counter() - started, is_closed=True)
+        seconds = time.perf_counter() - started
+        self._last_round.add(len(portions), seconds)
+        self._count_pass(group.version, len(rows), seconds, is_closed=True)
         for (ticket, position), prediction in zip(rows, predictions, strict=True):
             _hand_in(ticket, position, AnswerPart(1, prediction.answer, prediction))
         self._give_back(portions)

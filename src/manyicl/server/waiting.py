@@ -94,9 +94,9 @@ class WaitingRows(Generic[TicketT]):
             if version in (None, entry.group.version) and task_id in (None, entry.group.version.task_id)
         ]
 
-    def num_tickets(self, group: Group) -> int:
-        """Return how many tickets of a group can be taken now."""
-        return len(self._queues.get(group, ()))
+    def num_tickets(self, group: Group | None = None) -> int:
+        """Return how many tickets of a group, or of all, can be taken now."""
+        return len(self._queues.get(group, ())) if group is not None else sum(map(len, self._queues.values()))
 
     def take(self, group: Group, most_rows: int) -> list[Portion[TicketT]]:
         """Take up to ``most_rows`` rows of a group; their tickets cannot be taken again before `give_back`."""
