@@ -70,16 +70,16 @@ class ServerProcess:
         data: Its data folder.
         threads: Threads of a forward pass.
         options: Further words of its command.
-        environment: Variables of its environment, beside those of this process.
         key: API key for the requests of this object; None for a server without keys.
+        environment: Variables of its environment, beside those of this process.
     """
 
     model: str
     data: Path
     threads: int
     options: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 0
     health: ClassVar[str] = "/healthz"
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)

@@ -118,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 server.request("/v1/tasks", task)
                 server.wait_until_ready("task0")
                 own = measure(server, MANYICL, arguments)
-            with VllmProcess(arguments.vllm, model, arguments.threads, options, environment) as server:
+            with VllmProcess(arguments.vllm, model, arguments.threads, options, environment=environment) as server:
                 others = measure(server, protocol, arguments)
             note(f"round {number + 1}: {own.per_second:.1f} and {others.per_second:.1f} requests/s")
             ratios.append(own.per_second / others.per_second)
