@@ -202,6 +202,12 @@ def test_a_new_version_is_compiled_from_the_newest_one_that_is_ready(client: Tes
     fake_worker(services).compiles.set()
 
 
+def test_no_change_changes_no_revision(client: TestClient) -> None:
+    made(client, mood_task())
+    unchanged = client.patch("/v1/tasks/mood", json={})
+    assert (unchanged.status_code, unchanged.headers["etag"], unchanged.json()["revision"]) == (200, '"1"', 1)
+
+
 def test_settings_and_name_change_under_an_etag(client: TestClient) -> None:
     task = made(client, mood_task())
     body = {"name": "temper", "pinned": True, "abstain_below": 0.5}

@@ -10,6 +10,7 @@ from manyicl.errors import UserError
 from manyicl.server.database import Database, data_folder
 from manyicl.server.job_store import JobStore
 from manyicl.server.keys import KeyStore
+from manyicl.server.logging import log
 from manyicl.server.services import Services
 from manyicl.server.settings import MIB, ServerSettings
 from manyicl.server.task_service import TaskService
@@ -43,6 +44,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         parts.enter_context(database.serving())
         keys, tasks = KeyStore(database, data), TaskStore(database, limits=settings.store_limits)
         settings = settings.require_safe(has_keys=keys.has_keys())
+        log.info("loading_model", model=settings.model)
         engine = load_engine()
         prefixes = parts.enter_context(_prefixes(settings, engine))
         prefixes.forget_others({task.id for task in tasks.of_all_owners()})

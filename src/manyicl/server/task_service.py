@@ -269,6 +269,8 @@ class TaskService:
         record = self.tasks.get(owner, task)
         require_matching(record, revisions)
         given = changes.model_dump(exclude_unset=True)
+        if not given:
+            return record
         name = given.pop("name", None)
         settings = replace(
             record.settings,
