@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "EngineWorker", "StreamTicket", "TaskSource", "Ticket", "WorkerState", "model_hash"]
 
 _LOG = logging.getLogger(__name__)
-# A pass has as many rows as take about so long, so that others need not wait for many rows of one request. Where more
-# requests wait for one task it has a row of each, which is faster for all of them.
+# A pass has as many rows as take about so long, so that others need not wait for many rows of one request, or as many
+# as requests wait for the task: answering those together is faster for all of them.
 PASS_SECONDS = 0.25
 FEWEST_ROWS_OF_A_PASS, MOST_REQUESTS_OF_A_PASS = 8, 64
 # Share of the time of a pass in which the clients it answered may come back to be in the next one.
