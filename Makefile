@@ -20,7 +20,7 @@ test: .venv/.installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) -m "not slow and not gpu and not server"
 
-# Checks that take minutes each.
+# Checks that take long.
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow
 

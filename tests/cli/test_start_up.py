@@ -25,6 +25,7 @@ print([name for name in heavy if name in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_task_of_a_model_without_adapter_is_answered_with_torch_and_transformers_alone(
     model_folder: Path, table: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_was_stopped_resumes_in_as_many_processes_to_the_same_bits(recipe: Path) -> None:
     log, run, unbroken = recipe.parent / "log", recipe.parent / "run", recipe.parent / "unbroken"
@@ -79,6 +80,7 @@ def test_a_mistake_that_shows_in_the_processes_ends_with_2_and_is_said_once(reci
     (recipe.parent / "a" / "task.yaml").write_text("family: nonsense\n", encoding="utf-8")
     assert command(recipe, *IN_TWO).wait(timeout=120) == 2
     lines = (recipe.parent / "log").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if " so far" not in line]  # progress, on a slow machine
     assert len(lines) == 2
     assert lines[1].startswith("error ")
     assert not (recipe.parent / "run" / "checkpoints").exists()

@@ -93,7 +93,7 @@ def test_a_task_of_which_nothing_fits_is_refused_with_both_numbers(encoder: Enco
         source(encoder, [task], max_context_tokens=100)
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_workers_build_the_same_sequences_however_they_are_started(encoder: Encoder, method: str) -> None:
     settings = EpisodeSettings(sampling="balanced", rename_labels=0.5)
     sequences = source(encoder, [make_task("a"), make_task("b")], episodes=settings)

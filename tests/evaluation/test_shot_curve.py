@@ -396,6 +396,7 @@ def measure_as(reference: str, folder: Path) -> None:
     measure(OracleEngine(reference), small_world(), folder)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_into_one_folder_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     # Two of them measure the same.

@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, int | None]] = {
     "an adapter": ({"hidden_size": 256, "num_hidden_layers": 8}, {}, MOST_LOGITS),
     "an adapter on two layers": ({"hidden_size": 256, "num_hidden_layers": 8}, {"layers": 2}, MOST_LOGITS),
 }
+SELDOM_MEASURED = ("all logits at once", "an adapter on two layers")
 
 
 def configuration(**changes: Any) -> PreTrainedConfig:
@@ -64,7 +65,9 @@ def take_step(name: str, answer: Connection) -> None:
     answer.send(peak_bytes(CPU) - before)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM_MEASURED else ()) for name in STEPS]
+)
 def test_a_step_takes_the_memory_that_is_estimated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Left to itself, glibc raises the size from which it returns memory, and the peak of the process says little.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))

@@ -157,6 +157,7 @@ def test_two_processes_train_the_weights_that_one_does(tmp_path: Path) -> None:
         assert max((expected[key] - found[key]).abs().max().item() for key in expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_rows_that_are_to_be_read_again_are_read_by_one_process(tmp_path: Path, cache: Path) -> None:
     train, held_out = write_task(tmp_path / "a", "reviews"), write_task(tmp_path / "b", "news")
     recipe = small_recipe(tmp_path / "run", f"tasks.train=[{train}]", f"tasks.evaluate=[{held_out}]")

@@ -125,7 +125,9 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, id="DDP"), pytest.param(True, id="FSDP2", marks=pytest.mark.slow)]
+)
 def test_a_run_of_two_that_failed_in_one_ends_in_both_and_is_resumed_by_two_alone(
     tmp_path: Path, sharded: bool
 ) -> None:
