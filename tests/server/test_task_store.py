@@ -51,6 +51,14 @@ def refused(error: pytest.ExceptionInfo[UserError]) -> str:
     return error.value.code
 
 
+def test_a_name_that_is_nearly_one_of_the_owner_is_told_and_one_of_another_owner_is_not(store: TaskStore) -> None:
+    create(store, "tickets", "ann")
+    with pytest.raises(UserError, match=r"there is no task 'ticket'\. Did you mean 'tickets'"):
+        store.get("ann", "ticket")
+    with pytest.raises(UserError, match=r"there is no task 'ticket'\.$"):
+        store.get("bob", "ticket")
+
+
 def test_a_new_task_reads_as_it_was_written(store: TaskStore, clock: Clock) -> None:
     written = create(store)
     task = store.get("ann", "tickets")
