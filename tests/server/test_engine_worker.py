@@ -122,7 +122,10 @@ def test_a_ticket_of_many_rows_takes_turns(engine: Engine, monkeypatch: pytest.M
         assert names == [["large"] * 4, ["other"], ["small", *["large"] * 3], ["large"] * 2]
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([1] * 70, [64, 6]), ([12], [8, 4]), ([12, 1, 1], [8, 6])])
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1] * 70, [64, 6]), ([12], [8, 4]), ([12, 1, 1], [8, 6]), ([99, *[1] * 63], [64, *[8] * 12, 2])],
+)
 def test_a_slow_pass_has_a_row_of_each_ticket_that_waits_and_few_of_one(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, sizes: list[int], expected: list[int]
 ) -> None:

@@ -204,8 +204,9 @@ def test_a_new_version_is_compiled_from_the_newest_one_that_is_ready(client: Tes
 
 def test_no_change_changes_no_revision(client: TestClient) -> None:
     made(client, mood_task())
-    unchanged = client.patch("/v1/tasks/mood", json={})
-    assert (unchanged.status_code, unchanged.headers["etag"], unchanged.json()["revision"]) == (200, '"1"', 1)
+    for changes in ({}, {"name": "mood"}, {"name": "mood", "pinned": False}):
+        unchanged = client.patch("/v1/tasks/mood", json=changes)
+        assert (unchanged.status_code, unchanged.headers["etag"], unchanged.json()["revision"]) == (200, '"1"', 1)
 
 
 def test_settings_and_name_change_under_an_etag(client: TestClient) -> None:

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "EngineWorker", "StreamTicket", "TaskSource", "Ticket", "WorkerState", "model_hash"]
 
 _LOG = logging.getLogger(__name__)
-# A pass has as many rows as take about so long, so that others need not wait for many rows of one request, or as many
-# as requests wait for the task: answering those together is faster for all of them.
+# A pass has as many rows as take about so long, so that others need not wait for many rows of one request; or as many
+# as requests wait for the task, if nothing is compiled meanwhile: answering those together is faster for all of them.
 PASS_SECONDS = 0.25
 FEWEST_ROWS_OF_A_PASS, MOST_REQUESTS_OF_A_PASS = 8, 64
 # Share of the time of a pass in which the clients it answered may come back to be in the next one.
@@ -443,9 +443,10 @@ class EngineWorker:
         with ExitStack() as holding:
             holding.enter_context(self._prefixes.using(version))
             if prefix.task.is_closed:
-                self._answer(group, prefix, self._take(group, self._most_rows(group)))
+                self._answer(group, prefix, self._take(group, *self._most_rows(group)))
             elif len(self._writing) < MOST_PASSES_WRITING:
-                portions = self._take(group, min(ROWS_WRITTEN_TOGETHER, self._rows_per_pass))
+                most = min(ROWS_WRITTEN_TOGETHER, self._rows_per_pass)
+                portions = self._take(group, most, most)
                 self._begin_writing(group, prefix, portions, holding.pop_all())
 
     def _is_postponed(self, version: VersionKey) -> bool:
@@ -457,16 +458,19 @@ class EngineWorker:
         with self._changed:
             return innermost is None or not self._waiting.tickets(innermost)
 
-    def _take(self, group: Group, most_rows: int) -> list[Portion[Ticket]]:
+    def _take(self, group: Group, most_rows: int, most_of_one: int) -> list[Portion[Ticket]]:
         self._last_row = time.monotonic()
         with self._changed:
-            return self._waiting.take(group, most_rows)
+            return self._waiting.take(group, most_rows, most_of_one)
 
-    def _most_rows(self, group: Group) -> int:
-        """Return how many rows of a group a pass may have."""
+    def _most_rows(self, group: Group) -> tuple[int, int]:
+        """Return how many rows of a group a pass may have, and how many of one request."""
         usual = self._lately.rows_in(group.version, PASS_SECONDS, self._rows_per_pass)
+        if self._compiling:
+            return usual, usual
         with self._changed:
-            return max(usual, min(self._waiting.num_tickets(group), MOST_REQUESTS_OF_A_PASS, self._rows_per_pass))
+            num_requests = self._waiting.num_tickets(group)
+        return max(usual, min(num_requests, MOST_REQUESTS_OF_A_PASS, self._rows_per_pass)), usual
 
     def _answer(self, group: Group, prefix: TaskPrefix, portions: Sequence[Portion[Ticket]]) -> None:
         """Answer rows of closed answers in one pass; if it fails, each ticket alone, so that only the cause fails."""
@@ -713,7 +717,7 @@ class EngineWorker:
             raise _AbandonedError
         if time.monotonic() - self._last_row > QUIET_SECONDS:
             return None
-        return min(MOST_CHUNK_SECONDS, max(LEAST_CHUNK_SECONDS, self._lately.single_row))
+        return min(MOST_CHUNK_SECONDS, max(LEAST_CHUNK_SECONDS, self._lately.single_row or self._lately.per_row))
 
     def _is_time_to_abandon(self, key: VersionKey) -> bool:
         """Tell whether the worker is about to end, and no row waits for this version, or it has no more time."""

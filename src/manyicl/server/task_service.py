@@ -269,13 +269,13 @@ class TaskService:
         record = self.tasks.get(owner, task)
         require_matching(record, revisions)
         given = changes.model_dump(exclude_unset=True)
-        if not given:
-            return record
         name = given.pop("name", None)
         settings = replace(
             record.settings,
             **{key: value for key, value in given.items() if value is not None or key == "abstain_below"},
         )
+        if settings == record.settings and name in (None, record.name):
+            return record
         require_settings(settings, task_without_rows(record, record.newest))
         record = self.tasks.update(
             owner, record.id, name=name, settings=settings, if_revision=record.revision if revisions else None

@@ -72,9 +72,9 @@ def _select_tasks() -> Select[Any]:
     return select(tasks, versions, ready.label("ready")).join(versions, is_newest)
 
 
-# Made once: to make the statement takes longer than to run it.
 # Names of an owner's tasks among which the one that was meant is looked for.
 NAMES_COMPARED = 1000
+# Made once: to make the statement takes longer than to run it.
 _TASKS = _select_tasks()
 _TASK = _TASKS.where(
     tasks.c.owner == bindparam("owner"), or_(tasks.c.id == bindparam("task"), tasks.c.name == bindparam("task"))

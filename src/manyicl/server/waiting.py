@@ -98,14 +98,14 @@ class WaitingRows(Generic[TicketT]):
         """Return how many tickets of a group, or of all, can be taken now."""
         return len(self._queues.get(group, ())) if group is not None else sum(map(len, self._queues.values()))
 
-    def take(self, group: Group, most_rows: int) -> list[Portion[TicketT]]:
-        """Take up to ``most_rows`` rows of a group; their tickets cannot be taken again before `give_back`."""
+    def take(self, group: Group, most_rows: int, most_of_one: int) -> list[Portion[TicketT]]:
+        """Take rows of a group, up to ``most_of_one`` of a ticket, which cannot be taken again before `give_back`."""
         portions: list[Portion[TicketT]] = []
         waiting = deque(self._queues.get(group, ()))
         while most_rows > 0 and waiting:
             ticket = waiting.popleft()
             entry = self._entries[ticket]
-            start, end = entry.num_taken, min(entry.num_rows, entry.num_taken + most_rows)
+            start, end = entry.num_taken, min(entry.num_rows, entry.num_taken + min(most_rows, most_of_one))
             portions.append(Portion(ticket, start, end))
             entry.num_taken = end
             most_rows -= end - start
