@@ -99,9 +99,11 @@ def _serve(values: dict[str, Any], load: Any) -> None:
     from manyicl.server.app import create_app
     from manyicl.server.listening import listen, reserved
     from manyicl.server.logging import set_up_logging
+    from manyicl.server.memory import share_arenas
     from manyicl.server.settings import ServerSettings
     from manyicl.server.start import started
 
+    share_arenas()
     set_up_logging()
     # Whatever it is that runs, the parts that were started are stopped; uvicorn has its own handler while it listens.
     signal.signal(signal.SIGTERM, _end)
