@@ -1,7 +1,7 @@
 r"""What the task server costs beside its engine: rows a second, latency, compiling meanwhile, restarts after kills.
 
     manyicl models get smollm2
-    python -m benchmarks.server_throughput                              # all; about 20 minutes on two idle cores
+    python -m benchmarks.server_throughput                              # all; about half an hour on two idle cores
     python -m benchmarks.server_throughput --only throughput            # or: latency, compile, restart
     python -m benchmarks.server_throughput --model builtin:nano --tasks 1 3 --clients 1 4 --seconds 2 \
         --demonstrations 20 --many 200 --restarts 1                     # a minute, to see that it runs

@@ -91,8 +91,8 @@ class MachineError(Exception):
     """A failure of the machine (disk, memory, a loss that is not a number). Ends a command with 1."""
 
 
-# Names with which one that is unknown is compared.
-_LONGEST_NAME, _MOST_NAMES = 100, 1000
+# Names with which one that is unknown is compared, and the longest of them.
+MOST_NAMES, _LONGEST_NAME = 1000, 100
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -110,7 +110,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     # Comparing takes time with the square of the lengths, and both may come from outside.
     if name in names or len(name) > _LONGEST_NAME:
         return ""
-    names = [known_name for known_name in names[:_MOST_NAMES] if len(known_name) <= _LONGEST_NAME]
+    names = [known_name for known_name in names[:MOST_NAMES] if len(known_name) <= _LONGEST_NAME]
     nearest = difflib.get_close_matches(name, names, n=1)
     if not nearest:
         written = {known_name.casefold(): known_name for known_name in names}

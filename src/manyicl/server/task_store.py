@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from manyicl.errors import UserError, did_you_mean, quoted
+from manyicl.errors import MOST_NAMES, UserError, did_you_mean, quoted
 from manyicl.server.database import Database
 from manyicl.server.idempotency import Made, key_of_another_request, made_before, remember
 from manyicl.server.pages import page_of, position_of
@@ -72,8 +72,6 @@ def _select_tasks() -> Select[Any]:
     return select(tasks, versions, ready.label("ready")).join(versions, is_newest)
 
 
-# Names of an owner's tasks among which the one that was meant is looked for.
-NAMES_COMPARED = 1000
 # Made once: to make the statement takes longer than to run it.
 _TASKS = _select_tasks()
 _TASK = _TASKS.where(
@@ -554,7 +552,7 @@ def _find(connection: Connection, owner: str, task: str) -> TaskRecord:
     if is_storable(task):
         found = connection.execute(_TASK, {"owner": owner, "task": task}).mappings().all()
     if not found:
-        names = connection.execute(select(tasks.c.name).where(tasks.c.owner == owner).limit(NAMES_COMPARED)).scalars()
+        names = connection.execute(select(tasks.c.name).where(tasks.c.owner == owner).limit(MOST_NAMES)).scalars()
         remedy = did_you_mean(task, names).strip() or None
         raise UserError("unknown_task", f"there is no task {quoted(task)}", remedy=remedy, field="task")
     return _task_record(max(found, key=lambda row: bool(row[tasks.c.id] == task)))
