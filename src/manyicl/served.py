@@ -33,14 +33,18 @@ def error_of(problem: Mapping[str, Any]) -> UserError:
     Examples:
         >>> print(error_of({"code": "empty_query", "detail": "Query 3: it is empty.", "row": 3}))
         Query 3: it is empty.
+        >>> print(error_of({"code": "empty_answer", "detail": "Demonstration 3: it is empty.", "row": 3}))
+        demonstrations:3: it is empty.
     """
     sentence = next(
         (str(problem[key]) for key in ("detail", "sentence", "what", "title") if problem.get(key)), "refused"
     )
     row = problem.get("row")
-    # The sentence of a `UserError` begins with the row.
+    # The sentence of a `UserError` begins with the row, and a server says of a demonstration that it is one.
     what = sentence.removeprefix(f"Query {row}: ")
-    return UserError(str(problem.get("code", "refused")), what, row=row, field=problem.get("field"))
+    file = "demonstrations" if what.startswith(demonstration := f"Demonstration {row}: ") else None
+    what = what.removeprefix(demonstration)
+    return UserError(str(problem.get("code", "refused")), what, file=file, row=row, field=problem.get("field"))
 
 
 def refusal_of(status: int, problem: Mapping[str, Any]) -> RefusedRequestError:
@@ -49,6 +53,7 @@ def refusal_of(status: int, problem: Mapping[str, Any]) -> RefusedRequestError:
     return RefusedRequestError(
         error.code,
         error.what,
+        file=error.file,
         row=error.row,
         field=error.field,
         status=status,

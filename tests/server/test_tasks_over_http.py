@@ -271,6 +271,9 @@ def test_all_bad_rows_are_named_and_nothing_is_stored(client: TestClient) -> Non
         (3, "empty_query"),
         (4, "unknown_label"),
     ]
+    assert errors[1]["detail"].startswith("Demonstration 3: ")
+    alone = client.post("/v1/tasks", json={"name": "t", "demonstrations": [rows[0], rows[2]]}).json()
+    assert (alone["row"], alone["detail"].split(": ")[0]) == (2, "Demonstration 2")
     assert client.get("/v1/tasks").json() == {"data": [], "next_cursor": None}
 
 
@@ -311,10 +314,10 @@ def test_a_server_without_its_database_is_not_ready(client: TestClient) -> None:
     assert client.get("/readyz").json()["status"] == "ready"
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "a@1", "a,b", "a:b"])
+@pytest.mark.parametrize("name", ["a b", "a/b", "a@1", "a,b", "a:b", "a\u200bb", "a\u202eb", "\ufeffa"])
 def test_a_name_is_refused_with_what_a_name_may_not_hold(client: TestClient, name: str) -> None:
     expected = client.post("/v1/tasks", json=echo_task(name)).json()["expected"]
-    assert expected.endswith("no spaces, '/', '\\', ',', ':' or '@'")
+    assert expected.endswith("no spaces, invisible characters, '/', '\\', ',', ':' or '@'")
 
 
 def test_what_is_wrong_is_said_without_names_of_the_code(client: TestClient) -> None:

@@ -15,6 +15,7 @@ from manyicl.errors import MachineError, UserError
 from manyicl.server.evaluation import evaluated, rows_with_answers, summary
 from manyicl.server.prediction_json import error_json, prediction_json
 from manyicl.server.records import JobRecord, VersionKey
+from manyicl.server.row_input import ROWS
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.task import Query, Task
 
@@ -33,7 +34,6 @@ IDLE_SECONDS = 5.0
 KEPT_DAYS = 30.0
 FORGET_SECONDS = 3600.0
 # What errors name in place of a file.
-ROWS = "rows"
 # Codes of errors that say "not now": the job waits.
 _NOT_NOW = frozenset({"queue_full", "not_ready", "stopping"})
 _logger = logging.getLogger(__name__)

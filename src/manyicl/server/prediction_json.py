@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from manyicl.errors import UserError
+from manyicl.server.row_input import DEMONSTRATIONS
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import Prediction
@@ -39,8 +39,24 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
 
 def error_json(error: UserError) -> dict[str, Any]:
     """Return why a row cannot be used: which row and column, as far as that is known, a code and a sentence."""
-    known = {"row": error.row, "field": error.field, "code": error.code, "detail": str(replace(error, file=None))}
+    known = {"row": error.row, "field": error.field, "code": error.code, "detail": sentence(error)}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def sentence(error: UserError) -> str:
+    """Return the sentence of an error without its file, which is none of a caller's business.
+
+    >>> sentence(UserError("empty_answer", "the answer is empty", file="demonstrations", row=3))
+    'Demonstration 3: the answer is empty.'
+    """
+    file, error.file = error.file, None
+    try:
+        written = str(error)
+    finally:
+        error.file = file
+    if file != DEMONSTRATIONS or error.row is None:
+        return written
+    return f"Demonstration {error.row}: {written.removeprefix(f'Query {error.row}: ')}"
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:

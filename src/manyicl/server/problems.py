@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from manyicl.errors import UserError
 from manyicl.server.bad_rows import BadRowsError
-from manyicl.server.prediction_json import error_json
+from manyicl.server.prediction_json import error_json, sentence
 
 PROBLEM_TYPE = "application/problem+json"
 # A mistake in what a request says, as all rules for tasks and rows find them.
@@ -111,15 +111,6 @@ def problem(error: UserError, request_id: str | None = None) -> dict[str, Any]:
         fields["errors"] = [error_json(one) for one in error.errors]
     fields["request_id"] = request_id
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def sentence(error: UserError) -> str:
-    """Return the sentence of an error without its file."""
-    file, error.file = error.file, None
-    try:
-        return str(error)
-    finally:
-        error.file = file
 
 
 class ProblemResponse(Response):

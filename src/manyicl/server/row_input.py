@@ -30,6 +30,8 @@ _SUFFIXES: Mapping[str, RowKind] = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+# What rows of a request are called, in JSON and in place of the file of an error.
+ROWS, DEMONSTRATIONS = "rows", "demonstrations"
 # Codes of errors whose usual remedy names options of the command line.
 _DELIMITER_CODES = ("several_delimiters", "wrong_delimiter")
 _NUL = "\0"

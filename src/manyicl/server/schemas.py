@@ -17,9 +17,10 @@ MOST_COUNTED = 2**31 - 1
 MOST_SHOTS = 100_000
 MOST_RETRIEVED = 64
 MOST_SIMILAR = 100
-# No spaces, no slashes and no control characters; a comma, a colon and an at sign have meanings of their own.
-NAME_PATTERN = r"^[^\s/\\,:@\x00-\x1f\x7f]+$"
-NAME_MEANING = "unique among yours; no spaces, '/', '\\', ',', ':' or '@'"
+# Two names that look alike are one name to its reader; a comma, a colon and an at sign have meanings of their own.
+_INVISIBLE = r"\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+NAME_PATTERN = rf"^[^\s/\\,:@{_INVISIBLE}]+$"
+NAME_MEANING = "unique among yours; no spaces, invisible characters, '/', '\\', ',', ':' or '@'"
 _RESERVED_NAMES = re.compile(r"tsk_.*|\.{1,2}")
 
 Number = Annotated[int, Field(ge=1, le=MOST_COUNTED)]

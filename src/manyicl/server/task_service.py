@@ -30,7 +30,7 @@ from manyicl.server.records import (
     VersionRecord,
     Written,
 )
-from manyicl.server.row_input import InputRow
+from manyicl.server.row_input import DEMONSTRATIONS, InputRow
 from manyicl.server.schemas import AnswerChoices, NewTaskKeys, SettingsIn, TaskChanges
 from manyicl.server.turns import Turns
 from manyicl.server.work import Compiled, TaskSource
@@ -53,7 +53,6 @@ MOST_CACHED = 1024
 # How long the answer to a deletion waits until the worker, between two chunks of its work, has deleted the prefixes.
 FORGET_SECONDS = 10
 # What errors name in place of a file.
-DEMONSTRATIONS = "demonstrations"
 _BOUNDED_TEXTS = ("query", "answer", "instruction", "description", "source")
 _NOT_OVER_HTTP = ("name", "data", "bad_rows", "on_both_sides")
 
@@ -414,7 +413,7 @@ class TaskService:
                     raise row
                 examples.append(builder.example(row))
             except UserError as error:
-                errors.append(error.at(row=_number(row) or number))
+                errors.append(error.at(file=DEMONSTRATIONS, row=_number(row) or number))
         require_all(errors, len(rows))
         return builder.task_of(examples)
 

@@ -12,7 +12,8 @@ from manyicl.server.authentication import Predictor
 from manyicl.server.bodies import RowsAndKeys, in_thread, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.evaluation import Accepted, evaluated, require_evaluable, rows_with_answers, summary
-from manyicl.server.routes.parameters import ROWS, TaskName
+from manyicl.server.routes.parameters import TaskName
+from manyicl.server.row_input import ROWS
 from manyicl.server.schemas import AnswerChoices, EvaluateIn, EvaluationOut
 from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows

@@ -17,13 +17,12 @@ from manyicl.server.records import JobRecord
 from manyicl.server.routes.parameters import (
     MOST_IN_PAGE,
     REPLAYED,
-    ROWS,
     USUAL_IN_PAGE,
     Cursor,
     IdempotencyKey,
     Limit,
 )
-from manyicl.server.row_input import JSON_LINES
+from manyicl.server.row_input import JSON_LINES, ROWS
 from manyicl.server.schemas import MOST_COUNTED, AnswerChoices, JobOfLines, JobOut, JobPage, NewJob, NewJobKeys
 from manyicl.server.services import App
 

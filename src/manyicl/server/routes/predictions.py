@@ -26,8 +26,8 @@ from manyicl.server.bodies import in_thread, read_body, rows_of
 from manyicl.server.documented import body_of, errors
 from manyicl.server.prediction_json import json_line, prediction_json
 from manyicl.server.problems import problem
-from manyicl.server.routes.parameters import EVENTS, ROWS, TaskName
-from manyicl.server.row_input import JSON_LINES
+from manyicl.server.routes.parameters import EVENTS, TaskName
+from manyicl.server.row_input import JSON_LINES, ROWS
 from manyicl.server.schemas import AnswerChoices, PredictIn, PredictOut
 from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows

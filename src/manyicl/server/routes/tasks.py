@@ -29,7 +29,7 @@ from manyicl.server.routes.parameters import (
     Version,
     VersionNumber,
 )
-from manyicl.server.row_input import JSON_LINES
+from manyicl.server.row_input import DEMONSTRATIONS, JSON_LINES
 from manyicl.server.schemas import (
     CurveOut,
     DemonstrationPage,
@@ -52,7 +52,6 @@ from manyicl.server.task_json import (
     written_out,
 )
 
-DEMONSTRATIONS = "demonstrations"
 _CREATED = {
     "headers": {
         "Location": {"description": "Address of the task.", "schema": {"type": "string"}},
