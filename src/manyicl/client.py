@@ -72,7 +72,7 @@ class PredictOptions(TypedDict, total=False):
 
     Attributes:
         scores: ``best``, ``best_two`` or ``all``; by default all of few labels, the best two of many.
-        abstain_below: Least probability among the labels, below which there is no answer.
+        abstain_below: Least probability among the labels, below which there is no answer; None for the task's setting.
         blend: Whether scores are combined with those of a linear classifier on the same demonstrations.
         retrieve: Further demonstrations most like a query to put before it.
         similar: Number of demonstrations most like a query to return with its answer.

@@ -162,7 +162,8 @@ class Change:
     Attributes:
         task: The task as it is now.
         version: The version that the write made.
-        numbers: First and last number of the demonstrations that were added; None where none were.
+        numbers: First and last number of the demonstrations that were added, corrected, removed or brought back; None
+            where there are none.
         replayed: Whether the server had carried out the same request, by its idempotency key, before.
     """
 
@@ -215,7 +216,7 @@ class Predictions(list[ServedPrediction]):
     """The answers to one request, in order of its rows.
 
     Attributes:
-        task: Name of the task.
+        task: Id of the task.
         version: Version of the task that answered.
         model: Identity of the model.
     """
@@ -233,7 +234,7 @@ class JobInfo:
     Attributes:
         id: Its id.
         kind: ``predict`` or ``evaluate``.
-        task: Name or id of the task.
+        task: Id of the task.
         version: Version of the task that does it.
         state: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``.
         num_rows: Rows in all.

@@ -32,6 +32,7 @@ class Tasks:
     def __init__(self) -> None:
         self.tasks: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, dict[int, Any]] = {}
+        self.revision = 1
 
     def __call__(self, sent: Sent) -> Answer:
         name, number = re.fullmatch(r"/v1/tasks/?([^/]*)(?:/demonstrations/?(\d*))?", sent.path).groups()  # type: ignore[union-attr]
@@ -45,17 +46,20 @@ class Tasks:
         if sent.path.endswith("/demonstrations") and sent.method == "GET":
             numbered = [{"number": number, "columns": columns} for number, columns in self.rows[name].items()]
             return Answer(200, {"data": numbered, "next_cursor": None})
+        if sent.method != "GET" and sent.headers.get("if-match") != f'"{self.revision}"':
+            return Answer(412, {"code": "changed_meanwhile", "detail": "It was changed meanwhile."})
         if sent.method == "POST":
             self.rows[name] |= dict(enumerate(sent.json["demonstrations"], start=max(self.rows[name]) + 1))
         elif sent.method == "DELETE":
             del self.rows[name][int(number)]
         else:
             return Answer(200, self.info(name))
+        self.revision += 1
         version = {"version": 2, "change": "added", "state": "compiling"}
         return Answer(201, {"task": self.info(name), "version": version, "numbers": None})
 
     def info(self, name: str) -> dict[str, Any]:
-        known = {"id": name, "name": name, "revision": 1, "version": 1, "state": "ready"}
+        known = {"id": name, "name": name, "revision": self.revision, "version": 1, "state": "ready"}
         return {**known, **self.tasks[name], "num_demonstrations": len(self.rows[name])}
 
 

@@ -484,6 +484,27 @@ def test_a_version_that_cannot_be_compiled_fails_with_what_waits_for_it(bench: B
         assert bench.worker.state().num_compile_failures == 1
 
 
+def test_who_waits_for_a_version_hears_that_it_failed_after_it_is_noted_each_with_an_error_of_its_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    were_told: list[bool] = []
+
+    def on_failed(*_: Any) -> None:
+        were_told.extend(ticket.future.done() for ticket in tickets)
+
+    monkeypatch.setattr(bench.worker, "_on_failed", on_failed)
+    bench.add(A, replace(closed_task(), train=free_task().train))
+    tickets = [bench.worker.predict(A, ["a"], {}) for _ in range(2)]
+    bench.worker.compile(A)
+    with bench.running():
+        first, second = (ticket.future.exception(SECONDS) for ticket in tickets)
+    assert were_told == [False, False]
+    assert isinstance(first, UserError)
+    assert str(first.at(field="one")) == str(second)
+    assert isinstance(second, UserError)
+    assert (first.field, second.field) == ("one", None)
+
+
 def test_a_failure_of_the_machine_while_compiling_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise MemoryError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from manyicl.engine.engine import Prediction
-from manyicl.engine.queries import AnswerOptions
+from manyicl.engine.queries import AnswerOptions, checked_query
 from manyicl.errors import MachineError, UserError
 from manyicl.server.job_runner import JobPlan, JobRunner, row_of, stored_row
 from manyicl.server.records import JobKind, JobRecord, JobState, VersionKey
@@ -31,6 +31,16 @@ TASK = Task(
     ),
     (),
 )
+
+
+def rendered(task: Task, rows: Iterable[LocatedRow | UserError]) -> list[Query | UserError]:
+    found: list[Query | UserError] = []
+    for row in rows:
+        try:
+            found.append(row if isinstance(row, UserError) else checked_query(row.columns, task))
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 class JobsInMemory:
@@ -147,7 +157,7 @@ def plan(job: JobRecord) -> JobPlan:
 
 @contextmanager
 def running(jobs: JobsInMemory, worker: Echo, how: Callable[[JobRecord], JobPlan] = plan) -> Iterator[JobRunner]:
-    runner = JobRunner(jobs, worker, how, rows_per_portion=4, busy_seconds=0.01)
+    runner = JobRunner(jobs, worker, how, rendered, kept_days=30, rows_per_portion=4, busy_seconds=0.01)
     runner.start()
     runner.start()  # of no effect
     (thread,) = (one for one in threading.enumerate() if one.name == "jobs")

@@ -169,8 +169,12 @@ def test_a_full_queue_is_said_at_once_with_when_to_come_again(client: TestClient
     key = services.tasks.get("local", "echo").newest.key
     worker.predict(key, [], {})
     with services_waiting(worker, 600):
-        for headers in ({}, EVENTS):
-            answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]}, headers=headers)
+        for body in (
+            {"json": {"rows": [{"query": "a"}]}},
+            {"json": {"rows": [{"query": "a"}]}, "headers": EVENTS},
+            {"content": '{"query": "a"}', "headers": {"Content-Type": "application/x-ndjson"}},
+        ):
+            answer = client.post("/v1/tasks/echo/predict", **body)
             assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
             assert int(answer.headers["retry-after"]) == 300
     worker.open.set()
@@ -227,8 +231,9 @@ def test_waiting_for_an_answer_of_a_compiled_task_ends(tmp_path: Path) -> None:
         client.post("/v1/tasks", json=echo_task())
         assert predicted(client, "echo", ["a"])[0]["answer"] == "A"
         fake_worker(services).open.clear()
-        answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]})
-        assert (answer.status_code, answer.json()["title"]) == (503, "there was no answer within 0.2 seconds")
+        for headers in ({}, EVENTS):
+            answer = client.post("/v1/tasks/echo/predict", json={"rows": [{"query": "a"}]}, headers=headers)
+            assert (answer.status_code, answer.json()["title"]) == (503, "there was no answer within 0.2 seconds")
 
 
 async def _until(condition: Any) -> None:

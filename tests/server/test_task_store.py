@@ -12,7 +12,7 @@ import pytest
 
 from manyicl.errors import UserError
 from manyicl.server.database import Database
-from manyicl.server.records import Idempotency, TaskSettings, VersionKey, Written
+from manyicl.server.records import Idempotency, TaskAtStart, TaskSettings, VersionKey, Written
 from manyicl.server.task_store import TaskStore
 from tests.server.simple_store import SimpleStore, apply, random_operations, state_of
 
@@ -287,7 +287,7 @@ def test_while_a_version_is_compiled_for_another_model_no_older_one_answers_in_i
     store.set_ready(first, model="a", **READY)
     second = store.add("ann", "tickets", ROWS, LABELS).version.key
     store.set_ready(second, model="a", **READY)
-    store.set_compiling(second, {"code": "other_model"})
+    store.set_compiling([second], {"code": "other_model"})
     task = store.get("ann", "tickets")
     assert (task.ready, task.newest.state, task.newest.problem) == (None, "compiling", {"code": "other_model"})
     store.set_failed(second, {"code": "too_long"})
@@ -301,22 +301,30 @@ def test_a_deleted_task_is_told_to_the_worker(store: TaskStore) -> None:
     assert store.delete("ann", "tickets").id == key.task_id
     assert not store.set_ready(key, model="a", **READY)
     assert not store.set_failed(key, {})
-    assert not store.set_compiling(key, None)
+    store.set_compiling([key], {})
+    assert not store.is_there(key.task_id)
 
 
-def test_what_is_compiled_at_a_start(store: TaskStore) -> None:
+def test_what_is_known_of_tasks_at_a_start(store: TaskStore) -> None:
     new = create(store, "new").version.key
-    other_model = create(store, "other model", "bob").version.key
-    store.set_ready(other_model, model="a", **READY)
-    up_to_date = create(store, "up to date").version.key
-    store.set_ready(up_to_date, model="b", **READY)
+    pinned = create(store, "pinned", "bob").version.key
+    store.set_ready(pinned, model="a", **READY)
+    store.update("bob", "pinned", settings=TaskSettings(pinned=True))
     failed = create(store, "failed").version.key
     store.set_failed(failed, {"code": "too_long"})
     both = create(store, "both").version.key
-    store.set_ready(both, model="a", **READY)
-    store.add("ann", "both", ROWS, LABELS)
-    assert store.to_compile("b") == [new, other_model, failed, both, VersionKey(both.task_id, 2)]
-    assert store.to_compile("a") == [new, up_to_date, failed, VersionKey(both.task_id, 2)]
+    store.set_ready(both, model="b", **READY)
+    added = store.add("ann", "both", ROWS, LABELS).version.key
+    again = create(store, "again").version.key
+    store.set_ready(again, model="a", **READY)
+    store.set_compiling([again], {"code": "other_model"})
+    assert store.at_start() == [
+        TaskAtStart(new, "compiling", None, None, False),
+        TaskAtStart(pinned, "ready", pinned, "a", True),
+        TaskAtStart(failed, "failed", None, None, False),
+        TaskAtStart(added, "compiling", both, "b", False),
+        TaskAtStart(again, "compiling", None, None, False),
+    ]
 
 
 def test_pages_hold_everything_once_while_tasks_come_and_go(store: TaskStore) -> None:

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from manyicl.errors import MachineError
 from manyicl.server.database import FILE_NAME, Database
 from manyicl.server.services import Services
+from manyicl.server.task_service import TaskService
 from tests.server.fakes import BROKEN, echo_task, fake_client, fake_worker, mood_task
 
 
@@ -259,6 +260,16 @@ def test_a_form_that_is_sent_again_is_the_same_request_whatever_its_boundary(cli
         files = {"file": ("rows.csv", b"query,answer\na,x\nb,y\n", "text/csv")}
         answer = client.post("/v1/tasks", data={"name": "t"}, files=files, headers={"Idempotency-Key": "k"})
         assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (201, replayed)
+
+
+def test_the_most_frequent_answer_is_counted_as_answers_are_read(client: TestClient) -> None:
+    rows = [{"query": number, "answer": number} for number in "012"]
+    task = {"labels": "from_train", "class_names": {"answer": {"0": "neg", "1": "pos", "2": "neg"}}}
+    found = made(client, {"name": "t", "task": task, "demonstrations": rows})
+    services = services_of(client)
+    record = services.tasks.get("local", "t")
+    restarted = TaskService(services.tasks, services.settings, "fake-model")
+    assert found["majority"] == restarted.majority(record, record.newest) == pytest.approx(2 / 3)
 
 
 def test_all_bad_rows_are_named_and_nothing_is_stored(client: TestClient) -> None:

@@ -76,6 +76,16 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the best available]")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print mistakes only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_NEEDED_BY_SERVER = (
+    "fastapi",
+    "uvicorn",
+    "sqlalchemy",
+    "alembic",
+    "limits",
+    "prometheus_client",
+    "structlog",
+    "python_multipart",
+)
 
 
 def require_model(model: str, dtype: str | None) -> None:
@@ -133,7 +143,7 @@ def require_server_libraries() -> None:
     Raises:
         UserError: If one is missing.
     """
-    missing = [name for name in ("sqlalchemy", "alembic", "fastapi", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in _NEEDED_BY_SERVER if find_spec(name) is None]
     if missing:
-        what = f"the task server needs {' and '.join(missing)}"
-        raise UserError("missing_library", what, remedy="Run `pip install 'manyicl[server]'`.")
+        what = f"the task server needs {', '.join(missing)}"
+        raise UserError("missing_library", what, remedy='Run `pip install "manyicl[server]"`.')

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import signal
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyicl.cli import options
-from manyicl.errors import UserError
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from manyicl.engine.engine import Engine
-
-_NEEDED = (
-    "fastapi",
-    "uvicorn",
-    "sqlalchemy",
-    "alembic",
-    "limits",
-    "prometheus_client",
-    "structlog",
-    "python_multipart",
-)
 
 
 def serve_command(
@@ -73,7 +60,7 @@ def serve_command(
         "from_train"}, "demonstrations": [{"query": "what a film", "answer": "good"}, {"query": "so dull", "answer":
         "bad"}]}'
     """
-    _require_libraries()
+    options.require_server_libraries()
     options.require_model(model, dtype)
     values = {
         **{"model": model, "data": data, "database": database, "host": host, "port": port},
@@ -116,15 +103,3 @@ def _serve(values: dict[str, Any], load: Any) -> None:
 
 def _end(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
-
-
-def _require_libraries() -> None:
-    """Refuse to go on without the libraries of the server.
-
-    Raises:
-        UserError: If one is missing.
-    """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        what = f"the server needs {', '.join(missing)}"
-        raise UserError("missing_requirement", what, remedy='Run `pip install "manyicl[server]"`.')

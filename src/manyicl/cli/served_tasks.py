@@ -56,7 +56,7 @@ def push(client: Client, local: TaskWithRows, *, remove_others: bool) -> str:
         info = client.create_task(local.task.name, local.train_rows(), **keys).wait()
         return f"{info.name}: made with {pluralized(info.num_demonstrations, 'demonstration')}, ready"
     _require_equal_keys(info, keys)
-    return f"{info.name}: {_update(task, local, remove_others=remove_others)}"
+    return f"{info.name}: {_update(task, info, local, remove_others=remove_others)}"
 
 
 def _keys_to_push(keys: TaskFile) -> dict[str, Any]:
@@ -87,21 +87,22 @@ def _require_equal_keys(info: TaskInfo, keys: Mapping[str, Any]) -> None:
         )
 
 
-def _update(task: RemoteTask, local: TaskWithRows, *, remove_others: bool) -> str:
-    """Add rows that the server lacks, and say how many."""
+def _update(task: RemoteTask, info: TaskInfo, local: TaskWithRows, *, remove_others: bool) -> str:
+    """Add rows that the server lacks, and say how many; if another change goes before, nothing is added twice."""
     lacking = Counter(map(_canonical, local.train_rows()))
     others = []
-    for one in task.demonstrations():
+    for one in task.demonstrations(info.version):
         written = _canonical(one["columns"])
         if lacking[written]:
             lacking[written] -= 1
         else:
             others.append(one["number"])
     added = [json.loads(written) for written in lacking.elements()]
+    revision = info.revision
     if added:
-        task.add(added)
+        revision = task.add(added, if_revision=revision).task.revision
     for number in others if remove_others else ():
-        task.remove(number)
+        revision = task.remove(number, if_revision=revision).task.revision
     task.wait()
     done = [f"{len(added):,} added"]
     if others:

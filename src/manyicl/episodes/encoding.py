@@ -26,8 +26,9 @@ REMEDY_FOR_END_INSIDE = (
     "not fine-tuned."
 )
 REMEDY_FOR_UNKNOWN = "Use a model whose tokenizer knows them."
-# Texts that come again, as demonstrations do, are encoded once; in each of two caches.
-MAX_BYTES_REMEMBERED = 64 * 2**20
+# Texts that come again, as demonstrations do, are encoded once: some 20,000 short ones in each of two caches. A process
+# that answers for days meets ever new ones, and its memory grows until the caches are full.
+MAX_BYTES_REMEMBERED = 8 * 2**20
 
 
 class Encoder:

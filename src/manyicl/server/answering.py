@@ -17,7 +17,7 @@ from manyicl.server.bodies import quickly
 from manyicl.server.problems import BusyError, too_busy
 from manyicl.server.records import VersionKey, VersionRecord
 from manyicl.server.services import Services
-from manyicl.server.work import Ticket, WorkerState
+from manyicl.server.work import StreamTicket, Ticket, WorkerState
 
 if TYPE_CHECKING:
     from manyicl.engine.engine import AnswerPart, Prediction
@@ -54,7 +54,7 @@ class Client:
             raise ClientDisconnect
         if future.cancelled():
             raise too_busy("stopping", "the server gave the rows up, as it is stopping", 1)
-        raise too_busy("not_ready", f"there was no answer within {self._seconds:g} seconds", 5, "Try again later.")
+        raise _no_answer(self._seconds)
 
     def cancels(self, ticket: Ticket) -> None:
         """Let a ticket be cancelled when the client has gone."""
@@ -196,7 +196,7 @@ async def parts_of(request: Request, services: Services, question: Question) -> 
     async with client_of(request, services) as client:
         client.cancels(ticket)
         try:
-            async for part in ticket:
+            async for part in _in_time(ticket, services.settings.request_seconds):
                 if part.prediction is not None:
                     services.metrics.count_rows(1)
                     if part.prediction.problem is not None:
@@ -209,6 +209,28 @@ async def parts_of(request: Request, services: Services, question: Question) -> 
             raise
         finally:
             ticket.cancel()
+
+
+async def _in_time(ticket: StreamTicket, seconds: float) -> AsyncIterator[AnswerPart]:
+    """Yield the parts of an answer.
+
+    Raises:
+        BusyError: If the next one takes too long.
+    """
+    parts = aiter(ticket)
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                part = await anext(parts, None)
+        except TimeoutError as error:
+            raise _no_answer(seconds) from error
+        if part is None:
+            return
+        yield part
+
+
+def _no_answer(seconds: float) -> BusyError:
+    return too_busy("not_ready", f"there was no answer within {seconds:g} seconds", 5, "Try again later.")
 
 
 async def _explain(services: Services, key: VersionKey, error: UserError) -> None:

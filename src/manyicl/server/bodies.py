@@ -98,9 +98,19 @@ async def read_body(request: Request) -> Body:
 
 async def in_thread(request: Request, work: Callable[[], ResultT]) -> ResultT:
     """Parse, render or check rows in a thread: many rows of few requests at a time, few rows without waiting."""
-    length = request.headers.get("content-length", "")
-    is_small = length.isdecimal() and len(length) < 10 and int(length) <= SMALL_BYTES
-    return await to_thread.run_sync(work, limiter=None if is_small else services_of(request).rendering)
+    return await to_thread.run_sync(work, limiter=None if _is_small(request) else services_of(request).rendering)
+
+
+async def write_in_thread(request: Request, write: Callable[[], ResultT]) -> ResultT:
+    """Check and write a change in a thread. Those that wait for their turn keep no thread from those who read."""
+    services = services_of(request)
+    return await to_thread.run_sync(write, limiter=services.writing if _is_small(request) else services.rendering)
+
+
+def _is_small(request: Request) -> bool:
+    headers = request.headers
+    length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
+    return length.isdecimal() and len(length) < 10 and int(length) <= SMALL_BYTES
 
 
 async def quickly(work: Callable[..., ResultT], *arguments: Any, **named: Any) -> ResultT:

@@ -199,9 +199,12 @@ class Database:
             with self._engine.connect() as connection:
                 cursor = connection.connection.cursor()
                 cursor.execute(f"PRAGMA busy_timeout = {round(TRUNCATE_WAIT_SECONDS * 1000)}")
-                is_busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                cursor.execute(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
-                cursor.close()
+                try:
+                    is_busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                finally:
+                    # The connection goes back to those that others use.
+                    cursor.execute(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
+                    cursor.close()
         except (DBAPIError, PoolTimeoutError, sqlite3.Error) as error:
             _logger.warning("The write-ahead log was not emptied, and may hold deleted texts: %s", reason(error))
             is_busy = True

@@ -26,7 +26,6 @@ _MEANINGS = {
     401: "A valid API key is needed.",
     403: "The key does not allow it, or a web page of another site sent the request.",
     404: "There is no such thing, or it is another owner's.",
-    406: "No such answer can be given.",
     408: "The body did not arrive in time.",
     409: "It conflicts with what is there.",
     412: "The task was changed meanwhile (`If-Match`).",

@@ -19,11 +19,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from manyicl.engine.engine import AnswerPart, Engine, Retrieve
 from manyicl.engine.queries import AnswerOptions, StreamedRow
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import MachineError, UserError
+from manyicl.server.logging import place_of
 from manyicl.server.prefix_making import Load, NotStoredError, Prefixes, compiled_of, make_prefix, model_hash
 from manyicl.server.recent import Recent
 from manyicl.server.records import VersionKey
@@ -502,11 +503,11 @@ class EngineWorker:
         self, portions: Sequence[Portion[Ticket]], error: Exception, alone: Callable[[Portion[Ticket]], None]
     ) -> None:
         """Answer the tickets of a pass that failed one by one, or fail the only one."""
+        _log_failure("A pass failed", error)
         if len(portions) > 1:
             for portion in portions:
                 alone(portion)
             return
-        _log_failure("A pass failed", error)
         self._counters.num_rows_failed += sum(portion.end - portion.start for portion in portions)
         self._fail([portion.ticket for portion in portions], error)
 
@@ -528,9 +529,7 @@ class EngineWorker:
             )
         except Exception as error:
             holding.close()
-            self._failed_pass(
-                portions, error, lambda portion: self._begin_writing(group, prefix, [portion], ExitStack())
-            )
+            self._failed_pass(portions, error, lambda portion: self._write_alone(group, portion))
             return
         self._writing.append(_Writing(group, portions, parts, holding, rows))
 
@@ -564,6 +563,7 @@ class EngineWorker:
         """Begin again with one ticket of a pass that failed; text that was handed out cannot be taken back."""
         prefix = self._prefixes.get(group.version)
         if prefix is None or portion.ticket.has_parts:
+            self._counters.num_rows_failed += portion.end - portion.start
             self._fail([portion.ticket], MachineError("The answer could not be written to its end."))
             return
         holding = ExitStack()
@@ -728,15 +728,14 @@ class EngineWorker:
 
     def _not_loaded(self, key: VersionKey, error: Exception, is_due: bool) -> None:
         """Fail what waits for a version that cannot be read; a failure of the machine may be over later."""
-        self._fail(self._waiting_tickets(key), error)
-        if not is_due:
-            return
-        if isinstance(error, UserError):
+        if is_due and isinstance(error, UserError):
+            # First, as who waits reads the state of the version when its rows have failed.
             self._report(key, lambda: self._on_failed(key, error))
-            return
-        _log_failure("A version could not be read", error)
-        with self._changed:
-            self._to_compile.setdefault(key, _Due(time.monotonic() + RETRY_SECONDS))
+        elif is_due:
+            _log_failure("A version could not be read", error)
+            with self._changed:
+                self._to_compile.setdefault(key, _Due(time.monotonic() + RETRY_SECONDS))
+        self._fail(self._waiting_tickets(key), error)
 
     def _cannot_compile(self, key: VersionKey, error: Exception, is_due: bool) -> None:
         if not isinstance(error, UserError):
@@ -746,9 +745,9 @@ class EngineWorker:
         with self._changed:
             self._counters.num_compile_failures += 1
         failure = error
-        self._fail(self._waiting_tickets(key), failure)
         if is_due:
             self._report(key, lambda: self._on_failed(key, failure))
+        self._fail(self._waiting_tickets(key), failure)
 
     def _report(self, key: VersionKey, report: Callable[[], object]) -> None:
         """Report a version; where that fails, it is compiled, found in memory, and reported again later."""
@@ -792,7 +791,8 @@ class EngineWorker:
         if not isinstance(error, UserError | MachineError):
             error = MachineError(f"The answers could not be computed ({type(error).__name__}).")
         for ticket in tickets:
-            ticket.fail(error)
+            # Each its own, as who gets it fills in where in a request the mistake is.
+            ticket.fail(copy(error))
 
     def _end(self) -> None:
         with self._changed:
@@ -824,5 +824,4 @@ def _moved(average: float, value: float) -> float:
 
 def _log_failure(what: str, error: Exception) -> None:
     """Log where something failed, without the message of the error, which may hold texts."""
-    where = "".join(traceback.format_tb(error.__traceback__))
-    _LOG.error("%s: %s\n%s", what, type(error).__name__, where)
+    _LOG.error("%s: %s", what, place_of(error))

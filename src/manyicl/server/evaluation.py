@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Of more errors, and more rows without a score, the first are named; all are counted.
 MOST_ERRORS_NAMED = 100
+# What of a result its scores are made of.
+_SCORED_BY = ("answer", "expected", "log_probability", "probability")
 
 Result = dict[str, Any]
 Columns = Mapping[str, Any]
@@ -124,7 +126,8 @@ def summary(task: Task, results: Iterable[tuple[int, Result]]) -> dict[str, Any]
             num_abstained += 1
             num_guesses_right += round(accuracy(result["guess"], result["expected"]))
         else:
-            scored.append((number, result))
+            # There may be hundreds of thousands, each with the scores of all labels.
+            scored.append((number, {key: result.get(key) for key in _SCORED_BY}))
     return {
         **_scores(task, [result for _, result in scored]),
         "num_rows": num_rows,

@@ -10,9 +10,10 @@ from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from manyicl.engine.queries import AnswerOptions, checked_query
+from manyicl.engine.queries import AnswerOptions
 from manyicl.errors import MachineError, UserError
 from manyicl.server.evaluation import evaluated, rows_with_answers, summary
+from manyicl.server.logging import place_of
 from manyicl.server.prediction_json import error_json, prediction_json
 from manyicl.server.records import JobRecord, VersionKey
 from manyicl.server.row_input import ROWS
@@ -30,10 +31,8 @@ RESULTS_PER_PAGE = 1_000
 BUSY_SECONDS = 0.5
 # A job that was made by another process, such as a restored backup, is found after so long.
 IDLE_SECONDS = 5.0
-# Jobs are deleted so many days after their end, which is looked for every hour.
-KEPT_DAYS = 30.0
+# How often jobs are looked for that ended long ago.
 FORGET_SECONDS = 3600.0
-# What errors name in place of a file.
 # Codes of errors that say "not now": the job waits.
 _NOT_NOW = frozenset({"queue_full", "not_ready", "stopping"})
 _logger = logging.getLogger(__name__)
@@ -116,17 +115,6 @@ Columns = Mapping[str, Any]
 Render = Callable[[Task, Iterable[LocatedRow | UserError]], list[Query | UserError]]
 
 
-def rendered(task: Task, rows: Iterable[LocatedRow | UserError]) -> list[Query | UserError]:
-    """Render rows to queries, in this thread and not where the model waits."""
-    found: list[Query | UserError] = []
-    for row in rows:
-        try:
-            found.append(row if isinstance(row, UserError) else checked_query(row.columns, task))
-        except UserError as error:
-            found.append(error)
-    return found
-
-
 # --- Rows of a job in the database
 
 
@@ -155,9 +143,9 @@ class JobRunner:
         jobs: Jobs,
         worker: Predicts,
         plan: Callable[[JobRecord], JobPlan],
+        render: Render,
         *,
-        render: Render = rendered,
-        kept_days: float = KEPT_DAYS,
+        kept_days: float,
         rows_per_portion: int = ROWS_PER_PORTION,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
@@ -216,8 +204,7 @@ class JobRunner:
             try:
                 has_worked = self._work_once()
             except Exception as error:  # such as a full disk: the jobs stay as they are
-                # The message may hold texts of rows.
-                _logger.error("jobs wait because of %s", type(error).__name__)
+                _logger.error("jobs wait because of %s", _as_logged(error))
                 self._stopping.wait(self._busy_seconds)
                 continue
             if not has_worked:
@@ -268,7 +255,7 @@ class JobRunner:
             elif not self._stopping.is_set():
                 self._jobs.finish(job.id, "failed", _problem(error))
         except Exception as error:  # a mistake of ours, which would come again
-            _logger.error("%s failed with %s", job.id, type(error).__name__)
+            _logger.error("%s failed with %s", job.id, _as_logged(error))
             self._jobs.finish(job.id, "failed", _problem(UserError("server_error", "the server failed")))
 
     def _answer_portion(self, job: JobRecord) -> None:
@@ -333,7 +320,7 @@ class JobRunner:
             raise
         except Exception as error:
             sentence = str(error) if isinstance(error, MachineError) else "an unexpected error; the log names its kind"
-            _logger.error("a portion of %s failed with %s", job.id, type(error).__name__)
+            _logger.error("a portion of %s failed with %s", job.id, _as_logged(error))
             raise UserError("machine_failed", f"the rows could not be answered: {sentence}") from error
         finally:
             with self._lock:
@@ -345,6 +332,11 @@ class JobRunner:
             for number, result in page:
                 yield number, dict(result)
             after = page[-1][0]
+
+
+def _as_logged(error: Exception) -> str:
+    """Say where an error was raised; a failure of the machine holds no text of a row, others may."""
+    return f"{place_of(error)}: {error}" if isinstance(error, MachineError) else place_of(error)
 
 
 def _numbered(result: dict[str, Any], number: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class JobService:
         return self._tasks.rendered(task, rows)
 
     def _require_few(self, owner: str) -> None:
-        num_unfinished = sum(job.owner == owner for job in self._jobs.unfinished())
+        num_unfinished = self._jobs.num_unfinished(owner)
         if num_unfinished >= MOST_UNFINISHED:
             what = f"{num_unfinished} jobs are unfinished"
             raise too_busy("too_many_jobs", what, 60, "Wait until one is done, or cancel some.")

@@ -127,6 +127,12 @@ class JobStore:
             rows = connection.execute(select(jobs).where(_UNFINISHED).order_by(jobs.c.position)).mappings()
             return [_job_record(row) for row in rows]
 
+    def num_unfinished(self, owner: str) -> int:
+        """Count the jobs of an owner that wait or run."""
+        counting = select(func.count()).select_from(jobs).where(jobs.c.owner == owner, _UNFINISHED)
+        with self._database.reading() as connection:
+            return connection.execute(counting).scalar_one()
+
     def start(self, job_id: str) -> bool:
         """Note that a job runs. False where it is finished, cancelled or gone."""
         starting = update(jobs).where(jobs.c.id == job_id, _UNFINISHED).values(state="running")

@@ -133,6 +133,25 @@ class TaskRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskAtStart:
+    """What a server that starts needs to know of a task.
+
+    Attributes:
+        newest: Its newest version.
+        newest_state: State of that version.
+        ready: Its newest version that can answer; None where there is none.
+        ready_model: Identity of the model that compiled that one.
+        is_pinned: Whether its prefix always stays in memory.
+    """
+
+    newest: VersionKey
+    newest_state: str
+    ready: VersionKey | None
+    ready_model: str | None
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DemonstrationRecord:
     """A demonstration as the user gave it.
 
@@ -189,14 +208,14 @@ class JobRecord:
         owner: Whose it is.
         kind: What is done with the rows.
         key: Version of the task that does it.
-        options: Options of the predictions, as the request gave them.
+        options: Options of the predictions, those of the task's settings among them that the request left out.
         state: How far it is.
         num_rows: Rows in all.
         num_done: Rows with a result.
         num_problems: Rows that could not be answered, among them.
         created_at: When it was requested, in UTC.
         finished_at: When it ended; None before.
-        problem: Why it failed, as `UserError.fields` gives it.
+        problem: Why it failed: code, sentence, and field as far as that is known.
         summary: Scores of an evaluation that is done; None before, and of predictions.
     """
 

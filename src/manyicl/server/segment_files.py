@@ -284,8 +284,8 @@ class SegmentFiles:
             while len(self._deleted) > REMEMBERED_TASKS:
                 del self._deleted[next(iter(self._deleted))]
             self._tasks.pop(task_id, None)
-            # What is written to it meanwhile is deleted once that has ended.
-            shutil.rmtree(folder, ignore_errors=True)
+        # What is written to it meanwhile is deleted once that has ended.
+        shutil.rmtree(folder, ignore_errors=True)
 
     def is_forgotten(self, task_id: str) -> bool:
         """Tell whether a task was deleted."""

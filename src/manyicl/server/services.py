@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Requests whose rows are parsed and rendered at the same time; others wait for them, and small requests go past.
 MOST_RENDERING = 2
+# Writes and deletions in progress, each of which may wait for another of the same task; reads go past.
+MOST_WRITING = 16
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Services:
         job_service: Rules of jobs.
         runner: The thread that works on jobs.
         rendering: Bounds the requests that are parsed and rendered at the same time.
+        writing: Bounds the writes that are in progress at the same time.
         is_stopping: Whether the server ends; requests that would wait long are refused.
     """
 
@@ -60,6 +63,7 @@ class Services:
     job_service: JobService = field(init=False)
     runner: JobRunner = field(init=False)
     rendering: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_RENDERING))
+    writing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_WRITING))
     is_stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +74,7 @@ class Services:
             self.jobs,
             self.worker,
             self.job_service.plan,
-            render=self.job_service.render,
+            self.job_service.render,
             kept_days=self.settings.kept_days,
             rows_per_portion=min(ROWS_PER_PORTION, self.settings.max_waiting_rows),
         )

@@ -47,7 +47,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         log.info("loading_model", model=settings.model)
         engine = load_engine()
         prefixes = parts.enter_context(_prefixes(settings, engine))
-        prefixes.forget_others({task.id for task in tasks.of_all_owners()})
+        prefixes.forget_others({task.newest.task_id for task in tasks.at_start()})
 
         from manyicl.server.engine_worker import EngineWorker
         from manyicl.server.prefix_making import model_hash

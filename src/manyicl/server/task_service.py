@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +21,7 @@ from manyicl.server.answer_options import HowToAnswer, how_to_answer, require_se
 from manyicl.server.bad_rows import require_all
 from manyicl.server.conditions import require_matching
 from manyicl.server.logging import log, place_of
+from manyicl.server.recent import Recent
 from manyicl.server.records import (
     DemonstrationRecord,
     Idempotency,
@@ -39,7 +40,6 @@ from manyicl.tasks.demonstrations import demonstrations_in_order
 from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.schema import TaskFile, TwoFiles
 from manyicl.tasks.task import Example, Query, Task, TaskSpec
-from manyicl.tasks.template import compiled
 
 if TYPE_CHECKING:
     from manyicl.server.interfaces import Worker
@@ -52,7 +52,6 @@ MOST_TRIES = 5
 MOST_CACHED = 1024
 # How long the answer to a deletion waits until the worker, between two chunks of its work, has deleted the prefixes.
 FORGET_SECONDS = 10
-# What errors name in place of a file.
 _BOUNDED_TEXTS = ("query", "answer", "instruction", "description", "source")
 _NOT_OVER_HTTP = ("name", "data", "bad_rows", "on_both_sides")
 
@@ -112,7 +111,7 @@ class TaskService:
         self._worker: Worker | None = None
         self._to_rebuild: set[VersionKey] = set()
         self._rebuilt: set[VersionKey] = set()
-        self._majorities: OrderedDict[VersionKey, float] = OrderedDict()
+        self._majorities: Recent[VersionKey, float] = Recent(MOST_CACHED)
         self._lock = threading.Lock()
         self._turns = Turns()
 
@@ -129,16 +128,19 @@ class TaskService:
             worker: The thread that owns the engine.
         """
         self._worker = worker
-        for key in self.tasks.to_compile(self.model):
-            version = self.tasks.version(key)
-            if version.state == "ready":
-                problem = {"code": "other_model", "sentence": "Another model compiled it; it is compiled again."}
-                self.tasks.set_compiling(key, problem)
-                self._to_rebuild.add(key)
-            worker.compile(key)
-        for task in self.tasks.of_all_owners():
-            if task.settings.pinned and task.ready is not None:
-                worker.compile(VersionKey(task.id, task.ready))  # from the disk into memory
+        found = self.tasks.at_start()
+        other_model = [task.ready for task in found if task.ready is not None and task.ready_model != self.model]
+        problem = {"code": "other_model", "sentence": "Another model compiled it; it is compiled again."}
+        self.tasks.set_compiling(other_model, problem)
+        self._to_rebuild.update(other_model)
+        for task in found:
+            if task.ready in self._to_rebuild:
+                worker.compile(task.ready)
+            if task.newest_state != "ready":
+                worker.compile(task.newest)
+        for task in found:
+            if task.is_pinned and task.ready is not None and task.ready not in self._to_rebuild:
+                worker.compile(task.ready)  # from the disk into memory
 
     @property
     def rebuilt(self) -> tuple[int, int]:
@@ -163,6 +165,7 @@ class TaskService:
         require_settings(settings, task)
         columns, order = _columns(rows), _context_order(task.train)
         written = self.tasks.create(owner, new.name, keys, settings, columns, task.labels, idempotency, order=order)
+        self._remember_majority(written.version.key, task.train)
         return self._after(written)
 
     def add(
@@ -179,7 +182,8 @@ class TaskService:
             UserError: If a row breaks a rule of the task, there are too many, or the task was changed meanwhile.
         """
 
-        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+        def write(record: TaskRecord) -> Written:
+            known = self.tasks.demonstrations(record.newest.key)
             together = [*map(_located, known), *rows]
             built = self._built(record.name, record.keys, together)
             columns, order = _columns(rows), _context_order(built.train[len(known) :])
@@ -202,7 +206,8 @@ class TaskService:
             UserError: If there is none of that number, or the row breaks a rule of the task.
         """
 
-        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+        def write(record: TaskRecord) -> Written:
+            known = self.tasks.demonstrations(record.newest.key)
             _require_numbers(known, [number])
             together = [_located(row if row.number != number else replace(row, columns=columns)) for row in known]
             labels = self._built(record.name, record.keys, together).labels
@@ -224,7 +229,8 @@ class TaskService:
             UserError: If there is none of a number, or the others do not make a task.
         """
 
-        def write(record: TaskRecord, known: list[DemonstrationRecord]) -> Written:
+        def write(record: TaskRecord) -> Written:
+            known = self.tasks.demonstrations(record.newest.key)
             _require_numbers(known, numbers)
             others = [_located(row) for row in known if row.number not in numbers]
             if not others:
@@ -249,7 +255,7 @@ class TaskService:
             UserError: If there is no such version.
         """
 
-        def write(record: TaskRecord, _: list[DemonstrationRecord]) -> Written:
+        def write(record: TaskRecord) -> Written:
             labels = self.tasks.version(VersionKey(record.id, version)).labels
             return self.tasks.restore(owner, record.id, version, labels, record.revision, idempotency)
 
@@ -298,8 +304,7 @@ class TaskService:
         except Exception as error:  # the task is gone all the same; the next start deletes what is left of it
             log.warning("prefixes_not_deleted", task=record.id, error=place_of(error))
         with self._lock:
-            for key in [key for key in self._majorities if key.task_id == record.id]:
-                del self._majorities[key]
+            self._majorities.discard(lambda key: key.task_id == record.id)
         return record
 
     def _write(
@@ -308,7 +313,7 @@ class TaskService:
         task: str,
         revisions: frozenset[int] | None,
         idempotency: Idempotency | None,
-        write: Callable[[TaskRecord, list[DemonstrationRecord]], Written],
+        write: Callable[[TaskRecord], Written],
     ) -> Written:
         """Read the task, check, and write if it is still what was read; otherwise try again.
 
@@ -319,7 +324,7 @@ class TaskService:
             task: Its id or name.
             revisions: Revisions that the caller allows; None for any.
             idempotency: Idempotency key of the request.
-            write: Checks and writes, given the task and its newest demonstrations.
+            write: Checks and writes, given the task.
 
         Raises:
             UserError: As ``write`` does; or if others wrote in between every time, or once where the caller named
@@ -336,7 +341,7 @@ class TaskService:
         task: str,
         revisions: frozenset[int] | None,
         idempotency: Idempotency | None,
-        write: Callable[[TaskRecord, list[DemonstrationRecord]], Written],
+        write: Callable[[TaskRecord], Written],
     ) -> Written:
         """Do what `_write` says, when no other write of the task is being checked."""
         # The same request, sent again meanwhile, may have gone before.
@@ -346,7 +351,7 @@ class TaskService:
             record = self.tasks.get(owner, task)
             require_matching(record, revisions)
             try:
-                written = write(record, self.tasks.demonstrations(record.newest.key))
+                written = write(record)
             except UserError as error:
                 if error.code != "changed_meanwhile" or revisions is not None or attempt == MOST_TRIES:
                     raise
@@ -430,7 +435,7 @@ class TaskService:
         builder = TaskBuilder(_task_file(record.keys), None, record.name)
         in_order = sorted(rows, key=lambda row: row.place)
         task = builder.task_of([builder.example(_located(row)) for row in in_order])
-        self._remember_majority(key, _majority([example.answer for example in task.train]))
+        self._remember_majority(key, task.train)
         settings = record.settings
         num_shots, num_retrieved = settings.num_shots, settings.num_retrieved
         answers = version.answers if version.model == self.model else None
@@ -538,18 +543,18 @@ class TaskService:
             return None
         with self._lock:
             known = self._majorities.get(version.key)
-        if known is None:
-            rows = self.tasks.demonstrations(version.key)
-            template = compiled(str(record.keys["answer"]))
-            known = _majority([template.render(row.columns).strip() for row in rows])
-            self._remember_majority(version.key, known)
-        return known
+        if known is not None:
+            return known
+        builder = TaskBuilder(_task_file(record.keys), None, record.name)
+        examples = [builder.example(_located(row)) for row in self.tasks.demonstrations(version.key)]
+        return self._remember_majority(version.key, examples)
 
-    def _remember_majority(self, key: VersionKey, majority: float) -> None:
+    def _remember_majority(self, key: VersionKey, examples: Iterable[Example]) -> float:
+        counts = Counter(example.answer for example in examples)
+        majority = max(counts.values(), default=0) / max(1, counts.total())
         with self._lock:
             self._majorities[key] = majority
-            if len(self._majorities) > MOST_CACHED:
-                self._majorities.popitem(last=False)
+        return majority
 
 
 def settings_of(given: SettingsIn) -> TaskSettings:
@@ -605,7 +610,3 @@ def _with_texts(value: Any) -> Any:
 def _context_order(examples: Sequence[Example]) -> list[int]:
     """Return the positions of new demonstrations in the order of the context, so that a sorted upload is mixed."""
     return list(demonstrations_in_order([example.answer for example in examples], seed=0, sampling="balanced"))
-
-
-def _majority(answers: Sequence[str]) -> float:
-    return max(Counter(answers).values(), default=0) / max(1, len(answers))

@@ -7,7 +7,7 @@ in one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,8 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     RowMapping,
-    Select,
+    ScalarSelect,
+    Update,
     and_,
     bindparam,
     case,
@@ -40,6 +41,7 @@ from manyicl.server.records import (
     DemonstrationRecord,
     Idempotency,
     StoreLimits,
+    TaskAtStart,
     TaskRecord,
     TaskSettings,
     VersionKey,
@@ -53,27 +55,33 @@ _Rows = Sequence[Mapping[str, Any]]
 _Labels = tuple[str, ...] | None
 
 
-def _select_tasks() -> Select[Any]:
-    """Select tasks with their newest version and the number of the one that answers.
+def _of_ready_version(column: str) -> ScalarSelect[Any]:
+    """Select a column of the version of a task that answers.
 
     That is the newest version that was ever compiled, unless it is compiled again: an older one, which may be of
     another model, does not take its place.
     """
     compiled = versions.alias()
-    ready = (
-        select(case((compiled.c.state == "ready", compiled.c.version)))
+    return (
+        select(case((compiled.c.state == "ready", compiled.c[column])))
         .where(compiled.c.task_id == tasks.c.id, compiled.c.model.is_not(None))
         .order_by(compiled.c.version.desc())
         .limit(1)
         .correlate(tasks)
         .scalar_subquery()
     )
-    is_newest = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.newest)
-    return select(tasks, versions, ready.label("ready")).join(versions, is_newest)
 
 
-# Made once: to make the statement takes longer than to run it.
-_TASKS = _select_tasks()
+# Statements are made once: to make one takes longer than to run it.
+_IS_NEWEST = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.newest)
+_READY = _of_ready_version("version").label("ready")
+# Tasks with their newest version and the number of the one that answers.
+_TASKS = select(tasks, versions, _READY).join(versions, _IS_NEWEST)
+_AT_START = (
+    select(tasks.c.id, tasks.c.settings, tasks.c.newest, versions.c.state, _READY, _of_ready_version("model"))
+    .join(versions, _IS_NEWEST)
+    .order_by(tasks.c.position)
+)
 _TASK = _TASKS.where(
     tasks.c.owner == bindparam("owner"), or_(tasks.c.id == bindparam("task"), tasks.c.name == bindparam("task"))
 )
@@ -309,10 +317,19 @@ class TaskStore:
         page, cursor = page_of(found, limit, lambda row: int(row[tasks.c.position]))
         return [_task_record(row) for row in page], cursor
 
-    def of_all_owners(self) -> list[TaskRecord]:
-        """Return all tasks, oldest first, for a server that starts."""
+    def at_start(self) -> list[TaskAtStart]:
+        """Return what a server that starts needs to know of all tasks of all owners, oldest first."""
         with self._database.reading() as connection:
-            return [_task_record(row) for row in connection.execute(_TASKS.order_by(tasks.c.position)).mappings()]
+            return [
+                TaskAtStart(
+                    newest=VersionKey(task_id, newest),
+                    newest_state=state,
+                    ready=None if ready is None else VersionKey(task_id, ready),
+                    ready_model=model,
+                    is_pinned=settings["pinned"],
+                )
+                for task_id, settings, newest, state, ready, model in connection.execute(_AT_START)
+            ]
 
     def versions(
         self, owner: str, task: str, limit: int, after: str | None = None
@@ -400,32 +417,15 @@ class TaskStore:
         """Note that a version cannot be compiled, and why. False where the task is gone."""
         return self._set(key, state="failed", problem=dict(problem))
 
-    def set_compiling(self, key: VersionKey, problem: Mapping[str, Any] | None) -> bool:
-        """Note that a version is compiled again, and why. False where the task is gone."""
-        return self._set(key, state="compiling", problem=None if problem is None else dict(problem))
-
-    def to_compile(self, model: str) -> list[VersionKey]:
-        """Return what is to be compiled at a start, in the order of the tasks.
-
-        These are newest versions that are not ready, and newest ready versions that another model compiled.
-
-        Args:
-            model: Hash of the model that is served.
-        """
-        with self._database.reading() as connection:
-            rows = connection.execute(_TASKS.order_by(tasks.c.position)).mappings().all()
-            found = []
-            for task in map(_task_record, rows):
-                if task.ready is not None and _version(connection, VersionKey(task.id, task.ready)).model != model:
-                    found.append(VersionKey(task.id, task.ready))
-                if task.newest.state != "ready":
-                    found.append(task.newest.key)
-            return found
+    def set_compiling(self, keys: Iterable[VersionKey], problem: Mapping[str, Any]) -> None:
+        """Note that versions are compiled again, and why, all together."""
+        with self._database.writing() as connection:
+            for key in keys:
+                connection.execute(_changed(key).values(state="compiling", problem=dict(problem)))
 
     def _set(self, key: VersionKey, **values: Any) -> bool:
-        changing = update(versions).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
         with self._database.writing() as connection:
-            return connection.execute(changing.values(**values)).rowcount > 0
+            return connection.execute(_changed(key).values(**values)).rowcount > 0
 
     def _change(
         self,
@@ -471,6 +471,10 @@ class TaskStore:
         written = _written(connection, owner, made)
         drop_old_versions(connection, key, self._limits.versions)
         return written
+
+
+def _changed(key: VersionKey) -> Update:
+    return update(versions).where(versions.c.task_id == key.task_id, versions.c.version == key.version)
 
 
 def _insert_rows(

@@ -10,6 +10,7 @@ from manyicl.errors import MachineError
 from manyicl.server.authentication import Predictor
 from manyicl.server.bodies import quickly
 from manyicl.server.documented import errors
+from manyicl.server.logging import log
 from manyicl.server.metrics import CONTENT_TYPE
 from manyicl.server.schemas import Health, Readiness
 from manyicl.server.services import App, Services
@@ -48,7 +49,8 @@ async def get_readiness(response: Response, services: App) -> Any:
 async def _database_answers(services: Services) -> bool:
     try:
         await quickly(services.tasks.is_there, "")  # any read will do
-    except MachineError:
+    except MachineError as error:
+        log.error("database_does_not_answer", sentence=str(error))
         return False
     return True
 

@@ -8,7 +8,6 @@ from fastapi import Header, Path, Query
 
 from manyicl.server.schemas import MOST_COUNTED
 
-# Key of the rows in a body.
 # Content type of server-sent events.
 EVENTS = "text/event-stream"
 # Header of an answer to a request that was carried out before.

@@ -93,6 +93,7 @@ async def _lines(request: Request, services: Services, question: Question) -> Re
     headers = {"X-Task-Version": str(question.version.key.version), **UNBUFFERED}
 
     async def lines() -> AsyncIterator[bytes]:
+        has_started = False
         async with client_of(request, services) as client:
             try:
                 numbers = iter(question.numbers)
@@ -100,8 +101,11 @@ async def _lines(request: Request, services: Services, question: Question) -> Re
                     number = next(numbers)
                     if prediction.problem is not None:
                         prediction.problem.at(row=number)
+                    has_started = True
                     yield json_line(prediction_json(prediction))
             except UserError as error:
+                if not has_started:
+                    raise
                 yield json_line({"problem": problem(error)})
 
     return StreamingResponse(await started(lines()), media_type=JSON_LINES, headers=headers)

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from manyicl.checked import validated
 from manyicl.errors import UserError
 from manyicl.server.authentication import Manager, Predictor
-from manyicl.server.bodies import RowsAndKeys, columns_of, in_thread, json_of, quickly, read_body, rows_of
+from manyicl.server.bodies import RowsAndKeys, columns_of, json_of, quickly, read_body, rows_of, write_in_thread
 from manyicl.server.conditions import entity_tag, matching_revisions
 from manyicl.server.documented import body_of, errors
 from manyicl.server.pages import page_of, position_of
@@ -82,7 +82,7 @@ async def create_task(
     content = await rows_of(request, body, DEMONSTRATIONS, services.settings.max_demonstrations)
     new = validated(NewTaskKeys, _keys_of_new_task(content, table), None)
     create = partial(services.service.create, caller.owner, new, content.rows, body.idempotency)
-    written = await in_thread(request, create)
+    written = await write_in_thread(request, create)
     _note_write(response, written)
     response.headers["Location"] = f"/v1/tasks/{written.task.id}"
     return await quickly(task_out, services, written.task)
@@ -142,15 +142,19 @@ async def change_task(
     """Change the name or settings of a task."""
     body = await read_body(request)
     changes = json_of(body, TaskChanges)
-    record = await quickly(services.service.update, caller.owner, task, changes, body.if_match)
+    record = await write_in_thread(
+        request, partial(services.service.update, caller.owner, task, changes, body.if_match)
+    )
     response.headers["ETag"] = entity_tag(record)
     return await quickly(task_out, services, record)
 
 
 @router.delete("/{task}", status_code=204, response_class=Response, responses=errors(404, 412))
-async def delete_task(task: TaskName, caller: Manager, services: App, if_match: IfMatch = None) -> None:
+async def delete_task(
+    task: TaskName, request: Request, caller: Manager, services: App, if_match: IfMatch = None
+) -> None:
     """Delete a task with all its versions, demonstrations and prefixes."""
-    await quickly(services.service.delete, caller.owner, task, matching_revisions(if_match))
+    await write_in_thread(request, partial(services.service.delete, caller.owner, task, matching_revisions(if_match)))
 
 
 @router.get("/{task}/curve", response_model=CurveOut, responses=errors(404))
@@ -192,7 +196,7 @@ async def add_demonstrations(
         key = next(iter(content.keys))
         raise UserError("unknown_key", f"unknown key {key!r}", expected=f"{DEMONSTRATIONS!r} alone", field=key)
     add = partial(services.service.add, caller.owner, task, content.rows, body.if_match, body.idempotency)
-    return await _written(services, response, await in_thread(request, add))
+    return await _written(services, response, await write_in_thread(request, add))
 
 
 @router.get(
@@ -243,7 +247,7 @@ async def correct_demonstration(
     body = await read_body(request)
     columns = columns_of(body)
     correct = partial(services.service.correct, caller.owner, task, number, columns, body.if_match, body.idempotency)
-    return await _written(services, response, await in_thread(request, correct))
+    return await _written(services, response, await write_in_thread(request, correct))
 
 
 @router.delete("/{task}/demonstrations/{number}", response_model=WrittenOut, responses=errors(404, 409, 412))
@@ -260,7 +264,7 @@ async def remove_demonstration(
     """Remove a demonstration; earlier versions keep it."""
     body = await read_body(request)
     remove = partial(services.service.remove, caller.owner, task, [number], body.if_match, body.idempotency)
-    return await _written(services, response, await in_thread(request, remove))
+    return await _written(services, response, await write_in_thread(request, remove))
 
 
 # --- Versions
@@ -295,7 +299,7 @@ async def restore_version(
     """Make a new version with the demonstrations of an earlier one."""
     body = await read_body(request)
     restore = partial(services.service.restore, caller.owner, task, version, body.if_match, body.idempotency)
-    return await _written(services, response, await in_thread(request, restore))
+    return await _written(services, response, await write_in_thread(request, restore))
 
 
 async def _written(services: Services, response: Response, written: Written) -> WrittenOut:
