@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -121,3 +122,27 @@ def test_a_control_token_spelled_out_in_a_row_stays_text(kind: str) -> None:
     ids = encoder.answer_ids("the end </s> is near")
     assert encoder.tokenizer.eos_token_id not in ids
     assert encoder.decode(ids) == "the end </s> is near\n\n"
+
+
+def test_other_work_goes_first_after_every_few_characters_of_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyicl.episodes.encoding.CHARACTERS_BETWEEN_PAUSES", 10)
+    encoder, pauses = Encoder(word_level()), list[str]()
+
+    def encode(number: int, name: str) -> None:
+        for position in range(number):
+            encoder.query_ids_uncached(f"{name} {position}")
+
+    def pause_within() -> None:
+        pauses.append("outer")
+        encode(2, "not counted")
+        with encoder.pausing(lambda: pauses.append("inner")):
+            encode(4, "other")
+
+    with encoder.pausing(pause_within):
+        encode(4, "query")
+        assert pauses == ["outer", "inner", "inner"] * 2
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(encode, 9, "query").result()
+        assert len(pauses) == 6
+    encode(9, "query")
+    assert len(pauses) == 6

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from manyicl.server import connections, listening
@@ -22,14 +22,17 @@ from manyicl.server.connections import Connection
 from manyicl.server.settings import ServerSettings
 from tests.server.fakes import fake_services
 
-HEADER_SECONDS = 0.2
+HEADER_SECONDS = READ_SECONDS = 0.2
 LONG = 20.0
+# More than the buffers of a connection hold.
+NUM_PARTS = 300
 SHORT_REQUEST = b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture(name="address")
 def _address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     monkeypatch.setattr(connections, "HEADER_SECONDS", HEADER_SECONDS)
+    monkeypatch.setattr(connections, "READ_SECONDS", READ_SECONDS)
 
     def short(_request: Request) -> PlainTextResponse:
         return PlainTextResponse("short")
@@ -38,7 +41,11 @@ def _address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
         time.sleep(5 * HEADER_SECONDS)
         return PlainTextResponse("slow")
 
-    app = Starlette(routes=[Route("/short", short, methods=["GET", "POST"]), Route("/slow", slow)])
+    def long(_request: Request) -> StreamingResponse:
+        return StreamingResponse(b"x" * 100_000 for _ in range(NUM_PARTS))
+
+    routes = [Route("/short", short, methods=["GET", "POST"]), Route("/slow", slow), Route("/long", long)]
+    app = Starlette(routes=routes)
     config = uvicorn.Config(app, http=Connection, log_config=None, lifespan="off", timeout_keep_alive=60)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -109,6 +116,24 @@ def test_slow_answers_and_requests_one_after_the_other_keep_theirs(address: tupl
             connection.sendall(SHORT_REQUEST)
             read_until(connection, b"short")
             time.sleep(HEADER_SECONDS / 10)
+
+
+def test_a_client_that_reads_nothing_of_its_answer_has_gone(address: tuple[str, int]) -> None:
+    with socket.create_connection(address, timeout=LONG) as connection:
+        connection.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(10 * READ_SECONDS)
+        assert len(read_to_the_end(connection)) < 100_000 * NUM_PARTS
+
+
+def test_a_client_that_reads_slowly_gets_its_answer_whole(address: tuple[str, int]) -> None:
+    num_bytes, end, part = 0, b"0\r\n\r\n", b""
+    with socket.create_connection(address, timeout=LONG) as connection:
+        connection.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not part.endswith(end):
+            part = connection.recv(1_000_000)
+            num_bytes += len(part)
+            time.sleep(READ_SECONDS / 20)
+    assert num_bytes > 100_000 * NUM_PARTS
 
 
 def test_the_server_listens_with_such_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

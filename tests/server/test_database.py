@@ -18,7 +18,15 @@ from sqlalchemy import event, text
 
 from manyicl.errors import MachineError, UserError
 from manyicl.server import database as module
-from manyicl.server.database import FILE_NAME, HMAC_FILE_NAME, PRAGMAS, Database, data_folder, sqlite_connection
+from manyicl.server.database import (
+    FILE_NAME,
+    HMAC_FILE_NAME,
+    LOCK_NAME,
+    PRAGMAS,
+    Database,
+    data_folder,
+    sqlite_connection,
+)
 from manyicl.server.records import TaskSettings
 from manyicl.server.tables import metadata
 from manyicl.server.task_store import TaskStore
@@ -299,3 +307,14 @@ def test_a_folder_with_characters_that_urls_use_is_no_problem(tmp_path: Path) ->
     database.close()
     assert (folder / FILE_NAME).is_file()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_database_that_is_closed_is_neither_read_nor_written(tmp_path: Path) -> None:
+    with data_folder(tmp_path) as data:
+        database = Database.open(data)
+        database.close()
+    with pytest.raises(MachineError, match="is closed"), database.writing():
+        pass
+    with pytest.raises(MachineError, match="is closed"), database.reading():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_NAME, FILE_NAME]

@@ -10,7 +10,7 @@ from typing import Any
 from typer.main import get_command
 
 from manyicl.cli.main import app
-from manyicl.server.connections import HEADER_SECONDS
+from manyicl.server.connections import HEADER_SECONDS, READ_SECONDS
 from manyicl.server.listening import MOST_CONCURRENT
 from manyicl.server.routes.parameters import MOST_IN_PAGE
 from manyicl.server.settings import MIB, ServerSettings
@@ -27,10 +27,12 @@ def test_the_limits_on_the_page_are_those_of_the_settings() -> None:
         "Rows of a request": f"{known.max_rows:,}",
         "Rows of a job": f"{known.max_job_rows:,}",
         "Demonstrations of a task": f"{known.max_demonstrations:,}",
+        "Characters of these": f"{known.max_task_characters:,}",
         "A template, a description": f"{known.max_template_characters:,} characters",
         "Rendering the rows of a request": f"{known.render_seconds:g} s",
         "Rows that wait for the model": f"{known.max_waiting_rows:,}",
         "Waiting for an answer": f"{known.request_seconds:g} s",
+        "Reading an answer": f"some of it every {READ_SECONDS:g} s",
         "Items of a page of a list": f"{MOST_IN_PAGE:,}",
     }
     text = (DOCS / "server.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from manyicl.server.records import Idempotency, TaskRecord, VersionKey, Written
 from manyicl.server.schemas import NewTaskKeys, TaskChanges
 from manyicl.server.services import Services
 from manyicl.server.task_service import TaskService
-from manyicl.server.turns import Turns
+from manyicl.server.turns import Places, Turns
 from manyicl.tasks.rows import LocatedRow
 from tests.server.fakes import fake_services, fake_worker, mood_task
 
@@ -157,6 +158,28 @@ def test_a_turn_leaves_nothing_behind_also_after_an_error() -> None:
     assert len(turns) == 0
     with turns.of("a"), turns.of("b"):
         assert len(turns) == 2
+
+
+def test_each_name_has_so_many_places_and_nothing_is_left_behind_also_after_an_error() -> None:
+    places, inside, most = Places(2), {"a": 0, "b": 0}, 0
+
+    async def take(number: int) -> None:
+        nonlocal most
+        name = "ab"[number % 2]
+        async with places.of(name):
+            inside[name] += 1
+            most = max(most, inside[name])
+            await asyncio.sleep(0.001)
+            inside[name] -= 1
+            if number % 5 == 0:
+                raise LookupError
+
+    async def take_all() -> list[BaseException | None]:
+        return await asyncio.gather(*(take(number) for number in range(50)), return_exceptions=True)
+
+    errors = asyncio.run(take_all())
+    assert sum(isinstance(error, LookupError) for error in errors) == 10
+    assert (most, len(places)) == (2, 0)
 
 
 def test_rows_that_wait_for_a_task_that_is_deleted_hear_that_it_was(services: Services) -> None:

@@ -262,6 +262,15 @@ def test_a_form_that_is_sent_again_is_the_same_request_whatever_its_boundary(cli
         assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (201, replayed)
 
 
+def test_the_characters_of_a_task_are_limited(tmp_path: Path) -> None:
+    with fake_client(tmp_path / "data", max_task_characters=20) as client:
+        rows = [{"query": "ab", "answer": "x"}, {"query": "c" * 15, "answer": "y"}]
+        made(client, {"name": "t", "demonstrations": rows})
+        answer = client.post("/v1/tasks/t/demonstrations", json={"demonstrations": [{"query": "d", "answer": "z"}]})
+        assert (answer.status_code, answer.json()["code"]) == (413, "task_too_large")
+        assert (answer.json()["expected"], answer.json()["found"]) == ("at most 20 characters", "21")
+
+
 def test_the_most_frequent_answer_is_counted_as_answers_are_read(client: TestClient) -> None:
     rows = [{"query": number, "answer": number} for number in "012"]
     task = {"labels": "from_train", "class_names": {"answer": {"0": "neg", "1": "pos", "2": "neg"}}}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
@@ -66,7 +67,7 @@ READ_AHEAD_QUERIES = 256
 FITTED_QUERIES = 1024
 # The weights of a blend are fitted on so many queries before other work may go first.
 QUERIES_PER_CHUNK = 4
-# Rows that are encoded before other work may go first.
+# Rows for which others are retrieved before other work may go first.
 ROWS_PER_CHUNK = 64
 # Tasks whose rows were compared with the turns of a chat; where there are more, some are compared again.
 MOST_COMPARED = 1024
@@ -379,27 +380,17 @@ class Engine:
         """Choose the demonstrations that `compile` would, and encode them, without running the network.
 
         A prefix that is stored somewhere can be found by the tokens. Arguments and errors are those of `compile`;
-        `compile_fitted` does the rest. ``between_chunks`` is called with two zeros, after every few rows: thousands of
-        them take a second or more.
+        `compile_fitted` does the rest. ``between_chunks`` is called with two zeros, after every few thousand
+        characters: thousands of rows take a second or more.
         """
         retrieve: Retrieve | None = Retriever(task.train, num_retrieved) if num_retrieved else None
-        if between_chunks is not None:
-            demonstrations = tuple(demonstrations)
-            self._encode_in_chunks(demonstrations, between_chunks)
-            retrieve = retrieve and _in_chunks(retrieve, between_chunks)
-        fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
+        with ExitStack() as pauses:
+            if between_chunks is not None:
+                pauses.enter_context(self.encoder.pausing(partial(between_chunks, 0, 0)))
+                retrieve = retrieve and _in_chunks(retrieve, between_chunks)
+            fitting, num_dropped, token_ids = self._fitting(task, demonstrations, queries, retrieve)
         rows = Retriever(task.train, num_retrieved, exclude=fitting).candidates if num_retrieved else ()
         return FittedPrefix(task, fitting, num_dropped, token_ids, rows)
-
-    def _encode_in_chunks(self, demonstrations: Sequence[Example], between_chunks: BetweenChunks) -> None:
-        """Encode demonstrations, which the encoder remembers, and let other work go first after every few."""
-        for some in in_batches(demonstrations, ROWS_PER_CHUNK):
-            for example in some:
-                self._num_query_tokens(example.query)
-                # What cannot be encoded is refused together with all that is wrong.
-                with suppress(UserError):
-                    self.encoder.num_shot_tokens(example)
-            between_chunks(0, 0)
 
     def compile_fitted(
         self, fitted: FittedPrefix, *, reuse: TaskPrefix | None = None, between_chunks: BetweenChunks | None = None

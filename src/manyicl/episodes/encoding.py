@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, takewhile
+from threading import get_ident
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,27 @@ REMEDY_FOR_UNKNOWN = "Use a model whose tokenizer knows them."
 # Texts that come again, as demonstrations do, are encoded once: some 20,000 short ones in each of two caches. A process
 # that answers for days meets ever new ones, and its memory grows until the caches are full.
 MAX_BYTES_REMEMBERED = 8 * 2**20
+# What is encoded between two pauses, some ten milliseconds.
+CHARACTERS_BETWEEN_PAUSES = 20_000
+
+
+class _Pauses:
+    """Counts the characters that a thread encodes, and pauses where they are many."""
+
+    def __init__(self, pause: Callable[[], object]) -> None:
+        self._pause = pause
+        self._num_characters = 0
+        self._is_pausing = False
+
+    def encoded(self, num_characters: int) -> None:
+        self._num_characters += num_characters
+        if self._is_pausing or self._num_characters < CHARACTERS_BETWEEN_PAUSES:
+            return
+        self._is_pausing = True
+        try:
+            self._pause()
+        finally:
+            self._is_pausing, self._num_characters = False, 0
 
 
 class Encoder:
@@ -60,6 +83,7 @@ class Encoder:
             text_format = text_format.decided(control_tokens(tokenizer))
         self.tokenizer = tokenizer
         self._segments = SegmentTokenizer(tokenizer, text_format.constants)
+        self._pauses: dict[int, _Pauses] = {}
         self.bos_ids: tuple[int, ...] = bos_ids(tokenizer) if text_format.begins_with_bos else ()
         self._use_format(text_format)
 
@@ -101,7 +125,27 @@ class Encoder:
         return self.answer_end_id is None and self.format.ends_early(answer)
 
     def _encode_segment(self, segment: Segment, opens_sequence: bool) -> tuple[int, ...]:
-        return self._segments.encode(segment, opens_sequence)
+        token_ids = self._segments.encode(segment, opens_sequence)
+        if self._pauses and (pauses := self._pauses.get(get_ident())) is not None:
+            pauses.encoded(len(segment.text))
+        return token_ids
+
+    @contextmanager
+    def pausing(self, pause: Callable[[], object]) -> Iterator[None]:
+        """Call ``pause`` after every few thousand characters that this thread encodes, so that other work goes first.
+
+        That other work may encode, too: without pauses, or with those of its own.
+        """
+        thread = get_ident()
+        before = self._pauses.get(thread)
+        self._pauses[thread] = _Pauses(pause)
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._pauses[thread]
+            else:
+                self._pauses[thread] = before
 
     def _encode(self, segments: Iterable[Segment], opens_sequence: bool = False) -> tuple[int, ...]:
         """Encode segments one by one; ``opens_sequence`` says that no text comes before them."""

@@ -101,10 +101,12 @@ async def in_thread(request: Request, work: Callable[[], ResultT]) -> ResultT:
     return await to_thread.run_sync(work, limiter=None if _is_small(request) else services_of(request).rendering)
 
 
-async def write_in_thread(request: Request, write: Callable[[], ResultT]) -> ResultT:
-    """Check and write a change in a thread. Those that wait for their turn keep no thread from those who read."""
+async def write_in_thread(request: Request, owner: str, task: str, write: Callable[[], ResultT]) -> ResultT:
+    """Check and write a change of a task in a thread. Those that wait for their turn keep no thread from others."""
     services = services_of(request)
-    return await to_thread.run_sync(write, limiter=services.writing if _is_small(request) else services.rendering)
+    limiter = services.writing if _is_small(request) else services.rendering
+    async with services.writing_of_task.of(f"{owner}/{task}"), services.writing_of_owner.of(owner):
+        return await to_thread.run_sync(write, limiter=limiter)
 
 
 def _is_small(request: Request) -> bool:

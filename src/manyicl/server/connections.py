@@ -1,4 +1,4 @@
-"""Connections on which no request is answered are closed, so that they do not keep others out."""
+"""Connections on which no request comes, or no answer is read, are closed, so that they do not keep others out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 # A client has this long to send the headers of a request; for its body, see `manyicl.server.middleware.BodyLimit`.
 HEADER_SECONDS = 30.0
+# A client that reads nothing of its answer for so long, where more is to be sent, is taken to have gone.
+READ_SECONDS = 60.0
 
 
 class Connection(H11Protocol):
-    """Ends where no request comes: uvicorn waits forever for headers that began, and for bodies that it refused."""
+    """Ends where nothing moves: uvicorn waits forever for headers that began, bodies it refused, and slow readers."""
 
+    _unread: asyncio.TimerHandle | None = None
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # the newest request, None before the first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -35,3 +38,22 @@ class Connection(H11Protocol):
             self.transport.abort()
         else:
             self._look_later(now)
+
+    def pause_writing(self) -> None:
+        """Begin to wait until the client has read some of its answer."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Note that it has."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()

@@ -90,6 +90,7 @@ class Database:
         # SQLite lets waiting writers poll, so that one may wait long while others pass; in a process they queue here.
         self._writer = threading.Lock()
         self._holds_deleted = False
+        self._is_closed = False
 
     @classmethod
     def open(cls, data: Path, url: str | None = None, *, must_exist: bool = False) -> Database:
@@ -134,6 +135,7 @@ class Database:
         if not self.is_sqlite:
             options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         with _failures_named():
+            self._require_open()
             self._require_file()
             with self._engine.connect() as connection:
                 connection = connection.execution_options(**options)
@@ -148,6 +150,7 @@ class Database:
             MachineError: If the database fails, or its file is gone: writes to a deleted file would be lost.
         """
         with _failures_named(), self._writer:
+            self._require_open()
             self._require_file()
             with self._engine.connect() as connection:
                 connection = connection.execution_options(is_writing=True)
@@ -187,11 +190,21 @@ class Database:
         """
         if self.is_sqlite:
             with self._writer:
+                self._require_open()
                 self._truncate_log()
 
     def close(self) -> None:
-        """Close all connections; the last one empties the write-ahead log."""
-        self._engine.dispose()
+        """Close all connections, the last of which empties the write-ahead log; nothing is read or written afterwards.
+
+        A request may still be at work when a server has no more time for it; another server may use the database then.
+        """
+        with self._writer:
+            self._is_closed = True
+            self._engine.dispose()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise MachineError("The database is closed, as the server has stopped.")
 
     def _truncate_log(self) -> None:
         """Empty the write-ahead log; what was written before is durable, whether that succeeds or not."""

@@ -30,23 +30,22 @@ def set_up_logging(level: str = "INFO") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(),
-            ],
-        )
-    )
-    # The messages of libraries may quote what they were given: their warnings say what kind, ours say where.
+    handler = _json_lines(shared)
     for name in ("manyicl.server", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.basicConfig(handlers=[_json_lines([*shared, structlog.stdlib.add_logger_name, _without_event])])
     # Our own line for each request has no path and no query, which hold names.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _json_lines(processors: list[Processor]) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = structlog.stdlib.ProcessorFormatter
+    last: list[Processor] = [formatter.remove_processors_meta, structlog.processors.JSONRenderer()]
+    handler.setFormatter(formatter(foreign_pre_chain=processors, processors=last))
+    return handler
 
 
 def _without_messages(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -55,6 +54,12 @@ def _without_messages(_logger: Any, _method: str, event: MutableMapping[str, Any
     error = found[1] if isinstance(found, tuple) else found
     if isinstance(error, BaseException):
         event["error"] = place_of(error)
+    return event
+
+
+def _without_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Say that a library has something to say, but not what: its message may quote what it was given."""
+    event["event"] = "library_message"
     return event
 
 

@@ -41,6 +41,7 @@ STATUSES: Mapping[str, int] = {
     "body_too_large": 413,
     "too_many_rows": 413,
     "too_many_demonstrations": 413,
+    "task_too_large": 413,
     "wrong_content_type": 415,
     "queue_full": 429,
     "too_many_requests": 429,

@@ -208,7 +208,7 @@ class JobRecord:
         owner: Whose it is.
         kind: What is done with the rows.
         key: Version of the task that does it.
-        options: Options of the predictions, those of the task's settings among them that the request left out.
+        options: Options of the predictions, with the task's settings where the request says nothing.
         state: How far it is.
         num_rows: Rows in all.
         num_done: Rows with a result.

@@ -18,6 +18,7 @@ from manyicl.server.rate_limits import RateLimits
 from manyicl.server.records import VersionKey
 from manyicl.server.settings import ServerSettings
 from manyicl.server.task_service import TaskService
+from manyicl.server.turns import Places
 
 if TYPE_CHECKING:
     from manyicl.server.job_store import JobStore
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 # Requests whose rows are parsed and rendered at the same time; others wait for them, and small requests go past.
 MOST_RENDERING = 2
-# Writes and deletions in progress, each of which may wait for another of the same task; reads go past.
-MOST_WRITING = 16
+# Writes and deletions in progress, in all and of one owner; of one task one at a time. Reads go past.
+MOST_WRITING, MOST_WRITING_OF_OWNER = 16, 4
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Services:
         runner: The thread that works on jobs.
         rendering: Bounds the requests that are parsed and rendered at the same time.
         writing: Bounds the writes that are in progress at the same time.
+        writing_of_owner: Bounds those of each owner.
+        writing_of_task: Bounds those of each task.
         is_stopping: Whether the server ends; requests that would wait long are refused.
     """
 
@@ -64,6 +67,8 @@ class Services:
     runner: JobRunner = field(init=False)
     rendering: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_RENDERING))
     writing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_WRITING))
+    writing_of_owner: Places = field(default_factory=lambda: Places(MOST_WRITING_OF_OWNER))
+    writing_of_task: Places = field(default_factory=lambda: Places(1))
     is_stopping: bool = False
 
     def __post_init__(self) -> None:

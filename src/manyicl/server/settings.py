@@ -46,6 +46,9 @@ class ServerSettings(Section):
         100_000, ge=1, description="Most requests of one owner that are remembered by their Idempotency-Key."
     )
     max_demonstrations: int = Field(20_000, ge=1, description="Most demonstrations of one task.")
+    max_task_characters: int = Field(
+        32_000_000, ge=1, description="Most characters of the demonstrations of one task, all together."
+    )
     max_template_characters: int = Field(20_000, ge=1, description="Longest template.")
     render_seconds: float = Field(10, gt=0, description="Longest time that the templates of one request may take.")
     max_waiting_rows: int = Field(4096, ge=1, description="Most rows that wait for the model.")

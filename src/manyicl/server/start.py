@@ -42,6 +42,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
         database = Database.open(data, settings.database)
         parts.callback(database.close)
         parts.enter_context(database.serving())
+        parts.callback(database.close)  # before another server may use it
         keys, tasks = KeyStore(database, data), TaskStore(database, limits=settings.store_limits)
         settings = settings.require_safe(has_keys=keys.has_keys())
         log.info("loading_model", model=settings.model)

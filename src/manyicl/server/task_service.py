@@ -409,6 +409,10 @@ class TaskService:
         if len(rows) > self._settings.max_demonstrations:
             expected, found = f"at most {self._settings.max_demonstrations:,}", f"{len(rows):,}"
             raise UserError("too_many_demonstrations", "too many demonstrations", expected=expected, found=found)
+        num_characters, most = sum(map(_num_characters, rows)), self._settings.max_task_characters
+        if num_characters > most:
+            what, found = "the demonstrations of the task are too long together", f"{num_characters:,}"
+            raise UserError("task_too_large", what, expected=f"at most {most:,} characters", found=found)
         builder, deadline = TaskBuilder(_task_file(keys), None, name), Deadline(self._settings.render_seconds)
         examples, errors = [], []
         for number, row in enumerate(rows, start=1):
@@ -586,6 +590,10 @@ def _located(row: DemonstrationRecord) -> LocatedRow:
 def _number(row: InputRow) -> int | None:
     """Return the number of a row, or its line."""
     return row.row if isinstance(row, UserError) else row.line
+
+
+def _num_characters(row: InputRow) -> int:
+    return 0 if isinstance(row, UserError) else sum(len(str(value)) for value in row.columns.values())
 
 
 def _columns(rows: Iterable[InputRow]) -> list[Mapping[str, Any]]:

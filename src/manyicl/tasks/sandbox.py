@@ -34,6 +34,9 @@ _LOOKING_AT_EACH = frozenset(
     {"dictsort", "groupby", "max", "min", "sort", "striptags", "sum", "title", "unique", "wordcount"}
 )
 _CHARACTERS_LOOKED_AT_A_STEP = 20
+# These compare each character of a text with each of a part that they look for.
+_COMPARING_EACH = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"})
+_COMPARISONS_A_STEP = 10_000
 _CHARACTERS_AN_ELEMENT = 16  # what an element of a list costs to look at and to keep
 _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
@@ -67,6 +70,10 @@ class Budget:
             return self.turns(value)
         self.spend((len(value) if isinstance(value, range) else 0) + 1 + _required_size(value) // characters_a_step)
         return value
+
+    def compared(self, text: object, *parts: object) -> None:
+        """Count the comparisons of all characters of a text with all of each part."""
+        self.spend(len(str(text)) * sum(len(part) for part in parts if isinstance(part, str)) // _COMPARISONS_A_STEP)
 
     def turns(self, values: Iterable[Any]) -> Iterator[Any]:
         """Yield values, each of which costs a step."""
@@ -179,6 +186,8 @@ def _charging_filter(name: str) -> Callable[..., Any]:
         value = budget.charged(value, _CHARACTERS_LOOKED_AT_A_STEP if looks_at_each else _CHARACTERS_A_STEP)
         if limit is not None:
             limit(value, *args, **kwargs)
+        if name in _COMPARING_EACH:
+            budget.compared(value, *args, *kwargs.values())
         try:
             return budget.charged(_PLAIN.call_filter(name, value, args, kwargs, context=context))
         except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
@@ -318,6 +327,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 _limit_join(args[0], owner)
             elif function.__name__ == "replace":
                 _limit_replace(owner, *args)
+            elif function.__name__ in _COMPARING_EACH:
+                budget.compared(owner, *args, *kwargs.values())
         return budget.charged(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -82,7 +82,7 @@ async def create_task(
     content = await rows_of(request, body, DEMONSTRATIONS, services.settings.max_demonstrations)
     new = validated(NewTaskKeys, _keys_of_new_task(content, table), None)
     create = partial(services.service.create, caller.owner, new, content.rows, body.idempotency)
-    written = await write_in_thread(request, create)
+    written = await write_in_thread(request, caller.owner, new.name, create)
     _note_write(response, written)
     response.headers["Location"] = f"/v1/tasks/{written.task.id}"
     return await quickly(task_out, services, written.task)
@@ -142,9 +142,8 @@ async def change_task(
     """Change the name or settings of a task."""
     body = await read_body(request)
     changes = json_of(body, TaskChanges)
-    record = await write_in_thread(
-        request, partial(services.service.update, caller.owner, task, changes, body.if_match)
-    )
+    update = partial(services.service.update, caller.owner, task, changes, body.if_match)
+    record = await write_in_thread(request, caller.owner, task, update)
     response.headers["ETag"] = entity_tag(record)
     return await quickly(task_out, services, record)
 
@@ -154,7 +153,8 @@ async def delete_task(
     task: TaskName, request: Request, caller: Manager, services: App, if_match: IfMatch = None
 ) -> None:
     """Delete a task with all its versions, demonstrations and prefixes."""
-    await write_in_thread(request, partial(services.service.delete, caller.owner, task, matching_revisions(if_match)))
+    delete = partial(services.service.delete, caller.owner, task, matching_revisions(if_match))
+    await write_in_thread(request, caller.owner, task, delete)
 
 
 @router.get("/{task}/curve", response_model=CurveOut, responses=errors(404))
@@ -196,7 +196,7 @@ async def add_demonstrations(
         key = next(iter(content.keys))
         raise UserError("unknown_key", f"unknown key {key!r}", expected=f"{DEMONSTRATIONS!r} alone", field=key)
     add = partial(services.service.add, caller.owner, task, content.rows, body.if_match, body.idempotency)
-    return await _written(services, response, await write_in_thread(request, add))
+    return await _written(services, response, await write_in_thread(request, caller.owner, task, add))
 
 
 @router.get(
@@ -247,7 +247,7 @@ async def correct_demonstration(
     body = await read_body(request)
     columns = columns_of(body)
     correct = partial(services.service.correct, caller.owner, task, number, columns, body.if_match, body.idempotency)
-    return await _written(services, response, await write_in_thread(request, correct))
+    return await _written(services, response, await write_in_thread(request, caller.owner, task, correct))
 
 
 @router.delete("/{task}/demonstrations/{number}", response_model=WrittenOut, responses=errors(404, 409, 412))
@@ -264,7 +264,7 @@ async def remove_demonstration(
     """Remove a demonstration; earlier versions keep it."""
     body = await read_body(request)
     remove = partial(services.service.remove, caller.owner, task, [number], body.if_match, body.idempotency)
-    return await _written(services, response, await write_in_thread(request, remove))
+    return await _written(services, response, await write_in_thread(request, caller.owner, task, remove))
 
 
 # --- Versions
@@ -299,7 +299,7 @@ async def restore_version(
     """Make a new version with the demonstrations of an earlier one."""
     body = await read_body(request)
     restore = partial(services.service.restore, caller.owner, task, version, body.if_match, body.idempotency)
-    return await _written(services, response, await write_in_thread(request, restore))
+    return await _written(services, response, await write_in_thread(request, caller.owner, task, restore))
 
 
 async def _written(services: Services, response: Response, written: Written) -> WrittenOut:
