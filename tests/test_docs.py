@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,9 +98,14 @@ def _ours(place: str, words: list[str], *, whole: bool) -> Iterator[tuple[str, l
         yield place, words[words.index("manyicl") + 1 :], whole
 
 
+@cache
+def command_line() -> Any:
+    return get_command(app)
+
+
 def problem_of(words: list[str], *, whole: bool) -> str | None:
     """Say what is wrong with a command; None if the command line knows it."""
-    command: Any = get_command(app)
+    command = command_line()
     names: list[str] = []
     rest = list(words)
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
@@ -445,6 +451,7 @@ def test_the_navigation_names_every_page() -> None:
     assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in PAGES if page.is_relative_to(DOCS))
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_network_and_without_warnings(tmp_path: Path) -> None:
     if importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed: pip install 'manyicl[docs]'")

@@ -126,11 +126,13 @@ def test_the_licence_table_covers_the_folder() -> None:
     assert set(licences()) == {str(path.relative_to(DATA)) for path in DATA.glob("*/*") if path.is_dir()}
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_tasks_are_still_what_was_written_down() -> None:
     assert evidence(DATA) == recorded()
 
 
+@pytest.mark.slow
 @needs_data
 def test_every_training_task_has_rows_for_many_shots() -> None:
     assert min(len(task.train) for task in tasks("train")) >= 64

@@ -97,7 +97,7 @@ class TaskInfo:
         majority: Accuracy of always giving the most frequent answer.
         model: Identity of the model that compiled it, a hash.
         problem: Why compiling failed, or why it is done again.
-        prefix: Where the prefix is: resident, bytes, pinned.
+        prefix: Where the prefix is: resident, bytes, pinned, and whether it was rebuilt.
         created_at: When it was made, as text.
         updated_at: When it was last changed, as text.
     """

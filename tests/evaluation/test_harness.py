@@ -39,10 +39,10 @@ from manyicl.evaluation.shared_contexts import shared_beginnings
 TOKENIZERS = {"byte_level_bpe": byte_level_bpe, "sentencepiece_bpe": sentencepiece_bpe}
 # A window of nine tokens, shorter than any text here, and a tokenizer that puts bos before every text.
 MODELS = [
-    ("llama", "byte_level_bpe"),
-    ("llama", "sentencepiece_bpe"),
-    ("mistral", "byte_level_bpe"),
-    ("gemma2", "sentencepiece_bpe"),
+    pytest.param(("llama", "byte_level_bpe"), id="llama-byte_level_bpe"),
+    pytest.param(("llama", "sentencepiece_bpe"), id="llama-sentencepiece_bpe", marks=pytest.mark.slow),
+    pytest.param(("mistral", "byte_level_bpe"), id="mistral-byte_level_bpe", marks=pytest.mark.slow),
+    pytest.param(("gemma2", "sentencepiece_bpe"), id="gemma2-sentencepiece_bpe"),
 ]
 WORDS = [word for text in TEXTS[:4] for word in text.split()]
 LABELS = ["good", "bad", "good film", "a long one", "never", "the red box"]
@@ -107,7 +107,7 @@ def saved(folder: Path, architecture: str = "llama", tokenizer: str = "byte_leve
     return folder
 
 
-@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+@pytest.fixture(scope="module", params=MODELS)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     return Both(saved(tmp_path_factory.mktemp("model"), *request.param))
 

@@ -426,11 +426,14 @@ def test_a_prefix_that_left_memory_comes_back_from_the_disk_without_the_network(
         # It was ready before: nobody is told, and nothing written.
         assert bench.reported == [A]
         assert bench.worker.state().num_compiled_again == 1
+        assert not bench.worker.was_rebuilt(A)
         # Lost on the disk as well, it is compiled again.
         bench.prefixes.memory.clear()
         bench.prefixes.disk.clear()
         assert bench.answers(A, ROWS[:1])[0].answer == expected[0].answer
         assert len(targets[-1]) > 0
+        assert bench.worker.was_rebuilt(A)
+        assert not bench.worker.was_rebuilt(B)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])

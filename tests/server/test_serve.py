@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,51 @@ def test_a_server_drains_at_sigterm_and_answers_alike_when_it_comes_back(tmp_pat
         again = predicted(server, texts)
         assert [one["scores"] for one in again] == [pytest.approx(one["scores"], abs=1e-4) for one in first]
         assert server.metric("manyicl_prefixes_num_loaded_total") == 1, "its prefix came from the disk"
+
+
+@pytest.mark.server
+def test_a_task_says_that_its_prefix_was_damaged_and_computed_again(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with serving(data) as server:
+        assert server.client.post("/v1/tasks", json=THINGS).status_code == 201
+        first = predicted(server, ["a blue hat"])
+        assert not server.client.get("/v1/tasks/things").json()["prefix"]["rebuilt"]
+        assert server.stop() == 0
+    (file,) = (data / "prefixes").rglob("*.segment")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    with serving(data) as server:
+        again = predicted(server, ["a blue hat"])
+        assert server.client.get("/v1/tasks/things").json()["prefix"]["rebuilt"]
+        assert server.metric("manyicl_prefixes_num_damaged_total") == 1
+    assert again[0]["scores"] == pytest.approx(first[0]["scores"], abs=1e-4)
+
+
+@pytest.mark.server
+def test_what_a_server_has_no_time_for_at_sigterm_is_not_written_after_it_gave_the_folder_up(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    # A quarter of a second a row.
+    slow = "{{ ('<>' * 30000) | striptags }}{{ query }}"
+    with serving(data, "--drain-seconds", "1") as server:
+        rows = [{"query": str(number), "answer": "hat"} for number in range(8)]
+        body = {"name": "slow", "task": {"query": slow}, "demonstrations": rows}
+        assert server.client.post("/v1/tasks", json=body).status_code == 201
+
+        def add() -> None:
+            with suppress(httpx.HTTPError), httpx.Client(base_url=server.url, timeout=60) as client:
+                client.post("/v1/tasks/slow/demonstrations", json={"demonstrations": [{"query": "x", "answer": "y"}]})
+
+        adding = [threading.Thread(target=add) for _ in range(20)]
+        for thread in adding:
+            thread.start()
+        while server.client.get("/v1/tasks/slow").json()["version"] < 2:
+            time.sleep(0.05)
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 30
+        for thread in adding:
+            thread.join()
 
 
 @pytest.mark.server

@@ -59,6 +59,7 @@ def test_a_real_task_loads_whole(file: Path) -> None:
     assert task.instruction()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the data folder next to the checkout")
 def test_every_set_of_the_data_folder_loads_whole_through_a_plain_task_file(tmp_path: Path) -> None:
     from benchmarks.all_tasks import data_sets, task_file

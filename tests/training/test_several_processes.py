@@ -51,7 +51,9 @@ def launched(num_processes: int) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, id="DDP"), pytest.param(True, id="FSDP2", marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_update_of_one_from_sequences_of_their_own(
     tmp_path: Path, base: Path, sharded: bool
 ) -> None:
@@ -78,6 +80,7 @@ def test_two_processes_give_the_update_of_one_from_sequences_of_their_own(
         assert one.indices == list(range(8))
 
 
+@pytest.mark.slow
 def test_two_that_compute_in_bfloat16_sum_gradients_and_losses_in_float32(tmp_path: Path, base: Path) -> None:
     recipes = [
         full_recipe(tmp_path / "full", "training.bf16=true"),
@@ -92,6 +95,7 @@ def test_two_that_compute_in_bfloat16_sum_gradients_and_losses_in_float32(tmp_pa
         assert_close(of_two.gradients, one.gradients, 3e-2)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_command_as_a_module(tmp_path: Path) -> None:
     train, held_out = write_task(tmp_path / "a", "reviews"), write_task(tmp_path / "b", "news")
     text = TEXT.replace("train: [unused]", f"train: [{train}]").replace("evaluate: [unused]", f"evaluate: [{held_out}]")

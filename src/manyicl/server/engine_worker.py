@@ -69,6 +69,7 @@ RETRY_SECONDS = 5.0
 MOST_OLD_TO_COMPILE = 100
 # Versions of which things are remembered that are made again at small cost.
 REMEMBERED_VERSIONS = 64
+REMEMBERED_REBUILT = 10_000
 
 
 class _AbandonedError(Exception):
@@ -213,6 +214,7 @@ class EngineWorker:
         self._pinned: dict[str, bool] = {}
         self._retrievers: Recent[tuple[VersionKey, int], Retriever] = Recent(REMEMBERED_VERSIONS)
         self._blends: Recent[VersionKey, BlendWeights] = Recent(REMEMBERED_VERSIONS)
+        self._rebuilt: Recent[VersionKey, bool] = Recent(REMEMBERED_REBUILT)
 
     # --- Called from any thread
 
@@ -293,6 +295,11 @@ class EngineWorker:
     def set_pinned(self, task_id: str, pinned: bool) -> Future[None]:
         """Say whether the prefixes of a task always stay in memory."""
         return self._order(lambda: self._pin(task_id, pinned))
+
+    def was_rebuilt(self, key: VersionKey) -> bool:
+        """Tell whether a version that was ready had to be computed again, as its prefix was not on the disk whole."""
+        with self._changed:
+            return self._rebuilt.get(key, False)
 
     def state(self) -> WorkerState:
         """Return what the worker does, and what it has done."""
@@ -694,6 +701,8 @@ class EngineWorker:
             self._counters.num_compiled += 1
             self._counters.num_compiled_again += not is_due
             self._counters.compile_seconds += seconds
+            if not is_due:
+                self._rebuilt[key] = prefix.num_reused_tokens < prefix.num_tokens
         self._keep(key, prefix)
         if is_due:
             self._report(key, lambda: self._on_ready(key, compiled_of(prefix, self.model, seconds)))

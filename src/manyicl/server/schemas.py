@@ -204,6 +204,10 @@ class PrefixOut(Out):
     resident: bool = Field(description="Whether it is in memory, so that a prediction starts at once.")
     bytes: int = Field(description="Its size in memory; 0 where it is not there.")
     pinned: bool = Field(description="Whether it always stays there.")
+    rebuilt: bool = Field(
+        description="Whether it was computed again when it was used last, as it was neither in memory nor whole on the "
+        "disk: its file was missing or damaged, or had made room for others."
+    )
 
 
 class SettingsOut(Out):

@@ -43,6 +43,7 @@ class Services:
         worker: The thread that owns the engine.
         service: Rules of tasks.
         prefix_bytes: Gives the size of a version's prefix in memory; None where it is not there.
+        was_rebuilt: Tells whether a version that was ready had to be computed again.
         metrics: What is counted.
         limits: Limits of callers.
         job_service: Rules of jobs.
@@ -61,6 +62,7 @@ class Services:
     worker: Worker
     service: TaskService
     prefix_bytes: Callable[[VersionKey], int | None] = lambda _: None
+    was_rebuilt: Callable[[VersionKey], bool] = lambda _: False
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     limits: RateLimits = field(init=False)
     job_service: JobService = field(init=False)

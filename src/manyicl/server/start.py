@@ -70,6 +70,7 @@ def started(settings: ServerSettings, load_engine: Callable[[], Engine]) -> Iter
             worker=worker,
             service=service,
             prefix_bytes=prefixes.num_bytes,
+            was_rebuilt=worker.was_rebuilt,
         )
         services.metrics.add_numbers("manyicl_worker", worker.state, _SUMS)
         services.metrics.add_numbers("manyicl_prefixes", prefixes.usage, _SUMS)

@@ -46,7 +46,12 @@ def task_out(services: Services, task: TaskRecord, *, is_whole: bool = True) -> 
         majority=services.service.majority(task, answering) if is_whole else None,
         model=answering.model,
         problem=None if newest.problem is None else dict(newest.problem),
-        prefix=PrefixOut(resident=num_bytes is not None, bytes=num_bytes or 0, pinned=task.settings.pinned),
+        prefix=PrefixOut(
+            resident=num_bytes is not None,
+            bytes=num_bytes or 0,
+            pinned=task.settings.pinned,
+            rebuilt=services.was_rebuilt(answering.key),
+        ),
         created_at=task.created_at,
         updated_at=task.updated_at,
     )
