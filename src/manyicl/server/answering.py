@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -248,19 +248,27 @@ async def _explain(services: Services, key: VersionKey, error: UserError) -> Non
         raise too_busy("not_ready", what, 5, "Read the task until its `state` is ready, and try again.") from error
 
 
-async def started(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def started(parts: AsyncIterator[bytes], as_part: Callable[[UserError], bytes]) -> AsyncIterator[bytes]:
     """Wait for the first part of a stream, so that what fails before it has a status of its own.
 
+    Args:
+        parts: The stream.
+        as_part: Writes what fails after the first part, as the last one.
+
     Raises:
-        UserError: If it fails.
+        UserError: If it fails before the first part.
     """
     first = await anext(parts, None)
 
     async def all_parts() -> AsyncIterator[bytes]:
-        if first is not None:
-            yield first
+        if first is None:
+            return
+        yield first
+        try:
             async for part in parts:
                 yield part
+        except UserError as error:
+            yield as_part(error)
 
     return all_parts()
 

@@ -226,31 +226,30 @@ async def _stream(request: Request, services: Services, question: Question, *, i
     await require_answerable(services, question.version)
     name = f"{question.task.name}@{question.version.key.version}"
     parts = _label(request, services, question) if is_closed else _parts(request, services, question)
-    return StreamingResponse(await started(_chunks(parts, name)), media_type=EVENTS)
+    return StreamingResponse(await started(_chunks(parts, name), _error_event), media_type=EVENTS)
+
+
+def _error_event(error: UserError) -> bytes:
+    fields = problem(error)
+    return event(openai_error(fields, openai_status(fields["status"])))
 
 
 async def _chunks(parts: AsyncIterator[str | Prediction], model: str) -> AsyncIterator[bytes]:
     """Turn parts of an answer into events of the SDK."""
     completion_id, created = new_id(), int(time.time())
     has_begun = False
-    try:
-        async for part in parts:
-            if not has_begun:
-                yield chunk(completion_id, model, created, {"role": "assistant", "content": ""})
-                has_begun = True
-            if isinstance(part, str):
-                yield chunk(completion_id, model, created, {"content": part})
-                continue
-            if part.abstained:
-                refusal = chat_out(part, model, created).choices[0].message.refusal
-                yield chunk(completion_id, model, created, {"refusal": refusal})
-            yield chunk(completion_id, model, created, {}, finish_reason(part))
-            yield END_OF_EVENTS
-    except UserError as error:
+    async for part in parts:
         if not has_begun:
-            raise
-        fields = problem(error)
-        yield event(openai_error(fields, openai_status(fields["status"])))
+            yield chunk(completion_id, model, created, {"role": "assistant", "content": ""})
+            has_begun = True
+        if isinstance(part, str):
+            yield chunk(completion_id, model, created, {"content": part})
+            continue
+        if part.abstained:
+            refusal = chat_out(part, model, created).choices[0].message.refusal
+            yield chunk(completion_id, model, created, {"refusal": refusal})
+        yield chunk(completion_id, model, created, {}, finish_reason(part))
+        yield END_OF_EVENTS
 
 
 async def _label(request: Request, services: Services, question: Question) -> AsyncIterator[str | Prediction]:

@@ -93,22 +93,16 @@ async def _lines(request: Request, services: Services, question: Question) -> Re
     headers = {"X-Task-Version": str(question.version.key.version), **UNBUFFERED}
 
     async def lines() -> AsyncIterator[bytes]:
-        has_started = False
         async with client_of(request, services) as client:
-            try:
-                numbers = iter(question.numbers)
-                async for prediction in answers(services, client, question):
-                    number = next(numbers)
-                    if prediction.problem is not None:
-                        prediction.problem.at(row=number)
-                    has_started = True
-                    yield json_line(prediction_json(prediction))
-            except UserError as error:
-                if not has_started:
-                    raise
-                yield json_line({"problem": problem(error)})
+            numbers = iter(question.numbers)
+            async for prediction in answers(services, client, question):
+                number = next(numbers)
+                if prediction.problem is not None:
+                    prediction.problem.at(row=number)
+                yield json_line(prediction_json(prediction))
 
-    return StreamingResponse(await started(lines()), media_type=JSON_LINES, headers=headers)
+    parts = await started(lines(), lambda error: json_line({"problem": problem(error)}))
+    return StreamingResponse(parts, media_type=JSON_LINES, headers=headers)
 
 
 async def _events(request: Request, services: Services, question: Question) -> Response:
@@ -125,22 +119,16 @@ async def _events(request: Request, services: Services, question: Question) -> R
         what, remedy = "server-sent events are for free answers, and the task has labels", "Accept JSON."
         raise UserError("not_streamable", what, remedy=remedy)
     await require_answerable(services, question.version)
-    return StreamingResponse(await started(_parts(request, services, question)), media_type=EVENTS, headers=UNBUFFERED)
+    parts = await started(_parts(request, services, question), lambda error: _event("error", problem(error)))
+    return StreamingResponse(parts, media_type=EVENTS, headers=UNBUFFERED)
 
 
 async def _parts(request: Request, services: Services, question: Question) -> AsyncIterator[bytes]:
-    has_started = False
-    try:
-        async for part in parts_of(request, services, question):
-            if part.text:
-                has_started = True
-                yield _event("part", {"text": part.text})
-            if part.prediction is not None:
-                yield _event("done", prediction_json(part.prediction))
-    except UserError as error:
-        if not has_started:
-            raise
-        yield _event("error", problem(error))
+    async for part in parts_of(request, services, question):
+        if part.text:
+            yield _event("part", {"text": part.text})
+        if part.prediction is not None:
+            yield _event("done", prediction_json(part.prediction))
 
 
 def _event(name: str, value: dict[str, Any]) -> bytes:
