@@ -783,6 +783,8 @@ class EngineWorker:
             compilation.is_abandoned |= compilation.key.task_id == task_id
         self._retrievers.discard(lambda key: key[0].task_id == task_id)
         self._blends.discard(lambda key: key.task_id == task_id)
+        with self._changed:
+            self._rebuilt.discard(lambda key: key.task_id == task_id)
         self._pinned.pop(task_id, None)
         self._prefixes.forget(task_id)
 

@@ -130,8 +130,9 @@ class TaskService:
         self._worker = worker
         found = self.tasks.at_start()
         other_model = [task.ready for task in found if task.ready is not None and task.ready_model != self.model]
-        problem = {"code": "other_model", "sentence": "Another model compiled it; it is compiled again."}
-        self.tasks.set_compiling(other_model, problem)
+        if other_model:
+            problem = {"code": "other_model", "sentence": "Another model compiled it; it is compiled again."}
+            self.tasks.set_compiling(other_model, problem)
         self._to_rebuild.update(other_model)
         for task in found:
             if task.ready in self._to_rebuild:
