@@ -538,6 +538,14 @@ VALUES = [
         files=recipe(),
     ),
     refused(
+        "instructions omitted where there are none",
+        put("sequences.omit_instruction=0.5"),
+        "no_effect",
+        field="sequences.omit_instruction",
+        says=("no training task has an instruction",),
+        files=recipe(),
+    ),
+    refused(
         "more labels than words to rename them",
         put("sequences.rename_labels=0.5"),
         "too_few_words",

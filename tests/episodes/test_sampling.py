@@ -75,6 +75,15 @@ def test_labels_are_renamed_in_the_asked_share_of_episodes() -> None:
     assert 240 < sum(answer not in ("good", "bad") for answer in first_answers) < 360
 
 
+def test_the_instruction_is_omitted_in_the_asked_share_of_episodes() -> None:
+    task = make_task(instruction="Which is it?")
+    settings, words = EpisodeSettings(omit_instruction=0.3, rename_labels=0.5), sorted(plain_words(task))
+    drawn = [draw_episode(task, settings, sequence_rng(0, i), words) for i in range(1000)]
+    without = [one for one in drawn if not one.instruction]
+    assert 240 < len(without) < 360
+    assert 100 < sum(one.new_names is not None for one in without) < 180
+
+
 def test_balanced_episodes_alternate_the_labels() -> None:
     drawn = draw_episode(make_task(), EpisodeSettings(sampling="balanced"), sequence_rng(0, 0))
     answers = [shot.answer for shot in islice(drawn.examples, 10)]

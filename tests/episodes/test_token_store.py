@@ -105,12 +105,15 @@ def test_sequences_with_the_store_equal_those_without(
 
 
 @pytest.mark.parametrize("name", ["Llama 3", "Mistral (v0.1)", "Gemma"])
-def test_sequences_of_turns_with_the_store_equal_those_without(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("settings", [{"rename_labels": 0.5}, {"rename_labels": 0.5, "omit_instruction": 0.5}])
+def test_sequences_of_turns_with_the_store_equal_those_without(
+    tmp_path: Path, name: str, settings: Mapping[str, Any]
+) -> None:
     name = next(known for known in FAMILIES if known.startswith(name.split()[0]) and FAMILIES[known].refused is None)
     tokenizer = FAMILIES[name].tokenizer()
-    settings = FormatSettings(kind="chat", template_arguments=dict(FAMILIES[name].arguments))
-    encoder = Encoder(tokenizer, chosen_format(settings, tokenizer))
-    changes = {"episodes": EpisodeSettings(rename_labels=0.5)}
+    chat = FormatSettings(kind="chat", template_arguments=dict(FAMILIES[name].arguments))
+    encoder = Encoder(tokenizer, chosen_format(chat, tokenizer))
+    changes = {"episodes": EpisodeSettings.model_validate(settings)}
     paths = places(tmp_path)
     expected = list(sequences([load_task(path) for path in paths], encoder, None, **changes))
     tasks = [load_known(path, None) for path in paths]

@@ -95,7 +95,7 @@ class PackedSequences(Sequence[PackedSequence]):
 
         Raises:
             UserError: If there is no task, a task has no example that fits the context or more labels than there
-                are words to rename them, or the mixture names no task.
+                are words to rename them, the mixture names no task, or instructions are omitted and there are none.
         """
         if not tasks:
             raise UserError("no_tasks", "no training task was given", remedy="Give at least one.", field="tasks.train")
@@ -115,6 +115,9 @@ class PackedSequences(Sequence[PackedSequence]):
                 words |= each.plain_words()
             self._replacement_words = sorted(words)
             require_replacement_words(tasks, self._replacement_words)
+        if self.episodes.omit_instruction and not any(each.instruction() for each in self._shots):
+            what = "omit_instruction has no effect, because no training task has an instruction"
+            raise UserError("no_effect", what, remedy="Leave it out.", field="sequences.omit_instruction")
         self.replay = replay
         for each in self._shots:
             _require_one_shot_fits(each, max_context_tokens - (replay.fewest_tokens if replay else 0))

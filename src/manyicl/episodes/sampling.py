@@ -39,6 +39,12 @@ class EpisodeSettings(Section):
         le=1,
         description="Share of episodes of closed-label tasks in which each label is replaced by another word.",
     )
+    omit_instruction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of episodes without the instruction, so that the examples alone must show the task.",
+    )
 
     @field_validator("examples_per_episode")
     @classmethod
@@ -115,7 +121,7 @@ class DrawnEpisode:
 
     Attributes:
         task: Task from whose training side it is drawn.
-        instruction: Rendered instruction, with the episode's own label names.
+        instruction: Rendered instruction, with the episode's own label names; empty where it is omitted.
         num_examples: Number of examples it should hold; None to fill the context.
         positions: Positions of its examples in the training side, drawn lazily, without repetition.
         new_names: The label -> the word that replaces it in this episode; None where labels keep their names.
@@ -168,11 +174,15 @@ def draw_episode(
         positions = demonstrations_in_order(answers, rng.getrandbits(32), "balanced")
     else:
         positions = shuffled_lazily(len(task.train), rng)
+    new_names = None
     if task.labels and settings.rename_labels and rng.random() < settings.rename_labels:
         new_names = draw_label_names(task.labels, replacement_words, rng)
         instruction = task.instruction(tuple(new_names[label] for label in task.labels))
-        return DrawnEpisode(task, instruction, num_examples, positions, new_names)
-    return DrawnEpisode(task, task.instruction() if instruction is None else instruction, num_examples, positions)
+    elif instruction is None:
+        instruction = task.instruction()
+    if settings.omit_instruction and rng.random() < settings.omit_instruction:
+        instruction = ""
+    return DrawnEpisode(task, instruction, num_examples, positions, new_names)
 
 
 def answers_of(task: Task) -> list[str]:

@@ -324,7 +324,7 @@ class StoredShots(TaskShots):
             given_ids = file.given_ids(position)
         elif preceding.name == file.first_preceding:
             given_ids = file.first_given_ids(position)
-        else:  # new label names have emptied the instruction, or filled it
+        else:  # the instruction is omitted, or new label names have emptied or filled it
             given_ids = encoder.encode_shot(self.task.train[position], preceding).given_ids
         shot = EncodedShot(given_ids, file.target_ids(position))
         if new_names is None:

@@ -69,10 +69,10 @@ def test_a_regime_changes_examples_and_supervision_and_nothing_else(
     assert before == after
 
 
-def test_single_examples_keep_their_labels() -> None:
-    settings = comparison("sequences.rename_labels=0.5")
-    shares = [recipe_of(settings, each).sequences.rename_labels for each in ("zero_shot", "dedicated", "all_answers")]
-    assert shares == [0, 0, 0.5]
+def test_single_examples_keep_their_labels_and_instruction() -> None:
+    settings = comparison("sequences.rename_labels=0.5", "sequences.omit_instruction=0.25")
+    sequences = [recipe_of(settings, each).sequences for each in ("zero_shot", "dedicated", "all_answers")]
+    assert [(each.rename_labels, each.omit_instruction) for each in sequences] == [(0, 0), (0, 0), (0.5, 0.25)]
 
 
 def test_a_shorter_run_warms_up_over_the_same_share() -> None:

@@ -25,8 +25,8 @@ import yaml
 from manyicl.evaluation.comparison.settings import Comparison, Regime
 from manyicl.training.recipe import Recipe
 
-# One example shows no meaning of a label that another word replaces.
-_SINGLE_EXAMPLES: Mapping[str, Any] = {"examples_per_episode": 1, "rename_labels": 0.0}
+# One example shows neither what the task is, nor what a label means that another word replaces.
+_SINGLE_EXAMPLES: Mapping[str, Any] = {"examples_per_episode": 1, "rename_labels": 0.0, "omit_instruction": 0.0}
 
 
 def regime_recipe(
