@@ -346,8 +346,10 @@ QUOTED = [
     ("log.md", "shared only 81.5 ± 1.3", "choosing.md", "81.5 ± 1.3"),
     ("log.md", "8 random 85.6 ± 1.0", "choosing.md", "85.6 ± 1.0"),
     ("log.md", "47 times as many answers per second", "method.md", "47 times as many supervised answers per second"),
-    ("log.md", ".877±.014 | .856±.015 |", "method.md", "0.88 against 0.68 at 32 shots"),
-    ("log.md", ".675±.017 | .605±.018 |", "method.md", "0.86 against 0.61 at 64"),
+    ("results/nano.md", "+17.5 points on unseen tasks (+0.8 to +34.2)", "method.md", "+17.5 points, +0.8 to +34.2"),
+    ("results/nano.md", "all answers, 64 shots** | 87.3", "method.md", "87 % right against 70 at 64 shots"),
+    ("results/nano.md", "many-shot, last answer, 64 shots | 69.8", "method.md", "87 % right against 70 at 64 shots"),
+    ("results/nano.md", "−25.1 points (−45.1 to −5.1)", "method.md", "it is 25 points lower"),
 ]
 
 
