@@ -179,6 +179,18 @@ def test_a_share_of_a_gap_within_the_noise_is_refused() -> None:
     assert backwards.share is None
 
 
+def test_gap_and_share_are_over_the_trainings_that_all_three_have() -> None:
+    lower, upper = (table([[score] * 200 for score in scores]) for scores in ((0.2, 0.2, 0.2), (0.9, 0.9, 0.8)))
+    model = table([[0.5] * 200, [0.6] * 200])
+    found = share_of_gap([(1.0, lower)], [(1.0, model)], [(1.0, upper)])
+    assert found is not None
+    assert found.gap.mean == pytest.approx(0.7)
+    assert found.share == pytest.approx(0.35 / 0.7)
+    single = share_of_gap([(1.0, lower)], [(1.0, model.at([0]))], [(1.0, upper)])
+    assert single is not None
+    assert (single.share, single.gap.interval) == (None, None)
+
+
 def test_the_interval_of_a_share_covers_the_truth() -> None:
     rng = np.random.default_rng(6)
     num_worlds, num_covered = 60, 0

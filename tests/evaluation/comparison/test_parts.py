@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manyicl.errors import UserError
-from manyicl.evaluation.comparison.budgets import EQUAL_ANSWERS, Length, budget_problems, lengths_of
+from manyicl.evaluation.comparison.budgets import EQUAL_ANSWERS, Length, _equal_answers, budget_problems, lengths_of
 from manyicl.evaluation.comparison.cells import (
     Trial,
     evaluation_of,
@@ -22,7 +22,7 @@ from manyicl.evaluation.comparison.cells import (
     trial_tasks,
 )
 from manyicl.evaluation.comparison.checks import comparison_problems, require_possible, text_problems
-from manyicl.evaluation.comparison.choosing import Choice, choose
+from manyicl.evaluation.comparison.choosing import Choice, choose, known_choices, write_choices
 from manyicl.evaluation.comparison.regimes import regime_recipe
 from manyicl.evaluation.comparison.roles import assigned, limited, remaining, share_of_tasks
 from manyicl.evaluation.comparison.settings import CompareSettings, Comparison, Regime
@@ -218,7 +218,7 @@ def test_no_row_that_a_rate_is_chosen_on_was_trained_on_or_is_a_test_row() -> No
     settings = comparison("compare.regimes=[dedicated]", "compare.dedicated.num_examples=[8]")
     tasks = toy_tasks(settings)
     for trial in planned_trials(settings, tasks):
-        (trained,), (held_out,) = trial_tasks(trial, settings, tasks)
+        (trained,), (held_out,) = trial_tasks(trial, tasks)
         queries = [{example.query for example in rows} for rows in (trained.train, held_out.train, held_out.test)]
         assert not queries[0] & queries[1]
         assert not queries[1] & queries[2]
@@ -261,6 +261,26 @@ def test_a_budget_of_less_than_a_step_is_a_problem() -> None:
     assert not budget_problems(alone, lengths_of(alone, toy_tasks(alone), byte_level_bpe()))
 
 
+def test_a_budget_that_whole_steps_miss_by_far_is_a_problem() -> None:
+    def codes(num_tokens: int) -> list[str]:
+        settings = comparison(f"training.num_tokens={num_tokens}", *one_rate)
+        return [each.code for each in budget_problems(settings, lengths_of(settings, tasks, byte_level_bpe()))]
+
+    one_rate = ("compare.regimes=[all_answers]", "compare.learning_rates=[1e-3]")
+    tasks = toy_tasks(comparison(*one_rate))
+    assert codes(round(1.45 * 240)) == codes(round(1.55 * 240)) == ["budget_unmet"]
+    assert codes(round(1.1 * 240)) == codes(round(4.5 * 240)) == []
+
+
+@pytest.mark.parametrize(("num_answers", "num_sequences"), [(1440, 12), (1320, 12), (1200, 10), (960, 8), (30, 1)])
+def test_as_many_answers_are_met_as_nearly_as_whole_steps_can(num_answers: float, num_sequences: int) -> None:
+    settings = comparison()
+    sampled = lengths_of(settings, toy_tasks(settings), byte_level_bpe())["all_answers"].statistics
+    length = _equal_answers(Length(100, 8, sampled._replace(answers=120.0), 100), num_answers)
+    assert length.num_sequences == num_sequences
+    assert length.sequences_per_step <= 8
+
+
 # Choosing
 
 
@@ -296,6 +316,19 @@ def test_the_best_rate_is_taken_and_of_equal_ones_the_middle() -> None:
 def test_dedicated_models_choose_the_shortest_of_equally_good_lengths() -> None:
     choice = reported({1.0: {5: 0.1, 10: 0.4, 15: 0.4}, 2.0: {5: 0.2, 10: 0.3, 15: 0.1}}, num_examples=8)
     assert choice == Choice(1.0, 10, {1.0: 0.4, 2.0: 0.3})
+
+
+def test_a_rate_that_was_chosen_stays_as_long_as_the_same_rates_are_compared(tmp_path: Path) -> None:
+    file, rates = tmp_path / "chosen.json", (1e-3, 3e-3)
+    assert known_choices(file, rates) == {}
+    choices = {"few_shot": Choice(1e-3, None, {1e-3: 0.5, 3e-3: 0.25}), "dedicated_8": Choice(3e-3, 4)}
+    write_choices(file, rates, choices)
+    assert known_choices(file, rates) == choices
+    assert known_choices(file, (1e-3,)) == {}
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        known_choices(file, rates)
+    assert error.value.code == "broken_comparison"
 
 
 def test_where_all_trials_failed_the_reason_is_kept() -> None:
@@ -343,6 +376,7 @@ def test_everything_that_is_wrong_is_said_together(settings: Comparison) -> None
         make_task("one class", train=rows, family="nli", data_hash="1"),
         make_task("small", train=few, family="qa", data_hash="2"),
         make_task("no tests", test=[], family="math", data_hash="3"),
+        make_task("one test", test=few[:1], labels=None, family="math", data_hash="8"),
         make_task("sibling", source=trained.source, family="nli", data_hash="4"),
         replace(trained, data_hash="5").with_spec(source="elsewhere"),
     ]
@@ -403,6 +437,33 @@ def test_answers_to_other_queries_are_a_problem_before_a_model_is_loaded(
     compare = CompareSettings(**{**settings.compare.model_dump(), "predictions": {"other": file}})
     (problem,) = problems_of(settings.model_copy(update={"compare": compare}))
     assert (problem.code, problem.file, problem.row) == (code, file, 1)
+
+
+def test_one_text_for_replay_and_forgetting_is_a_problem(settings: Comparison, tmp_path: Path) -> None:
+    texts = {name: tmp_path / f"{name}.txt" for name in ("replay", "forgetting")}
+    compare = CompareSettings(**{**settings.compare.model_dump(), **{name: {"text": at} for name, at in texts.items()}})
+    changed = settings.model_copy(update={"compare": compare})
+    for other, codes in (("One text.", ["same_text"]), ("Another.", [])):
+        for path, content in zip(texts.values(), ("One text.", other), strict=True):
+            path.write_text(content, encoding="utf-8")
+        assert [problem.code for problem in problems_of(changed)] == codes
+
+
+def test_variants_that_cannot_be_are_problems_together(settings: Comparison) -> None:
+    variants = {
+        "long": {"set": ["sequences.max_context_tokens=4096"]},
+        "misspelt": {"set": ["sequences.examples=4"]},
+        "possible": {"set": ["sequences.rename_labels=0.5"]},
+    }
+    compare = CompareSettings(**{**settings.compare.model_dump(), "variants": variants})
+    found = problems_of(settings.model_copy(update={"compare": compare}))
+    assert [problem.code for problem in found] == ["context_too_long", "unknown_key"]
+
+
+def test_a_validation_task_with_one_label_is_a_problem(settings: Comparison) -> None:
+    rows = [make_example(f"film {number}", "good") for number in range(40)]
+    found = problems_of(settings, validation=[make_task("one class", train=rows, data_hash="7")])
+    assert [problem.code for problem in found] == ["single_class"]
 
 
 def test_only_the_nano_base_has_a_text_of_its_own(settings: Comparison) -> None:

@@ -13,13 +13,14 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from manyicl.atomic import _ASIDE, write_atomically
 from manyicl.errors import MachineError, UserError
 from manyicl.evaluation.comparison import run as running
 from manyicl.evaluation.comparison.cells import planned_runs
 from manyicl.evaluation.comparison.omissions import omissions
 from manyicl.evaluation.comparison.plan import ComparisonPlan, planned
 from manyicl.evaluation.comparison.records import CellRecord, ComparisonRecords, is_comparison
-from manyicl.evaluation.comparison.run import prepare, run_comparison
+from manyicl.evaluation.comparison.run import _Work, _write_files, prepare, run_comparison
 from manyicl.evaluation.comparison.settings import Comparison
 from manyicl.evaluation.comparison.statistics import statistics_of
 from manyicl.evaluation.comparison.summary import as_json, score_rows
@@ -193,8 +194,10 @@ def test_a_cell_that_fails_is_kept_and_ends_no_other(tmp_path: Path, monkeypatch
     assert [trial.cell.name for trial in retried.failed_trials] == ["all_answers_rate0"]
     assert isinstance(shown.file, io.StringIO)
     assert "all_answers_rate0 is not tried again: the rate of all_answers was chosen" in shown.file.getvalue()
-    # What a model was trained with stays, although its other rate could be tried by now.
+    # What was chosen stays, although the other rate could be tried by now.
     assert retried.cells[1].learning_rate == 3e-3
+    chosen = json.loads((settings.output / "rates" / "chosen.json").read_text(encoding="utf-8"))
+    assert {name: choice["learning_rate"] for name, choice in chosen["choices"].items()}["all_answers"] == 3e-3
 
 
 def test_a_process_waits_for_trials_of_another_one_and_takes_over_what_it_leaves(tmp_path: Path) -> None:
@@ -375,11 +378,12 @@ def test_a_cell_that_failed_before_it_had_a_model_takes_other_settings(
 @pytest.fixture(name="besides")
 def _besides(tmp_path: Path) -> Comparison:
     """A comparison that measures more than its tasks."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"The film {number} was good and the music was fine." for number in range(80)))
+    text, replayed = tmp_path / "text.txt", tmp_path / "replayed.txt"
+    for path, thing in ((text, "film"), (replayed, "play")):
+        path.write_text(" ".join(f"The {thing} {number} was good and the music was fine." for number in range(80)))
     write_task(tmp_path / "probe" / "a_probe", "qa", ("red", "blue"))
     forgetting = f"{{text: {text}, num_tokens: 300, probes: [{tmp_path / 'probe'}], probe_shots: [0]}}"
-    replay = f"compare.replay={{text: {text}, share: 0.3}}"
+    replay = f"compare.replay={{text: {replayed}, share: 0.3}}"
     return comparison_in(tmp_path, *PAIR, ONE, replay, f"compare.forgetting={forgetting}")
 
 
@@ -438,6 +442,38 @@ def test_answers_of_another_system_are_scored_on_the_same_queries(tmp_path: Path
     records = compared(comparison_in(tmp_path, base))
     assert not [result for result in records.results if result.model_name.startswith("import_")]
     assert as_json(records)["imported"] == []
+
+
+def test_queries_are_written_again_where_they_would_be_others(tmp_path: Path) -> None:
+    file = tmp_path / "output" / "queries.jsonl"
+    for number in (4, 3):
+        # Trials do not depend on it, so that it may still change.
+        settings = comparison_in(tmp_path, "compare.regimes=[base]", f"compare.num_queries={number}")
+        prepared = prepare(settings)
+        _write_files(prepared)
+        work = _Work(prepared, console())
+        work.exchange_predictions()
+        assert len(file.read_text(encoding="utf-8").splitlines()) == 4 * number
+    before = file.stat().st_mtime_ns
+    work.exchange_predictions()
+    assert file.stat().st_mtime_ns == before
+
+
+def test_what_a_kill_left_of_the_first_file_does_not_block_the_output(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[base]")
+    settings.output.mkdir()
+    write_atomically(settings.output / "tasks.json", "{}")
+    (settings.output / "tasks.json").rename(settings.output / f"{_ASIDE}1-tasks.json")
+    assert prepare(settings).found is None
+
+
+def test_without_demonstrations_nothing_is_scored_by_position(tmp_path: Path) -> None:
+    settings = comparison_in(
+        tmp_path, "compare.regimes=[base, zero_shot]", "compare.shots=[0]", "compare.learning_rates=[1e-3]"
+    )
+    records = compared(settings)
+    assert not records.failures
+    assert [cell.positions for cell in records.cells] == [(), ()]
 
 
 def test_an_output_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from manyicl.evaluation.comparison.arms import ALL_ANSWERS, BASE, EQUAL_ANSWERS, FEW_SHOT, LAST_ANSWER, Arm, Point
+from manyicl.evaluation.comparison.arms import (
+    ALL_ANSWERS,
+    BASE,
+    DEDICATED,
+    EQUAL_ANSWERS,
+    FEW_SHOT,
+    LAST_ANSWER,
+    Arm,
+    Point,
+)
 from manyicl.evaluation.comparison.omissions import omissions
 from manyicl.evaluation.comparison.records import ComparisonRecords
 from manyicl.evaluation.comparison.statistics import Difference, Statistics, statistics_of
+from manyicl.evaluation.report.comparison_message import replaces
 from manyicl.evaluation.summary import OVERALL
 from tests.evaluation.comparison.made_up import World
 
@@ -59,8 +69,12 @@ def test_each_regime_has_a_row_at_the_shots_that_it_is_made_for(numbers: Statist
     assert overall is not None
     assert (overall.num_trainings, overall.num_draws, overall.num_tasks, overall.num_queries) == (3, 3, 4, 160)
     assert overall.interval is not None
-    assert row.worst is not None
-    assert row.worst < overall.mean
+    # Each training has one draw; the base, which is none, has one for each.
+    assert row.worst is None
+    base = rows["base, 16 shots"]
+    assert base.overall is not None
+    assert base.worst is not None
+    assert base.worst < base.overall.mean
 
 
 def test_seen_and_unseen_tasks_are_never_averaged_together(numbers: Statistics) -> None:
@@ -129,6 +143,77 @@ def test_the_share_of_the_gap_lies_within_its_interval(numbers: Statistics) -> N
         assert low < one.share < high
 
 
+def test_one_model_and_one_per_task_are_compared_at_as_many_examples(tmp_path: Path) -> None:
+    _, numbers = load(World(shots=(0, 4, 16, 32), num_examples=(4, 16, 64)), tmp_path)
+    in_weights, in_context = Point(Arm("dedicated", num_examples=16), 0), Point(ALL_ANSWERS, 16)
+    assert numbers.in_weights_and_context == (in_weights, in_context)
+    assert (in_weights, in_context) in [(one.first, one.second) for one in numbers.differences("unseen")]
+    assert list(numbers.shares("unseen")) == [Point(BASE, 0), Point(BASE, 16)]
+    assert "after 16 examples in its context against" in replaces(numbers, "unseen")
+    assert "of models trained on 16 examples" in replaces(numbers, "unseen")
+    assert "the base with 16 examples" in replaces(numbers, "unseen")
+
+
+def test_without_a_number_in_common_each_has_its_most(tmp_path: Path) -> None:
+    _, numbers = load(World(num_examples=(8, 64)), tmp_path)
+    assert numbers.in_weights_and_context == (Point(Arm("dedicated", num_examples=64), 0), Point(ALL_ANSWERS, 16))
+
+
+@pytest.mark.parametrize("waiting", [["all_answers_seed2"], ["all_answers_seed1", "all_answers_seed2"]])
+def test_numbers_stand_where_trainings_of_one_regime_are_missing(tmp_path: Path, waiting: list[str]) -> None:
+    _, numbers = load(World(waiting=waiting), tmp_path)
+    assert all((one.share is None) == (len(waiting) == 2) for one in numbers.shares("unseen").values())
+    found = between(numbers, LAST_ANSWER, ALL_ANSWERS)
+    # Levels are those of the trainings that both have, as the difference is.
+    assert found.levels[1] - found.levels[0] == pytest.approx(found.measured.mean)
+    score = numbers.score(found.first, found.tasks)
+    assert score is not None
+    assert score.mean != found.levels[0]
+
+
+def test_what_was_lost_is_not_known_without_the_base(tmp_path: Path) -> None:
+    records, numbers = load(World(regimes=("few_shot", "all_answers"), num_seeds=2), tmp_path)
+    assert "base is not among the regimes" in " ".join(omissions(records, numbers))
+
+
+def test_dedicated_models_whose_length_was_not_chosen_are_said(tmp_path: Path) -> None:
+    for name, rates in (("one", [1e-3]), ("two", [1e-3, 3e-3])):
+        folder = World(num_seeds=2).write(tmp_path / name)
+        file = yaml.safe_load((folder / "comparison.yaml").read_text(encoding="utf-8"))
+        file["compare"]["learning_rates"] = rates
+        (folder / "comparison.yaml").write_text(yaml.safe_dump(file), encoding="utf-8")
+        records = ComparisonRecords.load(folder)
+        said = " ".join(omissions(records, statistics_of(records)))
+        assert ("no number of steps was chosen" in said) == (name == "one")
+
+
+def test_the_worst_draw_is_one_of_a_training(tmp_path: Path) -> None:
+    records, _ = load(World(num_seeds=2), tmp_path)
+    point = Point(ALL_ANSWERS, 16)
+    chosen = [r for r in records.results if r.model_name.startswith("all_answers_seed") and r.num_shots == 16]
+    scores = {"all_answers_seed0": (0.9, 0.7), "all_answers_seed1": (0.5, 0.6)}
+    drawn = tuple(
+        result.model_copy(update={"score": score, "order": order})
+        for result in chosen
+        for order, score in enumerate(scores[result.model_name])
+    )
+    numbers = statistics_of(replace(records, results=drawn))
+    assert numbers.worst(point, numbers.tasks_of("unseen")) == pytest.approx((0.7 + 0.5) / 2)
+
+
+def test_a_baseline_counts_each_draw_once(tmp_path: Path) -> None:
+    records, _ = load(World(waiting=["few_shot_seed1", "last_answer_seed1"], num_seeds=2), tmp_path)
+    results = tuple(
+        result.model_copy(update={"nearest": 0.2 if result.seed == 0 else 0.6})
+        for result in records.results
+        if result.num_shots == 16
+    )
+    numbers = statistics_of(replace(records, results=results))
+    found = numbers.baseline("nearest", 16, numbers.tasks_of("unseen"))
+    assert found is not None
+    assert found.mean == pytest.approx(0.4)
+
+
 def test_there_is_no_share_of_a_gap_that_is_not_there(tmp_path: Path) -> None:
     abilities = dict.fromkeys(World().abilities, (0.0, 0.0))
     _, numbers = load(World(abilities=abilities, num_seeds=2), tmp_path)
@@ -136,17 +221,14 @@ def test_there_is_no_share_of_a_gap_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_examples_in_context_stand_beside_as_many_examples_in_weights(numbers: Statistics) -> None:
-    found = numbers.in_weights("unseen", "classification")
+    found = numbers.in_weights("unseen")
     assert found is not None
     assert found.num_examples == (4, 16)
-    answered = ["one model per task", "many-shot, all answers", "base"]
-    assert list(found.lines) == [*answered, "majority answer", "TF-IDF + log. reg.", "nearest neighbour"]
-    assert all(one is not None and one.measured.num_tasks == 2 for one in found.differences)
     # A family without labels has no logistic regression, so the mean over families has none.
-    everything = numbers.in_weights("unseen")
-    assert everything is not None
-    assert "TF-IDF + log. reg." not in everything.lines
-    nearest = everything.lines["nearest neighbour"][0]
+    assert list(found.lines) == [DEDICATED, ALL_ANSWERS, BASE, "majority", "nearest"]
+    assert all(one is not None and one.measured.num_tasks == 4 for one in found.differences)
+    assert numbers.baseline("tfidf", 16, [task for task in found.tasks if "classification" in task]) is not None
+    nearest = found.lines["nearest"][0]
     assert nearest is not None
     assert nearest.mean == pytest.approx(0.55)
     assert nearest.interval is None
@@ -156,7 +238,7 @@ def test_imported_answers_stand_beside_them(tmp_path: Path) -> None:
     _, numbers = load(World(imported={"gpt": 0.9}, num_seeds=2), tmp_path)
     found = numbers.in_weights("unseen")
     assert found is not None
-    cells = found.lines["imported: gpt"]
+    cells = found.lines[Arm("import", imported="gpt")]
     assert cells[0] == cells[1]
     assert cells[0] is not None
     assert cells[0].mean == pytest.approx(0.9, abs=0.1)

@@ -65,7 +65,7 @@ class Arm:
         )
 
 
-BASE, ZERO_SHOT, FEW_SHOT = Arm("base"), Arm("zero_shot"), Arm("few_shot")
+BASE, ZERO_SHOT, FEW_SHOT, DEDICATED = Arm("base"), Arm("zero_shot"), Arm("few_shot"), Arm("dedicated")
 LAST_ANSWER, ALL_ANSWERS = Arm("last_answer"), Arm("all_answers")
 EQUAL_ANSWERS = Arm("all_answers", equal_answers=True)
 

@@ -6,6 +6,7 @@ measured on the first sequences of its run. They are a function of tasks, tokeni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from manyicl.training.train import packed_sequences
 
 # Learning rates are tried at this share of the budget.
 TRIAL_SHARE = 0.2
+# A training of whole steps may be so much longer or shorter than its budget.
+MOST_MISSED = 0.2
 EQUAL_ANSWERS = "all_answers_equal_answers"
 
 
@@ -155,17 +158,23 @@ def _length(settings: Comparison, statistics: SequenceStatistics, num_sharing: i
 
 def _equal_answers(all_answers: Length, num_answers: float) -> Length:
     """Return the length at which all_answers has so many supervised answers; short runs take smaller steps."""
-    num_sequences = max(1, round(num_answers / all_answers.statistics.answers))
-    per_step = min(all_answers.sequences_per_step, num_sequences)
-    steps = num_sequences / per_step
-    return Length(max(1, round(steps)), per_step, all_answers.statistics, steps)
+    num_sequences = num_answers / all_answers.statistics.answers
+    num_steps = max(1, math.ceil(num_sequences / all_answers.sequences_per_step))
+    per_step = max(1, round(num_sequences / num_steps))
+    return Length(num_steps, per_step, all_answers.statistics, num_sequences / per_step)
 
 
 def budget_problems(settings: Comparison, lengths: Mapping[str, Length]) -> list[UserError]:
-    """List the kinds of training whose budget, or a trial of it, is less than one step."""
+    """List the kinds of training whose budget, or a trial of it, is less than one step, or is far from whole steps."""
     problems = []
     field = "training.num_tokens" if settings.compare.budget == "tokens" else "training.num_steps"
     for name, length in lengths.items():
+        missed = length.num_steps / length.exact_steps - 1
+        if length.exact_steps >= 1 and abs(missed) > MOST_MISSED:
+            what = f"{name}: whole steps of {pluralized(length.sequences_per_step, 'sequence')} miss its budget"
+            expected, found = f"within {MOST_MISSED:.0%}", f"{missed:+.0%}, {length.exact_steps:.2f} steps"
+            remedy = f"Raise {field}, or lower training.sequences_per_step."
+            problems.append(UserError("budget_unmet", what, expected=expected, found=found, remedy=remedy, field=field))
         if name == EQUAL_ANSWERS:
             continue
         # A trial of dedicated models is as long as they may be.

@@ -20,7 +20,7 @@ from manyicl.tasks.task import Task
 from manyicl.training.recipe import Recipe
 from manyicl.training.recipe_tasks import RecipeTasks
 
-# A trial of dedicated models is scored so many times on its way, so that its length can be chosen.
+# A trial of dedicated models is scored at most so many times on its way, so that its length can be chosen.
 NUM_SCORES = 8
 # Forgetting is measured so many times along a training.
 NUM_MOMENTS = 4
@@ -148,7 +148,7 @@ def file_name(task: str) -> str:
     return task if readable == task else f"{readable}-{hash_of(task)[:8]}"
 
 
-def trial_tasks(trial: Trial, settings: Comparison, tasks: ComparisonTasks) -> RecipeTasks:
+def trial_tasks(trial: Trial, tasks: ComparisonTasks) -> RecipeTasks:
     """Return what a trial is trained on, and what it is scored on: training rows of validation tasks in either case."""
     if trial.task is None or trial.num_examples is None:
         return RecipeTasks(tasks.train, tasks.validation)
@@ -242,9 +242,9 @@ def evaluated_tasks(run: Run, tasks: ComparisonTasks) -> tuple[Task, ...]:
     return tasks.evaluated if run.task is None else (run.task,)
 
 
-def settings_of_trial(trial: Trial, settings: Comparison, tasks: ComparisonTasks, recipe: Recipe) -> dict[str, Any]:
+def settings_of_trial(trial: Trial, tasks: ComparisonTasks, recipe: Recipe) -> dict[str, Any]:
     """Return all that decides the score of a trial but the weights of the base, as JSON; what is hashed comes first."""
-    of_trial = trial_tasks(trial, settings, tasks)
+    of_trial = trial_tasks(trial, tasks)
     return {"train": _hash(of_trial.train), "validation": _hash(of_trial.held_out), "recipe": _without_place(recipe)}
 
 

@@ -9,14 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from manyicl.episodes.encoding import free_answers_in_channel_form
 from manyicl.episodes.text_tokenizer import TextTokenizer
 from manyicl.errors import UserError, pluralized
+from manyicl.evaluation.comparison.budgets import nominal_recipe
 from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
-from manyicl.evaluation.comparison.settings import Comparison
+from manyicl.evaluation.comparison.settings import Comparison, ForgettingSettings, ReplaySettings
 from manyicl.evaluation.forgetting import NANO, held_out_text
 from manyicl.evaluation.imported import require_answers_to
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
-from manyicl.paths import nearest_path
+from manyicl.paths import nearest_path, sha256_of_file
 from manyicl.tasks.task import Example, Task
 from manyicl.training.requirements import problems as machine_problems
 
@@ -52,7 +53,11 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
         everything = (*tasks.train, *tasks.validation, *tasks.unseen, *tasks.probes)
         yield from (free_answers_in_channel_form(task) for task in everything if not task.is_closed)
     for task in tasks.evaluated:
-        yield from _single_class(task)
+        yield from _single_class(task, ("training", task.train), ("test", task.test))
+    # Of a validation task the training side alone is used.
+    for task in tasks.validation:
+        yield from _single_class(task, ("training", task.train))
+    yield from _impossible_variants(settings)
 
 
 def _missing_files(settings: Comparison) -> Iterator[UserError]:
@@ -67,6 +72,13 @@ def _missing_files(settings: Comparison) -> Iterator[UserError]:
         if not path.is_file():
             remedy = nearest_path(path).strip() or "Name a file."
             yield UserError("missing_file", f"{field} names no file", remedy=remedy, file=path, field=field)
+    if (
+        compare.replay is not None
+        and compare.forgetting is not None
+        and _is_one_text(compare.replay, compare.forgetting)
+    ):
+        what, field = "what is replayed is the text on which forgetting is measured", "compare.forgetting.text"
+        yield UserError("same_text", what, remedy="Hold another text out.", field=field)
     if compare.forgetting is not None and compare.forgetting.text is None and settings.model.base != NANO:
         what, field = (
             f"forgetting is measured on general text, and only {NANO} has one of its own",
@@ -80,6 +92,12 @@ def _missing_files(settings: Comparison) -> Iterator[UserError]:
             "tasks.evaluate",
         )
         yield UserError("no_validation_tasks", what, remedy="Name some in tasks.evaluate.", field=field)
+
+
+def _is_one_text(replay: ReplaySettings, forgetting: ForgettingSettings) -> bool:
+    if forgetting.text is None or not (replay.text.is_file() and forgetting.text.is_file()):
+        return False
+    return sha256_of_file(replay.text) == sha256_of_file(forgetting.text)
 
 
 def _unusable_predictions(settings: Comparison, tasks: ComparisonTasks) -> Iterator[UserError]:
@@ -149,6 +167,10 @@ def _too_few_rows(settings: Comparison, tasks: ComparisonTasks) -> Iterator[User
             what = f"task {task.name!r} has no test rows"
             yield UserError("no_test_rows", what, remedy="Give it some, or leave it out.")
     for task in tasks.evaluated:
+        if len(task.test) == 1:
+            what = f"task {task.name!r} has one test row, so that its score has no error"
+            remedy = "Give it more, or leave it out."
+            yield UserError("too_few_rows", what, expected="at least 2", found="1", remedy=remedy)
         yield from _needs(task, max(settings.shots), "compare.shots", "shots")
     most_probe_shots = max(compare.forgetting.probe_shots) if compare.forgetting else 0
     for task in tasks.probes:
@@ -185,11 +207,23 @@ def _needs(task: Task, number: int, field: str, what_for: str) -> Iterator[UserE
         yield UserError("too_few_rows", what, expected=expected, found=found, remedy=remedy, field=field)
 
 
-def _single_class(task: Task) -> Iterator[UserError]:
+def _impossible_variants(settings: Comparison) -> Iterator[UserError]:
+    """Find variants that name what does not exist, or ask for more than base and machine have."""
+    known = {str(problem) for problem in machine_problems(settings, with_tasks=False)}
+    for variant in settings.compare.variants.values():
+        try:
+            recipe = nominal_recipe(settings, "all_answers", variant)
+            problems = [one for one in machine_problems(recipe, with_tasks=False) if str(one) not in known]
+        except UserError as error:
+            problems = [error]
+        known |= {str(problem) for problem in problems}
+        yield from problems
+
+
+def _single_class(task: Task, *sides: tuple[str, Sequence[Example]]) -> Iterator[UserError]:
     """Refuse a task of which every row of a side has the same label: any constant answer would be right."""
     if task.labels is None:
         return
-    sides: tuple[tuple[str, Sequence[Example]], ...] = (("training", task.train), ("test", task.test))
     for side, examples in sides:
         answers = {example.answer for example in examples}
         if len(answers) == 1:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import BaseModel, Field, TypeAdapter
+
+from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.cells import Trial
-from manyicl.evaluation.grid import CellReport, CellState
+from manyicl.evaluation.grid import CellReport, CellState, parsed
+
+# In the folder of the trials: what was chosen by them.
+CHOSEN_FILE = "chosen.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,31 @@ class Choice:
         steps = f" and {self.num_steps:,} steps" if self.num_steps is not None else ""
         reason = f" (on validation tasks: {scores})" if scores else ""
         return f"{name}: learning rate {self.learning_rate:.2g}{steps}{reason}."
+
+
+class _Chosen(BaseModel):
+    """What `CHOSEN_FILE` holds."""
+
+    rates: tuple[float, ...] = Field(description="Rates that were tried.")
+    choices: dict[str, Choice] = Field(description="Name of a choice -> what was chosen.")
+
+
+def known_choices(file: Path, rates: Sequence[float]) -> dict[str, Choice]:
+    """Read what was chosen among these rates; nothing where others were tried, or nothing was chosen yet.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    chosen = parsed(TypeAdapter(_Chosen), file)
+    return dict(chosen.choices) if chosen.rates == tuple(rates) else {}
+
+
+def write_choices(file: Path, rates: Sequence[float], choices: Mapping[str, Choice]) -> None:
+    """Write what was chosen among these rates."""
+    chosen = _Chosen(rates=tuple(rates), choices=dict(choices))
+    write_atomically(file, chosen.model_dump_json(indent=2) + "\n")
 
 
 def choose(trials: Sequence[Trial], reports: Sequence[CellReport]) -> dict[str, Choice | UserError]:

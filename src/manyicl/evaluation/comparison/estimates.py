@@ -221,6 +221,17 @@ def difference_of(first: Weighted, second: Weighted) -> Measured | None:
     return _combined([(-1.0, first), (1.0, second)])
 
 
+def levels_of(first: Weighted, second: Weighted) -> tuple[float, float] | None:
+    """Return both means at the training seeds that the two have in common, so that they go with their difference."""
+    rows = _common_rows([table for _, table in (*first, *second)])
+    if rows is None:
+        return None
+    one, other = (
+        sum(weight * float(table.at(rows).means.mean()) for weight, table in tables) for tables in (first, second)
+    )
+    return one, other
+
+
 @dataclass(frozen=True)
 class ShareOfGap:
     """How much of the gap between two models a third one closes: 0 as the lower, 1 as the upper.
@@ -247,14 +258,13 @@ def share_of_gap(lower: Weighted, model: Weighted, upper: Weighted) -> ShareOfGa
 
     Source: Fieller 1954, Some Problems in Interval Estimation.
     """
-    gap = difference_of(lower, upper)
-    if gap is None:
+    # The third model has a part in the gap, too: all three sums are over the same training seeds.
+    gap = _combined([(-1.0, lower), (0.0, model), (1.0, upper)])
+    gained = _combined([(-1.0, lower), (1.0, model), (0.0, upper)])
+    if gap is None or gained is None:
         return None
     if gap.interval is None or gap.interval[0] <= 0:
         return ShareOfGap(gap, None, None)
-    gained = _combined([(-1.0, lower), (1.0, model), (0.0, upper)])
-    if gained is None:
-        return None
     share = gained.mean / gap.mean
 
     def excess(other: float) -> float:

@@ -37,6 +37,10 @@ def omissions(records: ComparisonRecords, statistics: Statistics) -> list[str]:
         num_seeds = len({cell.training_seed for cell in its_cells})
         if not arm.variant and num_seeds < plan.num_training_seeds:
             lines.append(f"{arm.label}: {num_seeds} of {pluralized(plan.num_training_seeds, 'seed')} done.")
+    if "base" not in plan.regimes and any(cell.forgetting for cell in records.cells):
+        lines.append("What was lost since the base is not known, for the base is not among the regimes.")
+    if statistics.dedicated and not records.settings.is_tuned:
+        lines.append("Models per task took their whole budget: with one learning rate, no number of steps was chosen.")
     for role in ROLES:
         for task in statistics.tasks_of(role):
             if (reason := statistics.why_not_compared(role, task)) is not None:

@@ -172,7 +172,10 @@ class ComparisonPlan:
             yield length.sentence(name)
         if "dedicated" in self.prepared.lengths:
             part = "a whole budget" if compare.dedicated.budget == "each" else "a share of a budget"
-            yield f"Dedicated models are at most so long, {part} each, and shorter where validation tasks say so."
+            shorter = (
+                "shorter where validation tasks say so" if self.trials else "never shorter, since nothing is tried"
+            )
+            yield f"Dedicated models are at most so long, {part} each, and {shorter}."
         rates = ", ".join(f"{rate:.2g}" for rate in settings.learning_rates)
         if self.trials:
             judged = [

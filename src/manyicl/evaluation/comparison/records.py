@@ -5,8 +5,10 @@
     OUTPUT/
       comparison.yaml     the resolved file
       tasks.json          role, family and source of each task
+      cells.json          names of the models; trials.json: those of the trials
       imported.json       fingerprint of the answers of each other system that comparison.yaml names
       rates/CELL/         a trial of a learning rate: cell.json, done.json, model/
+      rates/chosen.json   the rates that were chosen by them
       runs/CELL/          a training with the chosen rate, evaluated: cell.json, done.json (a `CellRecord`), model/
       results/            records of the evaluations; `model_name` is the name of a cell
 """
@@ -22,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from manyicl.errors import UserError
 from manyicl.evaluation.comparison.settings import Comparison, Regime
-from manyicl.evaluation.grid import CELL_FILE, DONE_FILE, FAILED_FILE, Cell, CellReport, CellState, Grid, parsed
+from manyicl.evaluation.grid import CELL_FILE, DONE_FILE, FAILED_FILE, Cell, CellReport, CellState, Grid, Rules, parsed
 from manyicl.evaluation.result import RESULTS_ENDING, Result, ResultStore
 
-COMPARISON_FILE, TASKS_FILE, CELLS_FILE = "comparison.yaml", "tasks.json", "cells.json"
+COMPARISON_FILE, TASKS_FILE = "comparison.yaml", "tasks.json"
+CELLS_FILE, TRIALS_FILE = "cells.json", "trials.json"
 IMPORTED_FILE = "imported.json"
 RATES_FOLDER, RUNS_FOLDER, RESULTS_FOLDER = "rates", "runs", "results"
 # The model_name of imported answers begins so.
@@ -99,6 +102,10 @@ class CellRecord(_Record):
     positions: tuple[PositionScore, ...] = ()
 
 
+class _RulesOfRecords(Rules):
+    result = TypeAdapter(CellRecord)
+
+
 @dataclass(frozen=True)
 class ComparisonRecords:
     """Everything that is known of a comparison.
@@ -110,7 +117,7 @@ class ComparisonRecords:
         failures: Cells that failed, wait, run or were interrupted.
         results: Results of all evaluations, in the order of their creation; of imported answers, those of the files
             that the comparison names now.
-        failed_trials: Trials of learning rates that failed.
+        failed_trials: Trials of learning rates that failed, of regimes that are compared.
     """
 
     settings: Comparison
@@ -139,21 +146,21 @@ class ComparisonRecords:
         settings = Comparison.read(folder / COMPARISON_FILE)
         roles = parsed(TypeAdapter(dict[str, TaskRole]), folder / TASKS_FILE)
         names = parsed(TypeAdapter(list[str]), folder / CELLS_FILE)
-        reports = [report_of(folder / RUNS_FOLDER, name) for name in names]
-        is_done = [report.state is CellState.DONE for report in reports]
-        cells = [
-            parsed(TypeAdapter(CellRecord), folder / RUNS_FOLDER / name / DONE_FILE)
-            for name, done in zip(names, is_done, strict=True)
-            if done
-        ]
-        failures = [report for report, done in zip(reports, is_done, strict=True) if not done]
-        found = results_in(folder)
-        failed = sorted(path.parent.name for path in (folder / RATES_FOLDER).glob(f"*/{FAILED_FILE}"))
-        trials = (report_of(folder / RATES_FOLDER, name) for name in failed)
+        reports = [report_of(folder / RUNS_FOLDER, name, _RulesOfRecords()) for name in names]
+        cells = [CellRecord.model_validate(report.result) for report in reports if report.state is CellState.DONE]
+        failures = [report for report in reports if report.state is not CellState.DONE]
+        results = _current(results_in(folder), settings, folder)
+        trials = (report_of(folder / RATES_FOLDER, name) for name in _failed_trials(folder))
         failed_trials = tuple(report for report in trials if report.state is CellState.FAILED)
-        return cls(
-            settings, roles, tuple(cells), tuple(failures), tuple(_current(found, settings, folder)), failed_trials
-        )
+        return cls(settings, roles, tuple(cells), tuple(failures), tuple(results), failed_trials)
+
+
+def _failed_trials(folder: Path) -> list[str]:
+    """Name the trials that failed; those of regimes that are no longer compared decide nothing."""
+    failed = sorted(path.parent.name for path in (folder / RATES_FOLDER).glob(f"*/{FAILED_FILE}"))
+    file = folder / TRIALS_FILE
+    # Earlier versions did not write it.
+    return sorted({*failed} & {*parsed(TypeAdapter(list[str]), file)}) if file.is_file() else failed
 
 
 def _current(results: Iterable[Result], settings: Comparison, folder: Path) -> Iterator[Result]:
@@ -184,12 +191,12 @@ def results_in(folder: Path) -> list[Result]:
     return ResultStore(results).load() if any(results.glob(f"*{RESULTS_ENDING}")) else []
 
 
-def report_of(folder: Path, name: str) -> CellReport:
+def report_of(folder: Path, name: str, rules: Rules | None = None) -> CellReport:
     """Look at one cell of a grid as it is on the disk; nothing is written where it has not started."""
     place = folder / name
     if not any((place / file).is_file() for file in (CELL_FILE, DONE_FILE, FAILED_FILE)):
         return CellReport(Cell(name, {}), CellState.WAITING)
     file = place / CELL_FILE
     settings = parsed(TypeAdapter(dict[str, Any]), file) if file.is_file() else {}
-    (report,) = Grid(folder, [Cell(name, settings)]).reports()
+    (report,) = Grid(folder, [Cell(name, settings)], rules).reports()
     return report

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rich.console import Console
 from transformers import TrainerState
 
 from manyicl.activity import Activity
-from manyicl.atomic import write_atomically
+from manyicl.atomic import is_leftover, write_atomically
 from manyicl.engine.engine import Engine
 from manyicl.episodes.chat_template import chosen_format
 from manyicl.episodes.text_format import AnyFormat
@@ -43,7 +44,7 @@ from manyicl.evaluation.comparison.cells import (
     trial_tasks,
 )
 from manyicl.evaluation.comparison.checks import comparison_problems, require_possible, text_problems
-from manyicl.evaluation.comparison.choosing import Choice, choose
+from manyicl.evaluation.comparison.choosing import CHOSEN_FILE, Choice, choose, known_choices, write_choices
 from manyicl.evaluation.comparison.forgetting_along import ForgettingOfModels
 from manyicl.evaluation.comparison.records import (
     CELLS_FILE,
@@ -55,6 +56,7 @@ from manyicl.evaluation.comparison.records import (
     RESULTS_FOLDER,
     RUNS_FOLDER,
     TASKS_FILE,
+    TRIALS_FILE,
     CellRecord,
     ComparisonRecords,
     PositionScore,
@@ -68,6 +70,7 @@ from manyicl.evaluation.grid import LOCK_FILE, Cell, CellReport, CellState, Grid
 from manyicl.evaluation.held_out import held_out_measure
 from manyicl.evaluation.imported import export_queries, fingerprint_of, import_predictions
 from manyicl.evaluation.positions import score_positions
+from manyicl.evaluation.result import hash_of
 from manyicl.evaluation.shot_curve import EvaluationSettings, choose_queries, measure_shot_curves
 from manyicl.model.load import LoadedModel, load_model, load_tokenizer
 from manyicl.model.manifest import Manifest
@@ -80,12 +83,12 @@ from manyicl.training.throughput import forget_peak
 
 # Log and counts of a training, kept in the folder of its cell when the checkpoints go.
 HISTORY_FILE = "history.json"
-# Queries of the evaluation, for other systems to answer.
-QUERIES_FILE = "queries.jsonl"
+# Queries of the evaluation, for other systems to answer, and a hash of all that they depend on.
+QUERIES_FILE, QUERIES_HASH_FILE = "queries.jsonl", "queries.hash"
 # A kill may leave no more than these.
-BEFORE_THE_FIRST_FILE = (LOCK_FILE, IMPORTED_FILE, TASKS_FILE, CELLS_FILE)
+BEFORE_THE_FIRST_FILE = (LOCK_FILE, IMPORTED_FILE, TASKS_FILE, CELLS_FILE, TRIALS_FILE)
 SECONDS_BETWEEN_LOOKS = 2.0
-UNSETTLED = (CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED)
+UNSETTLED = {CellState.WAITING, CellState.RUNNING, CellState.INTERRUPTED}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class PreparedComparison:
 
     def _trial_cell(self, trial: Trial) -> Cell:
         recipe = recipe_of_trial(trial, self.settings, self.lengths, Path(MODEL_FOLDER))
-        return self._cell(trial.name, settings_of_trial(trial, self.settings, self.tasks, recipe))
+        return self._cell(trial.name, settings_of_trial(trial, self.tasks, recipe))
 
     def _run_cell(self, run: Run) -> Cell:
         recipe = None
@@ -150,11 +153,24 @@ class PreparedComparison:
         known = {} if self._base_weights is None else {BASE_WEIGHTS: self._base_weights}
         return Cell(name, {**known, **settings})
 
-    def choices(self) -> Mapping[str, Choice | UserError]:
-        """Return the learning rates as far as trials that are done tell; the only one where none are tried."""
+    def settled_choices(self) -> Mapping[str, Choice | UserError]:
+        """Return the learning rates that the trials tell, when all have ended; the only one where none are tried.
+
+        A rate is chosen once, for all processes and for good: a trial that is tried again later changes nothing.
+        """
+        rates = self.settings.learning_rates
         if not self.settings.is_tuned:
-            return {run.choice: Choice(self.settings.learning_rates[0]) for run in self.runs if run.length}
-        return choose(self.trials, self.rates.reports())
+            return {run.choice: Choice(rates[0]) for run in self.runs if run.length}
+        file = self.rates.folder / CHOSEN_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.rates.folder / LOCK_FILE):
+            chosen = known_choices(file, rates)
+            missing = [trial for trial in self.trials if trial.choice not in chosen]
+            reports = {report.cell.name: report for report in self.rates.reports()}
+            found = choose(missing, [reports[trial.name] for trial in missing])
+            chosen |= {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
+            write_choices(file, rates, chosen)
+        return {**found, **chosen}
 
     def missing_results(self) -> dict[str, str]:
         """Say of each model that is done and not all of whose results are there, by its name, how many are missing.
@@ -163,9 +179,11 @@ class PreparedComparison:
             UserError: If a record is damaged.
         """
         folder = self.folder / RESULTS_FOLDER
+        # States first: another process may finish a cell meanwhile, and its results are there before it is done.
+        reports = self.models.reports()
         known = {(one.model_name, one.task, one.num_shots, one.seed, one.order) for one in results_in(self.folder)}
         sentences = {}
-        for run, report in zip(self.runs, self.models.reports(), strict=True):
+        for run, report in zip(self.runs, reports, strict=True):
             expected = {
                 (run.name, task.name, point.num_shots, point.seed, point.order)
                 for task in evaluated_tasks(run, self.tasks)
@@ -185,7 +203,9 @@ def prepare(settings: Comparison, activity: Activity | None = None) -> PreparedC
     """
     activity = activity or Activity()
     require_output_folder(settings.output)
-    others = (path for path in settings.output.glob("*") if path.name not in BEFORE_THE_FIRST_FILE)
+    others = (
+        path for path in settings.output.glob("*") if path.name not in BEFORE_THE_FIRST_FILE and not is_leftover(path)
+    )
     if settings.output.is_dir() and any(others) and not is_comparison(settings.output):
         what, remedy = "the output is not empty and holds no comparison", "Use another output."
         raise UserError("output_exists", what, remedy=remedy, file=settings.output)
@@ -193,11 +213,14 @@ def prepare(settings: Comparison, activity: Activity | None = None) -> PreparedC
     activity.begin("reading tasks")
     tasks = load_comparison_tasks(settings, activity.show)
     problems = list(comparison_problems(settings, tasks))
-    # Packed sequences of tasks that do not fit cannot be looked at.
-    require_possible(problems)
     assert settings.model.base is not None
-    tokenizer = load_tokenizer(settings.model.base)
-    require_possible(list(text_problems(settings, tokenizer)))
+    try:
+        tokenizer = load_tokenizer(settings.model.base)
+    except UserError as error:
+        require_possible(problems or [error])
+        raise
+    # Packed sequences of tasks that do not fit cannot be looked at.
+    require_possible([*problems, *text_problems(settings, tokenizer)])
     lengths = lengths_of(settings, tasks, tokenizer, activity)
     require_possible(budget_problems(settings, lengths))
     trials, runs = planned_trials(settings, tasks), planned_runs(settings, tasks)
@@ -230,10 +253,7 @@ def run_comparison(
     work.exchange_predictions()
     work.try_rates(retry_failed=retry_failed)
     work.train_models(retry_failed=retry_failed)
-    records = ComparisonRecords.load(prepared.folder)
-    # Those of regimes that are no longer compared decide nothing.
-    failed = tuple(report for report in records.failed_trials if report.cell.name in work.trials)
-    return replace(records, failed_trials=failed)
+    return ComparisonRecords.load(prepared.folder)
 
 
 def _comparison_file(folder: Path) -> str | None:
@@ -261,6 +281,7 @@ def _write_files(prepared: PreparedComparison) -> None:
             (IMPORTED_FILE, json.dumps(imported, indent=2) + "\n"),
             (TASKS_FILE, json.dumps(roles, ensure_ascii=False, indent=2) + "\n"),
             (CELLS_FILE, json.dumps([run.name for run in prepared.runs], indent=2) + "\n"),
+            (TRIALS_FILE, json.dumps([trial.name for trial in prepared.trials], indent=2) + "\n"),
             (COMPARISON_FILE, text),
         ):
             write_atomically(folder / name, content)
@@ -287,31 +308,32 @@ class _Work:
             if retry_failed:
                 self._free_choices().run(self._try, retry_failed=True, on_report=self._say)
             self._wait_for_others(rates)
-        self.choices = self.prepared.choices()
+        self.choices = self.prepared.settled_choices()
         for name, choice in self.choices.items():
             say(self.console, str(choice) if isinstance(choice, UserError) else choice.sentence(name))
 
     def _free_choices(self) -> Grid:
-        """Return the trials of what is still free to be chosen: no training that follows from them has started."""
-        models = self.prepared.models.folder
-        fixed = {run.choice for run in self.prepared.runs if (models / run.name / MODEL_FOLDER).is_dir()}
+        """Return the trials of what is still free to be chosen."""
+        fixed = known_choices(self.prepared.rates.folder / CHOSEN_FILE, self.settings.learning_rates)
         free = [cell for cell in self.prepared.rates.cells if self.trials[cell.name].choice not in fixed]
         for report in self.prepared.rates.reports():
             choice = self.trials[report.cell.name].choice
             if report.state is CellState.FAILED and choice in fixed:
-                reason = f"the rate of {choice} was chosen without it, and models have started with that rate"
-                say(self.console, f"{report.cell.name} is not tried again: {reason}.")
+                say(self.console, f"{report.cell.name} is not tried again: the rate of {choice} was chosen without it.")
         return Grid(self.prepared.rates.folder, free, self.prepared.rates.rules)
 
     def _wait_for_others(self, grid: Grid) -> None:
         """Wait until other processes have ended their trials; take over those that they leave."""
-        with self._activity("waiting for trials") as activity:
-            reports = grid.reports()
-            while left := [report for report in reports if report.state in UNSETTLED]:
-                trials = pluralized(len(left), "trial")
-                activity.begin(f"waiting for {trials} of learning rates that other processes work on")
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                reports = grid.run(self._try, on_report=self._say)
+        reports = grid.reports()
+        while any(report.state in UNSETTLED for report in reports):
+            with self._activity("waiting for trials") as activity:
+                # A trial that nobody works on is left, or was: then the wait ends, and so does its bar.
+                while (states := Counter(report.state for report in reports)).keys() & UNSETTLED == {CellState.RUNNING}:
+                    trials = pluralized(states[CellState.RUNNING], "trial")
+                    activity.begin(f"waiting for {trials} of learning rates that other processes work on")
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    reports = grid.reports()
+            reports = grid.run(self._try, on_report=self._say)
 
     def train_models(self, *, retry_failed: bool) -> None:
         """Train and evaluate the models."""
@@ -345,7 +367,7 @@ class _Work:
         self._begin("Trial", cell, self.prepared.rates.cells)
         trial = self.trials[cell.name]
         recipe = recipe_of_trial(trial, self.settings, self.prepared.lengths, folder / MODEL_FOLDER)
-        tasks = trial_tasks(trial, self.settings, self.prepared.tasks)
+        tasks = trial_tasks(trial, self.prepared.tasks)
         run = _finished(ensure_trained(recipe, tasks, held_out_measure, console=self.console))
         history = _kept_history(run, folder)
         scores = {entry["step"]: entry["eval_score"] for entry in history.log_history if "eval_score" in entry}
@@ -424,14 +446,20 @@ class _Work:
             return Engine.from_pretrained(folder, dtype=self.settings.model.dtype, max_context_tokens=length)
 
     def _positions(self, run: Run, engine: Engine) -> list[PositionScore]:
-        """Score the demonstrations of a sequence of each task by their position."""
+        """Score the demonstrations of a sequence of each task by their position, if the context holds any."""
         num_examples, sampling = max(self.settings.shots), self.settings.sequences.sampling
+        found: list[PositionScore] = []
+        if num_examples == 0:
+            return found
         with self._activity(f"scoring demonstrations by position, {run.name}") as activity:
-            return [
-                score
-                for task in activity.counting(self.prepared.tasks.evaluated)
-                for score in score_positions(engine, task, num_examples, run.draw, sampling=sampling)
-            ]
+            for task in activity.counting(self.prepared.tasks.evaluated):
+                try:
+                    found += score_positions(engine, task, num_examples, run.draw, sampling=sampling)
+                except UserError as error:
+                    if error.code != "no_shot_fits":
+                        raise
+                    say(self.console, f"{run.name}: not scored by position, {error}")
+        return found
 
     def exchange_predictions(self) -> None:
         """Write the queries for other systems, and score the answers of those that have answered.
@@ -439,17 +467,21 @@ class _Work:
         Raises:
             UserError: If a file of answers does not answer exactly these queries.
         """
-        file = self.prepared.folder / QUERIES_FILE
+        file, written_for = self.prepared.folder / QUERIES_FILE, self.prepared.folder / QUERIES_HASH_FILE
         predictions = self.settings.compare.predictions
-        if file.is_file() and not predictions:
-            return
-        say(self.console, f"Writing the queries of all tasks to {file}.")
-        engine = self._base_engine(*self._base())
         settings = EvaluationSettings(
             shots=(0,), num_queries=self.settings.compare.num_queries, seed=self.settings.training.seed
         )
+        hashes = [task.data_hash for task in self.prepared.tasks.evaluated]
+        identity = hash_of(settings.model_dump_json(), str(self.settings.sequences.max_context_tokens), *hashes) + "\n"
+        is_current = file.is_file() and written_for.is_file() and written_for.read_text(encoding="utf-8") == identity
+        if is_current and not predictions:
+            return
+        say(self.console, f"Writing the queries of all tasks to {file}.")
+        engine = self._base_engine(*self._base())
         tasks = [choose_queries(engine, task, settings)[0] for task in self.prepared.tasks.evaluated]
         export_queries(tasks, file)
+        write_atomically(written_for, identity)
         results = self.prepared.folder / RESULTS_FOLDER
         for name, path in predictions.items():
             import_predictions(path, f"{IMPORTED}{name}", tasks, results, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -122,15 +122,18 @@ def _over_trainings(values: Sequence[float]) -> Estimate | None:
 
 
 def cost_of(cells: Sequence[CellRecord]) -> Cost:
-    """Average what the trainings of an arm took over their seeds."""
-    seeds = {cell.training_seed for cell in cells}
+    """Average what the trainings of an arm took over their seeds, of several models over seeds that have them all."""
+    num_models = len({cell.task for cell in cells})
+    of_seed = Counter(cell.training_seed for cell in cells)
+    seeds = {seed for seed, count in of_seed.items() if count == num_models} or set(of_seed)
+    cells = [cell for cell in cells if cell.training_seed in seeds]
     memory = [cell.peak_memory_gib for cell in cells if cell.peak_memory_gib is not None]
 
     def per_seed(values: Iterable[float]) -> float:
         return sum(values) / len(seeds)
 
     return Cost(
-        num_models=len({cell.task for cell in cells}),
+        num_models=num_models,
         num_trainings=len(seeds),
         num_steps=per_seed(cell.num_steps for cell in cells),
         num_tokens=per_seed(cell.num_tokens for cell in cells),

@@ -17,10 +17,10 @@ from typing import Literal
 from manyicl.evaluation.comparison.arms import (
     ALL_ANSWERS,
     BASE,
+    DEDICATED,
     EQUAL_ANSWERS,
     FEW_SHOT,
     LAST_ANSWER,
-    REGIME_LABELS,
     ZERO_SHOT,
     Arm,
     Point,
@@ -33,6 +33,7 @@ from manyicl.evaluation.comparison.estimates import (
     Weighted,
     difference_of,
     family_weights,
+    levels_of,
     mean_of,
     score_table,
     share_of_gap,
@@ -55,7 +56,11 @@ from manyicl.tasks.spec import family_order
 ComparedRole = Literal["unseen", "seen"]
 ROLES: tuple[ComparedRole, ...] = ("unseen", "seen")
 
-_BASELINES = {"majority": "majority answer", "tfidf": "TF-IDF + log. reg.", "nearest": "nearest neighbour"}
+BASELINE_LABELS = {
+    "majority": "majority answer of all rows",
+    "tfidf": "TF-IDF + log. reg.",
+    "nearest": "nearest neighbour",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Row:
     Attributes:
         point: The arm and the shot count.
         cells: Group of tasks -> mean, None where a task of it was not measured.
-        worst: Mean over tasks of the worst of all draws, orders and trainings; None where there is one alone.
+        worst: Mean over tasks and trainings of the worst draw and order; None where there is one alone.
     """
 
     point: Point
@@ -111,12 +116,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first on the same tasks, training seeds, draws and queries."""
+    """Second minus first on the same tasks, training seeds, draws and queries.
+
+    Attributes:
+        first: The first point.
+        second: The second point.
+        tasks: The tasks.
+        measured: The difference.
+        levels: Means of the first and the second at the training seeds that both have.
+    """
 
     first: Point
     second: Point
     tasks: tuple[str, ...]
     measured: Measured
+    levels: tuple[float, float]
 
     @property
     def reading(self) -> Literal["higher", "lower", "not distinguishable", "one training"]:
@@ -135,13 +149,14 @@ class InWeights:
     Attributes:
         tasks: Tasks with dedicated models on every number of examples.
         num_examples: Numbers of examples, ascending.
-        lines: What answers -> mean at each number of examples, None where it was not measured.
+        lines: What answers, an arm or the name of a trivial baseline -> mean at each number of examples, None where it
+            was not measured.
         differences: Many-shot minus dedicated at each number of examples.
     """
 
     tasks: tuple[str, ...]
     num_examples: tuple[int, ...]
-    lines: Mapping[str, tuple[Measured | None, ...]]
+    lines: Mapping[Arm | str, tuple[Measured | None, ...]]
     differences: tuple[Difference | None, ...]
 
 
@@ -282,19 +297,26 @@ class Statistics:
         one, other = self.weighted(first, tasks), self.weighted(second, tasks)
         if one is None or other is None or not _same_queries(one, other):
             return None
-        measured = difference_of(one, other)
-        return Difference(first, second, tuple(tasks), measured) if measured is not None else None
+        measured, levels = difference_of(one, other), levels_of(one, other)
+        if measured is None or levels is None:
+            return None
+        return Difference(first, second, tuple(tasks), measured, levels)
 
     def worst(self, point: Point, tasks: Sequence[str]) -> float | None:
-        """Mean over tasks of the worst score of any draw, order and training."""
+        """Mean over tasks of the worst draw and order of each training, averaged over the trainings.
+
+        The base is trained once for all: each of its rows is another draw.
+        """
         weights = family_weights({task: self.families[task] for task in tasks})
-        scores = [
-            [result.score for row in self.results.get((point.arm, task, point.shots), {}).values() for result in row]
-            for task in tasks
-        ]
-        if not scores or _is_constant(point.arm, point.shots) or min(map(len, scores)) < 2:
-            return None
-        return sum(weights[task] * min(one) for task, one in zip(tasks, scores, strict=True))
+        total = 0.0
+        for task in tasks:
+            rows = [[one.score for one in row] for row in self.results.get((point.arm, task, point.shots), {}).values()]
+            if point.arm == BASE:
+                rows = [[score for row in rows for score in row]]
+            if not point.shots or not rows or min(map(len, rows)) < 2:
+                return None
+            total += weights[task] * fmean(map(min, rows))
+        return total if tasks else None
 
     def row(self, point: Point, tasks: Sequence[str]) -> Row:
         """Return a line of a table over these tasks and their families."""
@@ -325,6 +347,21 @@ class Statistics:
         """Dedicated arms by their number of examples."""
         return tuple(arm for arm in self.arms if arm.regime == "dedicated")
 
+    @cached_property
+    def in_weights_and_context(self) -> tuple[Point, Point] | None:
+        """Dedicated models and many-shot at the largest number of examples that both have.
+
+        Where there is none, each with its most; None where either was not measured.
+        """
+        model, shots = self.point(ALL_ANSWERS), self.shots_of(ALL_ANSWERS)
+        if model is None or not self.dedicated:
+            return None
+        equal = [(arm, count) for arm in self.dedicated if (count := arm.num_examples) in shots and count is not None]
+        if not equal:
+            return Point(self.dedicated[-1], 0), model
+        arm, count = equal[-1]
+        return Point(arm, 0), Point(ALL_ANSWERS, count)
+
     def differences(self, role: str) -> list[Difference]:
         """The differences that sentences speak of: many-shot, all answers, against every other regime."""
         tasks, with_dedicated = self.compared(role), self.dedicated_tasks(role)
@@ -334,7 +371,8 @@ class Statistics:
         ]
         found.append(self.difference(self.point(LAST_ANSWER), model, tasks))
         found.append(self.difference(self.point(LAST_ANSWER), self.point(EQUAL_ANSWERS), tasks))
-        found += [self.difference(self.point(arm), model, with_dedicated) for arm in self.dedicated[-1:]]
+        if (pair := self.in_weights_and_context) is not None:
+            found.append(self.difference(*pair, with_dedicated))
         for arm in self.arms:
             if arm.replay:
                 found.append(self.difference(self.point(Arm(arm.regime)), self.point(arm), tasks))
@@ -343,13 +381,16 @@ class Statistics:
         return [one for one in found if one is not None]
 
     def shares(self, role: str) -> dict[Point, ShareOfGap]:
-        """Share of the gap between base and dedicated models that many-shot closes, by the point of the base."""
-        tasks, model = self.dedicated_tasks(role), self.point(ALL_ANSWERS)
-        if model is None or not self.dedicated:
+        """Share of the gap between base and dedicated models that many-shot closes, by the point of the base.
+
+        The base has no example, or as many as the many-shot model.
+        """
+        tasks, pair = self.dedicated_tasks(role), self.in_weights_and_context
+        if pair is None:
             return {}
-        upper, middle = self.weighted(Point(self.dedicated[-1], 0), tasks), self.weighted(model, tasks)
+        upper, middle = (self.weighted(point, tasks) for point in pair)
         found: dict[Point, ShareOfGap] = {}
-        for point in self.points(BASE):
+        for point in dict.fromkeys(Point(BASE, shots) for shots in (0, pair[1].shots)):
             lower = self.weighted(point, tasks)
             if lower is None or middle is None or upper is None:
                 continue
@@ -360,23 +401,23 @@ class Statistics:
 
     # Examples in context against examples in weights
 
-    def in_weights(self, role: str, family: str | None = None) -> InWeights | None:
+    def in_weights(self, role: str) -> InWeights | None:
         """Compare many-shot after N examples with models that were trained on N examples of the task."""
-        tasks = tuple(t for t in self.dedicated_tasks(role) if family in (None, self.families[t]))
+        tasks = self.dedicated_tasks(role)
         if not tasks:
             return None
         counts = tuple(arm.num_examples or 0 for arm in self.dedicated)
-        lines: dict[str, tuple[Measured | None, ...]] = {
-            REGIME_LABELS["dedicated"]: tuple(self.score(Point(arm, 0), tasks) for arm in self.dedicated)
+        lines: dict[Arm | str, tuple[Measured | None, ...]] = {
+            DEDICATED: tuple(self.score(Point(arm, 0), tasks) for arm in self.dedicated)
         }
         for arm in (ALL_ANSWERS, BASE):
-            lines[arm.label] = tuple(self.score(Point(arm, count), tasks) for count in counts)
-        for name, label in _BASELINES.items():
-            lines[label] = tuple(self.baseline(name, count, tasks) for count in counts)
+            lines[arm] = tuple(self.score(Point(arm, count), tasks) for count in counts)
+        for name in BASELINE_LABELS:
+            lines[name] = tuple(self.baseline(name, count, tasks) for count in counts)
         for arm in self.arms:
             if arm.imported is not None and (point := self.point(arm)) is not None:
-                lines[arm.label] = (self.score(point, tasks),) * len(counts)
-        known = {label: cells for label, cells in lines.items() if any(cell is not None for cell in cells)}
+                lines[arm] = (self.score(point, tasks),) * len(counts)
+        known = {key: cells for key, cells in lines.items() if any(cell is not None for cell in cells)}
         differences = tuple(
             self.difference(Point(arm, 0), Point(ALL_ANSWERS, count), tasks)
             for arm, count in zip(self.dedicated, counts, strict=True)
@@ -384,16 +425,22 @@ class Statistics:
         return InWeights(tasks, counts, known, differences)
 
     def baseline(self, name: str, shots: int, tasks: Sequence[str]) -> Measured | None:
-        """Mean of a trivial baseline that knows the same demonstrations; None unless every task has it."""
+        """Mean of a trivial baseline that knows the same demonstrations, or, of the majority answer, all training rows.
+
+        None unless every task has it. Every draw and order counts once, whatever the number of models that had it.
+        """
         scores = []
         for task in tasks:
-            found: list[float] = []
+            found: dict[tuple[int, int], float] = {}
             for arm in self.arms:
                 draws = self.results.get((arm, task, shots), {}) if arm.is_main else {}
-                found += [
-                    value for row in draws.values() for one in row if (value := getattr(one, name, None)) is not None
-                ]
-            scores.append(fmean(found) if found else None)
+                found |= {
+                    (one.seed, one.order): value
+                    for row in draws.values()
+                    for one in row
+                    if (value := getattr(one, name, None)) is not None
+                }
+            scores.append(fmean(found.values()) if found else None)
         known = [score for score in scores if score is not None]
         if not known or len(known) < len(scores):
             return None

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
-from manyicl.evaluation.comparison.arms import arm_of
-from manyicl.evaluation.comparison.records import IMPORTED, CellRecord, ComparisonRecords
+from manyicl.evaluation.comparison.arms import Point
+from manyicl.evaluation.comparison.estimates import family_weights
+from manyicl.evaluation.comparison.records import IMPORTED, ComparisonRecords
+from manyicl.evaluation.comparison.statistics import ROLES, statistics_of
 
 Scores = dict[str, dict[int, float]]
 
@@ -16,18 +18,18 @@ Scores = dict[str, dict[int, float]]
 def mean_scores(records: ComparisonRecords) -> dict[str, Scores]:
     """Return, by the ``model_name`` of results, their mean score by role of the tasks and number of shots.
 
-    Each task counts once.
+    Tasks weigh alike within their family, and families alike, as in the report; it leaves tasks out that some regime
+    did not answer, which one cell cannot know.
     """
-    by_task: defaultdict[tuple[str, str, int, str], list[float]] = defaultdict(list)
+    by_task: defaultdict[tuple[str, str, int], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in records.results:
         if (role := records.roles.get(result.task)) is not None:
-            by_task[result.model_name, role.role, result.num_shots, result.task].append(result.score)
-    by_cell: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
-    for (name, role_name, num_shots, _), scores in by_task.items():
-        by_cell[name, role_name, num_shots].append(fmean(scores))
+            by_task[result.model_name, role.role, result.num_shots][result.task].append(result.score)
     means: dict[str, Scores] = {}
-    for (name, role_name, num_shots), scores in sorted(by_cell.items()):
-        means.setdefault(name, {}).setdefault(role_name, {})[num_shots] = fmean(scores)
+    for (name, role_name, num_shots), scores in sorted(by_task.items()):
+        weights = family_weights({task: records.roles[task].family for task in scores})
+        mean = sum(weights[task] * fmean(its_scores) for task, its_scores in scores.items())
+        means.setdefault(name, {}).setdefault(role_name, {})[num_shots] = mean
     return means
 
 
@@ -47,7 +49,8 @@ def as_json(records: ComparisonRecords) -> dict[str, Any]:
         for report in records.failures
     ]
     trials = [{"name": report.cell.name, "failure": report.reason} for report in records.failed_trials]
-    imported = [{"name": name, "scores": scores.get(f"{IMPORTED}{name}", {})} for name in _imported(records)]
+    names = tuple(records.settings.compare.predictions)
+    imported = [{"name": name, "scores": scores.get(f"{IMPORTED}{name}", {})} for name in names]
     cells = [*done, *others]
     return {
         "output": str(records.settings.output),
@@ -57,25 +60,17 @@ def as_json(records: ComparisonRecords) -> dict[str, Any]:
     }
 
 
-def _imported(records: ComparisonRecords) -> tuple[str, ...]:
-    """Names of the other systems whose answers were imported."""
-    return tuple(records.settings.compare.predictions)
-
-
 def score_rows(records: ComparisonRecords) -> Iterator[dict[str, str]]:
-    """Yield a row for each kind of model (means over training seeds, dedicated models and tasks) and other system."""
-    scores = mean_scores(records)
-    kinds: defaultdict[str, list[CellRecord]] = defaultdict(list)
-    for cell in records.cells:
-        kinds[arm_of(cell).label].append(cell)
-    columns = [(role, shots) for role in ("seen", "unseen") for shots in records.settings.shots]
-    names = {kind: [cell.name for cell in cells] for kind, cells in kinds.items()}
-    names |= {f"imported: {name}": [f"{IMPORTED}{name}"] for name in _imported(records)}
-    for kind, its_names in names.items():
-        row = {"model": kind, "cells": str(len(kinds[kind])) if kind in kinds else ""}
-        for role, shots in columns:
-            found = [
-                known for name in its_names if (known := scores.get(name, {}).get(role, {}).get(shots)) is not None
-            ]
-            row[f"{role}, {shots} shots"] = f"{fmean(found):.3f}" if found else ""
+    """Yield a row for each kind of model and other system: the means of the report, at every shot count.
+
+    Those of dedicated models are over the tasks that have one.
+    """
+    numbers = statistics_of(records)
+    for arm in numbers.arms:
+        row = {"model": arm.label, "cells": str(len(numbers.cells[arm])) if arm in numbers.cells else ""}
+        for role in reversed(ROLES):
+            tasks = numbers.dedicated_tasks(role) if arm.regime == "dedicated" else numbers.compared(role)
+            for shots in records.settings.shots:
+                score = numbers.score(Point(arm, shots), tasks)
+                row[f"{role}, {shots} shots"] = f"{score.mean:.3f}" if score is not None else ""
         yield row

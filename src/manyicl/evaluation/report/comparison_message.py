@@ -49,22 +49,21 @@ def messages(numbers: Statistics) -> list[Message]:
 
 def replaces(numbers: Statistics, role: ComparedRole) -> str:
     """Say whether one many-shot model replaces one model per task."""
-    dedicated, model = numbers.dedicated[-1:], numbers.point(ALL_ANSWERS)
-    if model is None:
+    if numbers.point(ALL_ANSWERS) is None:
         return "Many-shot fine-tuning with all answers was not measured, so nothing can be said of it."
-    tasks = numbers.dedicated_tasks(role)
-    if not dedicated or not tasks:
+    pair, tasks = numbers.in_weights_and_context, numbers.dedicated_tasks(role)
+    if pair is None or not tasks:
         return "Models per task were not measured, so whether one model replaces them is not known."
-    upper = Point(dedicated[0], 0)
+    upper, model = pair
     difference = numbers.difference(upper, model, tasks)
-    score, other = numbers.score(model, tasks), numbers.score(upper, tasks)
-    if difference is None or score is None or other is None:
+    if difference is None:
         return "Many-shot and dedicated models have no training seed in common, so they cannot be compared."
-    count = dedicated[0].num_examples or 0
+    other, score = difference.levels
+    count = upper.arm.num_examples or 0
     unit = unit_of(numbers, tasks)
     levels = (
-        f"with {percent(score.mean)}{unit} after {pluralized(model.shots, 'example')} in its context against "
-        f"{percent(other.mean)}{unit} of models trained on {pluralized(count, 'example')} of their task"
+        f"with {percent(score)}{unit} after {pluralized(model.shots, 'example')} in its context against "
+        f"{percent(other)}{unit} of models trained on {pluralized(count, 'example')} of their task"
     )
     some = (
         ""
@@ -77,23 +76,24 @@ def replaces(numbers: Statistics, role: ComparedRole) -> str:
         "not distinguishable": "Undecided: one many-shot model and one model per task are not distinguishable",
         "one training": "Not claimed: one training each does not tell one many-shot model from one model per task",
     }
-    share = numbers.shares(role).get(numbers.point(BASE) or model)
-    closes = f" {share_sentence(share)}" if share is not None else ""
+    shares = numbers.shares(role)
+    closes = f" {share_sentence(*list(shares.items())[-1])}" if shares else ""
     with_interval = "; intervals are of 95%" if difference.measured.interval is not None else ""
     return f"{verdicts[difference.reading]}{some}, {levels} ({by(difference.measured)}{with_interval}).{closes}"
 
 
-def share_sentence(share: ShareOfGap) -> str:
+def share_sentence(base: Point, share: ShareOfGap) -> str:
     """Say which share of the gap between the base and the dedicated models many-shot closes."""
+    gap = f"the gap between the base with {pluralized(base.shots, 'example')} and those models"
     if share.share is None:
         reason = "with one training each, its size is not known"
         if share.gap.interval is not None:
             reason = f"it is not above the noise ({interval(share.gap, is_signed=True)})"
-        return f"No share of the gap between the base and those models is given, since {reason}."
+        return f"No share of {gap} is given, since {reason}."
     low, high = share.interval or (None, None)
     if low is None or high is None:
-        return f"It closes {share.share:.0%} of the gap between the base and those models; the data do not bound it."
-    return f"It closes {share.share:.0%} of the gap between the base and those models ({low:.0%} to {high:.0%})."
+        return f"It closes {share.share:.0%} of {gap}; the data do not bound it."
+    return f"It closes {share.share:.0%} of {gap} ({low:.0%} to {high:.0%})."
 
 
 def _others(numbers: Statistics, role: ComparedRole) -> Iterator[str]:

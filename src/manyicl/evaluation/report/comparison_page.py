@@ -284,8 +284,8 @@ def _notes(numbers: Statistics) -> list[str]:
         "Differences are paired over the same training seeds, draws and queries. “Not distinguishable” means that the "
         "interval holds zero. Each interval stands for itself: of twenty true zeros, about one would be excluded by "
         "chance.",
-        "Worst draw: mean over tasks of the worst score of any training, draw and order of it; it falls with their "
-        "number.",
+        "Worst draw: the worst score of any draw and order of the demonstrations of a training, averaged over "
+        "trainings and tasks; it falls with the number of draws and orders.",
         "The share of a gap has Fieller's interval, of every share that the data do not exclude; where the gap is not "
         "above the noise, no share is given.",
         "Models per task see no demonstration and the same instruction; their rows are training seeds as well.",

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from manyicl.evaluation.comparison.arms import ALL_ANSWERS, Arm
 from manyicl.evaluation.comparison.estimates import Measured
-from manyicl.evaluation.comparison.statistics import Difference, InWeights, Statistics
+from manyicl.evaluation.comparison.statistics import BASELINE_LABELS, Difference, InWeights, Statistics
 from manyicl.evaluation.report.drawing import (
     FAINT,
     INK,
@@ -64,9 +64,9 @@ _LOOKS = {
     "import": Look("#9a7cc0", (0, (2, 2)), "P", "imported"),
 }
 _BASELINE_LOOKS = {
-    "majority answer": Look("#8b93a1", (0, (5, 3)), "", "majority"),
-    "TF-IDF + log. reg.": Look("#b8860b", (0, (1, 1.6)), "s", "TF-IDF"),
-    "nearest neighbour": Look("#5f8f2f", (0, (1, 1.6)), "x", "nearest"),
+    "majority": Look("#8b93a1", (0, (5, 3)), "", "majority"),
+    "tfidf": Look("#b8860b", (0, (1, 1.6)), "s", "TF-IDF"),
+    "nearest": Look("#5f8f2f", (0, (1, 1.6)), "x", "nearest"),
 }
 
 
@@ -202,10 +202,11 @@ def _points(scores: Mapping[int, Measured]) -> tuple[tuple[float, float, tuple[f
 
 def in_weights_plot(found: InWeights, name: str, title: str) -> Plot:
     """Draw examples in context beside as many examples in weights."""
-    arms = {ALL_ANSWERS.label: look_of(ALL_ANSWERS), "base": _LOOKS["base"], "one model per task": _LOOKS["dedicated"]}
     curves, rows = [], []
-    for label, cells in found.lines.items():
-        look = arms.get(label) or _BASELINE_LOOKS.get(label) or look_of(Arm("import", imported=label))
+    for key, cells in found.lines.items():
+        label, look = (
+            (key.label, look_of(key)) if isinstance(key, Arm) else (BASELINE_LABELS[key], _BASELINE_LOOKS[key])
+        )
         known = {n: one for n, one in zip(found.num_examples, cells, strict=True) if one is not None}
         curves.append(Curve(label, look, _points(known)))
         rows += [(label, n, *measured_cells(one)) for n, one in known.items()]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from manyicl.errors import pluralized
-from manyicl.evaluation.comparison.arms import ALL_ANSWERS, Arm, Point
+from manyicl.evaluation.comparison.arms import ALL_ANSWERS, DEDICATED, Arm, Point
 from manyicl.evaluation.comparison.estimates import Measured
 from manyicl.evaluation.comparison.side_measures import Cost, Forgotten
-from manyicl.evaluation.comparison.statistics import ROLES, ComparedRole, Difference, Row, Statistics
+from manyicl.evaluation.comparison.statistics import BASELINE_LABELS, ROLES, ComparedRole, Difference, Row, Statistics
 from manyicl.evaluation.report.comparison_message import interval, percent, signed
 from manyicl.evaluation.report.comparison_plots import look_of
 from manyicl.evaluation.report.drawing import family_title
@@ -137,16 +137,16 @@ def in_weights(numbers: Statistics, role: ComparedRole) -> Table | None:
     found = numbers.in_weights(role)
     if found is None:
         return None
-    arms = {ALL_ANSWERS.label: ALL_ANSWERS, "base": Arm("base"), "one model per task": Arm("dedicated")}
     lines = []
-    for label, cells in found.lines.items():
-        name = {"one model per task": "in weights: one model per task"}.get(label, label)
-        if label in (ALL_ANSWERS.label, "base"):
-            name = f"in context: {label}"
-        arm = arms.get(label)
-        kind = "strong" if arm == ALL_ANSWERS else "" if arm else "soft"
-        colour = look_of(arm).colour if arm else None
-        lines.append(Line(name, tuple(mean_cell(cell) for cell in cells), colour, kind))
+    for key, cells in found.lines.items():
+        measured = tuple(mean_cell(cell) for cell in cells)
+        if not isinstance(key, Arm):
+            lines.append(Line(BASELINE_LABELS[key], measured, kind="soft"))
+        elif key.imported is not None:
+            lines.append(Line(key.label, measured, look_of(key).colour, "soft"))
+        else:
+            where = "in weights" if key == DEDICATED else "in context"
+            lines.append(_line(f"{where}: {key.label}", key, measured))
     compared = [Cell(NONE) if one is None else _difference_cell(one) for one in found.differences]
     lines.append(Line("in context − in weights", tuple(compared)))
     readings = [Cell(NONE if one is None else _READINGS[one.reading]) for one in found.differences]
@@ -174,10 +174,11 @@ def shares(numbers: Statistics, role: ComparedRole) -> Table | None:
         lines.append(_line(f"from {point.label}", point.arm, (Cell(text, detail or reason), gap)))
     if not lines:
         return None
-    count = numbers.dedicated[-1].num_examples or 0
+    assert numbers.in_weights_and_context is not None
+    upper, model = numbers.in_weights_and_context
     caption = (
-        f"Share of the gap between the base and models trained on {pluralized(count, 'example')} of each task that "
-        "many-shot with all answers closes"
+        f"Share of the gap between the base and models trained on {pluralized(upper.arm.num_examples or 0, 'example')} "
+        f"of each task that many-shot with all answers closes after {pluralized(model.shots, 'example')}"
     )
     return Table(caption, ("gap", "share closed", "gap in points"), tuple(lines))
 
