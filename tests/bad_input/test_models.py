@@ -540,6 +540,15 @@ MODELS += [
         prepare=lambda folder: _with_more_tokens(folder / "m"),
     ),
     refused(
+        "an end-of-text token without an embedding",
+        PREDICT,
+        "tokenizer_too_large",
+        expected="at most 330",
+        found="331",
+        files=QUERIES,
+        prepare=lambda folder: _with_another_end(folder / "m"),
+    ),
+    refused(
         "weights that are not numbers",
         PREDICT,
         "weights_not_finite",
@@ -1033,6 +1042,12 @@ def _without_line_breaks(folder: Path) -> None:
 def _with_more_tokens(folder: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.add_tokens([f"<{number}>" for number in range(100)])
+    tokenizer.save_pretrained(folder)
+
+
+def _with_another_end(folder: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens({"eos_token": "<the end>"})
     tokenizer.save_pretrained(folder)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from tests.builders import byte_level_bpe, make_example, sentencepiece_bpe, unigram, word_level
 
@@ -108,6 +109,13 @@ def test_a_tokenizer_that_loses_line_breaks_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="does not keep"):
         Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+
+
+def test_words_replace_labels_only_if_the_tokenizer_knows_them_and_tells_them_apart() -> None:
+    tokenizer = word_level(["red", "blue"])
+    assert Encoder(tokenizer).usable_labels(["red", "unheard", "blue", "red"]) == ["red", "blue"]
+    ends = Encoder(byte_level_bpe(), PlainFormat(end_of_answer="ue"))
+    assert ends.usable_labels(["red", "blue"]) == ["red"]
 
 
 def test_truncation_saved_with_a_tokenizer_cuts_nothing() -> None:

@@ -51,6 +51,24 @@ def test_rows_fill_their_context_but_for_five_percent(encoder: Encoder, wanted: 
     assert sum(unused) / len(unused) < 0.05
 
 
+@pytest.mark.parametrize("max_context_tokens", [150, 200, 250, 400])
+def test_labels_keep_their_names_where_longer_ones_would_leave_no_room(
+    encoder: Encoder, max_context_tokens: int
+) -> None:
+    labels = tuple(f"l{number}" for number in range(20))
+    rows = [make_example(f"box {number} extraordinarily", labels[number % 20]) for number in range(200)]
+    words = [make_example(f"{'incomprehensible'[: 6 + n % 10]}{chr(97 + n % 26)}", "l0") for n in range(150)]
+    task = make_task(train=[*words, *rows], labels=labels, instruction="One of: {{ labels | join(', ') }}")
+    settings = EpisodeSettings(rename_labels=1.0)
+    sequences = source(encoder, [task], episodes=settings, max_context_tokens=max_context_tokens)
+    assert all(sequences[index].episodes for index in range(len(sequences)))
+    if max_context_tokens == 400:
+        answers = {
+            encoder.decode(one.token_ids[slice(*span)]) for one in sequences[0].episodes for span in one.answer_spans
+        }
+        assert not answers & {f"{label}\n\n" for label in labels}
+
+
 def test_seed_and_index_alone_fix_a_row(encoder: Encoder) -> None:
     sequences, again = source(encoder, mixed_tasks()), source(encoder, mixed_tasks())
     backwards = {i: again[i] for i in reversed(range(10))}

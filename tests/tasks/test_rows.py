@@ -299,6 +299,12 @@ def test_hub_rows_have_class_names_instead_of_numbers() -> None:
     assert asked == [(("owner/name", "big"), {"split": "train", "revision": None})]
 
 
+def test_a_csv_file_of_the_hub_is_read_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\none,001\ntwo,NA\nthree,1.10\nfour,\n", encoding="utf-8")
+    rows = read_hub_rows(str(tmp_path), "train")
+    assert [row.columns["label"] for row in rows] == ["001", "NA", "1.10", ""]
+
+
 def test_bytes_of_the_hub_that_are_no_text_are_refused_by_column_and_row() -> None:
     rows = [{"text": b"a"}, {"text": "caf\u00e9".encode("latin-1")}]
     with pytest.raises(UserError, match=r"hf:owner/name train:2: the column 'text' cannot be read as text"):

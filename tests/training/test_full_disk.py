@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from manyicl.errors import MachineError
 from manyicl.model.load import LoadedModel
 from manyicl.training import train as train_module
 from manyicl.training.checkpoint import SavingFailedError
@@ -102,6 +103,15 @@ def test_a_log_that_finds_the_disk_full_names_the_last_good_checkpoint_too(
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     with pytest.raises(SavingFailedError, match=r"^The log of the run could not be saved: the disk of .* is full"):
         run(small_recipe(tmp_path / "run", "training.log_every=1"))
+
+
+def test_an_evaluation_that_cannot_write_does_not_blame_the_disk_of_the_run(tmp_path: Path) -> None:
+    def full(loaded: LoadedModel) -> Mapping[str, float]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(MachineError, match=r"^The evaluation after step 1 failed: .*no space left") as error:
+        ensure_trained(small_recipe(tmp_path / "run", "training.evaluate_every=1"), small_tasks(), measuring(full))
+    assert not isinstance(error.value, SavingFailedError)
 
 
 @pytest.mark.parametrize("kilobytes", [20, 170, 330, 440, 680])

@@ -109,7 +109,7 @@ def test_checkpoints_that_evaluations_make_in_any_case_are_not_asked_for_twice()
             ["tasks.evaluate=[]", "training.evaluate_shots=[1]", "training.evaluate_queries=3"],
             "shots and training.evaluate_queries would",
         ),
-        (["training.warmup_steps=5"], "training.warmup_steps is 5, but the run has 4 steps, so the rate never reaches"),
+        (["training.warmup_steps=4"], "training.warmup_steps is 4, but the run has 4 steps, so the rate never reaches"),
         (
             ["training.schedule=warmup_stable_decay", "training.decay_share=1", "training.warmup_steps=1"],
             "training.warmup_steps is 1 and warmup_stable_decay falls over 4, but the run has 4 steps",

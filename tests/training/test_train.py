@@ -218,6 +218,18 @@ def test_intervals_that_change_when_a_run_is_resumed_hold(tmp_path: Path) -> Non
     assert len(seen) == 3, "after the steps 3, 6 and 8"
 
 
+def test_a_run_that_is_resumed_without_evaluations_has_no_best_score(tmp_path: Path) -> None:
+    changes = ("training.num_steps=4", "training.keep_checkpoints=9")
+    run(small_recipe(tmp_path / "run", *changes, "training.evaluate_every=1"), evaluation=stop_in_step(2))
+    last = small_recipe(tmp_path / "run", *changes, "training.evaluate_every=null")
+    resumed = run(last, resume=True)
+    found = ensure_trained(last, small_tasks(), measuring(None), console=Console(file=io.StringIO()))
+    assert [(done.was_found, done.best_score, done.best_step) for done in (resumed, found)] == [
+        (False, None, None),
+        (True, None, None),
+    ]
+
+
 def test_a_folder_that_was_moved_is_resumed_with_its_best_model(tmp_path: Path) -> None:
     changes = ("training.evaluate_every=1", "training.num_steps=6")
     scores = iter([0.5, 0.9, 0.1, 0.1, 0.1, 0.1])

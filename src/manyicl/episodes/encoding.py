@@ -266,6 +266,22 @@ class Encoder:
         found = f"{shortened(first, 60)!r}{rows}"
         raise UserError("end_inside_answer", what, found=found, remedy=REMEDY_FOR_END_INSIDE)
 
+    def usable_labels(self, words: Iterable[str]) -> list[str]:
+        """Keep the words that can replace labels: those that the tokenizer knows and tells apart, in their order.
+
+        A word that contains the end-of-answer text cannot, either.
+        """
+        known: set[tuple[int, ...]] = set()
+        usable = []
+        for word in words:
+            if self._ends_early(word):
+                continue
+            token_ids = self.answer_ids(word)
+            if token_ids not in known and self.tokenizer.unk_token_id not in token_ids:
+                known.add(token_ids)
+                usable.append(word)
+        return usable
+
     def _require_distinct_labels(self, task: Task) -> None:
         by_ids: dict[tuple[int, ...], str] = {}
         for label in task.labels or ():

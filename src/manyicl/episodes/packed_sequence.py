@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from manyicl.episodes.budget import whole_shots_within
@@ -11,6 +11,7 @@ from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import EncodedEpisode
 from manyicl.episodes.replay import Replay, ReplayedSegment
 from manyicl.episodes.sampling import (
+    DrawnEpisode,
     EpisodeSettings,
     Mixture,
     draw_episode,
@@ -113,7 +114,7 @@ class PackedSequences(Sequence[PackedSequence]):
             words: set[str] = set()
             for each in self._shots:  # one at a time: tasks share most of their words
                 words |= each.plain_words()
-            self._replacement_words = sorted(words)
+            self._replacement_words = encoder.usable_labels(sorted(words))
             require_replacement_words(tasks, self._replacement_words)
         if self.episodes.omit_instruction and not any(each.instruction() for each in self._shots):
             what = "omit_instruction has no effect, because no training task has an instruction"
@@ -143,6 +144,7 @@ class PackedSequences(Sequence[PackedSequence]):
             shots = self._shots[number]
             answers = shots.answers() if self.episodes.sampling == "balanced" else None
             drawn = draw_episode(shots.task, self.episodes, rng, self._replacement_words, shots.instruction(), answers)
+            drawn = _with_names_that_fit(drawn, shots, self.max_context_tokens)
             fitting = whole_shots_within(drawn, shots, self.encoder, budget, self.max_context_tokens)
             num_too_long += fitting.num_too_long
             if fitting.episode:
@@ -152,7 +154,23 @@ class PackedSequences(Sequence[PackedSequence]):
                 num_draws_that_do_not_fit = 0
             else:
                 num_draws_that_do_not_fit += 1
+        if not episodes and not replayed:
+            what = f"no example that was drawn for packed sequence {index:,} fits the context"
+            remedy = "Raise it; or set sequences.rename_labels to 0, where other words make examples longer."
+            expected, field = f"at most {self.max_context_tokens:,} tokens", "sequences.max_context_tokens"
+            raise UserError("no_shot_fits", what, expected=expected, remedy=remedy, field=field)
         return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long, replayed)
+
+
+def _with_names_that_fit(drawn: DrawnEpisode, shots: TaskShots, max_context_tokens: int) -> DrawnEpisode:
+    """Keep the task's own label names where an instruction with other names would leave no room for its examples."""
+    if drawn.new_names is None or not drawn.instruction:
+        return drawn
+    own, renamed = (len(shots.preamble_ids(each)) for each in (shots.instruction(), drawn.instruction))
+    longer = renamed - own
+    if longer <= 0 or shots.fewest_tokens(max_context_tokens - longer) + longer <= max_context_tokens:
+        return drawn
+    return replace(drawn, instruction=shots.instruction(), new_names=None)
 
 
 def _require_one_shot_fits(shots: TaskShots, max_context_tokens: int) -> None:

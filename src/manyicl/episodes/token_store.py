@@ -416,7 +416,9 @@ def _table_of(task: Task, encoder: Encoder) -> tuple[pyarrow.Table, int]:
     """
     instruction = task.instruction()
     preamble_ids, first = encoder.preamble_ids(instruction), encoder.preceding(instruction, 0)
-    ids = pyarrow.large_list(pyarrow.from_numpy_dtype(numpy.min_scalar_type(max(len(encoder.tokenizer) - 1, 0))))
+    # Numbers may be missing in a vocabulary, so that its size does not bound them.
+    largest_id = max(encoder.tokenizer.get_vocab().values(), default=0)
+    ids = pyarrow.large_list(pyarrow.from_numpy_dtype(numpy.min_scalar_type(largest_id)))
     names = (GIVEN, ids), (FIRST, ids), (TARGET, ids), ("answer", pyarrow.large_string())
     schema = pyarrow.schema(list(names))
     batches = []

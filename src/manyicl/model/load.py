@@ -229,10 +229,13 @@ def _named_base(reference: str | Path) -> PretrainedBase | None:
 
 
 def _require_embeddings(reference: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for; a padding token is never used."""
+    """Refuse a tokenizer with tokens that the model has no embedding for.
+
+    Of the special ones only those at the beginning of a text and at the end of an answer are used, padding never.
+    """
     num_embeddings = len(cast(Tensor, model.get_input_embeddings().weight))
-    special = set(tokenizer.all_special_ids)
-    num_tokens = 1 + max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    num_tokens = 1 + max(set(tokenizer.get_vocab().values()) - unused, default=-1)
     if num_tokens > num_embeddings:
         what = f"The tokenizer of {reference!r} has more tokens than the model has embeddings"
         expected, remedy = f"at most {num_embeddings:,}", "Restore the folder, or name another model."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def read_hub_rows(
     class_names: Mapping[str, Mapping[str, str]] | None = None,
     load_dataset: LoadDataset | None = None,
 ) -> list[LocatedRow]:
-    """Read one split of a Hub dataset through `datasets`; numbered classes become their names.
+    """Read one split of a Hub dataset through `datasets`; numbered classes become their names, CSV stays as written.
 
     A private or gated dataset needs a token. The Hub's own library takes it from the environment (``HF_TOKEN``);
     it is neither read nor passed on here, and cut out of what that library says.
@@ -50,6 +50,12 @@ def read_hub_rows(
     place = f"hf:{name} {split}"
     try:
         dataset = load_dataset(name, config, split=split, revision=revision)
+        if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":
+            # Its reader has made 1 of a label 001, and nothing of NA: read it again, as text.
+            as_text = _columns_of_text(dataset.column_names)
+            dataset = load_dataset(
+                name, config, split=split, revision=revision, features=as_text, keep_default_na=False
+            )
     except Exception as error:
         if _is_unreachable(error):
             offline = ", and HF_HUB_OFFLINE keeps this machine offline" if os.environ.get("HF_HUB_OFFLINE") else ""
@@ -70,6 +76,12 @@ def read_hub_rows(
         return {column: text_of(value, column, place, number) for column, value in read.items()}
 
     return [LocatedRow(columns_of(row, number), place, number) for number, row in enumerate(dataset, start=1)]
+
+
+def _columns_of_text(columns: Iterable[str]) -> Any:
+    from datasets import Features, Value
+
+    return Features({column: Value("string") for column in columns})
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -160,7 +160,7 @@ def _found_or_trained(
             activity.say(sentence)
     state = trainer.state
     best_step = state.best_global_step if measured else None
-    best = state.best_metric
+    best = state.best_metric if measured else None
     return TrainedRun(folder.path, finished, state.global_step, best, best_step, was_signalled=trainer.was_signalled)
 
 
@@ -258,4 +258,7 @@ def _found_run(recipe: Recipe, tasks: RecipeTasks, folder: RunFolder) -> Trained
         folder.remember_base(files)
     newest = Checkpoints(folder.checkpoints).newest()
     state = TrainerState.load_from_json(str(newest / "trainer_state.json")) if newest else TrainerState()
-    return TrainedRun(folder.path, True, recipe.num_steps, state.best_metric, state.best_global_step, was_found=True)
+    # With evaluation switched off when the run was resumed, the last model was saved, whatever was measured before.
+    was_chosen = recipe.training.evaluate_every is not None
+    best, best_step = (state.best_metric, state.best_global_step) if was_chosen else (None, None)
+    return TrainedRun(folder.path, True, recipe.num_steps, best, best_step, was_found=True)

@@ -15,7 +15,7 @@ from manyicl.checked import Section, UniqueKeyLoader, parse_yaml, read_text, val
 from manyicl.episodes.replay import ReplaySettings
 from manyicl.episodes.sampling import EpisodeSettings, Mixture
 from manyicl.episodes.text_format import FormatSettings
-from manyicl.errors import UserError, quoted, shortened
+from manyicl.errors import UserError, pluralized, quoted, shortened
 from manyicl.paths import exists, nearest_path
 
 RENAMED_KEYS = {"rows": "sequences", "training.rows_per_step": "training.sequences_per_step"}
@@ -308,11 +308,12 @@ class Recipe(Section):
                 f"without tasks.evaluate nothing is evaluated, so {' and '.join(unused)} would have no effect; name "
                 "held-out tasks, or leave that out"
             )
-        if warmup + self.num_decay_steps > self.num_steps:
+        # The rate of a step is set before it: the first step after warm-up has the peak.
+        if warmup + max(self.num_decay_steps, 1) > self.num_steps:
             falls = f" and warmup_stable_decay falls over {self.num_decay_steps:,}" if self.num_decay_steps else ""
             raise ValueError(
-                f"training.warmup_steps is {warmup:,}{falls}, but the run has {self.num_steps:,} steps, so the rate "
-                "never reaches its peak; use fewer, or a longer run"
+                f"training.warmup_steps is {warmup:,}{falls}, but the run has {pluralized(self.num_steps, 'step')}, so "
+                "the rate never reaches its peak; use fewer, or a longer run"
             )
         if self.format.kind == "chat" and self.model.from_scratch is not None:
             raise ValueError(

@@ -20,7 +20,8 @@ from manyicl.episodes.packed_sequence import PackedSequences
 from manyicl.episodes.replay import Replay
 from manyicl.episodes.text_format import AnyFormat
 from manyicl.episodes.token_store import TokenStore
-from manyicl.errors import pluralized
+from manyicl.errors import MachineError, pluralized
+from manyicl.library_errors import reason
 from manyicl.model.load import LoadedModel
 from manyicl.model.manifest import Manifest, TrainedTask
 from manyicl.tasks.task import Task
@@ -238,7 +239,10 @@ def train_prepared(
 
     def figures(model: PreTrainedModel) -> Mapping[str, float]:
         assert measure is not None
-        return measure(LoadedModel(model, start.tokenizer, manifest, "in training", str(folder.path)))
+        try:
+            return measure(LoadedModel(model, start.tokenizer, manifest, "in training", str(folder.path)))
+        except OSError as error:  # not of the run folder, whose disk would be blamed
+            raise MachineError(f"An evaluation could not read or write a file: {reason(error)}.") from error
 
     evaluation = None if measure is None else figures
     trainer = ManyShotTrainer(start.model, arguments, run.sequences, run.recipe.objective, evaluation, callbacks)

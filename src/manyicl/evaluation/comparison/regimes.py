@@ -121,7 +121,8 @@ def _sequences(settings: Comparison, regime: Regime) -> Mapping[str, Any]:
 def _warmup_steps(settings: Comparison, num_steps: int) -> int:
     """Warm up over the same share of a shorter or longer run."""
     share = settings.training.warmup_steps / settings.num_steps
-    num_decay_steps = 0
+    # One step at the peak is left, or all those of the decay.
+    num_left = 1
     if settings.training.schedule == "warmup_stable_decay":
-        num_decay_steps = max(1, round(settings.training.decay_share * num_steps))
-    return max(0, min(int(share * num_steps), num_steps - num_decay_steps))
+        num_left = max(1, round(settings.training.decay_share * num_steps))
+    return max(0, min(int(share * num_steps), num_steps - num_left))
