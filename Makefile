@@ -18,7 +18,7 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) -m "not slow and not gpu and not server"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_PROCESSES) --dist worksteal -m "not slow and not gpu and not server"
 
 # Checks that take long.
 test-slow: .venv/.installed

@@ -139,6 +139,7 @@ def test_every_training_task_has_rows_for_many_shots() -> None:
     assert all(task.labels is None or 2 <= len(task.labels) <= 64 for task in tasks("train"))
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("role", ROLES[1:])
 def test_no_text_of_training_is_held_out(role: str) -> None:
@@ -150,6 +151,7 @@ def test_no_text_of_training_is_held_out(role: str) -> None:
     assert [text for text in trained & held_out if len(text) > 3] == []
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("role", ROLES[1:])
 def test_training_and_held_out_tasks_share_no_long_phrase(role: str) -> None:

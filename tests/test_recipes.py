@@ -22,6 +22,8 @@ RECIPES = [
 ]
 COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
 # What stands in for the model that a recipe starts from.
+# The others are built and trained with the slow tests.
+OFTEN_TRAINED = ("llama3_8b_full", "qwen3_0.6b", "one_model", "nano", "quickstart")
 ARCHITECTURE_OF = {
     "mistral_7b_v0.3": "mistral",
     "llama3_8b": "llama",
@@ -82,7 +84,13 @@ def toy_overrides(recipe: Recipe, name: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem in OFTEN_TRAINED else pytest.mark.slow, id=path.stem)
+        for path in RECIPES
+    ],
+)
 def test_a_recipe_builds_and_trains_a_step_at_toy_size(path: Path, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8").replace("train: []", "train: [given]")
     recipe = Recipe.parse(text, path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,52 @@ tasks: {train: [table.csv:text:label]}
 training: {num_tokens: 1000, learning_rate: 1e-4, warmup_step: 3}
 output: run
 """
+# Calls every command in one process, which imports the libraries once. What one command imports stays imported, so that
+# the first command that needs torch is found, and those after it with it.
 SCRIPT = """
-import sys
+import contextlib, io, json, sys
 from manyicl.cli.main import main
-try:
-    main()
-except SystemExit as end:
-    print("code", end.code, "torch", "torch" in sys.modules)
+
+for words in json.load(sys.stdin):
+    sys.argv = ["manyicl", *words]
+    said, code = io.StringIO(), None
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, "torch" in sys.modules, said.getvalue()]))
 """
+MISTAKES = [
+    "predict --model builtin:nano --prefix nowhere.prefix --input table.csv",
+    f"predict --model builtin:unknown --task {TABLE} --input table.csv",
+    f"predict --model nowhere --task {TABLE} --input table.csv",
+    f"predict --model builtin:nano --task {TABLE} --input nowhere.csv",
+    f"predict --model builtin:nano --task {TABLE} --input table.csv --dtype floot",
+    f"compile --model builtin:nano --task {TABLE} --output x.prefix --shots 640",
+    f"compile --model nowhere --task {TABLE} --output x.prefix",
+    f"predict --model builtin:nano --task {TABLE} --input table.csv --output answers.txt",
+    f"predict --model builtin:nano --task {TABLE} --input table.csv --encoding utf-9",
+    f"compile --model builtin:nano --task {TABLE} --output nowhere/x.prefix",
+    f"evaluate --model nowhere --tasks {TABLE} --output results",
+    f"evaluate --model builtin:nano --tasks {TABLE} --shots 1,x --output results",
+    "evaluate --model builtin:nano --tasks nowhere --output results",
+    "train nowhere.yaml",
+    "train recipe.yaml",
+    "train recipe.yaml --dry-run",
+    "train recipe.yaml --set training.learning_rate=fast",
+    "report nowhere",
+    "export --model nowhere --output exported",
+    "export --model builtin:nano --output exported --dtype floot",
+    "doctor nowhere.yaml",
+    "doctor recipe.yaml",
+    "models get nowhere",
+    "tasks check nowhere.csv:text:label",
+    "tasks check table.csv",
+    f"tasks check {TABLE} --model nowhere",
+    "tasks show nowhere",
+]
+LOOKS = ["tasks check", "tasks show --shots 2", "tasks list"]
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -32,48 +71,28 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "predict --model builtin:nano --prefix nowhere.prefix --input table.csv",
-        f"predict --model builtin:unknown --task {TABLE} --input table.csv",
-        f"predict --model nowhere --task {TABLE} --input table.csv",
-        f"predict --model builtin:nano --task {TABLE} --input nowhere.csv",
-        f"predict --model builtin:nano --task {TABLE} --input table.csv --dtype floot",
-        f"compile --model builtin:nano --task {TABLE} --output x.prefix --shots 640",
-        f"compile --model nowhere --task {TABLE} --output x.prefix",
-        f"predict --model builtin:nano --task {TABLE} --input table.csv --output answers.txt",
-        f"predict --model builtin:nano --task {TABLE} --input table.csv --encoding utf-9",
-        f"compile --model builtin:nano --task {TABLE} --output nowhere/x.prefix",
-        f"evaluate --model nowhere --tasks {TABLE} --output results",
-        f"evaluate --model builtin:nano --tasks {TABLE} --shots 1,x --output results",
-        "evaluate --model builtin:nano --tasks nowhere --output results",
-        "train nowhere.yaml",
-        "train recipe.yaml",
-        "train recipe.yaml --dry-run",
-        "train recipe.yaml --set training.learning_rate=fast",
-        "report nowhere",
-        "export --model nowhere --output exported",
-        "export --model builtin:nano --output exported --dtype floot",
-        "doctor nowhere.yaml",
-        "doctor recipe.yaml",
-        "models get nowhere",
-        "tasks check nowhere.csv:text:label",
-        "tasks check table.csv",
-        f"tasks check {TABLE} --model nowhere",
-        "tasks show nowhere",
-    ],
-)
-def test_a_mistake_is_found_before_torch_is_imported(words: str, folder: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *words.split()]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.stdout.splitlines()[-1:] == ["code 2 torch False"], ended.stderr
-    assert ended.stderr.startswith("error "), ended.stderr
+Ended = tuple[int | None, bool, str]
 
 
-@pytest.mark.parametrize("command", [["check"], ["show", "--shots", "2"], ["list"]], ids=lambda words: words[0])
-def test_a_task_is_looked_at_without_torch(command: list[str], folder: Path) -> None:
-    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, "tasks", *command, TABLE]
-    ended = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1:] == ["code 0 torch False"]
+@pytest.fixture(name="ended", scope="module")
+def _ended(folder: Path) -> dict[str, Ended]:
+    """Exit code, whether torch was imported by then, and what was printed to standard error, of each command."""
+    commands = [*(f"{look} {TABLE}" for look in LOOKS), *MISTAKES]
+    words = json.dumps([command.split() for command in commands])
+    program = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    done = subprocess.run(program, cwd=folder, input=words, capture_output=True, text=True, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return {command: tuple(result) for command, result in zip(commands, results, strict=True)}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_found_before_torch_is_imported(words: str, ended: dict[str, Ended]) -> None:
+    code, has_torch, said = ended[words]
+    assert (code, has_torch) == (2, False), said
+    assert said.startswith("error "), said
+
+
+@pytest.mark.parametrize("command", LOOKS)
+def test_a_task_is_looked_at_without_torch(command: str, ended: dict[str, Ended]) -> None:
+    code, has_torch, said = ended[f"{command} {TABLE}"]
+    assert (code, has_torch) == (0, False), said

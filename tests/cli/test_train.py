@@ -92,7 +92,7 @@ def test_only_the_main_process_prints_a_mistake(
     assert len((recipe.parent / "log").read_text(encoding="utf-8").splitlines()) == num_lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_checkpoint_and_prints_the_command_that_resumes(recipe: Path, number: signal.Signals) -> None:
     log = recipe.parent / "log"
     process = command(recipe, "--set", "training.num_steps=100000", "--set", "training.log_every=1")

@@ -60,6 +60,7 @@ def test_a_run_that_was_stopped_resumes_in_as_many_processes_to_the_same_bits(re
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_command_with_one_sentence(recipe: Path) -> None:
     log = recipe.parent / "log"
     process = command(recipe, *CHANGES, *IN_TWO, "--set", "training.num_steps=100000", "--set", "training.save_every=2")

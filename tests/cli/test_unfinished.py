@@ -283,6 +283,8 @@ def test_answers_that_were_made_otherwise_are_made_anew_with_one_line_that_says_
     change: Any,
     why: str,
 ) -> None:
+    new = tmp_path / "new.csv"
+    new.write_text("".join(new.read_text(encoding="utf-8").splitlines(keepends=True)[:121]), encoding="utf-8")
     assert interrupted(monkeypatch, [*arguments, tmp_path / "answers.csv"], 20) == 130
     capsys.readouterr()
     changed = change(arguments, table=table, tmp_path=tmp_path)

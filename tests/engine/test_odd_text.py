@@ -136,11 +136,12 @@ def test_free_answers_behind_any_script_equal_a_full_pass_per_token(kind: str) -
         assert prediction.answer == expected
 
 
-def test_ten_thousand_labels_are_asked_in_time_and_the_best_scores_as_alone() -> None:
+@pytest.mark.parametrize("number", [3_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_labels_are_asked_in_time_and_the_best_scores_as_alone(number: int) -> None:
     start = time.perf_counter()
     rng = random.Random(1)
-    labels = tuple({"".join(rng.choices(WORDS, k=rng.randint(2, 4))): None for _ in range(12_000)})[:10_000]
-    assert len(labels) == 10_000
+    labels = tuple({"".join(rng.choices(WORDS, k=rng.randint(2, 4))): None for _ in range(number * 6 // 5)})[:number]
+    assert len(labels) == number
     loaded = tiny_loaded()
     with torch.no_grad():  # as sharp as a trained model is
         loaded.model.get_output_embeddings().weight.mul_(4.0)
@@ -158,7 +159,7 @@ def test_ten_thousand_labels_are_asked_in_time_and_the_best_scores_as_alone() ->
         some = rng.sample(labels, 100)
         assert max(slow_score(plain, before, encoder.answer_ids(label)) for label in some) <= alone + 1e-3
     # Some seconds alone; reading 2,048 nodes of a query together took half a minute for every one.
-    assert time.perf_counter() - start < 100
+    assert time.perf_counter() - start < number / 100
 
 
 def test_hundreds_of_labels_score_as_one_at_a_time_where_their_trie_is_cut() -> None:

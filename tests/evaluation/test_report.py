@@ -71,8 +71,13 @@ def _records(folder: Path) -> list[Result]:
     return ResultStore(folder).load()
 
 
-def test_the_page_is_well_formed_and_needs_no_network(folder: Path, tmp_path: Path) -> None:
-    page = write_report(folder, tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+@pytest.fixture(name="page", scope="module")
+def _page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("page") / "deep" / "report.html"
+    return write_report(folder, place, title="My title").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:
     parser = WellFormed()
     parser.feed(page)
     assert parser.open == []
@@ -83,10 +88,7 @@ def test_the_page_is_well_formed_and_needs_no_network(folder: Path, tmp_path: Pa
     assert {link[1:] for link in parser.links} <= set(parser.ids)
 
 
-def test_the_page_shows_scores_errors_levels_and_provenance(
-    folder: Path, records: list[Result], tmp_path: Path
-) -> None:
-    page = write_report(folder, tmp_path / "report.html", title="My title").read_text(encoding="utf-8")
+def test_the_page_shows_scores_errors_levels_and_provenance(records: list[Result], page: str) -> None:
     summary = print_table(records, Console(file=io.StringIO()))
     score = summary.score("tuned", "mean over families", 16)
     assert score is not None
@@ -96,8 +98,7 @@ def test_the_page_shows_scores_errors_levels_and_provenance(
         assert text in page
 
 
-def test_worked_predictions_show_the_context_and_every_models_answer(folder: Path, tmp_path: Path) -> None:
-    page = write_report(folder, tmp_path / "report.html").read_text(encoding="utf-8")
+def test_worked_predictions_show_the_context_and_every_models_answer(page: str) -> None:
     worked = page[page.index('id="worked"') : page.index('id="provenance"')]
     task = small_world()[0]
     for example in task.demonstrations(4, seed=0):
@@ -244,16 +245,15 @@ def test_zero_stands_one_doubling_before_the_first_shot() -> None:
     assert shot_position(0, smallest=16) == 3
 
 
-def test_a_page_without_examples_holds_no_text_of_any_row(folder: Path, tmp_path: Path) -> None:
+def test_a_page_without_examples_holds_no_text_of_any_row(folder: Path, page: str, tmp_path: Path) -> None:
     texts = {
         text for task in small_world() for one in (*task.train, *task.test) for text in (one.query.text, one.origin)
     }
     texts.discard("")
-    page = write_report(folder, tmp_path / "with.html").read_text(encoding="utf-8")
     assert any(text in page for text in texts)
-    page = write_report(folder, tmp_path / "without.html", examples=False).read_text(encoding="utf-8")
-    assert not any(text in page for text in texts)
-    assert "Worked predictions" not in page
+    without = write_report(folder, tmp_path / "without.html", examples=False).read_text(encoding="utf-8")
+    assert not any(text in without for text in texts)
+    assert "Worked predictions" not in without
 
 
 @pytest.fixture(name="parts")

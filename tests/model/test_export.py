@@ -69,9 +69,17 @@ def plain(folder: Path, attention: str = "eager", dtype: str = "float32") -> Pre
 # What it answers
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "key_heads", "attention"),
+    [
+        (False, 1, "eager"),
+        (True, 1, "sdpa"),
+        (True, 2, "eager"),
+        (False, 2, "sdpa"),
+        (True, 4, "eager"),
+        (False, 4, "sdpa"),
+    ],
+)
 def test_plain_transformers_answers_as_the_unmerged_adapter_does(
     tmp_path: Path, tied: bool, key_heads: int, attention: str
 ) -> None:

@@ -43,6 +43,7 @@ def kill_and_compare(data: Path, url: str | None, num_kills: int, seed: int) -> 
     return num_unacknowledged
 
 
+@pytest.mark.server
 def test_twenty_kills_lose_nothing(tmp_path: Path, database_url: str | None) -> None:
     kill_and_compare(tmp_path, database_url, 20, seed=0)
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from manyicl.client import Client
+from manyicl.errors import UserError
 from manyicl.server.app import create_app
 from tests.server.fakes import BROKEN, TOO_LONG, FakeWorker, fake_services
 from tests.server.running import running, running_fake
@@ -259,6 +260,9 @@ def test_tasks_are_models(sdk: openai.OpenAI) -> None:
 def test_a_task_that_cannot_be_compiled_is_a_conflict(sdk: openai.OpenAI, served: tuple[str, FakeWorker]) -> None:
     with Client(served[0]) as client:
         task = client.create_task("failing", [("a", BROKEN), ("b", "y")], labels=(BROKEN, "y"))
+        # A request that waits for the compilation hears its own mistake instead.
+        with pytest.raises(UserError):
+            task.wait()
         error = refusal_of(lambda: sdk.decisions.create(model="failing", input="a", questions=[choice(BROKEN, "y")]))
         task.delete()
     assert isinstance(error, openai.ConflictError)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from manyicl.tasks.catalog import catalog_entries
+from manyicl.tasks.catalog import CatalogEntry, catalog_entries
 from manyicl.tasks.files import load_task
 from manyicl.tasks.task import Task
 
@@ -529,9 +530,15 @@ ROWS: Mapping[str, tuple[list[Row], list[Row]]] = {
 }
 
 
+@cache
+def _entry(name: str) -> CatalogEntry:
+    (entry,) = catalog_entries(name)
+    return entry
+
+
 def write_rows(name: str, data_root: Path) -> Path:
     """Write the rows of one task where --data-root finds them, under the names of its Hub splits."""
-    (entry,) = catalog_entries(name)
+    entry = _entry(name)
     folder = data_root / name
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in zip((entry.data.train, entry.data.test), ROWS[name], strict=True):

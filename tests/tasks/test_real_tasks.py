@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,8 +50,15 @@ def test_a_recipe_watches_only_tasks_of_other_sources(path: Path) -> None:
         assert {group_of(file) for file in side} == set(GROUPS)
 
 
+def with_one_of_each_group() -> list[Any]:
+    """All task files, those after the first of a group for the slow tests."""
+    first = {group_of(file): file for file in reversed(TASK_FILES)}
+    chosen = set(first.values())
+    return [pytest.param(file, marks=() if file in chosen else pytest.mark.slow) for file in TASK_FILES]
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data sets do not lie in {DATA.name}/ next to the checkout")
-@pytest.mark.parametrize("file", TASK_FILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", with_one_of_each_group(), ids=lambda file: file.parent.name)
 def test_a_real_task_loads_whole(file: Path) -> None:
     task = load_task(file, DATA)
     assert task.train

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from manyicl.errors import UserError
+from manyicl.tasks import workbook
 from manyicl.tasks.files import load_task
 from manyicl.tasks.rows import read_rows
 from manyicl.tasks.workbook import workbook_header
@@ -196,7 +197,9 @@ def test_entities_are_never_expanded(tmp_path: Path) -> None:
         columns(path)
 
 
-def test_a_row_with_a_number_beyond_excels_own_ends(tmp_path: Path) -> None:
+def test_a_row_with_a_number_beyond_excels_own_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workbook.MOST_ROWS == 1_048_576
+    monkeypatch.setattr(workbook, "MOST_ROWS", 1000)  # the library makes each row in between
     path = write(tmp_path / "rows.xlsx", {"one": [HEADER, ["a", "b"]]})
     altered(path, SHEET, '<row r="2">', '<row r="2000000000">')
     with pytest.raises(UserError, match="a row has a number above"):

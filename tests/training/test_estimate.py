@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, int | None]] = {
     "an adapter": ({"hidden_size": 256, "num_hidden_layers": 8}, {}, MOST_LOGITS),
     "an adapter on two layers": ({"hidden_size": 256, "num_hidden_layers": 8}, {"layers": 2}, MOST_LOGITS),
 }
-SELDOM_MEASURED = ("all logits at once", "an adapter on two layers")
+SELDOM_MEASURED = ("all logits at once", "logits in chunks", "an adapter on two layers")
 
 
 def configuration(**changes: Any) -> PreTrainedConfig:

@@ -23,8 +23,15 @@ from manyicl.training.launch import ProcessLostError, in_processes
 from manyicl.training.recipe_tasks import load_recipe_tasks
 from manyicl.training.run_folder import RunFolder, RunState
 from tests.training import launch_jobs
+from tests.training.killing import PROCESSES
 from tests.training.recipes import small_recipe
 from tests.training.test_train import write_task
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork processes from one that has imported torch already, where how they start is not what is tested."""
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: PROCESSES)
 
 
 def test_processes_form_a_group_and_the_first_one_answers() -> None:
@@ -44,18 +51,21 @@ def test_each_process_has_its_threads_and_meets_in_a_folder_of_any_name(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_mistake_that_one_process_meets_is_raised_as_it_was() -> None:
     with pytest.raises(UserError, match=r"something is wrong. Make it right\.") as caught:
         in_processes(partial(launch_jobs.fail_in_second, "mistake"), 2, 1)
     assert (caught.value.code, caught.value.field) == ("a_code", "a.key")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_bug_in_one_process_is_shown_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="UnpicklableError: a bug of ours") as caught:
         in_processes(partial(launch_jobs.fail_in_second, "bug"), 2, 1)
     assert "fail_in_second" in "".join(caught.value.__notes__)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
     before = {child.pid for child in psutil.Process().children()}
     with pytest.raises(
@@ -67,6 +77,7 @@ def test_a_process_that_is_killed_ends_all_and_is_named_as_the_cause() -> None:
     assert all("resource_tracker" in " ".join(child.cmdline()) for child in new)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("how", "then", "expected", "sentence"),
     [
@@ -84,12 +95,14 @@ def test_the_first_failure_is_shown_however_another_process_fails_because_of_it(
     assert type(caught.value) is expected
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_bug_is_shown_by_the_process_that_has_it_and_not_by_one_that_was_told() -> None:
     with pytest.raises(ZeroDivisionError, match="seven by nothing") as caught:
         in_processes(launch_jobs.fail_in_second_and_tell_first, 2, 1)
     assert "fail_in_second_and_tell_first" in "".join(caught.value.__notes__)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_while_it_reports_is_lost() -> None:
     with pytest.raises(ProcessLostError, match="SIGKILL"):
         in_processes(launch_jobs.die_while_reporting, 1, 1)
@@ -115,6 +128,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_each_process_once(tmp_path: Path) -> None:
     parent, _ = waiting_command(tmp_path, "stops")
     os.killpg(parent.pid, signal.SIGINT)
@@ -138,6 +152,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not are_alive(processes), seconds=20)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_train_the_weights_that_one_does(tmp_path: Path) -> None:
     changes = ["model.from_scratch.config.attention_dropout=0", "training.learning_rate=1e-3", "tasks.evaluate=[]"]
     base = tmp_path / "base"

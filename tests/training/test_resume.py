@@ -88,29 +88,34 @@ def logged_steps(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
+def one_kind(chosen: str) -> list[Any]:
+    return [pytest.param(kind, marks=() if kind == chosen else pytest.mark.slow) for kind in KINDS]
+
+
 @pytest.fixture(scope="module", name="unbroken")
 def _unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     return Unbroken(tmp_path_factory.mktemp("unbroken"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Each kind of run is killed in one way here, and in the other with the slow tests.
+@pytest.mark.parametrize("kind", one_kind("adapter"))
 def test_a_run_killed_at_random_times_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path, kind: str) -> None:
     # The first run of all also waited for the process that the others are forked from.
     rng, seconds = random.Random(f"times {kind}"), min(unbroken.seconds.values())
     num_killed = num_runs = 0
-    while num_killed < 10:
+    while num_killed < 5:
         recipe = unbroken.recipes[kind](tmp_path / f"run{num_runs}")
         num_runs += 1
         while not is_finished(recipe.output):
             process = start(recipe)
-            if num_killed < 10:
+            if num_killed < 5:
                 process.join(timeout=rng.uniform(0.1, 1.2) * seconds)
                 process.kill()
             num_killed += not ended(process)
         unbroken.assert_equal(kind, recipe.output)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_kind("scratch"))
 def test_a_run_killed_again_and_again_while_it_writes_ends_as_an_unbroken_one(
     unbroken: Unbroken, tmp_path: Path, kind: str
 ) -> None:
