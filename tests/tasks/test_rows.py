@@ -305,6 +305,23 @@ def test_a_csv_file_of_the_hub_is_read_as_it_is_written(tmp_path: Path) -> None:
     assert [row.columns["label"] for row in rows] == ["001", "NA", "1.10", ""]
 
 
+def test_classes_that_a_csv_dataset_names_keep_their_names(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n001,0\ntwo,1\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': negative\n          '1': positive\n---\n",
+        encoding="utf-8",
+    )
+    rows = read_hub_rows(str(tmp_path), "train")
+    assert [row.columns for row in rows] == [
+        {"text": "001", "label": "negative"},
+        {"text": "two", "label": "positive"},
+    ]
+    with pytest.raises(UserError) as error:
+        read_hub_rows(str(tmp_path), "train", class_names={"label": {"0": "positive", "1": "negative"}})
+    assert error.value.code == "other_classes"
+
+
 def test_bytes_of_the_hub_that_are_no_text_are_refused_by_column_and_row() -> None:
     rows = [{"text": b"a"}, {"text": "caf\u00e9".encode("latin-1")}]
     with pytest.raises(UserError, match=r"hf:owner/name train:2: the column 'text' cannot be read as text"):

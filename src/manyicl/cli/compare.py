@@ -120,7 +120,7 @@ def _failed(records: ComparisonRecords) -> str:
     first = records.failed[0]
     reason = first.reason or ""
     again = "" if "--retry-failed" in reason else " Try again with --retry-failed."
-    again += " A trial is tried again only as long as no model has started with the rate chosen." if num_trials else ""
+    again += " A trial is tried again only as long as no rate was chosen without it." if num_trials else ""
     return f"{' and '.join(counts)} failed, such as {first.cell.name}: {reason.removesuffix('.')}.{again}"
 
 

@@ -137,6 +137,7 @@ class PackedSequences(Sequence[PackedSequence]):
         rng = sequence_rng(self.seed, index)
         replayed = self.replay.segments(self.seed, index) if self.replay else ()
         budget = self.max_context_tokens - sum(len(segment.token_ids) for segment in replayed)
+        room = budget
         episodes: list[EncodedEpisode] = []
         num_dropped = num_too_long = num_draws_that_do_not_fit = 0
         while budget > 0 and num_draws_that_do_not_fit < NUM_DRAWS_THAT_DO_NOT_FIT:
@@ -144,7 +145,7 @@ class PackedSequences(Sequence[PackedSequence]):
             shots = self._shots[number]
             answers = shots.answers() if self.episodes.sampling == "balanced" else None
             drawn = draw_episode(shots.task, self.episodes, rng, self._replacement_words, shots.instruction(), answers)
-            drawn = _with_names_that_fit(drawn, shots, self.max_context_tokens)
+            drawn = _with_names_that_fit(drawn, shots, room)
             fitting = whole_shots_within(drawn, shots, self.encoder, budget, self.max_context_tokens)
             num_too_long += fitting.num_too_long
             if fitting.episode:
@@ -162,13 +163,13 @@ class PackedSequences(Sequence[PackedSequence]):
         return PackedSequence(tuple(episodes), self.max_context_tokens, num_dropped, num_too_long, replayed)
 
 
-def _with_names_that_fit(drawn: DrawnEpisode, shots: TaskShots, max_context_tokens: int) -> DrawnEpisode:
+def _with_names_that_fit(drawn: DrawnEpisode, shots: TaskShots, room: int) -> DrawnEpisode:
     """Keep the task's own label names where an instruction with other names would leave no room for its examples."""
     if drawn.new_names is None or not drawn.instruction:
         return drawn
     own, renamed = (len(shots.preamble_ids(each)) for each in (shots.instruction(), drawn.instruction))
     longer = renamed - own
-    if longer <= 0 or shots.fewest_tokens(max_context_tokens - longer) + longer <= max_context_tokens:
+    if longer <= 0 or shots.fewest_tokens(room - longer) + longer <= room:
         return drawn
     return replace(drawn, instruction=shots.instruction(), new_names=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def read_hub_rows(
         dataset = load_dataset(name, config, split=split, revision=revision)
         if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":
             # Its reader has made 1 of a label 001, and nothing of NA: read it again, as text.
-            as_text = _columns_of_text(dataset.column_names)
+            as_text = _columns_as_text(dataset.features)
             dataset = load_dataset(
                 name, config, split=split, revision=revision, features=as_text, keep_default_na=False
             )
@@ -78,10 +78,13 @@ def read_hub_rows(
     return [LocatedRow(columns_of(row, number), place, number) for number, row in enumerate(dataset, start=1)]
 
 
-def _columns_of_text(columns: Iterable[str]) -> Any:
+def _columns_as_text(features: Mapping[str, Any]) -> Any:
+    """Return features of text, but for columns whose classes the dataset names."""
     from datasets import Features, Value
 
-    return Features({column: Value("string") for column in columns})
+    return Features(
+        {column: one if getattr(one, "names", None) else Value("string") for column, one in features.items()}
+    )
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -272,13 +272,17 @@ def test_a_budget_that_whole_steps_miss_by_far_is_a_problem() -> None:
     assert codes(round(1.1 * 240)) == codes(round(4.5 * 240)) == []
 
 
-@pytest.mark.parametrize(("num_answers", "num_sequences"), [(1440, 12), (1320, 12), (1200, 10), (960, 8), (30, 1)])
+@pytest.mark.parametrize(
+    ("num_answers", "num_sequences"), [(1440, 12), (1320, 11), (1200, 10), (960, 8), (30, 1), (132, 1), (492, 4)]
+)
 def test_as_many_answers_are_met_as_nearly_as_whole_steps_can(num_answers: float, num_sequences: int) -> None:
     settings = comparison()
     sampled = lengths_of(settings, toy_tasks(settings), byte_level_bpe())["all_answers"].statistics
     length = _equal_answers(Length(100, 8, sampled._replace(answers=120.0), 100), num_answers)
     assert length.num_sequences == num_sequences
     assert length.sequences_per_step <= 8
+    alone = _equal_answers(Length(100, 1, sampled._replace(answers=120.0), 100), num_answers)
+    assert (alone.num_sequences, alone.sequences_per_step) == (num_sequences, 1)
 
 
 # Choosing
@@ -437,6 +441,13 @@ def test_answers_to_other_queries_are_a_problem_before_a_model_is_loaded(
     compare = CompareSettings(**{**settings.compare.model_dump(), "predictions": {"other": file}})
     (problem,) = problems_of(settings.model_copy(update={"compare": compare}))
     assert (problem.code, problem.file, problem.row) == (code, file, 1)
+
+
+def test_one_query_is_a_problem(settings: Comparison) -> None:
+    compare = CompareSettings(**{**settings.compare.model_dump(), "num_queries": 1})
+    assert [problem.field for problem in problems_of(settings.model_copy(update={"compare": compare}))] == [
+        "compare.num_queries"
+    ]
 
 
 def test_one_text_for_replay_and_forgetting_is_a_problem(settings: Comparison, tmp_path: Path) -> None:

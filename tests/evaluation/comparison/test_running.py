@@ -298,6 +298,12 @@ def test_other_weights_of_the_base_at_the_same_place_are_refused(tmp_path: Path)
         assert "the weights of the base changed" in str(error.value)
 
 
+def test_a_comparison_that_knew_no_instruction_to_omit_goes_on(tmp_path: Path) -> None:
+    settings = comparison_in(tmp_path, "compare.regimes=[all_answers]", "compare.learning_rates=[1e-3]")
+    (cell,) = prepare(settings).models.cells
+    assert "omit_instruction" not in cell.settings["recipe"]["sequences"]
+
+
 def test_a_comparison_that_knew_nothing_of_the_weights_of_its_base_goes_on(tmp_path: Path) -> None:
     settings = comparison_in(tmp_path, "compare.regimes=[base]")
     compared(settings)

@@ -6,7 +6,6 @@ measured on the first sequences of its run. They are a function of tasks, tokeni
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +156,16 @@ def _length(settings: Comparison, statistics: SequenceStatistics, num_sharing: i
 
 
 def _equal_answers(all_answers: Length, num_answers: float) -> Length:
-    """Return the length at which all_answers has so many supervised answers; short runs take smaller steps."""
+    """Return the length at which all_answers has so many supervised answers, as nearly as whole sequences can.
+
+    Of steps of different sizes that come as near, the largest are taken.
+    """
     num_sequences = num_answers / all_answers.statistics.answers
-    num_steps = max(1, math.ceil(num_sequences / all_answers.sequences_per_step))
-    per_step = max(1, round(num_sequences / num_steps))
-    return Length(num_steps, per_step, all_answers.statistics, num_sequences / per_step)
+    lengths = [
+        Length(max(1, round(num_sequences / per_step)), per_step, all_answers.statistics, num_sequences / per_step)
+        for per_step in range(all_answers.sequences_per_step, 0, -1)
+    ]
+    return min(lengths, key=lambda length: abs(length.num_sequences - num_sequences))
 
 
 def budget_problems(settings: Comparison, lengths: Mapping[str, Length]) -> list[UserError]:
@@ -169,14 +173,14 @@ def budget_problems(settings: Comparison, lengths: Mapping[str, Length]) -> list
     problems = []
     field = "training.num_tokens" if settings.compare.budget == "tokens" else "training.num_steps"
     for name, length in lengths.items():
+        if name == EQUAL_ANSWERS:  # as near as it can be, and beside the budget of the others
+            continue
         missed = length.num_steps / length.exact_steps - 1
         if length.exact_steps >= 1 and abs(missed) > MOST_MISSED:
             what = f"{name}: whole steps of {pluralized(length.sequences_per_step, 'sequence')} miss its budget"
             expected, found = f"within {MOST_MISSED:.0%}", f"{missed:+.0%}, {length.exact_steps:.2f} steps"
             remedy = f"Raise {field}, or lower training.sequences_per_step."
             problems.append(UserError("budget_unmet", what, expected=expected, found=found, remedy=remedy, field=field))
-        if name == EQUAL_ANSWERS:
-            continue
         # A trial of dedicated models is as long as they may be.
         share = TRIAL_SHARE if settings.is_tuned and name in settings.compare.regimes and name != "dedicated" else 1.0
         if length.exact_steps * share < 1:

@@ -287,6 +287,9 @@ def _without_place(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe without the folder and the names of its tasks, which may move, and without what is free."""
     content = recipe.model_dump(mode="json", exclude={"output"})
     content["tasks"] = {"mixture": content["tasks"]["mixture"]}
+    # Comparisons that began before the key was there go on.
+    if not recipe.sequences.omit_instruction:
+        del content["sequences"]["omit_instruction"]
     if recipe.sequences.replay is not None:
         content["sequences"]["replay"]["text"] = sha256_of_file(recipe.sequences.replay.text)
     for free in ("num_threads", "num_processes", "log_every", "save_every", "keep_checkpoints"):

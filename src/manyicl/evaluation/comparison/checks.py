@@ -54,8 +54,8 @@ def comparison_problems(settings: Comparison, tasks: ComparisonTasks) -> Iterato
         yield from (free_answers_in_channel_form(task) for task in everything if not task.is_closed)
     for task in tasks.evaluated:
         yield from _single_class(task, ("training", task.train), ("test", task.test))
-    # Of a validation task the training side alone is used.
-    for task in tasks.validation:
+    # Of a validation task the training side alone is used, where something is chosen.
+    for task in tasks.validation if settings.is_tuned else ():
         yield from _single_class(task, ("training", task.train))
     yield from _impossible_variants(settings)
 
@@ -166,6 +166,9 @@ def _too_few_rows(settings: Comparison, tasks: ComparisonTasks) -> Iterator[User
         if not task.test:
             what = f"task {task.name!r} has no test rows"
             yield UserError("no_test_rows", what, remedy="Give it some, or leave it out.")
+    if compare.num_queries == 1:
+        what, field = "one test query for each task gives scores without an error", "compare.num_queries"
+        yield UserError("wrong_value", what, expected="at least 2", found="1", field=field)
     for task in tasks.evaluated:
         if len(task.test) == 1:
             what = f"task {task.name!r} has one test row, so that its score has no error"

@@ -81,7 +81,8 @@ def assigned(
 ) -> ComparisonTasks:
     """Draw the seen tasks and those of the dedicated models."""
     seed, compare = settings.training.seed, settings.compare
-    with_test_rows = [task for task in train if len(task.test)]
+    # A score of one test row has no error.
+    with_test_rows = [task for task in train if len(task.test) > 1]
     seen = drawn_per_family(with_test_rows, compare.num_seen, f"seen {seed}")
     dedicated: tuple[Task, ...] = ()
     on_validation: tuple[Task, ...] = ()

@@ -153,10 +153,11 @@ class PreparedComparison:
         known = {} if self._base_weights is None else {BASE_WEIGHTS: self._base_weights}
         return Cell(name, {**known, **settings})
 
-    def settled_choices(self) -> Mapping[str, Choice | UserError]:
-        """Return the learning rates that the trials tell, when all have ended; the only one where none are tried.
+    def settled_choices(self) -> Mapping[str, Choice | UserError] | None:
+        """Return the learning rates that the trials tell; the only one where none are tried.
 
-        A rate is chosen once, for all processes and for good: a trial that is tried again later changes nothing.
+        A rate is chosen once, for all processes and for good: a trial that is tried again later changes nothing. None
+        where a trial has not ended, as one that another process tries again.
         """
         rates = self.settings.learning_rates
         if not self.settings.is_tuned:
@@ -167,6 +168,8 @@ class PreparedComparison:
             chosen = known_choices(file, rates)
             missing = [trial for trial in self.trials if trial.choice not in chosen]
             reports = {report.cell.name: report for report in self.rates.reports()}
+            if any(reports[trial.name].state in UNSETTLED for trial in missing):
+                return None
             found = choose(missing, [reports[trial.name] for trial in missing])
             chosen |= {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
             write_choices(file, rates, chosen)
@@ -308,13 +311,18 @@ class _Work:
             if retry_failed:
                 self._free_choices().run(self._try, retry_failed=True, on_report=self._say)
             self._wait_for_others(rates)
-        self.choices = self.prepared.settled_choices()
+        while (choices := self.prepared.settled_choices()) is None:
+            self._wait_for_others(rates)
+        self.choices = choices
         for name, choice in self.choices.items():
             say(self.console, str(choice) if isinstance(choice, UserError) else choice.sentence(name))
 
     def _free_choices(self) -> Grid:
         """Return the trials of what is still free to be chosen."""
-        fixed = known_choices(self.prepared.rates.folder / CHOSEN_FILE, self.settings.learning_rates)
+        models = self.prepared.models.folder
+        # Earlier versions did not write what was chosen.
+        fixed = {run.choice for run in self.prepared.runs if (models / run.name / MODEL_FOLDER).is_dir()}
+        fixed |= known_choices(self.prepared.rates.folder / CHOSEN_FILE, self.settings.learning_rates).keys()
         free = [cell for cell in self.prepared.rates.cells if self.trials[cell.name].choice not in fixed]
         for report in self.prepared.rates.reports():
             choice = self.trials[report.cell.name].choice

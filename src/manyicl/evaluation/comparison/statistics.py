@@ -303,16 +303,11 @@ class Statistics:
         return Difference(first, second, tuple(tasks), measured, levels)
 
     def worst(self, point: Point, tasks: Sequence[str]) -> float | None:
-        """Mean over tasks of the worst draw and order of each training, averaged over the trainings.
-
-        The base is trained once for all: each of its rows is another draw.
-        """
+        """Mean over tasks of the worst draw and order of each training, averaged over the trainings."""
         weights = family_weights({task: self.families[task] for task in tasks})
         total = 0.0
         for task in tasks:
             rows = [[one.score for one in row] for row in self.results.get((point.arm, task, point.shots), {}).values()]
-            if point.arm == BASE:
-                rows = [[score for row in rows for score in row]]
             if not point.shots or not rows or min(map(len, rows)) < 2:
                 return None
             total += weights[task] * fmean(map(min, rows))
