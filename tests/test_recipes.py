@@ -21,9 +21,9 @@ RECIPES = [
     ROOT / "src" / "manyicl" / "cli" / "quickstart.yaml",
 ]
 COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
-# What stands in for the model that a recipe starts from.
 # The others are built and trained with the slow tests.
 OFTEN_TRAINED = ("llama3_8b_full", "qwen3_0.6b", "one_model", "nano", "quickstart")
+# What stands in for the model that a recipe starts from.
 ARCHITECTURE_OF = {
     "mistral_7b_v0.3": "mistral",
     "llama3_8b": "llama",

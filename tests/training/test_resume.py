@@ -103,12 +103,12 @@ def test_a_run_killed_at_random_times_ends_as_an_unbroken_one(unbroken: Unbroken
     # The first run of all also waited for the process that the others are forked from.
     rng, seconds = random.Random(f"times {kind}"), min(unbroken.seconds.values())
     num_killed = num_runs = 0
-    while num_killed < 5:
+    while num_killed < 10:
         recipe = unbroken.recipes[kind](tmp_path / f"run{num_runs}")
         num_runs += 1
         while not is_finished(recipe.output):
             process = start(recipe)
-            if num_killed < 5:
+            if num_killed < 10:
                 process.join(timeout=rng.uniform(0.1, 1.2) * seconds)
                 process.kill()
             num_killed += not ended(process)
