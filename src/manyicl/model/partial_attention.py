@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Explicit scores are made for so many query tokens at a time that they stay within this.
-EXPLICIT_SCORE_BYTES = 16 * 2**20
+# Explicit scores are made for so many query tokens at a time that they stay within this. On a GPU each part costs the
+# launch of its kernels.
+EXPLICIT_SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 
 class Part(NamedTuple):
@@ -129,7 +130,7 @@ def _explicit(
 ) -> Part:
     """Make the scores themselves, for so many tokens at a time that they stay small; key heads = heads here."""
     per_token = query.shape[0] * query.shape[1] * key.shape[2] * 4
-    step = max(1, EXPLICIT_SCORE_BYTES // per_token)
+    step = max(1, EXPLICIT_SCORE_BYTES.get(query.device.type, EXPLICIT_SCORE_BYTES["cpu"]) // per_token)
     keys = key.transpose(2, 3)
     outputs, denominators = [], []
     for start in range(0, query.shape[2], step):
