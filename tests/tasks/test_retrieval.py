@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +167,21 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match=r"pip install 'manyicl\[retrieval\]'"):
         Retriever(POOL, 1)
+
+
+def test_jax_is_not_started_and_stays_importable(tmp_path: Path) -> None:
+    fake = tmp_path / "jax"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("", encoding="utf-8")
+    (fake / "lax.py").write_text("def top_k(scores, k):\n    raise SystemExit('jax was started')\n", encoding="utf-8")
+    code = (
+        "from manyicl.tasks.retrieval import Retriever; from manyicl.tasks.task import Query; "
+        "from tests.builders import make_example; pool = [make_example('red', '1')]; "
+        "print(len(Retriever(pool, 1)(Query('red')))); import jax.lax"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "1\n", "")
 
 
 def test_it_is_quiet(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

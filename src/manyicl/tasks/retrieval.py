@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -115,14 +116,32 @@ def _index(texts: Sequence[list[str]]) -> Any:
         UserError: If bm25s is not installed.
     """
     try:
-        import bm25s
+        bm25s = _bm25s()
     except ImportError as error:
         what = "Similar examples are found with bm25s, which is not installed"
         raise UserError("missing_requirement", what, remedy="pip install 'manyicl[retrieval]'") from error
-    # On import it sets its logger to DEBUG, so that any logging would report every index built.
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     if not any(texts):
         return None
     index = bm25s.BM25()
     index.index(list(texts), create_empty_token=False, show_progress=False)
     return index
+
+
+def _bm25s() -> Any:
+    """Import bm25s as if jax were not installed.
+
+    For a choice of the best that is not used here it would start jax, which takes most of a GPU's free memory.
+    """
+    missing = object()
+    found: Any = sys.modules.get("jax", missing)
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        import bm25s
+    finally:
+        if found is missing:
+            del sys.modules["jax"]
+        else:
+            sys.modules["jax"] = found
+    # On import it sets its logger to DEBUG, so that any logging would report every index built.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s

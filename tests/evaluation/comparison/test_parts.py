@@ -477,10 +477,12 @@ def test_a_validation_task_with_one_label_is_a_problem(settings: Comparison) -> 
     assert [problem.code for problem in found] == ["single_class"]
 
 
-def test_only_the_nano_base_has_a_text_of_its_own(settings: Comparison) -> None:
-    compare = CompareSettings(**{**settings.compare.model_dump(), "forgetting": {}})
-    changed = settings.model_copy(update={"compare": compare})
-    assert [problem.code for problem in problems_of(changed)] == ["missing_text"]
+def test_a_text_that_is_not_given_or_not_there_is_one_problem(settings: Comparison, tmp_path: Path) -> None:
+    for forgetting, code in ({}, "missing_text"), ({"text": tmp_path / "none.txt"}, "missing_file"):
+        compare = CompareSettings(**{**settings.compare.model_dump(), "forgetting": forgetting})
+        changed = settings.model_copy(update={"compare": compare})
+        found = [*problems_of(changed), *text_problems(changed, byte_level_bpe())]
+        assert [problem.code for problem in found] == [code]
 
 
 def test_a_base_with_a_shorter_context_is_a_problem_before_it_is_loaded(settings: Comparison) -> None:

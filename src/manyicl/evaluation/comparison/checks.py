@@ -13,7 +13,7 @@ from manyicl.evaluation.comparison.budgets import nominal_recipe
 from manyicl.evaluation.comparison.regimes import made_for_shots
 from manyicl.evaluation.comparison.roles import ComparisonTasks
 from manyicl.evaluation.comparison.settings import Comparison, ForgettingSettings, ReplaySettings
-from manyicl.evaluation.forgetting import NANO, held_out_text
+from manyicl.evaluation.forgetting import held_out_text
 from manyicl.evaluation.imported import require_answers_to
 from manyicl.model.load import read_manifest
 from manyicl.model.reference import HUB_PREFIX, resolve_reference
@@ -79,13 +79,6 @@ def _missing_files(settings: Comparison) -> Iterator[UserError]:
     ):
         what, field = "what is replayed is the text on which forgetting is measured", "compare.forgetting.text"
         yield UserError("same_text", what, remedy="Hold another text out.", field=field)
-    if compare.forgetting is not None and compare.forgetting.text is None and settings.model.base != NANO:
-        what, field = (
-            f"forgetting is measured on general text, and only {NANO} has one of its own",
-            "compare.forgetting",
-        )
-        remedy = "Name a file of text of which neither training nor replay holds any part."
-        yield UserError("missing_text", what, remedy=remedy, field=f"{field}.text")
     if compare.forgetting is not None and not settings.tasks.evaluate:
         what, field = (
             "forgetting is measured along training together with validation tasks, and there are none",
@@ -111,9 +104,9 @@ def _unusable_predictions(settings: Comparison, tasks: ComparisonTasks) -> Itera
 
 
 def text_problems(settings: Comparison, tokenizer: PreTrainedTokenizerBase) -> Iterator[UserError]:
-    """Yield why forgetting could not be measured on its text."""
+    """Yield why forgetting could not be measured on its text, if there is one."""
     forgetting, field = settings.compare.forgetting, "compare.forgetting.text"
-    if forgetting is None:
+    if forgetting is None or (forgetting.text is not None and not forgetting.text.is_file()):
         return
     try:
         text, known = held_out_text(forgetting.text, settings.model.base, field), TextTokenizer(tokenizer)
