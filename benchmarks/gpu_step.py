@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_step.py                 # every setting, about two minutes
     python benchmarks/gpu_step.py --profile       # and what the kernels of one step cost
+    python benchmarks/gpu_step.py --processes 10  # that many trainings side by side on the GPU, and nothing else
 
 A step is forward, backward and AdamW of LoRA (rank 16, all linear layers) on one packed sequence, every sixteenth token
 supervised. docs/performance.md has the figures.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.multiprocessing as multiprocessing
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -30,6 +32,8 @@ from manyicl.training.throughput import TrainingFlops, matrix_rate
 
 VOCABULARY = 49152
 NUM_WARM_UP, NUM_TIMED = 2, 4
+SECONDS_SIDE_BY_SIDE = 7.0
+SIDE_BY_SIDE_SEGMENTS = (5, 10, 100)
 
 
 @dataclass(frozen=True)
@@ -173,11 +177,48 @@ def time_engine() -> None:
             print(f"100 queries, budget {mib or 'default'}: {time.perf_counter() - started:.3f} s", flush=True)
 
 
+def train_beside_others(number: int, barrier: Any, figures: Any) -> None:
+    """Take steps for some seconds, at the same time as the other processes; what each did goes into a queue."""
+    step = Step(Setting("beside others", torch.float32, num_segments=SIDE_BY_SIDE_SEGMENTS[number % 3]))
+    for _ in range(NUM_WARM_UP + 1):
+        step.run()
+    barrier.wait()
+    started, num_steps = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS_SIDE_BY_SIDE:
+        step.run()
+        num_steps += 1
+    per_second = num_steps * step.setting.num_tokens / (time.perf_counter() - started)
+    figures.put((per_second, torch.cuda.max_memory_reserved() / 2**30))
+
+
+def time_side_by_side(num_processes: int) -> None:
+    """Print the tokens per second of trainings that share the GPU."""
+    context = multiprocessing.get_context("spawn")
+    barrier, figures = context.Barrier(num_processes), context.Queue()
+    processes = [
+        context.Process(target=train_beside_others, args=(number, barrier, figures)) for number in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    found = [figures.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    speeds = [speed for speed, _ in found]
+    each = f"each {min(speeds):,.0f} to {max(speeds):,.0f}"
+    memory = f"at most {max(gib for _, gib in found):.1f} GiB reserved"
+    print(f"{num_processes} processes: {sum(speeds):,.0f} tokens/s, {each}, {memory}", flush=True)
+
+
 def main() -> None:
-    """Time every setting, then the engine."""
+    """Time every setting, then the engine; or trainings side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
-    profiled = parser.parse_args().profile
+    parser.add_argument("--processes", type=int)
+    arguments = parser.parse_args()
+    if arguments.processes:
+        time_side_by_side(arguments.processes)
+        return
+    profiled = arguments.profile
     rate = matrix_rate(torch.bfloat16, torch.device("cuda"))
     print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s in bfloat16", flush=True)
     for setting in SETTINGS:
