@@ -91,6 +91,10 @@ class MachineError(Exception):
     """A failure of the machine (disk, memory, a loss that is not a number). Ends a command with 1."""
 
 
+class NotFiniteError(MachineError):
+    """A loss, gradient, weight or score is not a finite number; the same work would end so again."""
+
+
 # Names with which one that is unknown is compared, and the longest of them.
 MOST_NAMES, _LONGEST_NAME = 1000, 100
 

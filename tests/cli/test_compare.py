@@ -76,7 +76,7 @@ def test_what_failed_is_said_once_with_its_reason(recipe: Path, monkeypatch: pyt
     result = runner.invoke(app, ["compare", str(recipe), "--quiet", *changes])
     assert isinstance(result.exception, MachineError)
     assert str(result.exception) == (
-        "1 of 1 cell and 2 trials of learning rates failed, such as all_answers_seed0: no learning rate could be tried "
+        "1 of 1 cell and 2 trials of learning rates failed, such as all_answers_seed0: no learning rate can be chosen "
         "for all_answers: all_answers_rate0: failed: MachineError: The disk is full. Remove the cause, then run again "
         "with --retry-failed. A trial is tried again only as long as no rate was chosen without it."
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from manyicl.errors import MachineError
+from manyicl.errors import NotFiniteError
 from manyicl.model.continuation import Block, Continuation, OwnKeys, continue_model, key_shape
 
 # Names that configurations have for the width of the feed-forward layer; without one it is four times the hidden size.
@@ -271,10 +271,10 @@ def numbers_of(log_probabilities: Tensor) -> list[float]:
     """Take log-probabilities off the device.
 
     Raises:
-        MachineError: If one is not a number: the model's weights or its precision are broken.
+        NotFiniteError: If one is not a number: the model's weights or its precision are broken.
     """
     if bool(log_probabilities.isnan().any()):
-        raise MachineError(
+        raise NotFiniteError(
             "The model gives scores that are not numbers. Its weights are broken, or its precision too narrow: load it "
             "in bfloat16 or float32."
         )

@@ -257,7 +257,7 @@ class Grid:
         try:
             file, content = DONE_FILE, work(cell, folder)
         except Exception as error:  # whatever it is, it must not end the other cells
-            other = {"sentence": f"{type(error).__name__}: {error}"}
+            other = {"kind": type(error).__name__, "sentence": f"{type(error).__name__}: {error}"}
             content = error.fields() if isinstance(error, UserError) else other
             file, content["traceback"] = FAILED_FILE, "".join(traceback.format_exception(error))
         write_atomically(folder / file, _as_json(content))

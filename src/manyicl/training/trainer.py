@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from manyicl.episodes.packed_sequence import PackedSequences
-from manyicl.errors import MachineError
+from manyicl.errors import MachineError, NotFiniteError
 from manyicl.library_errors import reason
 from manyicl.training.batch import Batch, Collator
 from manyicl.training.checkpoint import Checkpoints
@@ -205,7 +205,7 @@ class ManyShotTrainer(Trainer):
         """Refuse the gradient of a step before it reaches the weights, where it would spoil all of them.
 
         Raises:
-            MachineError: In all processes, if the loss of one of them or the gradient is not a finite number.
+            NotFiniteError: In all processes, if the loss of one of them or the gradient is not a finite number.
         """
         failure = self._failure_of_step()
         if any_process(failure is not None, self.args.device):
@@ -215,7 +215,7 @@ class ManyShotTrainer(Trainer):
             raise self._not_a_number(f"The norm of the gradient became {float(norm)}", "sequences", self._step_tasks)
         return norm
 
-    def _failure_of_step(self) -> MachineError | None:
+    def _failure_of_step(self) -> NotFiniteError | None:
         """Look at the losses of the step, all at once; describe the first that is not a finite number."""
         values = torch.stack([loss for loss, _ in self._step_losses]).tolist()
         for value, (_, tasks) in zip(values, self._step_losses, strict=True):
@@ -223,10 +223,10 @@ class ManyShotTrainer(Trainer):
                 return self._not_a_number(f"The loss became {value}", "a sequence", tasks)
         return None
 
-    def _not_a_number(self, what: str, where: str, tasks: Iterable[str]) -> MachineError:
+    def _not_a_number(self, what: str, where: str, tasks: Iterable[str]) -> NotFiniteError:
         """Say in which step and tasks, to which checkpoint the run can go back, and what to change."""
         names = ", ".join(sorted(set(tasks)))
-        return MachineError(
+        return NotFiniteError(
             f"{what} in step {self.state.global_step + 1}, in {where} with tasks {names}. "
             f"{self.checkpoints.last_good()} Resuming would meet the same sequences again: {LOWER_THE_RATE}, or look "
             "at these tasks with `manyicl tasks check`."
@@ -291,7 +291,7 @@ class ManyShotTrainer(Trainer):
             )
         super()._load_best_model()
 
-    def _error_in_weights(self) -> MachineError | None:
+    def _error_in_weights(self) -> NotFiniteError | None:
         """Name a weight that is not a finite number, in this process's part of a sharded model."""
         assert self.model is not None
         for name, weights in self.model.named_parameters():
@@ -300,7 +300,7 @@ class ManyShotTrainer(Trainer):
             local = weights.to_local() if hasattr(weights, "to_local") else weights
             # Both are NaN where any weight is; no copy is made.
             if local.numel() and not torch.isfinite(torch.stack(local.detach().aminmax())).all():
-                return MachineError(
+                return NotFiniteError(
                     f"A weight of {name} is not a finite number after step {self.state.global_step}, so no checkpoint "
                     f"is saved. {self.checkpoints.last_good()} To avoid it, {LOWER_THE_RATE}."
                 )
@@ -331,7 +331,8 @@ class ManyShotTrainer(Trainer):
             with torch.no_grad():
                 figures = self._evaluation(model)
         except MachineError as error:
-            raise MachineError(
+            kind = NotFiniteError if isinstance(error, NotFiniteError) else MachineError
+            raise kind(
                 f"The evaluation after step {self.state.global_step} failed: {error} {self.checkpoints.last_good()}"
             ) from error
         model.train()

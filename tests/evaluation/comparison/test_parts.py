@@ -288,14 +288,16 @@ def test_as_many_answers_are_met_as_nearly_as_whole_steps_can(num_answers: float
 # Choosing
 
 
-def reported(scores: dict[float, dict[int, float] | None], num_examples: int | None = None) -> Choice | UserError:
+def reported(
+    scores: dict[float, dict[int, float] | None], num_examples: int | None = None, kind: str = "NotFiniteError"
+) -> Choice | UserError:
     """Choose between rates with these scores by step; None failed."""
     trials = [
         Trial(f"{rate}", "all_answers" if num_examples is None else "dedicated", rate, None, num_examples)
         for rate in scores
     ]
     reports = [
-        CellReport(Cell(f"{rate}", {}), CellState.FAILED, failure={"sentence": "the loss became nan"})
+        CellReport(Cell(f"{rate}", {}), CellState.FAILED, failure={"kind": kind, "sentence": "the loss became nan"})
         if of_rate is None
         else CellReport(Cell(f"{rate}", {}), CellState.DONE, {"scores": {str(k): v for k, v in of_rate.items()}})
         for rate, of_rate in scores.items()
@@ -315,6 +317,13 @@ def test_the_best_rate_is_taken_and_of_equal_ones_the_middle() -> None:
     assert rate({1.0: {5: 0.3}, 2.0: {5: 0.3}, 3.0: {5: 0.3}}) == 2
     assert rate({1.0: {5: 0.3}, 2.0: {5: 0.1}, 3.0: {5: 0.3}}) == 1
     assert rate({1.0: {5: 0.1}, 2.0: None, 3.0: None}) == 1
+
+
+def test_nothing_is_chosen_without_a_trial_that_failed_and_did_not_diverge() -> None:
+    choice = reported({1.0: {5: 0.1}, 2.0: None, 3.0: {5: 0.3}}, kind="OutOfMemoryError")
+    assert isinstance(choice, UserError)
+    assert choice.code == "no_rate"
+    assert "2.0: failed: the loss became nan" in str(choice)
 
 
 def test_dedicated_models_choose_the_shortest_of_equally_good_lengths() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter
 
 from manyicl.atomic import write_atomically
-from manyicl.errors import UserError
+from manyicl.errors import NotFiniteError, UserError
 from manyicl.evaluation.comparison.cells import Trial
 from manyicl.evaluation.grid import CellReport, CellState, parsed
 
@@ -68,7 +68,10 @@ def write_choices(file: Path, rates: Sequence[float], choices: Mapping[str, Choi
 
 
 def choose(trials: Sequence[Trial], reports: Sequence[CellReport]) -> dict[str, Choice | UserError]:
-    """Choose by the trials that are done; where all trials of a choice failed, say why.
+    """Choose by the trials of each rate.
+
+    A rate at which training diverges is out. Nothing is chosen without a trial that failed otherwise, such as for want
+    of memory: the rate would depend on what else the machine did.
 
     Args:
         trials: All trials.
@@ -86,21 +89,25 @@ def choose(trials: Sequence[Trial], reports: Sequence[CellReport]) -> dict[str, 
 def _chosen(name: str, pairs: Sequence[tuple[Trial, CellReport]]) -> Choice | UserError:
     """Choose the rate, and the length, with the best mean score; of equal ones the middle rate and the shortest."""
     rates = sorted({trial.learning_rate for trial, _ in pairs})
-    failed = {trial.learning_rate for trial, report in pairs if report.state is not CellState.DONE}
-    scores: dict[tuple[float, int], float] = {}
-    for rate in rates:
-        results = [report.result for trial, report in pairs if trial.learning_rate == rate]
-        if rate not in failed:
-            scores |= {(rate, step): score for step, score in _mean_scores(results).items()}
-    if not scores:
-        reasons = [report.sentence() for _, report in pairs if report.state is CellState.FAILED]
-        what = f"no learning rate could be tried for {name}: {reasons[0] if reasons else 'no trial has ended'}"
+    diverged = {trial.learning_rate for trial, report in pairs if _has_diverged(report)}
+    failed = [report for _, report in pairs if report.state is not CellState.DONE and not _has_diverged(report)]
+    if failed or diverged.issuperset(rates):
+        reason = (failed or [report for _, report in pairs if _has_diverged(report)])[0].sentence()
+        what = f"no learning rate can be chosen for {name}: {reason}"
         return UserError("no_rate", what, remedy="Remove the cause, then run again with --retry-failed.")
+    scores: dict[tuple[float, int], float] = {}
+    for rate in (rate for rate in rates if rate not in diverged):
+        results = [report.result for trial, report in pairs if trial.learning_rate == rate]
+        scores |= {(rate, step): score for step, score in _mean_scores(results).items()}
     middle = (len(rates) - 1) / 2
     rate, step = max(scores, key=lambda each: (scores[each], -abs(rates.index(each[0]) - middle), -each[1]))
     best = {one: max(score for (other, _), score in scores.items() if other == one) for one, _ in scores}
     is_dedicated = pairs[0][0].num_examples is not None
     return Choice(rate, step if is_dedicated else None, best)
+
+
+def _has_diverged(report: CellReport) -> bool:
+    return report.failure is not None and report.failure.get("kind") == NotFiniteError.__name__
 
 
 def _mean_scores(results: Iterable[Mapping[str, Any]]) -> dict[int, float]:
