@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS
 from manyicl.episodes.checks import Lengths, check_task
 from manyicl.episodes.encoding import Encoder
 from manyicl.tasks.leakage import ON_BOTH_SIDES
@@ -48,6 +49,15 @@ def test_guaranteed_shots_fit_however_they_are_drawn_and_one_more_does_not(encod
     needed = encoder.num_preamble_tokens(task.instruction()) + query + answer
     assert needed + sum(longest[: fit.guaranteed]) <= context < needed + sum(longest[: fit.guaranteed + 1])
     assert 0 < fit.guaranteed <= fit.typical < len(task.train)
+
+
+def test_free_answers_keep_as_many_tokens_free_as_the_engine_does(encoder: Encoder) -> None:
+    task = make_task(labels=None, max_answer_tokens=None)
+    fit = check_task(task, encoder, 200).shots_that_fit
+    query = max(len(encoder.query_ids(example.query.text)) for example in task.test)
+    room = 200 - encoder.num_preamble_tokens(task.instruction()) - query - DEFAULT_MAX_ANSWER_TOKENS
+    longest = sorted((encoder.num_shot_tokens(example) for example in task.train), reverse=True)
+    assert sum(longest[: fit.guaranteed]) <= room < sum(longest[: fit.guaranteed + 1])
 
 
 def test_more_shots_never_fit_than_there_are_rows(encoder: Encoder) -> None:

@@ -97,6 +97,15 @@ def test_fixed_shots_are_kept_and_what_did_not_fit_is_counted(encoder: Encoder) 
     assert sequence.num_shots_dropped == sum(7 - count for count in counts)
 
 
+def test_shots_that_a_task_does_not_have_are_not_dropped(encoder: Encoder) -> None:
+    task = make_task(train=make_task().train[:5])
+    episodes = EpisodeSettings(examples_per_episode=64)
+    sequence = source(encoder, [task], episodes=episodes, max_context_tokens=100)[0]
+    kept = [len(episode.answer_spans) for episode in sequence.episodes]
+    assert 0 < kept[-1] < 5
+    assert sequence.num_shots_dropped == sum(5 - count for count in kept)
+
+
 def test_an_example_longer_than_the_context_is_passed_over_and_counted(encoder: Encoder) -> None:
     long = make_example("the film " * 200, "good")
     task = make_task(train=[long, *make_task().train[:3]])

@@ -110,6 +110,12 @@ def test_a_rise_at_the_last_doubling_asks_for_more_examples() -> None:
     assert sentence.endswith("more examples should help.")
 
 
+def test_a_few_answers_after_a_doubling_do_not_hide_its_rise() -> None:
+    right = by_doubling(0, 0, 0, 0, 0.2, 0.2, 0.2, 0.9)
+    for number in (1, 7, 20):
+        assert said([*right, *scores(0.9, number)])[0].startswith("Still rising at the last doubling (+0.")
+
+
 def test_no_rise_and_nothing_left_to_gain_are_said() -> None:
     assert said(by_doubling(0, 0, 0.5, 0.5, 0.5, 0.5))[0].startswith("No clear rise at the last doubling (")
     assert said(by_doubling(0, 0, 0.5, 0.5, 0.5, 1.0)) == ["Every one of the last was right."]

@@ -23,6 +23,8 @@ def test_a_held_out_task_validated_on_rows_of_its_training_side_that_are_no_demo
     assert len(half.test) == len(half.train) == 20
     with pytest.raises(UserError, match=r"'toy' has too few training rows.* at least 2, found 1"):
         validation_task(make_task(train=rows[:1]), 10, seed=1)
+    with pytest.raises(UserError, match=r"training rows of 'toy' have too few different texts.* found 1 text"):
+        validation_task(make_task(train=[make_example("A", "good"), make_example("a", "bad")]), 10, seed=1)
 
 
 def test_no_test_row_picks_the_best_model() -> None:

@@ -58,6 +58,13 @@ def test_scores_are_averaged_over_seeds_then_tasks_then_families() -> None:
     assert summary.baseline("tfidf", OVERALL, 4) is None
 
 
+def test_a_baseline_is_a_mean_of_draws_whichever_models_share_them() -> None:
+    draws = [scored("base", "a", 4, (1.0, 0.0), seed=seed, tfidf=0.2 * seed) for seed in range(3)]
+    assert mean(summarise(draws).baseline("tfidf", OVERALL, 4)) == pytest.approx(0.2)
+    again = scored("tuned", "a", 4, (1.0, 0.0), seed=2, tfidf=0.4)
+    assert mean(summarise([*draws, again]).baseline("tfidf", OVERALL, 4)) == pytest.approx(0.2)
+
+
 def test_differences_are_paired_over_seeds_and_queries() -> None:
     summary = summarise(RECORDS)
     difference = summary.difference("base", "tuned", "classification", 4)

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from manyicl.engine.backend import Sampling
-from manyicl.engine.engine import DEFAULT_MAX_ANSWER_TOKENS, Engine
+from manyicl.engine.engine import Engine
+from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS
 from manyicl.episodes.chat_template import ChatTemplate
 from manyicl.episodes.encoding import Encoder
 from manyicl.errors import MachineError, UserError

@@ -607,3 +607,32 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
     with pytest.raises(UserError) as caught:
         load_task(path)
     assert caught.value.code == "no_task_named"
+
+
+def test_a_large_group_does_not_swallow_the_test_side(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def num_test(rows: Rows, options: str = "") -> int:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return len(load_task(f"{path}:text:label,{options}test_fraction=0.1,seed=0").test)
+
+    texts = [f"message {number}" for number in range(240)] + ["ok thanks"] * 60
+    rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)]
+    assert num_test(rows) == 30
+    owned = [{**row, "text": f"{number} {row['text']}", "customer": min(number, 60)} for number, row in enumerate(rows)]
+    assert num_test(owned, "group=customer,") == 30
+    # Where no other is left, the smallest is taken.
+    two = [{**row, "customer": "small" if number < 60 else "large"} for number, row in enumerate(owned)]
+    assert num_test(two, "group=customer,") == 60
+
+
+def test_a_query_of_a_program_is_that_of_a_row_in_a_file() -> None:
+    task = Task.from_examples("toy", [("1.0", "a"), ("2.0", "b")])
+    assert task.query({"text": 1.0, "other": b"\xff"}).text == "1.0"
+    assert task.query({"text": float("nan")}).text == task.query({"text": None}).text == ""
+
+
+@pytest.mark.parametrize("example", [5, None, "ab", ("a", 1), ("a", "b", "c")])
+def test_what_is_no_example_is_refused(example: Any) -> None:
+    with pytest.raises(UserError, match="an example is a query and its answer"):
+        Task.from_examples("toy", [("a", "b"), example])

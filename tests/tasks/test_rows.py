@@ -339,3 +339,13 @@ def test_a_dataset_that_cannot_be_had_is_told_from_a_hub_that_cannot_be_reached(
 
     with pytest.raises(expected, match="hf:owner/name train"):
         read_hub_rows("owner/name", "train", load_dataset=load_dataset)
+
+
+def test_a_lone_quote_joins_no_rows_of_a_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text('text\tlabel\n"I loved it\tpos\nit was dull\tneg\nhe said bye"\tneg\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.tsv:2: a double quote .* makes one row of 3 lines.*quotes: none"):
+        columns(path)
+    assert [row["label"] for row in columns(path, quotes="none")] == ["pos", "neg", "neg"]
+    path.write_text('text\tlabel\n"two\nlines"\tpos\n', encoding="utf-8")
+    assert columns(path) == [{"text": "two\nlines", "label": "pos"}]

@@ -97,6 +97,27 @@ def test_what_is_not_for_task_files_is_refused(source: str, message: str) -> Non
         Template(source).render({"a": "x", "range": "r"})
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'pos' if label == 1 else 'neg' }}",
+        "{{ 'pos' if 1 != label else 'neg' }}",
+        "{{ 'pos' if row['a label'] in [0, 1.5] else 'neg' }}",
+        "{{ 'pos' if label is eq 1 else 'neg' }}",
+    ],
+)
+def test_a_column_is_not_compared_with_a_number_which_it_never_equals(source: str) -> None:
+    with pytest.raises(UserError, match=r"compares a column with the number .* `column \| int` is a number"):
+        Template(source)
+
+
+def test_what_may_equal_a_number_is_compared_with_it() -> None:
+    source = (
+        "{{ a | int == 1 }} {{ a == '1' }} {{ c | length == 2 }} {% for x in c %}{{ loop.index == 1 }} {% endfor %}"
+    )
+    assert Template(source).render({"a": "1", "c": ["x", "y"]}) == "true true true true false "
+
+
 TOO_LONG = f"more than {MOST_CHARACTERS:,} characters"
 TOO_MANY_STEPS = f"more than {MOST_STEPS:,} steps"
 TOO_MANY_BITS = "more than 20,000 bits"
@@ -132,6 +153,8 @@ TOO_MANY_BITS = "more than 20,000 bits"
         ("{% set b = a * 300 %}{% for x in range(40000) %}{% if b in b %}{% endif %}{% endfor %}", TOO_MANY_STEPS),
         ("{% set b = a * 300 %}{% for x in range(40000) %}{% if b is eq(b) %}{% endif %}{% endfor %}", TOO_MANY_STEPS),
         ("{% set b = a * 300 %}{% for x in range(40000) %}{% set c = b[1:] %}{% endfor %}", TOO_MANY_STEPS),
+        ("{{ (('x' * 80000) | select('in', ('a,' * 8000).split(',')) | list) | length }}", TOO_MANY_STEPS),
+        ("{{ ('x' * 3000000) | rejectattr('upper') | list | length }}", TOO_MANY_STEPS),
         ("{{ " + "(" * 5000 + "a" + ")" * 5000 + " }}", "nested too deeply"),
         ("{% for x in a %}" * 30 + "{% endfor %}" * 30, "nested too deeply"),
     ],

@@ -45,7 +45,7 @@ from manyicl.engine.queries import (
     require_options,
 )
 from manyicl.engine.task_prefix import FittedPrefix, TaskPrefix, require_demonstrations
-from manyicl.episodes.budget import fit_demonstrations, longest_answer
+from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS, fit_demonstrations, longest_answer
 from manyicl.episodes.chat_template import require_rows_as_written
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from manyicl.engine.blend import Blend
     from manyicl.model.load import LoadedModel
 
-DEFAULT_MAX_ANSWER_TOKENS = 64
 # Queries are read ahead so many at a time, so that those of like length can advance together.
 READ_AHEAD_QUERIES = 256
 # `answer` fits demonstrations to so many queries at once; a longer query after them makes it fit again.

@@ -14,6 +14,9 @@ from manyicl.episodes.task_shots import TaskShots
 from manyicl.errors import UserError
 from manyicl.tasks.task import Example, Query, Task
 
+# Of a free answer, where its task does not say.
+DEFAULT_MAX_ANSWER_TOKENS = 64
+
 
 class FittingShots(NamedTuple):
     """The beginning of a drawn episode that fits.
@@ -49,7 +52,8 @@ def whole_shots_within(
         if len(preamble_ids) + num_shot_tokens > max_context_tokens:
             num_too_long += 1
         elif num_tokens + num_shot_tokens > budget:
-            num_left_out = 0 if drawn.num_examples is None else drawn.num_examples - len(shots)
+            if drawn.num_examples is not None:
+                num_left_out = min(drawn.num_examples, len(drawn.task.train) - num_too_long) - len(shots)
             break
         else:
             shots.append(shot)

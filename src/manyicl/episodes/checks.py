@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import median_low
 
-from manyicl.episodes.budget import num_tokens_for_asking
+from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import differing_parts, pluralized, shortened
@@ -144,7 +144,8 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
     everything = (*task.train, *task.test)
     query_lengths = [len(encoder.query_ids_uncached(example.query.text)) for example in everything]
     answer_lengths = [len(encoder.answer_ids(example.answer)) for example in everything]
-    shot_lengths = [q + a for q, a in zip(query_lengths, answer_lengths, strict=True)][: len(task.train)]
+    between = encoder.num_inter_turn_tokens
+    shot_lengths = [q + a + between for q, a in zip(query_lengths, answer_lengths, strict=True)][: len(task.train)]
     examined = evenly_chosen(task.train, task.test, num_examined)
     num_repeated, num_contradictions = _repeats(task.train)
     labels = task.labels or ()
@@ -171,7 +172,7 @@ def check_task(task: Task, encoder: Encoder, max_context_tokens: int, num_examin
         joined_share=_joined_share(task, examined, encoder),
         num_altered_answers=sum(encoder.decode(encoder.segment_ids(e.answer)) != e.answer for e in examined),
         num_examined=len(examined),
-        shots_that_fit=_shots_that_fit(task, encoder, max_context_tokens, shot_lengths, max(answer_lengths)),
+        shots_that_fit=_shots_that_fit(task, encoder, max_context_tokens, shot_lengths),
         problems=(),
     )
     room = max_context_tokens - encoder.num_preamble_tokens(task.instruction())
@@ -365,12 +366,10 @@ def _joined_share(task: Task, examples: Sequence[Example], encoder: Encoder) -> 
     return num_equal / len(examples)
 
 
-def _shots_that_fit(
-    task: Task, encoder: Encoder, max_context_tokens: int, shot_lengths: Sequence[int], longest_answer: int
-) -> ShotsThatFit:
+def _shots_that_fit(task: Task, encoder: Encoder, max_context_tokens: int, shot_lengths: Sequence[int]) -> ShotsThatFit:
     """Count shots of median length, and shots at their longest, that leave room to ask."""
     queries = [example.query for example in task.test or task.train]
-    reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or longest_answer, queries)
+    reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS, queries)
     room = max_context_tokens - encoder.num_preamble_tokens(task.instruction()) - reserve
     filled = accumulate(sorted(shot_lengths, reverse=True))
     return ShotsThatFit(

@@ -229,7 +229,8 @@ class Encoder:
                 apart, or does not know most answers; in the channel form, if answers are free.
         """
         # Compared by identity: tasks of one name may have other rows, and a shot curve asks for every draw.
-        if any(task is known for known in self._encodable):
+        # A copy, as another thread may add to it.
+        if any(task is known for known in tuple(self._encodable)):
             return
         self.require_suitable_answers(task)
         self._require_distinct_labels(task)
@@ -344,9 +345,14 @@ class Encoder:
         """Count the tokens that stand before the first query."""
         return len(self.preamble_ids(instruction))
 
+    @property
+    def num_inter_turn_tokens(self) -> int:
+        """Tokens between one demonstration and the next; none but in a chat."""
+        return len(self._inter_turn_ids)
+
     def num_tokens_of(self, shot: EncodedShot) -> int:
         """Count the tokens of an encoded demonstration, the inter-turn text after it included."""
-        return len(shot.given_ids) + len(shot.target_ids) + len(self._inter_turn_ids)
+        return len(shot.given_ids) + len(shot.target_ids) + self.num_inter_turn_tokens
 
     def num_shot_tokens(self, example: Example, preceding: Preceding = Preceding.DEMONSTRATION) -> int:
         """Count the tokens of one demonstration."""

@@ -149,6 +149,9 @@ def growth(right: Sequence[float]) -> str:
     start = 1
     while 2 * start < len(right):
         start *= 2
+    if len(right) - start < start / 2:
+        # A few answers after a power of two are no doubling.
+        start = max(1, start // 2)
     before, last = right[start // 2 : start], right[start:]
     if min(len(before), len(last)) < FEWEST_COMPARED:
         return "Too few demonstrations to say whether more would help."

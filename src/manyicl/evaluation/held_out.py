@@ -10,7 +10,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, pluralized
 from manyicl.tasks.leakage import normalised
 from manyicl.tasks.task import Task
 
@@ -114,7 +114,7 @@ def validation_task(task: Task, num_queries: int, seed: int) -> Task:
         repeat a chosen query.
 
     Raises:
-        UserError: If it has fewer than two training rows.
+        UserError: If it has fewer than two training rows, or all others repeat the queries.
     """
     if len(task.train) < 2:
         what = f"tasks.evaluate: {task.name!r} has too few training rows, on some of which training validates"
@@ -126,4 +126,9 @@ def validation_task(task: Task, num_queries: int, seed: int) -> Task:
     queries, others = order[:num_chosen], order[num_chosen:]
     texts = {normalised(example.query.text) for example in queries}
     demonstrations = tuple(example for example in others if normalised(example.query.text) not in texts)
+    if not demonstrations:
+        what = f"tasks.evaluate: the training rows of {task.name!r} have too few different texts"
+        found = pluralized(len(texts), "text")
+        remedy = "Add rows, or leave the task out."
+        raise UserError("too_few_rows", what, expected="more", found=found, remedy=remedy, field="tasks.evaluate")
     return replace(task, train=demonstrations, test=tuple(queries))

@@ -119,12 +119,15 @@ class Summary:
         return self._mean(group, of_task)
 
     def baseline(self, name: str, group: Group, shots: int) -> Estimate | None:
-        """Mean of one of `BASELINE_FIELDS` over what seeds and models recorded; None unless every task has it."""
+        """Mean of one of `BASELINE_FIELDS` over draws, whichever models recorded it; None unless every task has it."""
 
         def of_task(task: str) -> Estimate | None:
             records = (r for model in self.models for r in self.by_point.get((model, task, shots), ()))
-            scores = [score for record in records if (score := getattr(record, name)) is not None]
-            return Estimate(fmean(scores), None, len(scores)) if scores else None
+            of_draw: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+            for record in records:
+                if (score := getattr(record, name)) is not None:
+                    of_draw[record.seed, record.order].append(score)
+            return Estimate(fmean(map(fmean, of_draw.values())), None, len(of_draw)) if of_draw else None
 
         return self._mean(group, of_task)
 

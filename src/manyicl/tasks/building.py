@@ -290,7 +290,8 @@ def _row_of(example: tuple[str, str] | Example, side: str, number: int) -> Locat
         if example.query.choices is not None:
             columns["choices"] = list(example.query.choices)
         return LocatedRow(columns, side, number)
-    if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
+    is_pair = isinstance(example, Sequence) and not isinstance(example, str) and len(example) == 2
+    if not is_pair or not all(isinstance(text, str) for text in example):
         what = "an example is a query and its answer"
         raise UserError("not_an_example", what, expected="two texts", found=quoted(example), file=side, row=number)
     return LocatedRow(dict(zip(("text", "answer"), example, strict=True)), side, number)

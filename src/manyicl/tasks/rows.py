@@ -360,12 +360,30 @@ def _misfit(fields: Sequence[str], num_columns: int, between: str) -> UserError:
 def _records(
     file: str, lines: Iterable[str], delimiter: str, quotes: Quotes, usual: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV text, each with its first line; a blank line has no fields."""
-    reader = csv.reader(lines, delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
-    line = 1
+    """Yield the records of a CSV text, each with its first line; a blank line has no fields.
+
+    In TSV, where a quote is often an ordinary character, one at the beginning of a field would join rows in silence.
+    """
+    of_record: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for text in lines:
+            of_record.append(text)
+            yield text
+
+    reader = csv.reader(remembered(), delimiter=delimiter, quoting=_QUOTING[quotes], strict=True)
+    line, num_columns = 1, 0
     try:
         for fields in reader:
+            num_columns = num_columns or len(fields)
+            is_joined = len(of_record) > 1 and delimiter == usual == DELIMITERS[".tsv"] and num_columns > 1
+            if is_joined and all(text.count(delimiter) == num_columns - 1 for text in of_record):
+                what = (
+                    f"a double quote at the beginning of a field makes one row of {len(of_record)} lines that are rows"
+                )
+                raise UserError("broken_csv", what, remedy=_QUOTES_REMEDY, file=file, row=line)
             yield line, fields
+            of_record.clear()
             line = reader.line_num + 1
     except csv.Error as error:
         kind = "TSV" if usual == DELIMITERS[".tsv"] else "CSV"

@@ -37,6 +37,8 @@ _CHARACTERS_LOOKED_AT_A_STEP = 20
 # These compare each character of a text with each of a part that they look for.
 _COMPARING_EACH = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"})
 _COMPARISONS_A_STEP = 10_000
+# These test each element, also of those that they leave out.
+_TESTING_EACH = frozenset({"reject", "rejectattr", "select", "selectattr"})
 _CHARACTERS_AN_ELEMENT = 16  # what an element of a list costs to look at and to keep
 _MOST_BITS = 20_000
 _MOST_DECIMALS = 100
@@ -75,10 +77,10 @@ class Budget:
         """Count the comparisons of all characters of a text with all of each part."""
         self.spend(len(str(text)) * sum(len(part) for part in parts if isinstance(part, str)) // _COMPARISONS_A_STEP)
 
-    def turns(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield values, each of which costs a step."""
+    def turns(self, values: Iterable[Any], num_steps: int = 1) -> Iterator[Any]:
+        """Yield values, each of which costs a step, or so many."""
         for value in values:
-            self.spend(1)
+            self.spend(num_steps)
             yield value
 
     def written(self, text: str) -> str:
@@ -188,6 +190,9 @@ def _charging_filter(name: str) -> Callable[..., Any]:
             limit(value, *args, **kwargs)
         if name in _COMPARING_EACH:
             budget.compared(value, *args, *kwargs.values())
+        if name in _TESTING_EACH:
+            # What each is compared with may be long.
+            value = budget.turns(value, 1 + sum(_required_size(part) // _CHARACTERS_A_STEP for part in args))
         try:
             return budget.charged(_PLAIN.call_filter(name, value, args, kwargs, context=context))
         except AssertionError as error:  # so Jinja2 refuses arguments, such as those of truncate(0)
@@ -233,6 +238,14 @@ def joined(texts: Iterable[str]) -> str:
     texts = list(texts)
     _require_room(sum(map(len, texts)))
     return "".join(texts)
+
+
+def uncounted(node: nodes.Node) -> nodes.Node:
+    """Return the node of a parsed template without the counting filters around it."""
+    while isinstance(node, nodes.Filter) and node.name in (_CHARGED, _TURNS):
+        assert node.node is not None
+        node = node.node
+    return node
 
 
 class _Counting(NodeTransformer):

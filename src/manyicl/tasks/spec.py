@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.example import Query
 from manyicl.tasks.template import compiled
-from manyicl.tasks.values import as_option, value_at
+from manyicl.tasks.values import as_option, as_text, value_at
 
 FAMILIES: tuple[str, ...] = ("classification", "nli", "qa", "summarization", "generation", "math")
 Family = Annotated[str, Field(pattern=r"^[^\s/\\,:]+$")]  # one of these, or any other name together with a metric
@@ -146,7 +146,9 @@ class TaskSpec(BaseModel):
             row = {template.columns[0]: row}
         if not isinstance(row, Mapping):
             raise UserError("query_not_a_mapping", f"A query of task {self.name!r} is a mapping", found=quoted(row))
-        return Query(template.render(row, self.class_names), self._choices(row))
+        # The same text as if the row were in a file: a number as its text, NaN as nothing.
+        as_in_file: Columns = as_text(dict(row))
+        return Query(template.render(as_in_file, self.class_names), self._choices(as_in_file))
 
     def _choices(self, row: Columns) -> tuple[str, ...] | None:
         """Read the row's own options, if the task has any."""

@@ -53,14 +53,20 @@ def split(examples: Sequence[Example], data: OneFile, group_of_row: Mapping[str,
 
 
 def _first_groups(order: Sequence[str], sizes: Mapping[str, int], num_wanted: int) -> set[str]:
-    """Take groups in their order until they hold the wanted number of rows."""
+    """Take groups in their order until they hold the wanted number of rows.
+
+    One with which there would be more than twice as many is passed over; if no other is there, the smallest is taken.
+    """
     taken: set[str] = set()
     num_rows = 0
     for group in order:
         if num_rows >= num_wanted:
             break
-        taken.add(group)
-        num_rows += sizes[group]
+        if num_rows + sizes[group] <= 2 * num_wanted:
+            taken.add(group)
+            num_rows += sizes[group]
+    if num_wanted and order and not taken:
+        taken.add(min(order, key=lambda group: sizes[group]))
     return taken
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
 from manyicl.errors import UserError, quoted, shortened
 from manyicl.library_errors import reason
-from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, joined, rendered, written
+from manyicl.tasks.sandbox import GLOBALS, TASK_SANDBOX, joined, rendered, uncounted, written
 from manyicl.tasks.values import as_written, missing_column
 
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -36,7 +36,7 @@ class Template:
         """Compile ``source``; see `compiled`, which does so once.
 
         Raises:
-            UserError: If the syntax is wrong.
+            UserError: If the syntax is wrong, or a column is compared with a number, which it never equals.
         """
         try:
             syntax = TASK_SANDBOX.parse(source)
@@ -51,6 +51,7 @@ class Template:
             what = f"Template {shortened(source, 80)!r} does not parse: nested too deeply, or a huge number"
             raise UserError("broken_template", what) from error
         self.source = source
+        _require_texts_compared_with_texts(source, syntax)
         found = map(_columns_of_row, syntax.find_all((nodes.Getitem, nodes.Getattr)))
         reads = [columns for columns in found if columns is not None]
         names = meta.find_undeclared_variables(syntax) - GLOBALS
@@ -125,6 +126,46 @@ def _columns_of_row(item: nodes.Node) -> tuple[str, ...] | None:
     if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str):
         return (item.arg.value,)
     return None if isinstance(item.arg, nodes.Const | nodes.Slice) else ()
+
+
+_EQUALITIES = ("eq", "ne", "in", "notin")
+_EQUALITY_TESTS = ("eq", "==", "equalto", "ne", "!=", "in", "sameas")
+
+
+def _require_texts_compared_with_texts(source: str, syntax: nodes.Template) -> None:
+    """Refuse ``label == 1``: the numbers of a row are texts, so that it would be false in every row.
+
+    Raises:
+        UserError: If a column is compared with a number, or looked for among numbers.
+    """
+    columns = meta.find_undeclared_variables(syntax) - GLOBALS
+    for one, other in _compared(syntax):
+        is_column = (isinstance(one, nodes.Name) and one.name in columns) or bool(_columns_of_row(one))
+        numbers = [value for value in _constants(other) if type(value) in (int, float)]
+        if is_column and numbers:
+            what = f"Template {quoted(source)} compares a column with the number {numbers[0]}, which it never equals"
+            remedy = f"Numbers of a row are texts, written '{numbers[0]}'; `column | int` is a number."
+            raise UserError("broken_template", what, remedy=remedy)
+
+
+def _constants(node: nodes.Node) -> list[object]:
+    """Return the value of a constant, or the constants of a list; Jinja2 makes some lists constants itself."""
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return [constant for item in node.items for constant in _constants(item)]
+    if not isinstance(node, nodes.Const):
+        return []
+    return list(node.value) if isinstance(node.value, list | tuple) else [node.value]
+
+
+def _compared(syntax: nodes.Template) -> Iterator[tuple[nodes.Node, nodes.Node]]:
+    """Yield what is compared for equality with what, either way."""
+    for compared in syntax.find_all(nodes.Compare):
+        if compared.ops[0].op in _EQUALITIES:
+            one, other = uncounted(compared.expr), uncounted(compared.ops[0].expr)
+            yield from ((one, other), (other, one))
+    for test in syntax.find_all(nodes.Test):
+        if test.name in _EQUALITY_TESTS and test.args:
+            yield uncounted(test.node), uncounted(test.args[0])
 
 
 def _plain_parts(syntax: nodes.Template, reads_row: bool) -> list[tuple[str, str | None]] | None:

@@ -60,7 +60,7 @@ def as_option(value: object) -> str:
     >>> as_option(" one\n\ntwo ")
     'one\ntwo'
     """
-    return re.sub(r"\n\s*\n", "\n", str(value).strip())
+    return re.sub(r"\n\s*\n", "\n", str(as_written(value)).strip())
 
 
 def value_at(row: Mapping[str, object], place: str) -> object:

@@ -136,7 +136,7 @@ async def create_decision(request: Request, caller: Predictor, services: App) ->
 )
 async def create_completion(request: Request, caller: Predictor, services: App) -> Any:
     """Answer a query with the text of a free answer, whole or in parts; of a task with labels, with a label."""
-    from manyicl.engine.engine import DEFAULT_MAX_ANSWER_TOKENS
+    from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS
 
     given = await _body(request, ChatIn, MESSAGES)
     services.limits.count_rows(caller, 1)
