@@ -128,11 +128,16 @@ class Estimates:
         return cls(mean_over_queries(right), mean_over_queries(nats))
 
 
-def _start_of_last_group(num_answers: int) -> int:
-    """Return where the last doubling begins, or the one before it where few answers are in the last."""
+def _start_of_last_doubling(num_answers: int) -> int:
     start = 1
     while 2 * start < num_answers:
         start *= 2
+    return start
+
+
+def _start_of_last_group(num_answers: int) -> int:
+    """Return where the last doubling begins, or the one before it where few answers are in the last."""
+    start = _start_of_last_doubling(num_answers)
     return start if num_answers - start >= FEWEST_FOR_A_TIE else max(1, start // 2)
 
 
@@ -146,9 +151,7 @@ def _smaller_prefixes(right: Sequence[float], nats: Sequence[float], start: int)
 
 def growth(right: Sequence[float]) -> str:
     """Say whether the last doubling of shots helped, as far as the numbers show."""
-    start = 1
-    while 2 * start < len(right):
-        start *= 2
+    start = _start_of_last_doubling(len(right))
     if len(right) - start < start / 2:
         # A few answers after a power of two are no doubling.
         start = max(1, start // 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
@@ -51,10 +51,10 @@ class Template:
             what = f"Template {shortened(source, 80)!r} does not parse: nested too deeply, or a huge number"
             raise UserError("broken_template", what) from error
         self.source = source
-        _require_texts_compared_with_texts(source, syntax)
         found = map(_columns_of_row, syntax.find_all((nodes.Getitem, nodes.Getattr)))
         reads = [columns for columns in found if columns is not None]
         names = meta.find_undeclared_variables(syntax) - GLOBALS
+        _require_texts_compared_with_texts(source, syntax, names)
         self._reads_row = bool(reads)
         self.columns: tuple[str, ...] = tuple(sorted((names - {"row"} if reads else names).union(*reads)))
         self._parts = _plain_parts(syntax, self._reads_row)
@@ -132,13 +132,12 @@ _EQUALITIES = ("eq", "ne", "in", "notin")
 _EQUALITY_TESTS = ("eq", "==", "equalto", "ne", "!=", "in", "sameas")
 
 
-def _require_texts_compared_with_texts(source: str, syntax: nodes.Template) -> None:
+def _require_texts_compared_with_texts(source: str, syntax: nodes.Template, columns: Set[str]) -> None:
     """Refuse ``label == 1``: the numbers of a row are texts, so that it would be false in every row.
 
     Raises:
         UserError: If a column is compared with a number, or looked for among numbers.
     """
-    columns = meta.find_undeclared_variables(syntax) - GLOBALS
     for one, other in _compared(syntax):
         is_column = (isinstance(one, nodes.Name) and one.name in columns) or bool(_columns_of_row(one))
         numbers = [value for value in _constants(other) if type(value) in (int, float)]
