@@ -301,8 +301,8 @@ def test_parts_are_one_picture_with_a_panel_for_each_task_or_mean(parts: list[Pa
     [
         (None, False, "–"),
         (Estimate(0.5, None, 1), False, ".50"),
-        (mean_over_queries([1.0, 0.0] * 10), False, ".50\n.29–.71"),
-        (mean_over_queries([1.0] * 10), False, "1.00\n.72–1.00"),
+        (mean_over_queries([1.0, 0.0] * 10), False, ".50\n.28–.72"),
+        (mean_over_queries([1.0] * 10), False, "1.00\n.66–1.00"),
         (paired_difference([(1.0,) * 9], [(1.0,) * 9]), True, None),
     ],
 )

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from manyicl.evaluation.uncertainty import (
     Estimate,
@@ -62,9 +62,10 @@ def test_a_single_query_shows_no_error() -> None:
 def test_twenty_right_out_of_twenty_are_not_certain() -> None:
     estimate = mean_over_seeds_and_queries([[1.0] * 20] * 3)
     assert estimate.standard_error == pytest.approx(1 / 22)
-    # Wilson's interval for 20 of 20, whatever the number of seeds.
-    assert estimate.interval == pytest.approx((0.8389, 1.0), abs=1e-4)
-    assert mean_over_queries([0.0] * 20).interval == pytest.approx((0.0, 0.1611), abs=1e-4)
+    # Wilson's interval for 20 of 20 with the quantile of 19 degrees of freedom, whatever the number of seeds.
+    lowest = 20 / (20 + t.ppf(0.975, 19) ** 2)
+    assert estimate.interval == pytest.approx((lowest, 1.0))
+    assert mean_over_queries([0.0] * 20).interval == pytest.approx((0.0, 1 - lowest))
     assert estimate_over_tasks([("qa", 1.0)] * 3).interval[0] < 0.5  # type: ignore[union-attr, index]
 
 
@@ -91,7 +92,7 @@ def test_a_few_pairs_never_exclude_no_difference(num_queries: int) -> None:
 def test_many_tasks_with_every_answer_right_tighten_the_interval() -> None:
     task = mean_over_queries([1.0] * 20)
     low, high = mean_of_independent([task] * 30).interval or (0, 0)
-    assert 0.96 < low < high == 1.0
+    assert 0.96 < low < high == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("by_seed", "by_query"), [(0.0, 0.0), (0.5, 0.0), (0.0, 2.0), (0.5, 2.0)])
@@ -102,6 +103,28 @@ def test_the_standard_error_is_the_spread_of_the_mean_over_repetitions(by_seed: 
     claimed = math.sqrt(np.mean([error_of(one) ** 2 for one in estimates]))
     # Components that come out negative are taken as zero, so where there are none the claim is a little wide.
     assert 0.95 * spread <= claimed <= 1.25 * spread
+
+
+@pytest.mark.parametrize(("seeds", "by_seed"), [(2, 0.0), (2, 0.5), (3, 0.0), (3, 0.25), (3, 1.0), (5, 0.5)])
+@pytest.mark.parametrize("way", ["score", "difference", "seed means"])
+def test_intervals_over_few_seeds_cover_the_truth(seeds: int, by_seed: float, way: str) -> None:
+    """With the queries' degrees of freedom alone, 8 to 18 % lay outside where seeds differ."""
+    rng = np.random.default_rng(seeds)
+    outside = 0
+    for _ in range(1000):
+        # As wide as right and wrong answers, so that the smallest error that queries can show plays no part.
+        table = 0.5 + 0.35 * crossed_table(rng, seeds, 60, by_seed, 1.0)
+        if way == "seed means":
+            rows = [mean_over_queries(row) for row in table - 0.5]
+            estimate = mean_of_seed_means([r.mean for r in rows], [error_of(r) for r in rows], 60, "paired")
+        else:
+            estimate = mean_over_seeds_and_queries(
+                table - 0.5 * (way != "score"), pairing=None if way == "score" else "paired"
+            )
+        low, high = estimate.interval or (0, 0)
+        outside += not low <= (0.5 if way == "score" else 0) <= high
+    # 5 % and what 1,000 repetitions leave open; two seeds that differ about as much as queries know less than t allows.
+    assert outside <= (100 if seeds == 2 else 70)
 
 
 def test_treating_all_cells_as_independent_would_claim_too_much() -> None:

@@ -7,12 +7,15 @@ queries harder. Treating its S x Q cells as independent would understate the err
 Scores that are all alike, as 20 right out of 20, do not show that another query could not be wrong. The standard error
 of Q queries is therefore never below ``1 / (Q + 2)``, which is what one success and one failure more would give
 (Laplace); of differences, whose range is twice as wide, never below ``2 / (Q + 2)``.
+
+Two or three seeds know their own spread badly. The wider it is beside the spread of the queries, the fewer degrees of
+freedom an error has, and the wider Student's t makes the interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -23,8 +26,6 @@ from scipy.special import stdtrit
 Pairing = Literal["paired", "independent"]
 ValueT = TypeVar("ValueT")
 
-# 95 % of a normal distribution.
-_NORMAL_95 = 1.959964
 _FEWEST_TASKS = 3
 NUM_RESAMPLES = 100
 
@@ -52,21 +53,23 @@ class Estimate:
     def interval(self) -> tuple[float, float] | None:
         """Interval of 95 %, None without a standard error.
 
-        A score has Wilson's interval for as many independent queries as its standard error is worth: it stays within
-        [0, 1] and is one-sided where every answer was right. A difference has Student's.
+        A difference has Student's. A score has Wilson's for as many independent queries as its standard error is
+        worth, with Student's quantile in place of the normal one: it stays within [0, 1] and is one-sided where every
+        answer was right.
 
         Source: Wilson 1927; Brown, Cai, DasGupta 2001, Interval estimation for a binomial proportion.
         """
         if self.standard_error is None:
             return None
+        t = float(stdtrit(self.degrees_of_freedom, 0.975))
         if self.pairing is not None:
-            margin = float(stdtrit(self.degrees_of_freedom, 0.975)) * self.standard_error
+            margin = t * self.standard_error
             return self.mean - margin, self.mean + margin
         # Of a mean strictly between 0 and 1, and of one at its bound, where the standard error is 1 / (Q + 2).
         worth = max(self.mean * (1 - self.mean) / self.standard_error**2, 1 / self.standard_error - 2)
-        total = worth + _NORMAL_95**2
-        centre = (worth * self.mean + _NORMAL_95**2 / 2) / total
-        margin = _NORMAL_95 * math.sqrt(max(worth * self.mean * (1 - self.mean), 0) + _NORMAL_95**2 / 4) / total
+        total = worth + t**2
+        centre = (worth * self.mean + t**2 / 2) / total
+        margin = t * math.sqrt(max(worth * self.mean * (1 - self.mean), 0) + t**2 / 4) / total
         return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
     @property
@@ -91,7 +94,8 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
 
     The variance of the mean under ``score = mean + seed + query + rest`` is, from the mean squares of a two-way
     analysis, ``(seeds + queries - rest) / (S Q)``; a negative component is taken as zero. One seed gives the
-    ordinary standard error over queries; seeds that all score alike add nothing, as they should.
+    ordinary standard error over queries; seeds that all score alike add nothing, as they should. In the degrees of
+    freedom ``rest`` is left aside, which errs on the wide side.
 
     Source: Searle, Casella, McCulloch 1992, Variance Components, the crossed random model.
     """
@@ -100,13 +104,29 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
     mean = float(table.mean())
     by_seed = table.mean(axis=1, keepdims=True)
     by_query = table.mean(axis=0, keepdims=True)
-    seeds = _mean_square(by_seed - mean, num_seeds - 1) * num_queries
-    queries = _mean_square(by_query - mean, num_queries - 1) * num_seeds
-    rest = _mean_square(table - by_seed - by_query + mean, (num_seeds - 1) * (num_queries - 1))
+    smallest = honest_error(0.0, num_queries, pairing)
+    if smallest is None:
+        return Estimate(mean, None, table.size, pairing=pairing)
+    seeds = _mean_square(by_seed - mean, num_seeds - 1) / num_seeds
+    queries = _mean_square(by_query - mean, num_queries - 1) / num_queries
+    rest = _mean_square(table - by_seed - by_query + mean, (num_seeds - 1) * (num_queries - 1)) / table.size
     # Each component at least zero: without a seed component the queries' mean square is left, and conversely.
-    variance = max(seeds + queries - rest, seeds, queries) / (num_seeds * num_queries)
-    error = honest_error(math.sqrt(variance), num_queries, pairing)
-    return Estimate(mean, error, table.size, num_queries - 1, pairing)
+    variance = max(seeds + queries - rest, seeds, queries, smallest**2)
+    freedom = satterthwaite(variance, [(seeds, num_seeds - 1), (max(queries, smallest**2), num_queries - 1)])
+    return Estimate(mean, math.sqrt(variance), table.size, freedom, pairing)
+
+
+def satterthwaite(variance: float, parts: Iterable[tuple[float, float]]) -> float:
+    """Return the degrees of freedom of a variance that is made of several, each known with its own.
+
+    Args:
+        variance: The variance.
+        parts: Each part of it and the degrees of freedom of that part.
+
+    Source: Satterthwaite 1946, An Approximate Distribution of Estimates of Variance Components.
+    """
+    per_freedom = math.fsum(part**2 / freedom for part, freedom in parts if part)
+    return variance**2 / per_freedom if per_freedom else math.inf
 
 
 def honest_error(standard_error: float, num_queries: int, pairing: Pairing | None = None) -> float | None:
@@ -128,12 +148,15 @@ def mean_of_seed_means(
     Seeds share their queries, so the queries' part does not shrink with the number of seeds: the variance is
     that of the seed means over S plus the mean squared standard error. It errs on the wide side.
     """
-    between = float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else 0.0
+    mean, num_scores = float(np.mean(means)), len(means) * num_queries
     known = [error for error in standard_errors if error is not None]
-    error = None
-    if len(known) == len(means):
-        error = honest_error(math.sqrt(between + float(np.mean(np.square(known)))), num_queries, pairing)
-    return Estimate(float(np.mean(means)), error, len(means) * num_queries, num_queries - 1, pairing)
+    smallest = honest_error(0.0, num_queries, pairing)
+    if smallest is None or len(known) < len(means):
+        return Estimate(mean, None, num_scores, pairing=pairing)
+    between = float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else 0.0
+    within = max(float(np.mean(np.square(known))), smallest**2)
+    freedom = satterthwaite(between + within, [(between, len(means) - 1), (within, num_queries - 1)])
+    return Estimate(mean, math.sqrt(between + within), num_scores, freedom, pairing)
 
 
 def resampled_scores(
@@ -192,8 +215,8 @@ def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
     if len(errors) < count:
         return Estimate(mean, None, num_scores, pairing=pairing)
     total = math.fsum(error**2 for error in errors)
-    per_freedom = math.fsum(error**4 / one.degrees_of_freedom for error, one in zip(errors, estimates, strict=True))
-    freedom = total**2 / per_freedom if per_freedom else math.inf
+    parts = [(error**2, one.degrees_of_freedom) for error, one in zip(errors, estimates, strict=True)]
+    freedom = satterthwaite(total, parts)
     return Estimate(mean, math.sqrt(total) / count, num_scores, freedom, pairing)
 
 

@@ -23,14 +23,12 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import stdtrit
 
 from manyicl.evaluation.result import Result
-from manyicl.evaluation.uncertainty import Estimate, Pairing, honest_error
+from manyicl.evaluation.uncertainty import Estimate, Pairing, honest_error, satterthwaite
 
 Numbers = NDArray[np.float64]
 
-_NORMAL_95 = 1.959964
 # Where the search for an end of an interval gives up, in gaps.
 _WIDEST_SHARE = 1e4
 
@@ -175,12 +173,7 @@ class Measured:
     @property
     def interval_of_queries(self) -> tuple[float, float] | None:
         """Interval of 95 %, which with one training seed covers the choice of queries alone."""
-        error = self.estimate.standard_error
-        if error is None or self.estimate.pairing is not None:
-            return self.estimate.interval
-        # Wilson's interval for as many queries as the error is worth, widened where few seeds show the error.
-        widened = error * float(stdtrit(self.estimate.degrees_of_freedom, 0.975)) / _NORMAL_95
-        return replace(self.estimate, standard_error=widened).interval
+        return self.estimate.interval
 
     @property
     def is_distinct(self) -> bool | None:
@@ -339,12 +332,11 @@ def weighted_mean(tables: Weighted, pairing: Pairing | None = None) -> Estimate:
     of_rows = _variance(rows) / len(rows)
     of_queries = [weight**2 * table.query_variance for weight, table in tables]
     rest = math.fsum(weight**2 * table.rest_variance for weight, table in tables)
-    least = math.fsum((weight * (floor or 0.0)) ** 2 for (weight, _), floor in zip(tables, floors, strict=True))
+    least = [(weight * (floor or 0.0)) ** 2 for (weight, _), floor in zip(tables, floors, strict=True)]
     queries = math.fsum(of_queries)
-    variance = max(of_rows + queries - rest, of_rows, queries, least)
-    per_freedom = of_rows**2 / (len(rows) - 1) if len(rows) > 1 else 0.0
-    per_freedom += math.fsum(v**2 / (table.num_queries - 1) for v, (_, table) in zip(of_queries, tables, strict=True))
-    freedom = variance**2 / per_freedom if per_freedom else math.inf
+    variance = max(of_rows + queries - rest, of_rows, queries, math.fsum(least))
+    parts = [(max(*part), table.num_queries - 1) for *part, (_, table) in zip(of_queries, least, tables, strict=True)]
+    freedom = satterthwaite(variance, [(of_rows, len(rows) - 1), *parts])
     return Estimate(mean, math.sqrt(variance), num_scores, freedom, pairing)
 
 
