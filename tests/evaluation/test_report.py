@@ -172,7 +172,7 @@ def test_one_model_one_task_one_shot_count_is_enough(tmp_path: Path) -> None:
 def test_models_without_a_common_task_are_shown_task_by_task(tmp_path: Path) -> None:
     records = [scored("m", "a", 0, (1.0, 0.0)), scored("n", "b", 0, (1.0, 0.0))]
     page = write_report(records, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "not measured everywhere" in page
+    assert "in no mean" in page
     screen = io.StringIO()
     print_table(records, Console(file=screen, width=120))
     assert "In no mean" in screen.getvalue()
@@ -188,7 +188,7 @@ def test_the_head_of_the_page_counts_every_task_and_a_model_once(tmp_path: Path)
     head = lead(write_report([*plain, *more], tmp_path / "report.html"))
     assert head == (
         "1 model, with and without retrieved rows, on 4 tasks of 1 family that fine-tuning never used, with 4 to 4 "
-        "demonstrations in the context. 3 of the tasks were not measured everywhere and are in no mean."
+        "demonstrations in the context. 3 of the tasks are in no mean, for reasons that are below."
     )
     unknown = scored("m", "e", 4, (1.0, 0.0))
     head = lead(write_report([*plain, unknown], tmp_path / "report.html"))

@@ -114,8 +114,48 @@ def test_a_copied_record_counts_once_and_is_no_older_result() -> None:
 def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
     summary = summarise([*RECORDS, scored("tuned", "c", 4, (1.0, 1.0), family="math")])
     assert summary.compared == ("a", "b")
-    assert summary.not_compared == ("c",)
+    assert summary.not_compared == {"c": "some model lacks a shot count there"}
     assert summary.score("tuned", "math", 4) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"metric": "macro_f1"}, "in different metrics"),
+        ({"data_hash": "of one more row"}, "rows, labels or instruction changed"),
+    ],
+)
+def test_a_task_that_changed_between_two_models_is_in_no_mean(change: dict[str, object], reason: str) -> None:
+    changed = [
+        scored("base", "c", 4, (1.0, 0.0)),
+        scored("base", "c", 0, (1.0, 0.0)),
+        scored("tuned", "c", 4, (1.0, 1.0), **change),
+        scored("tuned", "c", 0, (1.0, 1.0), **change),
+    ]
+    summary = summarise([*RECORDS, *changed])
+    assert summary.compared == ("a", "b")
+    assert reason in summary.not_compared["c"]
+    assert mean(summary.score("tuned", "classification", 4)) == 0.75
+    # What is shown of the task itself does not claim that what both sides share cancels out.
+    alone = summary.difference("base", "tuned", ("c",), 4)
+    assert alone is not None
+    assert alone.pairing == "independent"
+    assert any("In no mean" in note and note.endswith("c.") and reason in note for note in notes(summary))
+
+
+def test_draws_that_were_chosen_in_another_way_are_not_paired() -> None:
+    records = [scored("base", "a", 4, (1.0, 0.0)), scored("tuned", "a", 4, (1.0, 0.0), sampling="random")]
+    difference = summarise(records).difference("base", "tuned", OVERALL, 4)
+    assert difference is not None
+    assert difference.pairing == "independent"
+
+
+@pytest.mark.parametrize("change", [{"text_format": {"kind": "plain", "delimiter": "\n"}}, {"max_answer_tokens": 7}])
+def test_older_records_in_another_format_or_with_another_limit_are_superseded(change: dict[str, object]) -> None:
+    older = scored("base", "a", 4, (0.0, 0.0), seed=2, created=datetime(2025, 1, 1, tzinfo=UTC), **change)
+    summary = summarise([older, *RECORDS])
+    assert summary.num_superseded == 1
+    assert mean(summary.score("base", "classification", 4)) == 0.25
 
 
 def test_older_records_of_other_queries_are_superseded() -> None:

@@ -89,6 +89,7 @@ class Result(_Record):
     query_scores: tuple[float, ...] | None = Field(None, description="One per query; None for macro-F1.")
     resampled_scores: tuple[float, ...] | None = Field(None, description="Macro-F1 of resampled queries.")
     num_cut_answers: int = Field(0, ge=0, description="Free answers that were cut at the token limit.")
+    max_answer_tokens: int | None = Field(None, description="That limit; None in records of earlier versions.")
 
     chance: float | None = Field(None, description="Expected accuracy of guessing evenly.")
     majority: float | None = Field(None, description="Score of always giving the most frequent training answer.")

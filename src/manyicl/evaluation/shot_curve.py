@@ -288,6 +288,7 @@ class _Curve:
             num_retrieved=point.num_retrieved,
             seed=point.seed,
             order=point.order,
+            max_answer_tokens=self._engine.max_answer_tokens(task),
             seconds=answered.seconds,
             created=datetime.now(UTC),
             **self._conditions,

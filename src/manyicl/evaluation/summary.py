@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -45,7 +46,8 @@ class Summary:
             as another one.
         shots: Requested shot counts, ascending.
         families: Task -> family, by family and name; every task that was measured.
-        compared: Tasks measured at every shot count of every model: means are over these alone.
+        not_compared: Task -> why it is in no mean: a model lacks a shot count, or models were measured in different
+            metrics or on different rows.
         tasks: Score of (model, task, shots), over seeds and queries.
         by_point: Records of (model, task, shots), one per seed and order of its demonstrations.
         num_superseded: Records that newer ones of the same model and task replace.
@@ -55,10 +57,15 @@ class Summary:
     models: tuple[str, ...]
     shots: tuple[int, ...]
     families: dict[str, Family]
-    compared: tuple[str, ...]
+    not_compared: dict[str, str]
     tasks: dict[Point, Estimate]
     by_point: dict[Point, tuple[Result, ...]]
     num_superseded: int
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Tasks that can be compared between all models at all shot counts: means are over these alone."""
+        return tuple(task for task in self.families if task not in self.not_compared)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -76,11 +83,6 @@ class Summary:
         if self.num_orders > 1:
             return "worst draw and order"
         return "worst draw" if len({record.seed for record in self.records}) >= FEWEST_DRAWS_WITH_WORST else None
-
-    @property
-    def not_compared(self) -> tuple[str, ...]:
-        """Tasks that lack a point of some model, and are therefore in no mean."""
-        return tuple(task for task in self.families if task not in self.compared)
 
     def members(self, group: Group) -> tuple[str, ...]:
         """Return the compared tasks of a family, all of them for ``OVERALL``, or the named tasks themselves."""
@@ -140,8 +142,9 @@ class Summary:
 def summarise(records: Iterable[Result]) -> Summary:
     """Group records by model, task and shots, and estimate each score over seeds and queries.
 
-    Two records belong together only if they answered the same queries in the same metric. Where a folder holds
-    several such sets for one task, the newest counts and the others are counted as superseded.
+    Two records of a model belong together only if they answered the same queries of the same data in the same metric,
+    text format and limits. Where a folder holds several such sets for one task, the newest counts and the others are
+    counted as superseded.
 
     Raises:
         UserError: If there is no record.
@@ -167,11 +170,27 @@ def summarise(records: Iterable[Result]) -> Summary:
         models=tuple(dict.fromkeys(names.values())),
         shots=tuple(sorted({shots for _, shots in measured})),
         families=families,
-        compared=tuple(t for t in families if all((model, t, shots) in by_point for model, shots in measured)),
+        not_compared={
+            task: why for task in families if (why := _why_not_compared(task, by_point, measured)) is not None
+        },
         tasks={point: estimate(draws) for point, draws in by_point.items()},
         by_point=by_point,
         num_superseded=len(everything) - len(records),
     )
+
+
+def _why_not_compared(
+    task: str, by_point: Mapping[Point, Sequence[Result]], measured: Iterable[tuple[str, int]]
+) -> str | None:
+    """Say why a task can be in no mean; None if it can be."""
+    records = [by_point.get((model, task, shots), ()) for model, shots in measured]
+    if not all(records):
+        return "some model lacks a shot count there"
+    if len({record.metric for some in records for record in some}) > 1:
+        return "the models were measured in different metrics there"
+    if len({record.data_hash for some in records for record in some}) > 1:
+        return "its rows, labels or instruction changed between the measurements of the models; evaluate them again"
+    return None
 
 
 def estimate(records: Sequence[Result]) -> Estimate:
@@ -209,7 +228,7 @@ def _draws(records: Sequence[Result]) -> list[_Draw]:
     found = []
     for seed, own in sorted(orders.items()):
         errors = [record.standard_error for record in own if record.standard_error is not None]
-        conditions = seed, tuple((record.order, record.queries_hash) for record in own)
+        conditions = seed, tuple((r.order, r.queries_hash, r.data_hash, r.metric, r.sampling) for r in own)
         found.append(
             _Draw(
                 conditions,
@@ -249,7 +268,9 @@ def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
 
 def _queries(record: Result) -> tuple[object, ...]:
     """Return what two records of a model and task have in common if they belong together."""
-    return record.data_hash, record.queries_hash, record.metric, record.sampling, record.max_context_tokens
+    text_format = json.dumps(record.text_format, sort_keys=True)
+    limits = record.max_context_tokens, record.max_answer_tokens
+    return record.data_hash, record.queries_hash, record.metric, record.sampling, text_format, limits
 
 
 def _model(record: Result) -> tuple[str, str]:

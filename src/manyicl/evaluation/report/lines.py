@@ -76,7 +76,7 @@ def sections(summary: Summary) -> list[Section]:
         found.append(Section(group, len(members), _lines(summary, group, differences=True), tasks))
     if summary.not_compared:
         alone = {task: _lines(summary, (task,)) for task in summary.not_compared}
-        found.append(Section("not measured everywhere", len(alone), [], alone))
+        found.append(Section("in no mean", len(alone), [], alone))
     return found
 
 
@@ -151,8 +151,9 @@ def notes(summary: Summary) -> list[str]:
     # Not every ROUGE is the same: a figure says which one it is.
     metrics = {record.metric for record in records} & METRICS.keys() - {"accuracy"}
     lines += [f"{name}: {METRICS[name].description}." for name in sorted(metrics)]
-    if summary.not_compared:
-        lines.append(f"In no mean, because some model lacks a shot count there: {', '.join(summary.not_compared)}.")
+    for reason in dict.fromkeys(summary.not_compared.values()):
+        tasks = [task for task, why in summary.not_compared.items() if why == reason]
+        lines.append(f"In no mean, because {reason}: {', '.join(tasks)}.")
     if summary.num_superseded:
         lines.append(f"{summary.num_superseded} older results on the same tasks are not shown.")
     return lines

@@ -131,9 +131,7 @@ def _lead(summary: Summary) -> str:
         "demonstrations in the context."
     )
     if num_alone := len(summary.not_compared):
-        is_one = num_alone == 1
-        lead += f" {num_alone} of the tasks {'was' if is_one else 'were'} not measured everywhere and "
-        lead += f"{'is' if is_one else 'are'} in no mean."
+        lead += f" {num_alone} of the tasks {'is' if num_alone == 1 else 'are'} in no mean, for reasons that are below."
     return lead
 
 
