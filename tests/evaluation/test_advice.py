@@ -56,6 +56,14 @@ def test_a_model_that_is_better_says_how_good_the_best_baseline_is() -> None:
     assert first.endswith("right on 0.20: always giving the most frequent answer.")
 
 
+def test_what_must_be_known_of_the_baselines_follows_the_comparison() -> None:
+    right = scores(0.5, 120)
+    note = "TF-IDF was not measured."
+    found = advice(right, [1.0] * 120, {MAJORITY: scores(0.2, 60)}, notes=[note])
+    assert found[1] == note
+    assert note not in advice(right[:8], [1.0] * 8, {}, notes=[note])
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 14, 15])
 def test_a_few_demonstrations_are_compared_with_nothing(number: int) -> None:
     half = number - first_compared(number)

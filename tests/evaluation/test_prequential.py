@@ -8,12 +8,10 @@ import pytest
 
 from manyicl.evaluation import prequential
 from manyicl.evaluation.baselines import most_frequent_answer
-from manyicl.evaluation.prequential import prequential_baselines
+from manyicl.evaluation.prequential import MAJORITY, NEAREST, TFIDF, prequential_baselines
+from manyicl.tasks.retrieval import terms
 from manyicl.tasks.task import Example, Task
 from tests.builders import make_example, make_task
-
-TFIDF, MAJORITY = "TF-IDF with logistic regression", "Always giving the most frequent answer"
-SIMILAR = "Repeating the answer of the most similar demonstration (BM25)"
 
 
 def words_that_say_it(number: int) -> list[Example]:
@@ -29,21 +27,21 @@ def test_each_is_answered_from_those_before_it_alone(monkeypatch: pytest.MonkeyP
     demonstrations = words_that_say_it(37)
     task = task_of(demonstrations)
     monkeypatch.setattr(prequential, "MOST_FITS", 100)
-    found = prequential_baselines(task, demonstrations, 5)
+    found = prequential_baselines(task, demonstrations, 5).scores
     expected = tuple(float(most_frequent_answer(demonstrations[:n]) == demonstrations[n].answer) for n in range(5, 37))
     assert found[MAJORITY] == expected
     assert set(map(len, found.values())) == {32}
     # The answer of a demonstration has no part in what is answered to it, nor have later ones.
     changed = [*demonstrations[:20], make_example(demonstrations[20].query.text, "c"), *demonstrations[21:]]
-    for name, scores in prequential_baselines(task, changed, 5).items():
+    for name, scores in prequential_baselines(task, changed, 5).scores.items():
         assert scores[:15] == found[name][:15]
 
 
 def test_words_that_name_the_answer_are_learned_by_those_that_read_words() -> None:
     pytest.importorskip("bm25s", reason="needs the extra [retrieval]")
     demonstrations = words_that_say_it(48)
-    found = prequential_baselines(task_of(demonstrations), demonstrations, 24)
-    assert sum(found[TFIDF]) == sum(found[SIMILAR]) == 24
+    found = prequential_baselines(task_of(demonstrations), demonstrations, 24).scores
+    assert sum(found[TFIDF]) == sum(found[NEAREST]) == 24
     assert sum(found[MAJORITY]) < 12
 
 
@@ -58,7 +56,7 @@ def test_fewer_fits_know_less_and_score_every_demonstration(num_fits: int, monke
 
     monkeypatch.setattr(prequential, "_majority", counting)
     demonstrations = words_that_say_it(31)
-    assert len(prequential_baselines(task_of(demonstrations), demonstrations, 15)[MAJORITY]) == 16
+    assert len(prequential_baselines(task_of(demonstrations), demonstrations, 15).scores[MAJORITY]) == 16
     assert learned[0] == 15
     assert len(learned) <= num_fits
 
@@ -67,17 +65,30 @@ def test_a_logistic_regression_too_large_to_fit_is_not_measured(monkeypatch: pyt
     demonstrations = words_that_say_it(31)
     monkeypatch.setattr(prequential, "MOST_FITTED_WEIGHTS", 3)
     found = prequential_baselines(task_of(demonstrations), demonstrations, 15)
-    assert TFIDF not in found
-    assert MAJORITY in found
+    assert TFIDF not in found.scores
+    assert MAJORITY in found.scores
+    assert found.notes[0].startswith(f"{TFIDF} was not measured")
+
+
+def test_a_logistic_regression_that_learned_seldom_is_said_to_know_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    demonstrations = words_that_say_it(31)
+    weights = 3 * len({term for example in demonstrations for term in terms(example.query.text)})
+    monkeypatch.setattr(prequential, "MOST_FITTED_WEIGHTS", 2 * weights)
+    found = prequential_baselines(task_of(demonstrations), demonstrations, 15)
+    assert len(found.scores[TFIDF]) == 16
+    # Two fits for 16 demonstrations: the eighth after a fit has seven before it that the fit did not see.
+    assert found.notes[0].startswith(f"{TFIDF} knew up to 7 demonstrations less than the model")
 
 
 def test_free_answers_are_compared_with_nothing() -> None:
     task = make_task(labels=None)
-    assert prequential_baselines(task, task.train, 5) == {}
-    assert prequential_baselines(task_of(words_that_say_it(3)), words_that_say_it(1), 1) == {}
+    assert prequential_baselines(task, task.train, 5) == ({}, [])
+    assert prequential_baselines(task_of(words_that_say_it(3)), words_that_say_it(1), 1) == ({}, [])
 
 
 def test_without_bm25s_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
     demonstrations = words_that_say_it(31)
-    assert set(prequential_baselines(task_of(demonstrations), demonstrations, 15)) == {TFIDF, MAJORITY}
+    found = prequential_baselines(task_of(demonstrations), demonstrations, 15)
+    assert set(found.scores) == {TFIDF, MAJORITY}
+    assert found.notes == [f"{NEAREST} was not measured: it needs the extra manyicl[retrieval]."]

@@ -13,7 +13,7 @@ import pytest
 from manyicl.engine.engine import Engine, Prediction
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import UserError
-from manyicl.evaluation.advice import Retrieval
+from manyicl.evaluation.advice import Retrieval, advice
 from manyicl.evaluation.retrieval_gain import measure_retrieval
 from manyicl.tasks.task import Example, Query, Task
 from tests.builders import make_example, make_task
@@ -96,6 +96,8 @@ def test_a_row_that_does_not_fit_with_its_retrieved_rows_counts_on_neither_side(
         == len(found.with_retrieved)
         == 40 - len([one for one in task.train[40:] if one.query.text in long])
     )
+    assert found.num_too_long == 40 - len(found.without) > 0
+    assert f"the prefix does not hold ({found.num_too_long} more were too long), in " in advice([], [], {}, found)[-1]
     assert measured(RepeatsTheLast(frozenset(example.query.text for example in task.train)), task, 40) is None
 
 

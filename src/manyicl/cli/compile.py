@@ -277,10 +277,11 @@ def advice_for(engine: Engine, prefix: TaskPrefix, task: Task, *, num_retrieved:
     from manyicl.evaluation.prequential import prequential_baselines
     from manyicl.evaluation.retrieval_gain import measure_retrieval
 
-    first = first_compared(prefix.num_shots)
+    baselines = prequential_baselines(task, prefix.demonstrations, first_compared(prefix.num_shots))
     return advice(
         [float(one.is_right) for one in prefix.answers],
         [-one.log_probability for one in prefix.answers],
-        prequential_baselines(task, prefix.demonstrations, first),
+        baselines.scores,
         measure_retrieval(engine, prefix, task, num_retrieved) if num_retrieved else None,
+        baselines.notes,
     )

@@ -29,12 +29,14 @@ class Retrieval:
         without: Score of each row after the prefix alone, (Q,).
         with_retrieved: Score of each row after the prefix and its retrieved rows, (Q,).
         seconds: Time that the measurement took.
+        num_too_long: Rows that did not fit after the prefix, or not with their retrieved rows; they count on no side.
     """
 
     num_retrieved: int
     without: Sequence[float]
     with_retrieved: Sequence[float]
     seconds: float = 0.0
+    num_too_long: int = 0
 
 
 def first_compared(num_answers: int) -> int:
@@ -47,6 +49,7 @@ def advice(
     nats: Sequence[float],
     baselines: Mapping[str, Sequence[float]],
     retrieval: Retrieval | None = None,
+    notes: Sequence[str] = (),
 ) -> list[str]:
     """Say in sentences what the measurements of one pass mean; a baseline that beats the model comes first.
 
@@ -55,8 +58,11 @@ def advice(
         nats: Negative log-probability of each answer, (N,).
         baselines: Scores of trivial baselines, by what they do, on the demonstrations from `first_compared` on.
         retrieval: What retrieved rows changed; None where that was not measured.
+        notes: What must be known of the baselines; shown where the model is compared with them.
     """
     sentences = list(_against_baselines(right[first_compared(len(right)) :], baselines))
+    if sentences:
+        sentences += notes
     sentences.append(_shots(right, nats))
     if retrieval is not None and len(retrieval.without) >= FEWEST_COMPARED:
         sentences.append(_on_retrieval(retrieval))
@@ -170,8 +176,9 @@ def _on_retrieval(measured: Retrieval) -> str:
     """Say whether retrieved rows helped, on rows that are neither in the prefix nor retrieved for themselves."""
     change = paired_difference(measured.without, measured.with_retrieved)
     without, with_retrieved = (mean_over_queries(scores).mean for scores in (measured.without, measured.with_retrieved))
+    too_long = f" ({measured.num_too_long} more were too long)" if measured.num_too_long else ""
     said = (
-        f"Measured on {pluralized(len(measured.without), 'row')} that the prefix does not hold, in "
+        f"Measured on {pluralized(len(measured.without), 'row')} that the prefix does not hold{too_long}, in "
         f"{measured.seconds:.0f} s: {without:.2f} right, {with_retrieved:.2f} with {measured.num_retrieved} similar "
         f"rows retrieved for each"
     )

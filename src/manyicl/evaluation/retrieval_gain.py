@@ -67,6 +67,7 @@ def measure_retrieval(engine: Engine, prefix: TaskPrefix, task: Task, num_retrie
         [_is_right(one, row) for row, one, _ in answered],
         [_is_right(other, row) for row, _, other in answered],
         time.perf_counter() - started,
+        num_too_long=len(rows) - len(answered),
     )
 
 
