@@ -224,6 +224,15 @@ def test_folders_inside_the_folder_are_read_too(tmp_path: Path) -> None:
     assert store.predictions(result) == [ANSWER]
 
 
+def test_folders_that_hold_one_measurement_under_two_names_have_two_results(tmp_path: Path) -> None:
+    for folder, name in (("before", "base"), ("after", "untrained")):
+        ResultStore(tmp_path / folder).save(make_result(model_name=name), [ANSWER], [SHOWN])
+    store = ResultStore(tmp_path)
+    results = store.load()
+    assert {result.model_name for result in results} == {"base", "untrained"}
+    assert [store.predictions(result) for result in results] == [[ANSWER], [ANSWER]]
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     result = make_result()
     ResultStore(tmp_path / "elsewhere").save(result, [ANSWER], [SHOWN])

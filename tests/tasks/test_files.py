@@ -546,20 +546,33 @@ def test_the_name_of_a_file_or_folder_is_made_fit_for_a_task(tmp_path: Path, fil
     assert load_task(write_task(tmp_path / file)).name == name
 
 
+def test_an_option_that_a_row_repeats_is_one_answer(tmp_path: Path) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa") + "choices: options\n"
+    row = {"text": "a", "label": "b", "options": ["b", "c ", "b", "c"]}
+    assert load_task(write_task(tmp_path / "t", keys, [row], [])).train[0].query.choices == ("b", "c")
+
+
 @pytest.mark.parametrize(
     ("key", "row"),
-    [
-        ("choices: options", {"options": ["b", "c"]}),
-        ("choices: 'options, more'", {"options": "b", "more": "c"}),
-        ("references: options.texts", {"options": {"texts": ["b"]}}),
-    ],
+    [("choices: options", {"options": [1, 0]}), ("references: options.numbers", {"options": {"numbers": [0, 1]}})],
 )
-def test_class_names_may_be_of_a_column_that_choices_or_references_read(
-    tmp_path: Path, key: str, row: dict[str, Any]
-) -> None:
-    keys = CLASSIFICATION.replace("classification", "qa") + f"class_names: {{options: [x, y]}}\n{key}\n"
-    task = load_task(write_task(tmp_path / "t", keys, [{"text": "a", "label": "b", **row}], []))
-    assert answers(task) == ["b"]
+def test_class_names_are_those_of_choices_and_references_too(tmp_path: Path, key: str, row: dict[str, Any]) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa")
+    keys += f"class_names: {{{key.split(': ')[1]}: [x, y]}}\n{key}\n"
+    folder = write_task(tmp_path / "t", keys, [{"text": "a", "label": "x", **row}], [])
+    example = load_task(folder).train[0]
+    assert example.query.choices == (("y", "x") if "choices" in key else None)
+    assert example.references == (("x",) if "choices" in key else ("x", "y"))
+    write_task(tmp_path / "u", keys.replace("[x, y]", "[x]"), [{"text": "a", "label": "x", **row}], [])
+    with pytest.raises(UserError, match="does not name the class '1'"):
+        load_task(tmp_path / "u")
+
+
+def test_class_names_of_a_column_that_they_would_not_name_are_refused(tmp_path: Path) -> None:
+    keys = CLASSIFICATION + "class_names: {first: [x, y]}\nchoices: first, second\n"
+    row = {"text": "a", "label": "0", "first": "0", "second": "1"}
+    with pytest.raises(UserError, match="no template reads the column 'first', nor is it choices or references"):
+        load_task(write_task(tmp_path / "t", keys, [row], []))
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -59,6 +59,21 @@ def test_a_number_of_parquet_that_is_none_is_null_and_bytes_are_text(tmp_path: P
     ]
 
 
+def test_numbers_of_parquet_have_the_digits_of_their_own_precision(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {"half": pyarrow.float16(), "single": pyarrow.float32(), "double": pyarrow.float64()}
+    # 1e10 is beyond a number of 16 bits.
+    rows = {
+        name: pyarrow.array([0.1, 3.0, None if name == "half" else 1e10, None], kind) for name, kind in kinds.items()
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    read = columns(tmp_path / "rows.parquet")
+    assert [row["single"] for row in read] == [row["double"] for row in read] == ["0.1", "3.0", "10000000000.0", None]
+    assert [row["half"] for row in read] == ["0.1", "3.0", None, None]
+
+
 def test_pictures_beside_the_texts_of_a_parquet_table_are_null(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -220,6 +220,8 @@ class ResultStore:
         self.folder = Path(folder)
         self._separate = _SeparateFiles(self.folder)
         self._lines: dict[str, _Line] = {}
+        # By key and model name: folders within this one may hold the same measurement under several names.
+        self._records: dict[tuple[str, str], Result] = {}
         # How many lines and bytes of a file are in `_lines`.
         self._read: dict[Path, tuple[int, int]] = {}
 
@@ -274,13 +276,14 @@ class ResultStore:
         if not self.folder.is_dir():
             raise UserError("not_a_folder", "not a folder of results", file=self.folder)
         # Anew, for files may have been removed and written again.
-        self._lines, self._read, self._separate = {}, {}, _SeparateFiles(self.folder)
+        self._lines, self._records, self._read, self._separate = {}, {}, {}, _SeparateFiles(self.folder)
         for path in files_below(self.folder):
             if path.name.endswith(RESULTS_ENDING):
                 self._read_new_lines(path)
             elif path.name.endswith(RECORD_ENDING):
                 self._separate.read(path)
-        records = self._separate.records | {key: line.record for key, line in self._lines.items()}
+        separate = {(key, record.model_name): record for key, record in self._separate.records.items()}
+        records = separate | self._records
         if not records:
             remedy = f"Run `manyicl evaluate --output {self.folder}` first."
             raise UserError("no_results", "the folder holds no result", remedy=remedy, file=self.folder)
@@ -341,6 +344,7 @@ class ResultStore:
                 if content.strip():
                     record = _parsed(_RecordOfLine, content, path, num_rows).record
                     self._lines[record.key] = _Line(record, path, num_rows, start, end)
+                    self._records[record.key, record.model_name] = record
                 # A line that has no end yet is read again with what follows.
                 if is_ended:
                     self._read[path] = num_rows, end

@@ -59,12 +59,12 @@ class AcceptedAnswers:
             remedy = "Keep the rows with one label, or make a yes/no task of each label."
             raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
         if self._spec.references_column is not None:
-            references = value_at(row, self._spec.references_column)
+            place = self._spec.references_column
+            references = value_at(row, place)
             if not isinstance(references, list | tuple):
-                column, found = self._spec.references_column, quoted(references)
-                what = f"the column {column!r} lists the accepted answers"
-                raise UserError("not_a_list", what, expected="a list", found=found, field=column)
-            answers += [str(as_written(reference)) for reference in references]
+                what = f"the column {place!r} lists the accepted answers"
+                raise UserError("not_a_list", what, expected="a list", found=quoted(references), field=place)
+            answers += [str(as_written(reference)) for reference in self._spec.named(references, place)]
         plain = str.strip if self._spec.choices_column is None else as_option
         return tuple(dict.fromkeys(map(plain, answers)))
 

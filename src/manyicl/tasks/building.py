@@ -20,7 +20,7 @@ from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Pairs, Query, Task, hash_content
 from manyicl.tasks.template import Template, compiled
-from manyicl.tasks.values import as_written, columns_in, missing_column, num_characters
+from manyicl.tasks.values import as_written, missing_column, num_characters
 
 MOST_DROPPED_NOTED = 1_000
 # Code of the error of a bad row -> how it is counted where such rows are dropped.
@@ -94,12 +94,11 @@ class TaskBuilder:
         return template
 
     def _require_class_names_read(self) -> None:
-        """Refuse class names of a column that nothing reads: it is misspelt, and they would name nothing."""
-        places = filter(None, (self.keys.choices, self.keys.references))
-        read = self.read_columns.union(*map(columns_in, places))
+        """Refuse class names of a column that no template reads nor is all of a row's options or accepted answers."""
+        read = self.read_columns.union(filter(None, (self.keys.choices, self.keys.references)))
         for column in self.keys.class_names:
             if column not in read:
-                what = f"class_names: no template, choices or references read the column {column!r}"
+                what = f"class_names: no template reads the column {column!r}, nor is it choices or references"
                 remedy, expected = did_you_mean(column, read) or "Leave it out.", f"one of {sorted(read)}"
                 raise UserError("no_effect", what, expected=expected, remedy=remedy, field="class_names")
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -459,10 +460,19 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
             batches = (zip(*batch.columns, strict=True) for batch in file.iter_batches())
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 named = zip(names, values, strict=True)
-                columns = {name: text_of(value.as_py, name, str(path), number) for name, value in named}
+                columns = {name: text_of(partial(_of_arrow, value), name, str(path), number) for name, value in named}
                 yield LocatedRow(columns, str(path), number)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError("broken_parquet", f"not a readable Parquet file, {reason(error)}", file=path) from error
+
+
+def _of_arrow(scalar: Any) -> Any:
+    """Return a value of Arrow as Python's; a number of 16 or 32 bits with its own digits: 0.1, not 0.10000000149."""
+    import numpy as np
+
+    value = scalar.as_py()
+    width = {"halffloat": np.float16, "float": np.float32}.get(str(scalar.type))
+    return value if value is None or width is None else float(str(width(value)))
 
 
 def text_of(read: Callable[[], Any], column: str, file: str, line: int) -> Any:

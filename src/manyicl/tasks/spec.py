@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.example import Query
-from manyicl.tasks.template import compiled
+from manyicl.tasks.template import class_name, compiled
 from manyicl.tasks.values import as_option, as_text, value_at
 
 FAMILIES: tuple[str, ...] = ("classification", "nli", "qa", "summarization", "generation", "math")
@@ -162,4 +162,14 @@ class TaskSpec(BaseModel):
         if any(option is None or not str(option).strip() for option in options):
             what = f"An option in the column {column!r} is empty"
             raise UserError("empty_option", what, found=quoted(list(options)), field=column)
-        return tuple(map(as_option, options))
+        # An option that is there twice is one answer, not its own rival.
+        return tuple(dict.fromkeys(map(as_option, self.named(options, column))))
+
+    def named(self, values: Sequence[object], place: str) -> Sequence[object]:
+        """Turn the class numbers at a place of a row into their names; other values stay.
+
+        Raises:
+            UserError: If a number has no name.
+        """
+        names = self.class_names.get(place)
+        return values if names is None else [class_name(place, value, names) for value in values]

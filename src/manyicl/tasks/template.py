@@ -80,7 +80,7 @@ class Template:
         named = dict(row)
         for column, names in (class_names or {}).items():
             if column in self.columns:
-                named[column] = _class_name(column, row[column], names)
+                named[column] = class_name(column, row[column], names)
         try:
             if self._parts is not None:
                 return joined(text if column is None else written(named[column]) for text, column in self._parts)
@@ -183,10 +183,14 @@ def _plain_parts(syntax: nodes.Template, reads_row: bool) -> list[tuple[str, str
     return parts
 
 
-def _class_name(column: str, value: object, names: Mapping[str, str]) -> object:
-    """Turn a class number, or each of a list, into its name."""
+def class_name(column: str, value: object, names: Mapping[str, str]) -> object:
+    """Turn a class number, or each of a list, into its name.
+
+    Raises:
+        UserError: If a number has no name.
+    """
     if isinstance(value, list | tuple):
-        return [_class_name(column, part, names) for part in value]
+        return [class_name(column, part, names) for part in value]
     number = str(as_written(value))
     if number not in names:
         what = f"class_names does not name the class {number!r} of the column {column!r}"

@@ -92,15 +92,6 @@ def value_at(row: Mapping[str, object], place: str) -> object:
     return within.get(key) if isinstance(within, Mapping) else None
 
 
-def columns_in(place: str) -> set[str]:
-    """List the names that may be columns in a place that ``value_at`` takes.
-
-    >>> sorted(columns_in("choices.text"))
-    ['choices', 'choices.text']
-    """
-    return {place, place.partition(".")[0], *(column.strip() for column in place.split(","))}
-
-
 def missing_column(column: str, row: Mapping[str, object], remedy: str = "") -> UserError:
     """Make the error for a column that a row lacks."""
     known = sorted(map(str, row))
