@@ -35,3 +35,9 @@ def test_no_test_row_picks_the_best_model() -> None:
     loaded = tiny_loaded()
     assert measure(loaded) == without_test_rows(loaded)
     assert set(measure(loaded)) == {"score", "score_at_0_shots", "score_at_2_shots"}
+
+
+def test_tasks_with_fewer_demonstrations_than_shots_are_counted() -> None:
+    tasks = (make_task("a"), make_task("b", train=make_task().train[:12]))
+    figures = held_out_measure(tasks, shots=(0, 6, 10), num_queries=5, seed=0)(tiny_loaded())
+    assert {name: value for name, value in figures.items() if "below" in name} == {"tasks_below_10_shots": 1}

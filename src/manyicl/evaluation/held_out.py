@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from manyicl.errors import UserError, pluralized
 from manyicl.tasks.leakage import normalised
@@ -18,10 +18,22 @@ if TYPE_CHECKING:
     from manyicl.model.load import LoadedModel
 
 
-# A shot count, and the score of a task at it.
-ScoreAt = tuple[int, float]
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+
+class ScoreAt(NamedTuple):
+    """The score of a task at a shot count.
+
+    Attributes:
+        shots: Requested number of demonstrations.
+        score: The score.
+        has_fewer: Whether the task or the context had room for fewer.
+    """
+
+    shots: int
+    score: float
+    has_fewer: bool
 
 
 class ShareOut(Protocol):
@@ -51,6 +63,9 @@ def held_out_measure(
     share_out: ShareOut = in_this_process,
 ) -> Callable[[LoadedModel], dict[str, float]]:
     """Return a function that measures a model on held-out tasks: its score at each shot count, and their mean.
+
+    Where tasks have fewer demonstrations than a shot count, or fewer fit, they are measured with those, and the figure
+    `tasks_below_N_shots` counts them.
 
     The best model is chosen by it, so queries are training rows of these tasks; their test rows stay untouched for
     `manyicl evaluate`.
@@ -88,15 +103,17 @@ def held_out_measure(
                 settings,
                 on_result=lambda result, was_found: report(next(num_done), num_all),
             ).results
-        return [(result.num_shots, result.score) for result in results]
+        return [ScoreAt(one.num_shots, one.score, one.num_shots_used < one.num_shots) for one in results]
 
     def measure(loaded: LoadedModel) -> dict[str, float]:
         scores = share_out(validation_tasks, lambda own_tasks: scores_of(loaded, own_tasks))
-        figures = {
-            f"score_at_{num_shots}_shots": fmean(score for shots, score in scores if shots == num_shots)
-            for num_shots in settings.shots
-        }
-        return {"score": fmean(score for _, score in scores), **figures}
+        figures = {"score": fmean(one.score for one in scores)}
+        for shots in settings.shots:
+            own = [one for one in scores if one.shots == shots]
+            figures[f"score_at_{shots}_shots"] = fmean(one.score for one in own)
+            if num_below := sum(one.has_fewer for one in own):
+                figures[f"tasks_below_{shots}_shots"] = num_below
+        return figures
 
     return measure
 

@@ -214,7 +214,8 @@ class TrainingSettings(Section):
     evaluate_shots: tuple[int, ...] = Field(
         (0, 8),
         min_length=1,
-        description="Shot counts at which held-out tasks are evaluated; the mean score picks the best model.",
+        description="Shot counts at which held-out tasks are evaluated; the mean score picks the best model. "
+        "`tasks_below_N_shots` in the log counts those that have, or fit, fewer.",
     )
     evaluate_queries: int = Field(
         50,
