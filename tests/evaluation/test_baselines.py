@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_chance_follows_labels_and_each_rows_options() -> None:
     rows = [make_example("q", "a", ("a", "b")), make_example("q", "a", ("a", "b", "c", "d"))]
     assert chance_level(task, rows).score == pytest.approx((1 / 2 + 1 / 4) / 2)
     assert majority_level(task, rows).score is None
+
+
+def test_a_guess_may_hit_any_answer_that_a_row_accepts() -> None:
+    rows = [replace(make_example("the film", "good"), references=accepted) for accepted in (("good", "bad"), ("good",))]
+    assert chance_level(make_task(), rows).score == pytest.approx((1 + 1 / 2) / 2)
 
 
 def test_chance_of_a_free_answer_is_not_defined() -> None:

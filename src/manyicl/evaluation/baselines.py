@@ -40,17 +40,15 @@ def majority_level(task: Task, queries: Sequence[Example]) -> Level:
 
 
 def chance_level(task: Task, queries: Sequence[Example]) -> Level:
-    """Expected accuracy of guessing evenly among the labels, or among each row's options."""
+    """Expected accuracy of guessing evenly among the labels, or among each row's options; a row may accept several."""
     if task.metric != "accuracy":
         return Level(None, f"not defined for {task.metric}")
-    if task.labels is not None:
-        return Level(1 / len(task.labels))
-    if task.choices_column is None:
+    if not task.is_closed:
         return Level(None, "answers are free")
-    options = [len(dict.fromkeys(query.query.choices or ())) for query in queries]
-    if 0 in options:
+    options = [set(query.query.choices or task.labels or ()) for query in queries]
+    if not all(options):
         return Level(None, "a row states no options")
-    return Level(fmean(1 / count for count in options))
+    return Level(fmean(len(own & {*query.references}) / len(own) for own, query in zip(options, queries, strict=True)))
 
 
 def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:
