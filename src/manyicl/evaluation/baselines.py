@@ -45,10 +45,13 @@ def chance_level(task: Task, queries: Sequence[Example]) -> Level:
         return Level(None, f"not defined for {task.metric}")
     if not task.is_closed:
         return Level(None, "answers are free")
-    options = [set(query.query.choices or task.labels or ()) for query in queries]
+    labels = frozenset(task.labels or ())
+    options = [frozenset(query.query.choices) if query.query.choices else labels for query in queries]
     if not all(options):
         return Level(None, "a row states no options")
-    return Level(fmean(len(own & {*query.references}) / len(own) for own, query in zip(options, queries, strict=True)))
+    return Level(
+        fmean(len(own.intersection(query.references)) / len(own) for own, query in zip(options, queries, strict=True))
+    )
 
 
 def tfidf_level(task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> Level:

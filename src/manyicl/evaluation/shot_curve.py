@@ -26,7 +26,7 @@ from manyicl.evaluation.baselines import chance_level, majority_level, nearest_l
 from manyicl.evaluation.metrics import METRICS, metrics_of
 from manyicl.evaluation.result import ContextExample, PredictedAnswer, Result, ResultStore, hash_of, result_key
 from manyicl.evaluation.retrieval_prefix import prefill_to_retrieve
-from manyicl.evaluation.uncertainty import honest_error, mean_over_queries, resampled_scores, spread
+from manyicl.evaluation.uncertainty import mean_over_queries, resampled_scores, smallest_error, spread
 from manyicl.model.manifest import library_versions
 from manyicl.outputs import require_output_folder
 from manyicl.tasks.demonstrations import ShotSampling, in_another_order
@@ -463,7 +463,8 @@ def scores_of_answers(task: Task, answers: Sequence[PredictedAnswer]) -> dict[st
         standard_error = mean_over_queries(each).standard_error
     else:
         resampled = resampled_scores(lambda q: score([texts[i] for i in q], [references[i] for i in q]), len(texts))
-        standard_error = honest_error(spread(resampled), len(texts))
+        smallest = smallest_error(len(texts))
+        standard_error = None if smallest is None else max(spread(resampled), smallest)
     return {
         "score": score(texts, references),
         "standard_error": standard_error,

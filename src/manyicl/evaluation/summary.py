@@ -183,12 +183,13 @@ def _why_not_compared(
     task: str, by_point: Mapping[Point, Sequence[Result]], measured: Iterable[tuple[str, int]]
 ) -> str | None:
     """Say why a task can be in no mean; None if it can be."""
-    records = [by_point.get((model, task, shots), ()) for model, shots in measured]
-    if not all(records):
+    points = [by_point.get((model, task, shots), ()) for model, shots in measured]
+    if not all(points):
         return "some model lacks a shot count there"
-    if len({record.metric for some in records for record in some}) > 1:
+    records = [record for point in points for record in point]
+    if len({record.metric for record in records}) > 1:
         return "the models were measured in different metrics there"
-    if len({record.data_hash for some in records for record in some}) > 1:
+    if len({record.data_hash for record in records}) > 1:
         return "its rows, labels or instruction changed between the measurements of the models; evaluate them again"
     return None
 

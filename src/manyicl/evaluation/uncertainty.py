@@ -104,7 +104,7 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
     mean = float(table.mean())
     by_seed = table.mean(axis=1, keepdims=True)
     by_query = table.mean(axis=0, keepdims=True)
-    smallest = honest_error(0.0, num_queries, pairing)
+    smallest = smallest_error(num_queries, pairing)
     if smallest is None:
         return Estimate(mean, None, table.size, pairing=pairing)
     seeds = _mean_square(by_seed - mean, num_seeds - 1) / num_seeds
@@ -129,11 +129,9 @@ def satterthwaite(variance: float, parts: Iterable[tuple[float, float]]) -> floa
     return variance**2 / per_freedom if per_freedom else math.inf
 
 
-def honest_error(standard_error: float, num_queries: int, pairing: Pairing | None = None) -> float | None:
-    """Return a standard error no smaller than this number of queries can show; None below two queries."""
-    if num_queries < 2:
-        return None
-    return max(standard_error, (1 if pairing is None else 2) / (num_queries + 2))
+def smallest_error(num_queries: int, pairing: Pairing | None = None) -> float | None:
+    """Return the smallest standard error that so many queries can show; None below two queries."""
+    return None if num_queries < 2 else (1 if pairing is None else 2) / (num_queries + 2)
 
 
 def _mean_square(deviations: NDArray[np.float64], degrees_of_freedom: int) -> float:
@@ -150,7 +148,7 @@ def mean_of_seed_means(
     """
     mean, num_scores = float(np.mean(means)), len(means) * num_queries
     known = [error for error in standard_errors if error is not None]
-    smallest = honest_error(0.0, num_queries, pairing)
+    smallest = smallest_error(num_queries, pairing)
     if smallest is None or len(known) < len(means):
         return Estimate(mean, None, num_scores, pairing=pairing)
     between = float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else 0.0

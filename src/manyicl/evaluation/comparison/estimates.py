@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from manyicl.evaluation.result import Result
-from manyicl.evaluation.uncertainty import Estimate, Pairing, honest_error, satterthwaite
+from manyicl.evaluation.uncertainty import Estimate, Pairing, satterthwaite, smallest_error
 
 Numbers = NDArray[np.float64]
 
@@ -326,7 +326,7 @@ def weighted_mean(tables: Weighted, pairing: Pairing | None = None) -> Estimate:
     """
     rows = np.sum([weight * table.means for weight, table in tables], axis=0)
     mean, num_scores = float(rows.mean()), sum(len(rows) * table.num_queries for _, table in tables)
-    floors = [honest_error(0.0, table.num_queries, pairing) for _, table in tables]
+    floors = [smallest_error(table.num_queries, pairing) for _, table in tables]
     if any(floor is None for floor in floors):
         return Estimate(mean, None, num_scores, pairing=pairing)
     of_rows = _variance(rows) / len(rows)
