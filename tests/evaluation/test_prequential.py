@@ -77,7 +77,15 @@ def test_a_logistic_regression_that_learned_seldom_is_said_to_know_less(monkeypa
     found = prequential_baselines(task_of(demonstrations), demonstrations, 15)
     assert len(found.scores[TFIDF]) == 16
     # Two fits for 16 demonstrations: the eighth after a fit has seven before it that the fit did not see.
-    assert found.notes[0].startswith(f"{TFIDF} knew up to 7 demonstrations less than the model")
+    assert found.notes[0].startswith(f"{TFIDF} knew up to 7 demonstrations fewer than the model")
+    # So many fits as there are demonstrations to answer, as the other baselines have.
+    assert prequential_baselines(task_of(demonstrations), demonstrations, 29).notes == []
+    monkeypatch.setattr(prequential, "MOST_FITTED_WEIGHTS", 8 * weights)
+    assert (
+        prequential_baselines(task_of(demonstrations), demonstrations, 15)
+        .notes[0]
+        .startswith(f"{TFIDF} knew up to 1 demonstration fewer than the model")
+    )
 
 
 def test_free_answers_are_compared_with_nothing() -> None:

@@ -217,7 +217,7 @@ def test_paired_is_said_only_of_what_was_paired(tmp_path: Path) -> None:
     one = scored("tuned", "a", 0, (1.0,), queries_hash="other")
     assert "paired over the same queries" in findings(write_report([twelve, same], tmp_path / "a.html"))
     text = findings(write_report([twelve, one], tmp_path / "b.html"))
-    assert "not paired: other queries, seeds or number of them, too few queries for an interval" in text
+    assert "not paired: other queries or demonstrations, too few queries for an interval" in text
     assert "excludes 0" not in text
     screen = io.StringIO()
     print_table([twelve, one], Console(file=screen, width=120))

@@ -127,9 +127,9 @@ def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
 )
 def test_a_task_that_changed_between_two_models_is_in_no_mean(change: dict[str, object], reason: str) -> None:
     changed = [
-        scored("base", "c", 4, (1.0, 0.0)),
+        scored("base", "c", 4, (1.0, 0.0), majority=0.1),
         scored("base", "c", 0, (1.0, 0.0)),
-        scored("tuned", "c", 4, (1.0, 1.0), **change),
+        scored("tuned", "c", 4, (1.0, 1.0), majority=0.9, **change),
         scored("tuned", "c", 0, (1.0, 1.0), **change),
     ]
     summary = summarise([*RECORDS, *changed])
@@ -137,6 +137,9 @@ def test_a_task_that_changed_between_two_models_is_in_no_mean(change: dict[str, 
     assert reason in summary.not_compared["c"]
     assert mean(summary.score("tuned", "classification", 4)) == 0.75
     # What is shown of the task itself does not claim that what both sides share cancels out.
+    assert summary.baseline("majority", ("c",), 4) is None
+    assert mean(summary.baseline("majority", ("c",), 4, ("tuned",))) == 0.9
+    assert set(summary.metrics("c")) == {"accuracy", change.get("metric", "accuracy")}
     alone = summary.difference("base", "tuned", ("c",), 4)
     assert alone is not None
     assert alone.pairing == "independent"
@@ -148,14 +151,34 @@ def test_draws_that_were_chosen_in_another_way_are_not_paired() -> None:
     difference = summarise(records).difference("base", "tuned", OVERALL, 4)
     assert difference is not None
     assert difference.pairing == "independent"
+    without = [scored("base", "a", 0, (1.0, 0.0)), scored("tuned", "a", 0, (1.0, 0.0), sampling="random")]
+    difference = summarise(without).difference("base", "tuned", OVERALL, 0)
+    assert difference is not None
+    assert difference.pairing == "paired"
 
 
 @pytest.mark.parametrize("change", [{"text_format": {"kind": "plain", "delimiter": "\n"}}, {"max_answer_tokens": 7}])
 def test_older_records_in_another_format_or_with_another_limit_are_superseded(change: dict[str, object]) -> None:
     older = scored("base", "a", 4, (0.0, 0.0), seed=2, created=datetime(2025, 1, 1, tzinfo=UTC), **change)
-    summary = summarise([older, *RECORDS])
+    summary = summarise([older, *(record.model_copy(update={"max_answer_tokens": 64}) for record in RECORDS)])
     assert summary.num_superseded == 1
     assert mean(summary.score("base", "classification", 4)) == 0.25
+
+
+def test_records_that_do_not_know_their_limit_of_answers_count_beside_those_that_do() -> None:
+    # A folder that an earlier version began, and a later one went on with.
+    earlier, later = datetime(2025, 1, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC)
+    unknown = scored("base", "a", 4, (1.0, 0.0), created=earlier)
+    known = scored("base", "a", 16, (1.0, 1.0), created=later, max_answer_tokens=64)
+    for records in (
+        [unknown, known],
+        [known, unknown.model_copy(update={"created": datetime(2027, 1, 1, tzinfo=UTC)})],
+    ):
+        summary = summarise(records)
+        assert (summary.shots, summary.num_superseded) == ((4, 16), 0)
+    other = known.model_copy(update={"num_shots": 64, "max_answer_tokens": 7, "created": earlier})
+    summary = summarise([unknown, known, other])
+    assert (summary.shots, summary.num_superseded) == ((4, 16), 1)
 
 
 def test_older_records_of_other_queries_are_superseded() -> None:

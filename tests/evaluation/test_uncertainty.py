@@ -19,6 +19,8 @@ from manyicl.evaluation.uncertainty import (
     mean_over_seeds_and_queries,
     paired_difference,
     resampled_scores,
+    satterthwaite,
+    smallest_error,
     spread,
 )
 
@@ -69,6 +71,12 @@ def test_twenty_right_out_of_twenty_are_not_certain() -> None:
     assert estimate_over_tasks([("qa", 1.0)] * 3).interval[0] < 0.5  # type: ignore[union-attr, index]
 
 
+def test_queries_that_all_score_alike_add_to_what_seeds_show() -> None:
+    estimate = mean_over_seeds_and_queries([[1.0] * 20, [0.0] * 20])
+    # Two seeds at 1 and 0: their variance of 1/2 over 2, and the least of 20 queries.
+    assert estimate.standard_error == pytest.approx(math.sqrt(1 / 4 + (smallest_error(20) or 0) ** 2))
+
+
 @pytest.mark.parametrize("num_queries", [2, 5, 20, 100])
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95, 0.99])
 def test_intervals_of_right_and_wrong_answers_cover_the_truth(num_queries: int, share: float) -> None:
@@ -110,7 +118,7 @@ def test_the_standard_error_is_the_spread_of_the_mean_over_repetitions(by_seed: 
 def test_intervals_over_few_seeds_cover_the_truth(seeds: int, by_seed: float, way: str) -> None:
     """With the queries' degrees of freedom alone, 8 to 18 % lay outside where seeds differ."""
     rng = np.random.default_rng(seeds)
-    outside = 0
+    outside, widths = 0, []
     for _ in range(1000):
         # As wide as right and wrong answers, so that the smallest error that queries can show plays no part.
         table = 0.5 + 0.35 * crossed_table(rng, seeds, 60, by_seed, 1.0)
@@ -122,9 +130,22 @@ def test_intervals_over_few_seeds_cover_the_truth(seeds: int, by_seed: float, wa
                 table - 0.5 * (way != "score"), pairing=None if way == "score" else "paired"
             )
         low, high = estimate.interval or (0, 0)
+        widths.append(high - low)
         outside += not low <= (0.5 if way == "score" else 0) <= high
     # 5 % and what 1,000 repetitions leave open; two seeds that differ about as much as queries know less than t allows.
     assert outside <= (100 if seeds == 2 else 70)
+    # Most are less than twice as wide as if the spread were known.
+    true_error = 0.35 * math.sqrt(by_seed**2 / seeds + 1 / 60 + 1 / (60 * seeds))
+    assert np.median(widths) < 2 * (2 * 1.96 * true_error)
+
+
+def test_an_error_is_known_no_worse_than_the_worst_of_its_parts() -> None:
+    # The rest is as large as seeds and queries together, and is taken off.
+    difference = mean_over_seeds_and_queries([[1, 1], [0, 0]], pairing="paired")
+    assert difference.degrees_of_freedom >= 1
+    assert satterthwaite(1.0, [(1.0, 1), (1.0, 9)]) == 1
+    assert satterthwaite(2.0, [(1.0, 1), (1.0, 1)]) == pytest.approx(2)
+    assert satterthwaite(0.0, [(0.0, 1)]) == math.inf
 
 
 def test_treating_all_cells_as_independent_would_claim_too_much() -> None:

@@ -72,6 +72,24 @@ def test_numbers_of_parquet_have_the_digits_of_their_own_precision(tmp_path: Pat
     read = columns(tmp_path / "rows.parquet")
     assert [row["single"] for row in read] == [row["double"] for row in read] == ["0.1", "3.0", "10000000000.0", None]
     assert [row["half"] for row in read] == ["0.1", "3.0", None, None]
+    # From the Hub they are the same texts; `datasets` reads the file here, without the network.
+    assert [row.columns for row in read_hub_rows(str(tmp_path), "train")] == read
+
+
+def test_whole_numbers_of_parquet_are_exact(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {
+        "half": pyarrow.array([65504.0, 2049.0, float("inf")], pyarrow.float16()),
+        "single": pyarrow.array([123456792.0, -16777216.0, float("nan")], pyarrow.float32()),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    assert columns(tmp_path / "rows.parquet") == [
+        {"half": "65504.0", "single": "123456792.0"},
+        {"half": "2048.0", "single": "-16777216.0"},
+        {"half": "inf", "single": None},
+    ]
 
 
 def test_pictures_beside_the_texts_of_a_parquet_table_are_null(tmp_path: Path) -> None:

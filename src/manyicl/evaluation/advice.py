@@ -16,6 +16,8 @@ from manyicl.evaluation.uncertainty import Estimate, independent_difference, mea
 FEWEST_COMPARED = 8
 # Fewer answers nearly always tie: a tie of more of them is worth the advice to use fewer shots.
 FEWEST_FOR_A_TIE = 32
+# Rows outside a prefix on which it is measured what retrieved rows add.
+FEWEST_ROWS = 16
 # Shots are saved only where there are at least so many times as many.
 LEAST_SAVING = 1.5
 
@@ -64,7 +66,7 @@ def advice(
     if sentences:
         sentences += notes
     sentences.append(_shots(right, nats))
-    if retrieval is not None and len(retrieval.without) >= FEWEST_COMPARED:
+    if retrieval is not None:
         sentences.append(_on_retrieval(retrieval))
     return sentences
 
@@ -174,6 +176,12 @@ def growth(right: Sequence[float]) -> str:
 
 def _on_retrieval(measured: Retrieval) -> str:
     """Say whether retrieved rows helped, on rows that are neither in the prefix nor retrieved for themselves."""
+    num_rows = len(measured.without) + measured.num_too_long
+    if len(measured.without) < FEWEST_ROWS:
+        return (
+            f"What {measured.num_retrieved} similar rows retrieved for each query add was not measured: "
+            f"{measured.num_too_long} of {pluralized(num_rows, 'row')} did not fit the context with them."
+        )
     change = paired_difference(measured.without, measured.with_retrieved)
     without, with_retrieved = (mean_over_queries(scores).mean for scores in (measured.without, measured.with_retrieved))
     too_long = f" ({measured.num_too_long} more were too long)" if measured.num_too_long else ""

@@ -49,6 +49,8 @@ def chance_level(task: Task, queries: Sequence[Example]) -> Level:
     options = [frozenset(query.query.choices) if query.query.choices else labels for query in queries]
     if not all(options):
         return Level(None, "a row states no options")
+    if not options:
+        return Level(None, "no queries")
     return Level(
         fmean(len(own.intersection(query.references)) / len(own) for own, query in zip(options, queries, strict=True))
     )

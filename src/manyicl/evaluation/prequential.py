@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
-from manyicl.errors import UserError
+from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import most_frequent_answer, nearest_or_frequent_answers, tfidf_answers
 from manyicl.tasks.retrieval import terms
 from manyicl.tasks.task import Example, Task
@@ -30,7 +30,7 @@ class PrequentialBaselines(NamedTuple):
 
     Attributes:
         scores: By the name of each baseline that could be measured, 1 for each right answer, else 0, (Q,).
-        notes: Sentences on those that were not measured, or that knew clearly less than the model did.
+        notes: Sentences on those that were not measured, or that knew fewer demonstrations than the others did.
     """
 
     scores: dict[str, tuple[float, ...]]
@@ -41,7 +41,7 @@ def prequential_baselines(task: Task, demonstrations: Sequence[Example], first: 
     """Score each demonstration from ``first`` on, by baselines that know those before it: 1 if right, else 0.
 
     A baseline does not learn anew at every demonstration but at most ``MOST_FITS`` times, and fewer where a logistic
-    regression has many weights; so it knows a few demonstrations less than the model does, never more.
+    regression has many weights; so it knows a few demonstrations fewer than the model does, never more.
 
     Args:
         task: Task of the demonstrations, (N,).
@@ -70,10 +70,12 @@ def prequential_baselines(task: Task, demonstrations: Sequence[Example], first: 
     notes = []
     if not num_fits:
         notes.append(f"{TFIDF} was not measured: with so many labels and different words a single fit takes long.")
-    elif TFIDF in scores and num_fits < MOST_FITS:
-        fewer = _block(demonstrations, first, num_fits) - 1
+    elif TFIDF in scores and (block := _block(demonstrations, first, num_fits)) > _block(
+        demonstrations, first, MOST_FITS
+    ):
+        fewer = pluralized(block - 1, "demonstration")
         notes.append(
-            f"{TFIDF} knew up to {fewer} demonstrations less than the model: with so many labels, fits take long."
+            f"{TFIDF} knew up to {fewer} fewer than the model: with so many labels and different words, fits take long."
         )
     if NEAREST not in scores:
         notes.append(f"{NEAREST} was not measured: it needs the extra manyicl[retrieval].")

@@ -282,8 +282,7 @@ class ResultStore:
                 self._read_new_lines(path)
             elif path.name.endswith(RECORD_ENDING):
                 self._separate.read(path)
-        separate = {(key, record.model_name): record for key, record in self._separate.records.items()}
-        records = separate | self._records
+        records = self._separate.records | self._records
         if not records:
             remedy = f"Run `manyicl evaluate --output {self.folder}` first."
             raise UserError("no_results", "the folder holds no result", remedy=remedy, file=self.folder)
@@ -355,7 +354,8 @@ class _SeparateFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: dict[str, Result] = {}
+        # By key and model name, as in `ResultStore`.
+        self.records: dict[tuple[str, str], Result] = {}
         self._folders: dict[str, Path] = {}
 
     def find(self, task: str, num_shots: int, seed: int, key: str) -> Result | None:
@@ -366,7 +366,7 @@ class _SeparateFiles:
     def read(self, path: Path) -> Result:
         """Read a record."""
         record = _parsed(Result, path.read_bytes(), path)
-        self.records[record.key] = record
+        self.records[record.key, record.model_name] = record
         self._folders[record.key] = path.parent
         return record
 

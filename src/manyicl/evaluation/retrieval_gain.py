@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from manyicl.errors import UserError
-from manyicl.evaluation.advice import Retrieval
+from manyicl.evaluation.advice import FEWEST_ROWS, Retrieval
 from manyicl.tasks.demonstrations import evenly_chosen
 from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Query, Task
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from manyicl.engine.engine import Engine, Prediction
     from manyicl.engine.task_prefix import TaskPrefix
 
-MOST_ROWS, FEWEST_ROWS = 40, 16
+MOST_ROWS = 40
 
 
 def measure_retrieval(engine: Engine, prefix: TaskPrefix, task: Task, num_retrieved: int) -> Retrieval | None:
@@ -60,8 +60,6 @@ def measure_retrieval(engine: Engine, prefix: TaskPrefix, task: Task, num_retrie
         for row, one, other in zip(rows, without, with_others, strict=True)
         if one.problem is None and other.problem is None
     ]
-    if len(answered) < FEWEST_ROWS:
-        return None
     return Retrieval(
         num_retrieved,
         [_is_right(one, row) for row, one, _ in answered],

@@ -25,7 +25,7 @@ def _score(summary: Summary, point: Point) -> dict[str, Any]:
     """Return the score of a point, its interval and the trivial baselines."""
     model, task, shots = point
     score, record = summary.tasks[point], summary.by_point[point][0]
-    baselines = {name: summary.baseline(name, (task,), shots) for name in BASELINE_FIELDS}
+    baselines = {name: summary.baseline(name, (task,), shots, (model,)) for name in BASELINE_FIELDS}
     return {
         "model": model,
         "task": task,

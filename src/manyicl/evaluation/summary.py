@@ -84,6 +84,10 @@ class Summary:
             return "worst draw and order"
         return "worst draw" if len({record.seed for record in self.records}) >= FEWEST_DRAWS_WITH_WORST else None
 
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """Return the metrics in which a task was measured: one, but for a task that is not compared."""
+        return tuple(sorted({record.metric for record in self.records if record.task == task}))
+
     def members(self, group: Group) -> tuple[str, ...]:
         """Return the compared tasks of a family, all of them for ``OVERALL``, or the named tasks themselves."""
         if isinstance(group, tuple):
@@ -120,11 +124,17 @@ class Summary:
 
         return self._mean(group, of_task)
 
-    def baseline(self, name: str, group: Group, shots: int) -> Estimate | None:
-        """Mean of one of `BASELINE_FIELDS` over draws, whichever models recorded it; None unless every task has it."""
+    def baseline(self, name: str, group: Group, shots: int, models: Sequence[str] = ()) -> Estimate | None:
+        """Mean of one of `BASELINE_FIELDS` over draws, as these models, or all, recorded it.
+
+        None unless every task has it. A task whose models were measured in different metrics, or on different rows, has
+        none.
+        """
 
         def of_task(task: str) -> Estimate | None:
-            records = (r for model in self.models for r in self.by_point.get((model, task, shots), ()))
+            records = [r for model in models or self.models for r in self.by_point.get((model, task, shots), ())]
+            if len({(record.metric, record.data_hash) for record in records}) > 1:
+                return None
             of_draw: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
             for record in records:
                 if (score := getattr(record, name)) is not None:
@@ -144,7 +154,7 @@ def summarise(records: Iterable[Result]) -> Summary:
 
     Two records of a model belong together only if they answered the same queries of the same data in the same metric,
     text format and limits. Where a folder holds several such sets for one task, the newest counts and the others are
-    counted as superseded.
+    counted as superseded. A record of an earlier version, which does not know its limit of answers, belongs to any.
 
     Raises:
         UserError: If there is no record.
@@ -156,10 +166,12 @@ def summarise(records: Iterable[Result]) -> Summary:
         raise UserError("no_results", "there is no result to show", remedy="Run `manyicl evaluate` first.")
     names = _display_names(everything)
     newest = {(names[_model(r)], r.task): _queries(r) for r in everything}
+    current = [r for r in everything if newest[names[_model(r)], r.task] == _queries(r)]
+    limits = {(names[_model(r)], r.task): r.max_answer_tokens for r in current if r.max_answer_tokens is not None}
     groups: defaultdict[Point, dict[tuple[int, int], Result]] = defaultdict(dict)
-    for record in everything:
+    for record in current:
         model = names[_model(record)]
-        if newest[model, record.task] == _queries(record):
+        if record.max_answer_tokens in (None, limits.get((model, record.task))):
             groups[model, record.task, record.num_shots][record.seed, record.order] = record
     by_point = {point: tuple(draws[draw] for draw in sorted(draws)) for point, draws in groups.items()}
     records = tuple(record for draws in by_point.values() for record in draws)
@@ -190,7 +202,7 @@ def _why_not_compared(
     if len({record.metric for record in records}) > 1:
         return "the models were measured in different metrics there"
     if len({record.data_hash for record in records}) > 1:
-        return "its rows, labels or instruction changed between the measurements of the models; evaluate them again"
+        return "rows, labels or instruction changed between the measurements of the models; evaluate the models again"
     return None
 
 
@@ -229,7 +241,7 @@ def _draws(records: Sequence[Result]) -> list[_Draw]:
     found = []
     for seed, own in sorted(orders.items()):
         errors = [record.standard_error for record in own if record.standard_error is not None]
-        conditions = seed, tuple((r.order, r.queries_hash, r.data_hash, r.metric, r.sampling) for r in own)
+        conditions = seed, tuple(map(_conditions, own))
         found.append(
             _Draw(
                 conditions,
@@ -240,6 +252,12 @@ def _draws(records: Sequence[Result]) -> list[_Draw]:
             )
         )
     return found
+
+
+def _conditions(record: Result) -> tuple[object, ...]:
+    # Without demonstrations there is no way in which they were chosen.
+    sampling = record.sampling if record.num_shots else None
+    return record.order, record.queries_hash, record.data_hash, record.metric, sampling
 
 
 def _mean_scores(scores: Sequence[tuple[float, ...] | None]) -> NDArray[np.float64] | None:
@@ -268,10 +286,10 @@ def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
 
 
 def _queries(record: Result) -> tuple[object, ...]:
-    """Return what two records of a model and task have in common if they belong together."""
+    """Return what two records of a model and task have in common if they belong together, but for limits of answers."""
     text_format = json.dumps(record.text_format, sort_keys=True)
-    limits = record.max_context_tokens, record.max_answer_tokens
-    return record.data_hash, record.queries_hash, record.metric, record.sampling, text_format, limits
+    most = record.max_context_tokens
+    return record.data_hash, record.queries_hash, record.metric, record.sampling, text_format, most
 
 
 def _model(record: Result) -> tuple[str, str]:

@@ -93,9 +93,10 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
     """Mean of a table of scores or differences, (S, Q), whose rows are seeds and whose columns are the same queries.
 
     The variance of the mean under ``score = mean + seed + query + rest`` is, from the mean squares of a two-way
-    analysis, ``(seeds + queries - rest) / (S Q)``; a negative component is taken as zero. One seed gives the
-    ordinary standard error over queries; seeds that all score alike add nothing, as they should. In the degrees of
-    freedom ``rest`` is left aside, which errs on the wide side.
+    analysis, ``(seeds + queries - rest) / (S Q)``; a negative component is taken as zero, and that of the queries as no
+    less than the smallest that they can show. One seed gives the ordinary standard error over queries; seeds that all
+    score alike add nothing, as they should. In the degrees of freedom ``rest`` is left aside, which errs on the wide
+    side.
 
     Source: Searle, Casella, McCulloch 1992, Variance Components, the crossed random model.
     """
@@ -108,16 +109,18 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
     if smallest is None:
         return Estimate(mean, None, table.size, pairing=pairing)
     seeds = _mean_square(by_seed - mean, num_seeds - 1) / num_seeds
-    queries = _mean_square(by_query - mean, num_queries - 1) / num_queries
+    queries = max(_mean_square(by_query - mean, num_queries - 1) / num_queries, smallest**2)
     rest = _mean_square(table - by_seed - by_query + mean, (num_seeds - 1) * (num_queries - 1)) / table.size
     # Each component at least zero: without a seed component the queries' mean square is left, and conversely.
-    variance = max(seeds + queries - rest, seeds, queries, smallest**2)
-    freedom = satterthwaite(variance, [(seeds, num_seeds - 1), (max(queries, smallest**2), num_queries - 1)])
+    variance = max(seeds + queries - rest, seeds, queries)
+    freedom = satterthwaite(variance, [(seeds, num_seeds - 1), (queries, num_queries - 1)])
     return Estimate(mean, math.sqrt(variance), table.size, freedom, pairing)
 
 
 def satterthwaite(variance: float, parts: Iterable[tuple[float, float]]) -> float:
     """Return the degrees of freedom of a variance that is made of several, each known with its own.
+
+    They are no fewer than those of the part that is known worst; a variance below the sum of its parts would give that.
 
     Args:
         variance: The variance.
@@ -125,8 +128,12 @@ def satterthwaite(variance: float, parts: Iterable[tuple[float, float]]) -> floa
 
     Source: Satterthwaite 1946, An Approximate Distribution of Estimates of Variance Components.
     """
-    per_freedom = math.fsum(part**2 / freedom for part, freedom in parts if part)
-    return variance**2 / per_freedom if per_freedom else math.inf
+    known = [(part, freedom) for part, freedom in parts if part]
+    if not known:
+        return math.inf
+    least = min(freedom for _, freedom in known)
+    per_freedom = math.fsum(part**2 / freedom for part, freedom in known)
+    return max(variance**2 / per_freedom, least) if per_freedom else math.inf
 
 
 def smallest_error(num_queries: int, pairing: Pairing | None = None) -> float | None:

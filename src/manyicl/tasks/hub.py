@@ -11,7 +11,8 @@ from typing import Any
 
 from manyicl.errors import MachineError, UserError, did_you_mean
 from manyicl.library_errors import reason
-from manyicl.tasks.rows import SUFFIXES, LocatedRow, text_of
+from manyicl.tasks.rows import NARROW_NUMBERS, SUFFIXES, LocatedRow, text_of
+from manyicl.tasks.values import with_own_digits
 
 LoadDataset = Callable[..., Any]
 
@@ -71,11 +72,23 @@ def read_hub_rows(
         if column in hub_names:
             _require_same_classes(names, hub_names.pop(column), column, place)
 
+    widths = {column: feature.dtype for column, feature in features.items() if _is_narrow(feature)}
+
     def columns_of(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        read = {column: partial(_named, value, hub_names.get(column)) for column, value in row.items()}
+        read = {
+            column: partial(with_own_digits, value, widths[column])
+            if column in widths
+            else partial(_named, value, hub_names.get(column))
+            for column, value in row.items()
+        }
         return {column: text_of(value, column, place, number) for column, value in read.items()}
 
     return [LocatedRow(columns_of(row, number), place, number) for number, row in enumerate(dataset, start=1)]
+
+
+def _is_narrow(feature: Any) -> bool:
+    """Tell whether a column holds numbers of 16 or 32 bits, which `datasets` returns with the digits of 64."""
+    return getattr(feature, "dtype", None) in NARROW_NUMBERS.values()
 
 
 def _columns_as_text(features: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from manyicl.errors import UserError, located, pluralized, shortened
 from manyicl.library_errors import clause, reason
 from manyicl.paths import exists, nearest_path
 from manyicl.tasks.packed import unpacked_lines
-from manyicl.tasks.values import NumberText, as_text
+from manyicl.tasks.values import NumberText, as_text, with_own_digits
 
 ValueT = TypeVar("ValueT")
 Quotes = Literal["csv", "none"]
@@ -30,7 +30,7 @@ PARQUET = (".parquet",)
 EXCEL = (".xlsx",)
 GZIP = ".gz"
 # Arrow's name of a type of number -> numpy's.
-_NARROW_NUMBERS = {"halffloat": "float16", "float": "float32"}
+NARROW_NUMBERS = {"halffloat": "float16", "float": "float32"}
 TEXTS: tuple[str, ...] = (*JSON_LINES, *DELIMITERS)
 SUFFIXES: tuple[str, ...] = (*TEXTS, *PARQUET, *EXCEL, *(f"{suffix}{GZIP}" for suffix in TEXTS))
 _KINDS = f"{', '.join((*TEXTS, *PARQUET, *EXCEL))}, or a text packed as {GZIP}"
@@ -459,24 +459,16 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
             if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
                 what = f"the column {repeated!r} occurs twice"
                 raise UserError("repeated_column", what, remedy="Keep one of them.", file=path, field=repeated)
-            widths = [_NARROW_NUMBERS.get(str(kind)) for kind in file.schema_arrow.types]
+            widths = [NARROW_NUMBERS.get(str(kind)) for kind in file.schema_arrow.types]
             batches = (zip(*batch.columns, strict=True) for batch in file.iter_batches())
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 columns = {}
                 for name, value, width in zip(names, values, widths, strict=True):
-                    read = value.as_py if width is None else partial(_with_own_digits, value, width)
+                    read = value.as_py if width is None else partial(with_own_digits, value.as_py(), width)
                     columns[name] = text_of(read, name, str(path), number)
                 yield LocatedRow(columns, str(path), number)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError("broken_parquet", f"not a readable Parquet file, {reason(error)}", file=path) from error
-
-
-def _with_own_digits(scalar: Any, width: str) -> float | None:
-    """Return a number of 16 or 32 bits as Python's with its own digits: 0.1, not 0.10000000149."""
-    import numpy as np
-
-    value = scalar.as_py()
-    return None if value is None else float(str(np.dtype(width).type(value)))
 
 
 def text_of(read: Callable[[], Any], column: str, file: str, line: int) -> Any:

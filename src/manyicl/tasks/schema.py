@@ -112,7 +112,8 @@ class TaskFile(Section):
         None, description="List of all labels, or from_train; never together with choices."
     )
     class_names: Mapping[str, Mapping[str, str]] = Field(
-        default_factory=dict, description="Column -> class number -> name, applied before the templates."
+        default_factory=dict,
+        description="Column, or place of choices or references, -> class number -> name, applied before the templates.",
     )
     choices: str | None = Field(
         None,

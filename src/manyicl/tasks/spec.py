@@ -84,7 +84,9 @@ class TaskSpec(BaseModel):
         None, description="Place of a row's list of further accepted answers, as `value_at` reads it."
     )
     class_names: Mapping[str, Mapping[str, str]] = Field(
-        default_factory=dict, description="Column -> class number -> name, applied before a template is rendered."
+        default_factory=dict,
+        description="Column, or place of options or accepted answers, -> class number -> name, applied before a "
+        "template is rendered.",
     )
     labels: tuple[str, ...] | None = Field(
         None, min_length=1, description="Closed answer set in a fixed order; none for free answers and row options."

@@ -29,7 +29,7 @@ from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.task import Task
 
 # Raise it when the same files become other examples or another spec.
-RULES_VERSION = 4
+RULES_VERSION = 5
 # Examples of so many rows take about 200 MB.
 MOST_EXAMPLES_HELD = 200_000
 

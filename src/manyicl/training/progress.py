@@ -42,7 +42,7 @@ class TrainingProgress(TrainerCallback):
             if not self._activity.has_bar:
                 parts = [_step(state), self._status, f"{self._tokens()} so far", self._activity.time_left()]
                 self._activity.say("  ".join(filter(None, parts)))
-        figures = [f"{name[5:]} {value:.3f}" for name, value in logs.items() if name.startswith("eval_")]
+        figures = [f"{name[5:]} {_figure(value)}" for name, value in logs.items() if name.startswith("eval_")]
         if figures:
             self._activity.say(f"{_step(state)}  held-out: {'  '.join(figures)}")
 
@@ -63,6 +63,11 @@ class TrainingProgress(TrainerCallback):
 
     def _tokens(self) -> str:
         return pluralized(self.num_tokens(), "token")
+
+
+def _figure(value: float) -> str:
+    """Write a count as it is, and anything else to three digits."""
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _step(state: TrainerState) -> str:

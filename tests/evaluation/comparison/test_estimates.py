@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -51,12 +53,24 @@ def test_of_one_task_it_is_the_error_over_seeds_and_queries() -> None:
     for of_one, expected in (
         (weighted_mean([(1.0, table(scores))]), mean_over_seeds_and_queries(scores)),
         (weighted_mean([(1.0, table([[1.0] * 20] * 3))]), mean_over_seeds_and_queries([[1.0] * 20] * 3)),
+        (
+            weighted_mean([(1.0, table([[1.0] * 20, [0.0] * 20]))]),
+            mean_over_seeds_and_queries([[1.0] * 20, [0.0] * 20]),
+        ),
     ):
         assert of_one.mean == pytest.approx(expected.mean)
         assert of_one.standard_error == pytest.approx(expected.standard_error)
     other = rng.random((3, 20)) < 0.7
     paired = difference_of([(1.0, table(scores))], [(1.0, table(other))])
     assert error_of(paired) == pytest.approx(paired_difference(scores, other).standard_error)
+
+
+def test_a_task_with_every_answer_right_keeps_its_own_doubt_beside_one_that_varies() -> None:
+    scores = np.random.default_rng(0).random((1, 20)) < 0.4
+    perfect = np.ones((1, 20))
+    both = weighted_mean([(0.5, table(scores)), (0.5, table(perfect))])
+    errors = [weighted_mean([(1.0, table(one))]).standard_error or 0.0 for one in (scores, perfect)]
+    assert both.standard_error == pytest.approx(math.hypot(*errors) / 2)
 
 
 def test_families_weigh_alike() -> None:

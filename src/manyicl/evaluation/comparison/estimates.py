@@ -8,9 +8,10 @@ of tasks::
 
     variance = spread of the S averages / S  +  sum of w^2 queries  -  sum of w^2 rest
 
-where queries and rest are the parts of a two-way analysis of each task's table; the rest is in both other terms and
-is taken off once. For one task this is ``mean_over_seeds_and_queries``. One training seed shows nothing of the first
-two sources: such an estimate covers queries alone, and `Measured.interval` is None.
+where queries and rest are the parts of a two-way analysis of each task's table, queries no less than the smallest that
+they can show; the rest is in both other terms and is taken off once. For one task this is
+``mean_over_seeds_and_queries``. One training seed shows nothing of the first two sources: such an estimate covers
+queries alone, and `Measured.interval` is None.
 """
 
 from __future__ import annotations
@@ -330,12 +331,14 @@ def weighted_mean(tables: Weighted, pairing: Pairing | None = None) -> Estimate:
     if any(floor is None for floor in floors):
         return Estimate(mean, None, num_scores, pairing=pairing)
     of_rows = _variance(rows) / len(rows)
-    of_queries = [weight**2 * table.query_variance for weight, table in tables]
+    of_queries = [
+        weight**2 * max(table.query_variance, (floor or 0.0) ** 2)
+        for (weight, table), floor in zip(tables, floors, strict=True)
+    ]
     rest = math.fsum(weight**2 * table.rest_variance for weight, table in tables)
-    least = [(weight * (floor or 0.0)) ** 2 for (weight, _), floor in zip(tables, floors, strict=True)]
     queries = math.fsum(of_queries)
-    variance = max(of_rows + queries - rest, of_rows, queries, math.fsum(least))
-    parts = [(max(*part), table.num_queries - 1) for *part, (_, table) in zip(of_queries, least, tables, strict=True)]
+    variance = max(of_rows + queries - rest, of_rows, queries)
+    parts = [(part, table.num_queries - 1) for part, (_, table) in zip(of_queries, tables, strict=True)]
     freedom = satterthwaite(variance, [(of_rows, len(rows) - 1), *parts])
     return Estimate(mean, math.sqrt(variance), num_scores, freedom, pairing)
 

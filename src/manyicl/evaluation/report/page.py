@@ -100,7 +100,7 @@ def _content_of(part: Part, store: ResultStore | None) -> dict[str, object]:
         "calibration_panels": _calibration_panels,
         "most_drawn": MOST_CALIBRATIONS_DRAWN,
         "notes": notes(summary),
-        # One record describes its model; one knows the metric, source, hash, labels and counts of its task.
+        # One record describes its model; one knows the source, hash, labels and counts of its task.
         "models": {model: records[0] for (model, _, _), records in summary.by_point.items()},
         "task_facts": {task: next(r for r in summary.records if r.task == task) for task in summary.families},
         "seen": {t: {r.seen_in_training for r in summary.records if r.task == t} for t in summary.families},
@@ -169,7 +169,7 @@ def _findings(summary: Summary) -> list[Finding]:
 def _compared(difference: Estimate) -> str:
     """Say how a difference was measured, and whether its interval excludes 0."""
     is_paired = difference.pairing == "paired"
-    measured = "paired over the same queries" if is_paired else "not paired: other queries, seeds or number of them"
+    measured = "paired over the same queries" if is_paired else "not paired: other queries or demonstrations"
     detail = f"{measured}, {_interval(difference, as_signed)}"
     if difference.includes_zero is None:
         return detail

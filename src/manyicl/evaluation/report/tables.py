@@ -32,7 +32,7 @@ def print_table(records: Iterable[Result], console: Console | None = None, *, pe
     summary = part.summary
     for name, sentences in message(part).items():
         console.print(Text(printable(f"{name}: {sentences}")))
-    metrics = {record.task: record.metric for record in summary.records}
+    metrics = {task: ", ".join(summary.metrics(task)) for task in summary.families}
     for section in sections(summary):
         if section.lines:
             title = f"{section.group} ({pluralized(section.num_tasks, 'task')})"
@@ -54,8 +54,7 @@ def print_parts(parts: Sequence[Part], console: Console) -> None:
         places = [part.summary.shots.index(count) for count in common]
         for section in part.curves():
             heading = section.group if part.by_task else f"{part.title}, {section.group}"
-            metrics = {record.metric for record in part.records if record.task == section.group}
-            table.add_row(_safe(", ".join([heading, *metrics])), style="bold")
+            table.add_row(_safe(", ".join([heading, *part.summary.metrics(section.group)])), style="bold")
             for line in section.lines:
                 cells = [with_interval(line.cells[place], signed=line.kind == "difference") for place in places]
                 table.add_row(_safe(line.label), *cells, style=_STYLES[line.kind])
