@@ -123,6 +123,9 @@ def test_numbers_fix_what_is_drawn_whatever_is_answered_together() -> None:
     with pytest.raises(UserError) as caught:
         list(engine.predict(prefix, rows, numbers=[8, 31]))
     assert caught.value.row == 31
+    for numbers, found in (([1], "more rows than 1"), ([1, 2, 3], "more numbers than 2")):
+        with pytest.raises(UserError, match=f"numbers and rows differ in count; found {found}"):
+            list(engine.predict(prefix, ["a", "b"], numbers=numbers))
 
 
 def test_closing_a_stream_ends_generation_and_closed_answers_are_not_streamed() -> None:

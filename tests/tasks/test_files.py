@@ -328,6 +328,14 @@ def test_a_multi_label_task_is_refused_by_name(tmp_path: Path, answer: str, labe
     assert "train.jsonl:2: task 'emotions' is multi-label: this row has ['anger', 'joy']" in said
 
 
+def test_an_answer_that_is_a_label_is_one_whatever_lists_its_template_reads(tmp_path: Path) -> None:
+    keys = "name: letters\nfamily: qa\nquery: '{{ text }}'\nanswer: \"{{ 'AB'[options.index(right)] }}\"\n"
+    keys += "labels: [A, B]\ndata: {train: train.jsonl, test: test.jsonl}\n"
+    rows: Rows = [{"text": f"q {n}", "options": ["red", "blue"], "right": ("red", "blue")[n % 2]} for n in range(4)]
+    task = load_task(write_task(tmp_path / "letters", keys, train=rows, test=[{**rows[0], "text": "another"}]))
+    assert [example.answer for example in task.train] == ["A", "B", "A", "B"]
+
+
 def test_a_list_with_one_label_is_that_label(tmp_path: Path) -> None:
     train = [{"text": "a", "label": ["joy"]}, {"text": "b", "label": ["anger"]}]
     assert load_task(write_task(tmp_path / "t", train=train, test=[])).labels == ("anger", "joy")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
@@ -639,7 +639,7 @@ class Engine:
                 place of a row that cannot be answered.
             retrieve: Retrieves examples for each query, which come between the prefix and the query.
             numbers: Number of each row, which fixes what is drawn for it and is in its error; None for 1, 2, 3, …
-                So rows of several streams can be answered together as they would be alone.
+                As many as rows. So rows of several streams can be answered together as they would be alone.
             **options: ``scores="best"`` finds the best label alone, ``"best_two"`` the second best too, and with it the
                 margin, for a few more tokens of labels; ``"all"`` scores every label, at the cost of processing them
                 all; ``abstain_below`` marks answers whose probability among the labels is below it,
@@ -696,7 +696,7 @@ class Engine:
     ) -> Iterator[Numbered]:
         """Number rows, render and encode them."""
         after_shots = bool(prefix.num_shots or retrieve)
-        numbered = enumerate(rows, start=1) if numbers is None else zip(numbers, rows, strict=True)
+        numbered = enumerate(rows, start=1) if numbers is None else _paired(numbers, rows)
         return self._encoded(prefix.task, numbered, after_shots, options)
 
     def answer(
@@ -992,6 +992,20 @@ def _blended(
 
 def _unanswered(problem: UserError) -> Prediction:
     return Prediction("", math.nan, problem=problem)
+
+
+def _paired(numbers: Iterable[int], rows: Iterable[StreamedRow]) -> Iterator[tuple[int, StreamedRow]]:
+    """Yield each row with its number.
+
+    Raises:
+        UserError: If there are more of one than of the other, once the fewer are used up.
+    """
+    missing = object()
+    for num_pairs, (number, row) in enumerate(zip_longest(numbers, rows, fillvalue=missing)):
+        if missing in (number, row):
+            found = f"more {'rows' if number is missing else 'numbers'} than {num_pairs}"
+            raise UserError("other_count_of_numbers", "numbers and rows differ in count", found=found)
+        yield cast(int, number), cast(StreamedRow, row)
 
 
 def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:

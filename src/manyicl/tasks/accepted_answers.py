@@ -56,7 +56,10 @@ class AcceptedAnswers:
         if self._is_closed and len(labels := self._labels_in(answers, row)) > 1:
             # One answer of a closed set is supervised and scored, never several.
             what = f"task {self._spec.name!r} is multi-label: this row has {sorted(labels)}"
-            remedy = "Keep the rows with one label, or make a yes/no task of each label."
+            remedy = (
+                "Keep the rows with one label, or make a yes/no task of each label. If an answer is one label all the "
+                "same, list the task's labels."
+            )
             raise UserError("several_labels", what, expected="one label in each row", remedy=remedy)
         if self._spec.references_column is not None:
             place = self._spec.references_column
@@ -73,9 +76,11 @@ class AcceptedAnswers:
         if len(answers) > 1:
             return set(answers)
         answer = answers[0]
+        if answer in self._label_set:
+            return {answer}
         for column in self._template.columns:
             value = row.get(column)
             if isinstance(value, list | tuple) and answer not in map(str, value):
                 return set(map(str, value))
         parts = {part.strip() for part in re.split(r"[,;|]", answer)}
-        return parts if self._label_set and answer not in self._label_set and parts <= self._label_set else {answer}
+        return parts if self._label_set and parts <= self._label_set else {answer}
