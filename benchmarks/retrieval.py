@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from manyicl.engine.engine import Engine, Retrieve
+from manyicl.engine.engine import Engine
+from manyicl.engine.queries import Retrieve
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.evaluation.baselines import majority_answer, nearest_answers
 from manyicl.evaluation.metrics import METRICS

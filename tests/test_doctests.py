@@ -18,7 +18,7 @@ MODULES = [
 MAIN = [
     ("manyicl.engine.backend", "Backend"),
     ("manyicl.engine.engine", "Engine"),
-    ("manyicl.engine.engine", "Prediction"),
+    ("manyicl.engine.prediction", "Prediction"),
     ("manyicl.episodes.encoding", "Encoder"),
     ("manyicl.tasks.spec", "TaskSpec"),
     ("manyicl.tasks.task", "Task"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from manyicl.cli.answer_columns import AnswerColumns
-from manyicl.engine.engine import Prediction
+from manyicl.engine.prediction import Prediction
 from manyicl.training.dry_run import FIELDS
 from tests.cli.test_predict import run
 from tests.documents import DOCS

@@ -10,8 +10,9 @@ from itertools import takewhile
 from math import log
 
 from manyicl.engine.backend import Identity, ScoreScope
-from manyicl.engine.engine import Prediction, Retrieve
 from manyicl.engine.label_scores import LabelScores
+from manyicl.engine.prediction import Prediction
+from manyicl.engine.queries import Retrieve
 from manyicl.episodes.budget import fit_demonstrations, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.model.manifest import Manifest

@@ -10,7 +10,8 @@ from typing import cast
 
 import pytest
 
-from manyicl.engine.engine import Engine, Prediction
+from manyicl.engine.engine import Engine
+from manyicl.engine.prediction import Prediction
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import UserError
 from manyicl.evaluation.advice import Retrieval, advice

@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 from pydantic import ValidationError
 
-from manyicl.engine.engine import Engine, Prediction
+from manyicl.engine.engine import Engine
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
+from manyicl.engine.prediction import Prediction
 from manyicl.errors import UserError
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import ResultStore

@@ -11,8 +11,8 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from manyicl.engine.engine import AnswerPart, Prediction
 from manyicl.engine.label_scores import LabelScores
+from manyicl.engine.prediction import AnswerPart, Prediction
 from manyicl.engine.queries import AnswerOptions, StreamedRow
 from manyicl.errors import UserError
 from manyicl.server.app import create_app

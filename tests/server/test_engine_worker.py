@@ -14,7 +14,8 @@ import pytest
 
 from manyicl.engine import prefix_cache
 from manyicl.engine.backend import Sampling
-from manyicl.engine.engine import AnswerPart, Engine
+from manyicl.engine.engine import Engine
+from manyicl.engine.prediction import AnswerPart
 from manyicl.errors import MachineError, UserError
 from manyicl.server import engine_worker
 from manyicl.server.engine_worker import PASS_SECONDS, model_hash

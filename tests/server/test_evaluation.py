@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from sklearn.metrics import f1_score
 
-from manyicl.engine.engine import Prediction
 from manyicl.engine.label_scores import LabelScores
+from manyicl.engine.prediction import Prediction
 from manyicl.errors import UserError
 from manyicl.server.evaluation import MOST_ERRORS_NAMED, evaluated, rows_with_answers, summary
 from manyicl.tasks.rows import LocatedRow

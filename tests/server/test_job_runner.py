@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from manyicl.engine.engine import Prediction
+from manyicl.engine.prediction import Prediction
 from manyicl.engine.queries import AnswerOptions, checked_query
 from manyicl.errors import MachineError, UserError
 from manyicl.server.job_runner import JobPlan, JobRunner, row_of, stored_row

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from manyicl.engine.engine import Prediction
 from manyicl.engine.label_scores import LabelScores
+from manyicl.engine.prediction import Prediction
 from manyicl.errors import UserError
 from manyicl.server.prediction_json import error_json, json_line, prediction_json
 from manyicl.tasks.example import Example, Query

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from manyicl.engine.engine import AnswerPart, Prediction
+from manyicl.engine.prediction import AnswerPart, Prediction
 from manyicl.errors import UserError
 from manyicl.server.work import StreamTicket, Ticket
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from manyicl.engine.engine import Engine, Prediction
+from manyicl.engine.engine import Engine
+from manyicl.engine.prediction import Prediction
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import MachineError, UserError
 from manyicl.server.prefix_store import PrefixStore

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from manyicl.engine.engine import Engine, Prediction
+from manyicl.engine.engine import Engine
+from manyicl.engine.prediction import Prediction
 from manyicl.errors import UserError
 from manyicl.server.engine_worker import Compiled, EngineWorker, TaskSource
 from manyicl.server.prefix_making import Prefixes

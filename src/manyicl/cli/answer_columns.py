@@ -11,7 +11,7 @@ from manyicl.errors import UserError
 
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.queries import AnswerOptions
     from manyicl.tasks.task import Task
 

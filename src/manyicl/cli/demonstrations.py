@@ -16,7 +16,8 @@ from manyicl.tasks.files import load_task
 from manyicl.tasks.retrieval import Retriever
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.engine import Engine
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.queries import AnswerOptions, StreamedRow
     from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.tasks.task import Example, Task

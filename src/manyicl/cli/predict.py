@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from manyicl.cli.demonstrations import Demonstrations
     from manyicl.cli.queries import Queries
-    from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.engine import Engine
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.queries import AnswerOptions
     from manyicl.engine.task_prefix import TaskPrefix
     from manyicl.tasks.task import Task
@@ -278,7 +279,7 @@ def _made_of(engine: Engine, examples: Demonstrations, queries: Queries, options
 
 def _columns_without_rows(queries: Queries, task: Task, columns: Callable[[Prediction], Row]) -> list[str]:
     """List the columns of an output without rows; refuse that where the queries have not even a header."""
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
 
     return list(with_answer(dict.fromkeys(queries.columns_without_rows(task)), columns(Prediction("", 0.0))))
 

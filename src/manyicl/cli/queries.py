@@ -30,7 +30,7 @@ from manyicl.tasks.rows import (
 from manyicl.tasks.schema import OneFile, TwoFiles, read_task_file, row_format
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.queries import BadRows
     from manyicl.tasks.task import Query, Task
 

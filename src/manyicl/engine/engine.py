@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from itertools import chain, count, zip_longest
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from manyicl.engine.answers import AnswerEnd, GrowingText
+from manyicl.engine.answering import Answering, explanation, merged
+from manyicl.engine.answers import AnswerEnd
 from manyicl.engine.backend import (
     Backend,
     BetweenChunks,
-    GeneratedToken,
     ObservingBackend,
-    OptionScores,
     Prefix,
-    ScoreScope,
     backend_cannot_compile,
     foreign_prefix,
     require_context,
     require_own,
 )
-from manyicl.engine.channel import refused_in_channel_form, score_channel, scores_before_shown
+from manyicl.engine.channel import refused_in_channel_form, scores_before_shown
 from manyicl.engine.label_scores import LabelScores, mean_scores
 from manyicl.engine.label_trie import num_shared_tokens
 from manyicl.engine.observed import ObservedAnswer, answer_targets, observed_answers
+from manyicl.engine.prediction import AnswerPart, Prediction
 from manyicl.engine.queries import (
     AnswerOptions,
     EncodedQuery,
     Numbered,
+    Retrieve,
     Row,
     StreamedRow,
-    checked_query,
     in_batches,
     is_query,
+    numbered_rows,
+    queries_of,
     require_blendable,
     require_options,
 )
+from manyicl.engine.query_encoder import QueryEncoder
 from manyicl.engine.task_prefix import FittedPrefix, TaskPrefix, require_demonstrations
-from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS, fit_demonstrations, longest_answer
+from manyicl.episodes.budget import fit_demonstrations
 from manyicl.episodes.chat_template import require_rows_as_written
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
-from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, Preceding
+from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings
 from manyicl.errors import UserError
 from manyicl.model.manifest import Manifest, format_to_ask_in
 from manyicl.paths import required_path
-from manyicl.tasks.retrieval import MostSimilar, Retriever
+from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.blend import Blend
     from manyicl.model.load import LoadedModel
 
 # Queries are read ahead so many at a time, so that those of like length can advance together.
@@ -73,9 +73,6 @@ MOST_COMPARED = 1024
 # Content-free queries whose label scores are the labels' prior (Zhao et al. 2021, arXiv:2102.09690, section 5).
 NEUTRAL_QUERIES = ("N/A", "[MASK]", "?")
 
-Retrieve = Callable[[Query], Sequence[Example]]
-Explain = Callable[[Query], tuple[Example, ...]]
-
 
 class EngineOptions(TypedDict, total=False):
     """Arguments that every way to make an `Engine` passes to its `__init__`, where they are explained."""
@@ -83,81 +80,6 @@ class EngineOptions(TypedDict, total=False):
     text_format: AnyFormat | FormatKind | None
     end_of_answer: str | None
     max_context_tokens: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """An answer to one query.
-
-    Attributes:
-        answer: The best label or choice, or the generated text without its end-of-answer text.
-        log_probability: Log-probability of the answer with its end-of-answer text, in nats; in the channel form, of the
-            query after the answer.
-        scores: Scores of every label or choice, where all were wanted, and always in the channel form; None otherwise,
-            and for free answers.
-        second: The second best label or choice, where the best two or all scores were wanted; None otherwise, and where
-            there is one.
-        margin: Log-probability of the answer less that of the second best, in nats; None where that is.
-        stopped: False if a generated answer was cut at the limit.
-        abstained: True if the answer's probability among the labels was below the given threshold.
-        num_shots: Number of demonstrations before the query that all queries share.
-        blended: True if ``answer`` and ``scores`` are those of the model's scores and a linear classifier's, combined;
-            ``log_probability`` is the model's alone.
-        problem: Why there is no answer, where bad rows are reported; ``answer`` is then empty, and
-            ``log_probability`` not a number.
-        similar: Demonstrations in the context that are most like the query, the most similar first, where they were
-            wanted; None otherwise.
-
-    Examples:
-        >>> prediction = Prediction("good", -0.25, num_shots=4)
-        >>> prediction.answer, prediction.num_shots
-        ('good', 4)
-        >>> sorted(prediction.as_json())
-        ['abstained', 'answer', 'blended', 'log_probability', 'num_shots', 'stopped']
-    """
-
-    answer: str
-    log_probability: float
-    scores: LabelScores | None = None
-    second: str | None = None
-    margin: float | None = None
-    stopped: bool = True
-    abstained: bool = False
-    num_shots: int = 0
-    blended: bool = False
-    problem: UserError | None = None
-    similar: tuple[Example, ...] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the prediction as JSON holds it; the answer is null where it abstained."""
-        names = ("answer", "log_probability", "stopped", "abstained", "num_shots", "blended")
-        known: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if self.problem is not None:
-            return {**dict.fromkeys(names), "problem": str(replace(self.problem, file=None, row=None))}
-        if self.abstained:
-            known["answer"] = None
-        if self.second is not None:
-            known |= {"second": self.second, "margin": self.margin}
-        if self.scores is not None:
-            known |= {"scores": dict(self.scores.log_probabilities), "probabilities": self.scores.probabilities}
-        if self.similar is not None:
-            known["similar"] = [{"text": example.query.text, "answer": example.answer} for example in self.similar]
-        return known
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPart:
-    """The next text of a free answer that is being written.
-
-    Attributes:
-        row: Number of the row among those given, from 1.
-        text: Text that follows the parts before it; the parts of a row together are its answer.
-        prediction: The whole answer, with the last part of a row; None before.
-    """
-
-    row: int
-    text: str
-    prediction: Prediction | None = None
 
 
 class Engine:
@@ -216,7 +138,8 @@ class Engine:
             what = f"{self.identity.reference!r} does not say how long its context is"
             raise UserError("unknown_context", what, remedy="Give max_context_tokens.")
         self.max_context_tokens: int = limit
-        self._end = AnswerEnd(self.encoder, self.identity.end_token_ids)
+        self._query_encoder = QueryEncoder(self.encoder, limit)
+        self._answering = Answering(self.backend, AnswerEnd(self.encoder, self.identity.end_token_ids))
 
     @property
     def is_channel(self) -> bool:
@@ -558,27 +481,7 @@ class Engine:
         self, task: Task, queries: Iterable[Row] | None = None, retrieve: Retrieve | None = None
     ) -> int:
         """Count the tokens reserved for the longest query, its retrieved examples and its answer; see `prefill`."""
-        if queries is None:
-            queries = [example.query for example in task.test or task.train]
-        asked = [row if isinstance(row, Query | EncodedQuery) else task.query(row) for row in queries]
-        each = [row.query if isinstance(row, EncodedQuery) else row for row in asked]
-        of_retrieved = [sum(map(self.encoder.num_shot_tokens, retrieve(query))) for query in each] if retrieve else []
-        query = max(map(self._num_query_tokens, asked), default=0)
-        return (
-            max(of_retrieved, default=0)
-            + query
-            + longest_answer(task, self.encoder, self.max_answer_tokens(task), each)
-        )
-
-    def _num_query_tokens(self, row: Query | EncodedQuery) -> int:
-        """Count the tokens of a query; of one not yet encoded, of the longest way to encode it."""
-        if isinstance(row, EncodedQuery):
-            return row.num_tokens
-        return max(len(self.encoder.query_ids(row.text, preceding)) for preceding in Preceding)
-
-    def max_answer_tokens(self, task: Task) -> int:
-        """Return the limit for free answers of this task: the task's own, or a default."""
-        return task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS
+        return self._query_encoder.num_reserved_tokens(task, queries, retrieve)
 
     # --- Queries
 
@@ -593,34 +496,9 @@ class Engine:
         Raises:
             UserError: If a row lacks a column, is empty, or does not fit the task; ``row`` is its number.
         """
-        for _, query in self._encoded(task, enumerate(rows, start=1), after_shots, {}):
+        for _, query in self._query_encoder.encoded(task, numbered_rows(rows, None), after_shots, {}):
             assert isinstance(query, EncodedQuery), "bad rows are refused"
             yield query
-
-    def _encoded(
-        self, task: Task, numbered: Iterable[tuple[int, StreamedRow]], after_shots: bool, options: AnswerOptions
-    ) -> Iterator[Numbered]:
-        """Render and encode queries as `encode_queries` does; bad rows are refused or passed on, as the options say."""
-        preceding = self.encoder.preceding("" if after_shots else task.instruction(), int(after_shots))
-        label_ids = tuple(self.encoder.answer_ids(label, preceding) for label in task.labels or ())
-        for number, row in numbered:
-            if isinstance(row, EncodedQuery) and row.preceding is preceding:
-                yield number, row
-                continue
-            try:
-                if isinstance(row, UserError):
-                    raise row
-                query = row.query if isinstance(row, EncodedQuery) else checked_query(row, task)
-                option_ids = label_ids or self._option_ids(query.choices, preceding)
-                token_ids = self.encoder.query_ids_uncached(query.text, preceding)
-            except UserError as error:
-                yield number, _refused_or_reported(error, number, options)
-                continue
-            yield number, EncodedQuery(query, preceding, token_ids, option_ids)
-
-    def _option_ids(self, options: Iterable[str] | None, preceding: Preceding) -> tuple[tuple[int, ...], ...]:
-        """Encode labels or choices of a query that comes after this."""
-        return tuple(self.encoder.answer_ids(option, preceding) for option in options or ())
 
     def predict(
         self,
@@ -696,8 +574,7 @@ class Engine:
     ) -> Iterator[Numbered]:
         """Number rows, render and encode them."""
         after_shots = bool(prefix.num_shots or retrieve)
-        numbered = enumerate(rows, start=1) if numbers is None else _paired(numbers, rows)
-        return self._encoded(prefix.task, numbered, after_shots, options)
+        return self._query_encoder.encoded(prefix.task, numbered_rows(rows, numbers), after_shots, options)
 
     def answer(
         self,
@@ -756,17 +633,18 @@ class Engine:
         options: AnswerOptions,
     ) -> Iterator[Prediction]:
         prefix, retrieve = None, Retriever(task.train, num_retrieved) if num_retrieved else None
-        numbered = self._encoded(task, enumerate(rows, start=1), bool(demonstrations), options)
+        encoder = self._query_encoder
+        numbered = encoder.encoded(task, numbered_rows(rows, None), bool(demonstrations), options)
         if options.get("bad_rows") == "report":
             # Before batches are made, so that these do not depend on them.
-            numbered = (self._fitting_alone(task, number, query) for number, query in numbered)
+            numbered = (encoder.alone(task, number, query) for number, query in numbered)
         most = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
         for batch in in_batches(numbered, FITTED_QUERIES, is_query):
-            earlier, queries = prefix, _queries_of(batch)
+            earlier, queries = prefix, queries_of(batch)
             while queries:
                 # A query that does not fit even alone is refused by its number; it takes no demonstration from others.
-                possible = [query for query in queries if self.num_reserved_tokens(task, [query], retrieve) <= most]
-                if prefix and not (prefix.num_shots and self._exceeds_context(prefix, possible, retrieve)):
+                possible = [query for query in queries if encoder.num_reserved_tokens(task, [query], retrieve) <= most]
+                if prefix and not (prefix.num_shots and encoder.exceed_context(prefix, possible, retrieve)):
                     break
                 # Which rows are left to retrieve is known once demonstrations are chosen, and how many of these fit
                 # depends on the retrieved rows: so it is tried until both fit.
@@ -775,7 +653,7 @@ class Engine:
                 if num_retrieved:
                     retrieve = Retriever(task.train, num_retrieved, exclude=prefix.demonstrations)
             if prefix is None:
-                yield from _merged(batch, iter(()), options)
+                yield from merged(batch, iter(()), options)
                 continue
             if prefix is not earlier:
                 prefix = replace(prefix, num_dropped=len(demonstrations) - prefix.num_shots)
@@ -784,161 +662,35 @@ class Engine:
                 if options.get("blend"):
                     prefix = self.with_blend(prefix)
             after_shots = bool(prefix.num_shots or retrieve)
-            yield from self._predict(prefix, self._encoded(task, batch, after_shots, options), retrieve, options)
-
-    def _fitting_alone(self, task: Task, number: int, query: EncodedQuery | UserError) -> Numbered:
-        """Return a query that fits the context without any demonstration, or why it cannot be answered."""
-        room = self.max_context_tokens - self.encoder.num_preamble_tokens(task.instruction())
-        if isinstance(query, UserError) or self.num_reserved_tokens(task, [query]) <= room:
-            return number, query
-        after_instruction = self.encoder.preceding(task.instruction(), 0)
-        num_query_tokens = len(self.encoder.query_ids_uncached(query.query.text, after_instruction))
-        needed = self.max_context_tokens - room + num_query_tokens + self._num_answer_tokens(task, query)
-        return number, self._too_long(needed, 0, 0) if needed > self.max_context_tokens else query
-
-    def _exceeds_context(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], retrieve: Retrieve | None) -> bool:
-        return prefix.num_tokens + self.num_reserved_tokens(prefix.task, queries, retrieve) > self.max_context_tokens
+            yield from self._predict(prefix, encoder.encoded(task, batch, after_shots, options), retrieve, options)
 
     def _predict(
         self, prefix: TaskPrefix, numbered: Iterable[Numbered], retrieve: Retrieve | None, options: AnswerOptions
     ) -> Iterator[Prediction]:
         """Answer the queries of a stream, in order."""
-        fitting = (self._fitting_query(prefix, number, query, retrieve, options) for number, query in numbered)
         blend = self.with_blend(prefix).blend_with_words if options.get("blend") else None
-        answer = self._choose if prefix.task.is_closed else self._generate
-        explain = _explanation(prefix, retrieve, options)
-        for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
-            if batch[-1][0] <= options.get("num_answered", 0):
-                continue
-            with closing(answer(prefix, batch, options)) as answers:
-                predictions = _blended(blend, _queries_of(batch), answers, options) if blend else answers
-                yield from _merged(batch, predictions, options, explain)
-
-    def _fitting_query(
-        self,
-        prefix: TaskPrefix,
-        number: int,
-        query: EncodedQuery | UserError,
-        retrieve: Retrieve | None,
-        options: AnswerOptions,
-    ) -> Numbered:
-        """Put a query's own examples before it, and make sure that it fits after the prefix."""
-        if isinstance(query, UserError):
-            return number, query
-        own_examples = tuple(retrieve(query.query)) if retrieve else ()
-        if retrieve is not None:
-            # After a shot the instruction does not matter, and it would be rendered for every query.
-            instruction = "" if prefix.num_shots else prefix.task.instruction()
-            own_ids: list[int] = []
-            for shot, example in enumerate(own_examples, start=prefix.num_shots):
-                own_ids += self.encoder.shot_ids(example, self.encoder.preceding(instruction, shot))
-            preceding = self.encoder.preceding(instruction, prefix.num_shots + len(own_examples))
-            # What opens a sequence, such as bos, is part of a prefix, and of no query.
-            if preceding is not query.preceding:
-                ids = self.encoder.query_ids_uncached(query.query.text, preceding)
-                option_ids = self._option_ids(query.query.choices or prefix.task.labels, preceding)
-                query = EncodedQuery(query.query, preceding, ids, option_ids)
-            query = replace(query, own_ids=tuple(own_ids))
-        needed = prefix.num_tokens + query.num_tokens + self._num_answer_tokens(prefix.task, query)
-        if needed > self.max_context_tokens:
-            error = self._too_long(needed, prefix.num_shots, len(own_examples))
-            return number, _refused_or_reported(error, number, options)
-        return number, query
-
-    def _num_answer_tokens(self, task: Task, query: EncodedQuery) -> int:
-        """Count the tokens to keep free for the answer to a query."""
-        return max(map(len, query.option_ids), default=self.max_answer_tokens(task))
-
-    def _too_long(self, num_tokens: int, num_shots: int, num_retrieved: int) -> UserError:
-        """Make the error for a query that does not fit the context."""
-        own = f" and {num_retrieved} retrieved" if num_retrieved else ""
-        what = (
-            f"{num_tokens:,} tokens are needed with {num_shots}{own} demonstrations and its answer; "
-            f"max_context_tokens is {self.max_context_tokens:,}"
-        )
-        return UserError("query_too_long", what, remedy="Use fewer demonstrations or a shorter query.")
-
-    def _choose(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
-        """Find the best option of each query; the first among equals."""
-        queries = _queries_of(batch)
-        scope, abstain_below = options.get("scores", "best"), options.get("abstain_below") or 0
-        for query, scores in zip(queries, self._scores(prefix, queries, scope), strict=True):
-            names = query.query.choices or prefix.task.labels or ()
-            answer, log_probability = names[scores.best], scores.log_probabilities[scores.best]
-            label_scores, second, margin, abstained = None, None, None, False
-            if scope == "all" or self.is_channel:
-                log_probabilities = {name: scores.log_probabilities[n] for n, name in enumerate(names)}
-                # In the channel form the tokens that are scored are those of the query, after every label.
-                scored = [query.token_ids] * len(names) if self.is_channel else query.option_ids
-                num_tokens = {name: len(ids) for name, ids in zip(names, scored, strict=True)}
-                label_scores = LabelScores(log_probabilities, num_tokens)
-            if scope == "all" and label_scores is not None:
-                abstained = label_scores.probabilities[answer] < abstain_below
-            if scope != "best" and scores.second is not None:
-                second, margin = names[scores.second], log_probability - scores.log_probabilities[scores.second]
-            num_shots = prefix.num_shots
-            yield Prediction(
-                answer, log_probability, label_scores, second, margin, abstained=abstained, num_shots=num_shots
-            )
-
-    def _scores(self, prefix: TaskPrefix, queries: Sequence[EncodedQuery], scope: ScoreScope) -> list[OptionScores]:
-        """Score the options of queries after a prefix, in the form in which the model is used."""
-        if self.is_channel:
-            return score_channel(self.backend, prefix.cache, queries)
-        token_ids = [(*query.own_ids, *query.token_ids) for query in queries]
-        return self.backend.score(prefix.cache, token_ids, [query.option_ids for query in queries], scope)
-
-    def _generate(self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions) -> Generator[Prediction]:
-        """Write the answer of each query; those that end early wait for the ones before them."""
-        written: list[list[GeneratedToken]] = [[] for _ in _queries_of(batch)]
-        next_query = 0
-        for token in self._tokens(prefix, batch, options):
-            written[token.query].append(token)
-            while next_query < len(written) and written[next_query] and written[next_query][-1].is_last:
-                tokens, written[next_query] = written[next_query], []
-                yield self._whole_answer(prefix, tokens)
-                next_query += 1
-
-    def _tokens(
-        self, prefix: TaskPrefix, batch: Sequence[Numbered], options: AnswerOptions
-    ) -> Iterator[GeneratedToken]:
-        """Write the answers of the queries of a batch, token by token."""
-        numbers, queries = [number for number, _ in filter(is_query, batch)], _queries_of(batch)
-        limit, sampling = self.max_answer_tokens(prefix.task), options.get("sampling")
-        ids = [(*query.own_ids, *query.token_ids) for query in queries]
-        return self.backend.generate(prefix.cache, ids, self._end, limit, sampling, numbers)
-
-    def _whole_answer(self, prefix: TaskPrefix, tokens: Sequence[GeneratedToken]) -> Prediction:
-        text, log_probability = self._end.text_of(tokens)
-        return Prediction(text, log_probability, stopped=tokens[-1].stopped, num_shots=prefix.num_shots)
+        explain = explanation(prefix, retrieve, options)
+        for batch in self._batches(prefix, numbered, retrieve, options):
+            if batch[-1][0] > options.get("num_answered", 0):
+                yield from self._answering.predictions(prefix, batch, options, blend, explain)
 
     def _stream(
         self, prefix: TaskPrefix, numbered: Iterable[Numbered], retrieve: Retrieve | None, options: AnswerOptions
     ) -> Iterator[AnswerPart]:
         """Write the answers to the queries of a stream, many together."""
-        fitting = (self._fitting_query(prefix, number, query, retrieve, options) for number, query in numbered)
-        explain = _explanation(prefix, retrieve, options)
+        explain = explanation(prefix, retrieve, options)
         num_before = 0
-        for batch in in_batches(fitting, READ_AHEAD_QUERIES, is_query):
-            rows = {row: query for row, (_, query) in enumerate(batch, start=num_before + 1)}
+        for batch in self._batches(prefix, numbered, retrieve, options):
+            yield from self._answering.parts(prefix, batch, num_before, options, explain)
             num_before += len(batch)
-            for row, query in rows.items():
-                if isinstance(query, UserError):
-                    yield AnswerPart(row, "", _unanswered(query))
-            row_of = [row for row, query in rows.items() if isinstance(query, EncodedQuery)]
-            texts = [GrowingText(self._end) for _ in row_of]
-            for token in self._tokens(prefix, batch, options):
-                text, row = texts[token.query], row_of[token.query]
-                added = text.add(token)
-                if not token.is_last:
-                    if added:
-                        yield AnswerPart(row, added)
-                    continue
-                prediction = self._whole_answer(prefix, text.tokens)
-                query = rows[row]
-                if explain is not None and isinstance(query, EncodedQuery):
-                    prediction = replace(prediction, similar=explain(query.query))
-                yield AnswerPart(row, added, prediction)
+
+    def _batches(
+        self, prefix: TaskPrefix, numbered: Iterable[Numbered], retrieve: Retrieve | None, options: AnswerOptions
+    ) -> Iterator[list[Numbered]]:
+        """Read ahead, and yield the queries that advance together."""
+        after_prefix = self._query_encoder.after_prefix
+        fitting = (after_prefix(prefix, number, query, retrieve, options) for number, query in numbered)
+        return in_batches(fitting, READ_AHEAD_QUERIES, is_query)
 
 
 def _in_chunks(retrieve: Retrieve, between_chunks: BetweenChunks) -> Retrieve:
@@ -967,88 +719,3 @@ def _kept_answers(
             break
         kept.append(answer)
     return tuple(kept)
-
-
-def _blended(
-    blend: Blend, queries: Sequence[EncodedQuery], predictions: Iterable[Prediction], options: AnswerOptions
-) -> Iterator[Prediction]:
-    """Combine the label scores of predictions with those of the words, and choose the best label by both."""
-    abstain_below = options.get("abstain_below") or 0
-    of_model = [(one, one.scores) for one in predictions if one.scores is not None]
-    texts = [query.query.text for query in queries]
-    blended = blend.scores(texts, [scores for _, scores in of_model])
-    for (prediction, model_scores), scores in zip(of_model, blended, strict=True):
-        yield replace(
-            prediction,
-            answer=scores.best,
-            log_probability=model_scores.log_probabilities[scores.best],
-            scores=scores,
-            second=scores.second,
-            margin=None if scores.second is None else scores.margin,
-            abstained=scores.probabilities[scores.best] < abstain_below,
-            blended=True,
-        )
-
-
-def _unanswered(problem: UserError) -> Prediction:
-    return Prediction("", math.nan, problem=problem)
-
-
-def _paired(numbers: Iterable[int], rows: Iterable[StreamedRow]) -> Iterator[tuple[int, StreamedRow]]:
-    """Yield each row with its number.
-
-    Raises:
-        UserError: If there are more of one than of the other, once the fewer are used up.
-    """
-    missing = object()
-    for num_pairs, (number, row) in enumerate(zip_longest(numbers, rows, fillvalue=missing)):
-        if missing in (number, row):
-            found = f"more {'rows' if number is missing else 'numbers'} than {num_pairs}"
-            raise UserError("other_count_of_numbers", "numbers and rows differ in count", found=found)
-        yield cast(int, number), cast(StreamedRow, row)
-
-
-def _queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:
-    return [query for _, query in batch if isinstance(query, EncodedQuery)]
-
-
-def _explanation(prefix: TaskPrefix, retrieve: Retrieve | None, options: AnswerOptions) -> Explain | None:
-    """Return what finds the demonstrations most like a query; None where none are wanted."""
-    if not (num_similar := options.get("num_similar", 0)):
-        return None
-    similar = MostSimilar(prefix.demonstrations, num_similar)
-    return lambda query: similar(query, retrieve(query) if retrieve else ())
-
-
-def _refused_or_reported(error: UserError, number: int, options: AnswerOptions) -> UserError:
-    """Return why a row cannot be answered, where bad rows are reported.
-
-    Raises:
-        UserError: The error, with the number of the row, where they are refused.
-    """
-    if options.get("bad_rows", "refuse") == "report":
-        return error
-    raise (error if error.file else error.at(row=number)) from None
-
-
-def _merged(
-    batch: Iterable[Numbered],
-    predictions: Iterator[Prediction],
-    options: AnswerOptions,
-    explain: Explain | None = None,
-) -> Iterator[Prediction]:
-    """Yield the predictions of a batch and, between them, what its other rows have; rows answered before are omitted.
-
-    Args:
-        batch: Queries, and why other rows cannot be answered.
-        predictions: One for each query.
-        options: Say how many rows have their answers.
-        explain: Finds the demonstrations most like a query.
-    """
-    for number, query in batch:
-        prediction = _unanswered(query) if isinstance(query, UserError) else next(predictions)
-        if number <= options.get("num_answered", 0):
-            continue
-        if explain is not None and isinstance(query, EncodedQuery):
-            prediction = replace(prediction, similar=explain(query.query))
-        yield prediction

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, TypeVar, get_args
+from itertools import zip_longest
+from typing import Literal, TypedDict, TypeVar, cast, get_args
 
 from manyicl.engine.backend import Sampling, ScoreScope, out_of_range
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.episodes.text_format import Preceding
 from manyicl.errors import UserError, did_you_mean, pluralized
-from manyicl.tasks.task import Columns, Query, Task
+from manyicl.tasks.task import Columns, Example, Query, Task
 
 ItemT = TypeVar("ItemT")
 BadRows = Literal["refuse", "report"]
@@ -50,9 +51,35 @@ StreamedRow = Row | UserError
 Numbered = tuple[int, EncodedQuery | UserError]
 
 
+# Finds the examples that come between a prefix and a query.
+Retrieve = Callable[[Query], Sequence[Example]]
+
+
 def is_query(item: Numbered) -> bool:
     """Tell whether a row of a stream can be answered, as far as is known."""
     return isinstance(item[1], EncodedQuery)
+
+
+def queries_of(batch: Iterable[Numbered]) -> list[EncodedQuery]:
+    """Return the queries of a batch, without the rows that cannot be answered."""
+    return [query for _, query in batch if isinstance(query, EncodedQuery)]
+
+
+def numbered_rows(rows: Iterable[StreamedRow], numbers: Iterable[int] | None) -> Iterator[tuple[int, StreamedRow]]:
+    """Yield each row with its number, from 1 where none are given.
+
+    Raises:
+        UserError: If there are more of one than of the other, once the fewer are used up.
+    """
+    if numbers is None:
+        yield from enumerate(rows, start=1)
+        return
+    missing = object()
+    for num_pairs, (number, row) in enumerate(zip_longest(numbers, rows, fillvalue=missing)):
+        if missing in (number, row):
+            found = f"more {'rows' if number is missing else 'numbers'} than {num_pairs}"
+            raise UserError("other_count_of_numbers", "numbers and rows differ in count", found=found)
+        yield cast(int, number), cast(StreamedRow, row)
 
 
 def checked_query(row: Columns | str | Query, task: Task) -> Query:

@@ -18,6 +18,11 @@ from manyicl.tasks.task import Example, Query, Task
 DEFAULT_MAX_ANSWER_TOKENS = 64
 
 
+def max_answer_tokens(task: Task) -> int:
+    """Return the limit for free answers of a task: the task's own, or a default."""
+    return task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS
+
+
 class FittingShots(NamedTuple):
     """The beginning of a drawn episode that fits.
 

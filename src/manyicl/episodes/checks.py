@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import median_low
 
-from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS, num_tokens_for_asking
+from manyicl.episodes.budget import max_answer_tokens, num_tokens_for_asking
 from manyicl.episodes.encoding import Encoder
 from manyicl.episodes.episode import Episode
 from manyicl.errors import differing_parts, pluralized, shortened
@@ -369,7 +369,7 @@ def _joined_share(task: Task, examples: Sequence[Example], encoder: Encoder) -> 
 def _shots_that_fit(task: Task, encoder: Encoder, max_context_tokens: int, shot_lengths: Sequence[int]) -> ShotsThatFit:
     """Count shots of median length, and shots at their longest, that leave room to ask."""
     queries = [example.query for example in task.test or task.train]
-    reserve = num_tokens_for_asking(task, encoder, task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS, queries)
+    reserve = num_tokens_for_asking(task, encoder, max_answer_tokens(task), queries)
     room = max_context_tokens - encoder.num_preamble_tokens(task.instruction()) - reserve
     filled = accumulate(sorted(shot_lengths, reverse=True))
     return ShotsThatFit(

@@ -14,7 +14,8 @@ from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Engine, Prediction
+    from manyicl.engine.engine import Engine
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.task_prefix import TaskPrefix
 
 MOST_ROWS = 40

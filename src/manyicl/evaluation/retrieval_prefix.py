@@ -11,7 +11,8 @@ from manyicl.tasks.retrieval import Retriever
 from manyicl.tasks.task import Example, Query, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Engine, Retrieve
+    from manyicl.engine.engine import Engine
+    from manyicl.engine.queries import Retrieve
     from manyicl.engine.task_prefix import TaskPrefix
 
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from manyicl.activity import Activity
 from manyicl.engine.label_scores import MOST_LABELS_SCORED
 from manyicl.engine.queries import has_few_labels
-from manyicl.episodes.budget import fit_demonstrations, require_instruction_fits
+from manyicl.episodes.budget import fit_demonstrations, max_answer_tokens, require_instruction_fits
 from manyicl.errors import UserError, pluralized
 from manyicl.evaluation.baselines import chance_level, majority_level, nearest_level, tfidf_level
 from manyicl.evaluation.metrics import METRICS, metrics_of
@@ -34,7 +34,9 @@ from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from manyicl.engine.backend import ScoreScope
-    from manyicl.engine.engine import Engine, Prediction, Retrieve
+    from manyicl.engine.engine import Engine
+    from manyicl.engine.prediction import Prediction
+    from manyicl.engine.queries import Retrieve
     from manyicl.engine.task_prefix import TaskPrefix
 
 
@@ -255,7 +257,7 @@ class _Curve:
             **self._conditions,
             "dtype": self._engine.identity.dtype,
             "instruction": self._task.instruction(),
-            "max_answer_tokens": self._engine.max_answer_tokens(self._task),
+            "max_answer_tokens": max_answer_tokens(self._task),
             "num_shots": point.num_shots,
             "seed": point.seed,
         }
@@ -288,7 +290,7 @@ class _Curve:
             num_retrieved=point.num_retrieved,
             seed=point.seed,
             order=point.order,
-            max_answer_tokens=self._engine.max_answer_tokens(task),
+            max_answer_tokens=max_answer_tokens(task),
             seconds=answered.seconds,
             created=datetime.now(UTC),
             **self._conditions,

@@ -20,7 +20,7 @@ from manyicl.server.services import Services
 from manyicl.server.work import StreamTicket, Ticket, WorkerState
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import AnswerPart, Prediction
+    from manyicl.engine.prediction import AnswerPart, Prediction
     from manyicl.server.task_service import Question
     from manyicl.tasks.task import Query
 

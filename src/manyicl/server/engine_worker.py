@@ -28,8 +28,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from manyicl.engine.engine import AnswerPart, Engine, Retrieve
-from manyicl.engine.queries import AnswerOptions, StreamedRow
+from manyicl.engine.engine import Engine
+from manyicl.engine.prediction import AnswerPart
+from manyicl.engine.queries import AnswerOptions, Retrieve, StreamedRow
 from manyicl.engine.task_prefix import TaskPrefix
 from manyicl.errors import MachineError, UserError
 from manyicl.server.logging import place_of

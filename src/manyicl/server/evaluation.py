@@ -16,7 +16,7 @@ from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.task import Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
 
 # Of more errors, and more rows without a score, the first are named; all are counted.
 MOST_ERRORS_NAMED = 100

@@ -21,7 +21,7 @@ from manyicl.tasks.rows import LocatedRow
 from manyicl.tasks.task import Query, Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
     from manyicl.engine.queries import StreamedRow
 
 # A job's rows are answered and stored so many at a time; jobs take turns after each.

@@ -26,7 +26,7 @@ from manyicl.tasks.rows import json_row
 from manyicl.tasks.task import Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
 
 MOST_QUESTIONS, MOST_CHOICES = 400, 255
 INPUT, MESSAGES = "input", "messages"

@@ -11,7 +11,7 @@ from manyicl.errors import UserError
 from manyicl.server.row_input import DEMONSTRATIONS
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
     from manyicl.tasks.task import Example
 
 

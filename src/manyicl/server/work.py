@@ -15,7 +15,7 @@ from manyicl.server.records import VersionKey
 from manyicl.tasks.task import Task
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import AnswerPart, Prediction
+    from manyicl.engine.prediction import AnswerPart, Prediction
     from manyicl.engine.queries import StreamedRow
 
 # For each shot: demonstrations before it, log-probability in nats, 1 if the answer was right, else 0.

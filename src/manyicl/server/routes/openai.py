@@ -52,7 +52,7 @@ from manyicl.server.services import App, Services
 from manyicl.server.task_service import Question, task_without_rows
 
 if TYPE_CHECKING:
-    from manyicl.engine.engine import Prediction
+    from manyicl.engine.prediction import Prediction
 
 MODELS_AT_ONCE = 1000
 _STATUSES = {
@@ -136,7 +136,7 @@ async def create_decision(request: Request, caller: Predictor, services: App) ->
 )
 async def create_completion(request: Request, caller: Predictor, services: App) -> Any:
     """Answer a query with the text of a free answer, whole or in parts; of a task with labels, with a label."""
-    from manyicl.episodes.budget import DEFAULT_MAX_ANSWER_TOKENS
+    from manyicl.episodes.budget import max_answer_tokens
 
     given = await _body(request, ChatIn, MESSAGES)
     services.limits.count_rows(caller, 1)
@@ -145,7 +145,7 @@ async def create_completion(request: Request, caller: Predictor, services: App) 
     )
     task = task_without_rows(question.task, question.version)
     if not task.is_closed:
-        given.require_tokens(task.max_answer_tokens or DEFAULT_MAX_ANSWER_TOKENS)
+        given.require_tokens(max_answer_tokens(task))
     if given.stream:
         return await _stream(request, services, question, is_closed=task.is_closed)
     version, prediction = await _answered(request, services, question, MESSAGES)
