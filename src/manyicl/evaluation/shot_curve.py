@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
@@ -458,21 +459,27 @@ def scores_of_answers(task: Task, answers: Sequence[PredictedAnswer]) -> dict[st
     primary, *others = metrics_of(task)
     texts = [one.answer for one in answers]
     references = [one.references for one in answers]
-    score = METRICS[primary].score
+
+    def score_of_all(name: str) -> float:
+        if METRICS[name].of_example is None:
+            return METRICS[name].score(texts, references)
+        return fmean(one.scores[name] for one in answers)
+
     each = resampled = None
     if METRICS[primary].of_example is not None:
         each = tuple(one.scores[primary] for one in answers)
         standard_error = mean_over_queries(each).standard_error
     else:
+        score = METRICS[primary].score
         resampled = resampled_scores(lambda q: score([texts[i] for i in q], [references[i] for i in q]), len(texts))
         smallest = smallest_error(len(texts))
         standard_error = None if smallest is None else max(spread(resampled), smallest)
     return {
-        "score": score(texts, references),
+        "score": score_of_all(primary),
         "standard_error": standard_error,
         "query_scores": each,
         "resampled_scores": resampled,
-        "companions": {name: METRICS[name].score(texts, references) for name in others},
+        "companions": {name: score_of_all(name) for name in others},
         "num_cut_answers": sum(not one.stopped for one in answers),
     }
 
