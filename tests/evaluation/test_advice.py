@@ -147,4 +147,6 @@ def test_retrieval_is_advised_only_where_it_was_measured(without: float, with_re
     assert "--retrieve" not in " ".join(said(right))
     few = Retrieval(4, scores(0.0, 15), scores(1.0, 15), num_too_long=25)
     assert said(right, retrieval=few)[:-1] == said(right)
-    assert said(right, retrieval=few)[-1].endswith("was not measured: 25 of 40 rows did not fit the context with them.")
+    assert said(right, retrieval=few)[-1].endswith(
+        "was not measured: 25 of 40 rows did not fit the context after the prefix, with them or without."
+    )

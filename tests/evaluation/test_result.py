@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from manyicl.episodes.text_format import PlainFormat
 from manyicl.errors import UserError
 from manyicl.evaluation.result import (
     ContextExample,
@@ -260,6 +261,11 @@ def test_a_record_of_version_1_is_read(tmp_path: Path) -> None:
         9,
         3,
         1,
+    )
+    # One text ended answer and instruction then.
+    assert (
+        result.text_format
+        == PlainFormat(end_of_answer="\n\n", end_is_control_token=False, end_of_instruction="\n\n").model_dump()
     )
     assert len(store.predictions(result)) == result.num_queries == 2
     assert len(store.context(result)) == result.num_shots_used == 6

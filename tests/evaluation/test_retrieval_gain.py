@@ -101,7 +101,10 @@ def test_a_row_that_does_not_fit_with_its_retrieved_rows_counts_on_neither_side(
     assert f"the prefix does not hold ({found.num_too_long} more were too long), in " in advice([], [], {}, found)[-1]
     none = measured(RepeatsTheLast(frozenset(example.query.text for example in task.train)), task, 40)
     assert none is not None
-    assert "was not measured: 40 of 40 rows did not fit the context with them." in advice([], [], {}, none)[-1]
+    assert (
+        "was not measured: 40 of 40 rows did not fit the context after the prefix, with them or without."
+        in advice([], [], {}, none)[-1]
+    )
 
 
 def test_nothing_is_measured_where_too_few_rows_are_left_or_answers_are_free(monkeypatch: pytest.MonkeyPatch) -> None:

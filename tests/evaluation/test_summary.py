@@ -122,7 +122,7 @@ def test_a_task_that_lacks_a_point_is_in_no_mean_and_is_named() -> None:
     ("change", "reason"),
     [
         ({"metric": "macro_f1"}, "in different metrics"),
-        ({"data_hash": "of one more row"}, "rows, labels or instruction changed"),
+        ({"data_hash": "of one more row"}, "rows, answers, labels or instruction changed"),
     ],
 )
 def test_a_task_that_changed_between_two_models_is_in_no_mean(change: dict[str, object], reason: str) -> None:
@@ -143,7 +143,14 @@ def test_a_task_that_changed_between_two_models_is_in_no_mean(change: dict[str, 
     alone = summary.difference("base", "tuned", ("c",), 4)
     assert alone is not None
     assert alone.pairing == "independent"
-    assert any("In no mean" in note and note.endswith("c.") and reason in note for note in notes(summary))
+    assert any(note.startswith("c: in no mean. ") and reason in note for note in notes(summary))
+
+
+def test_the_growth_of_a_model_from_no_demonstrations_is_paired() -> None:
+    records = [scored("base", "a", 0, (0.0, 1.0, 0.0)), scored("base", "a", 4, (1.0, 1.0, 0.0))]
+    growth = summarise(records).growth("base", OVERALL, 0, 4)
+    assert growth is not None
+    assert growth.pairing == "paired"
 
 
 def test_draws_that_were_chosen_in_another_way_are_not_paired() -> None:

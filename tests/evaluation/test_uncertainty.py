@@ -140,9 +140,8 @@ def test_intervals_over_few_seeds_cover_the_truth(seeds: int, by_seed: float, wa
 
 
 def test_an_error_is_known_no_worse_than_the_worst_of_its_parts() -> None:
-    # The rest is as large as seeds and queries together, and is taken off.
-    difference = mean_over_seeds_and_queries([[1, 1], [0, 0]], pairing="paired")
-    assert difference.degrees_of_freedom >= 1
+    # Seeds and queries differ as much as the rest, which is taken off.
+    assert mean_over_seeds_and_queries([[1, 0], [0, 0]], pairing="paired").degrees_of_freedom == 1
     assert satterthwaite(1.0, [(1.0, 1), (1.0, 9)]) == 1
     assert satterthwaite(2.0, [(1.0, 1), (1.0, 1)]) == pytest.approx(2)
     assert satterthwaite(0.0, [(0.0, 1)]) == math.inf

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from manyicl.errors import UserError
+from manyicl.tasks.accepted_answers import AcceptedAnswers
 from manyicl.tasks.files import load_task, load_tasks
 from manyicl.tasks.leakage import ON_BOTH_SIDES
 from manyicl.tasks.schema import OneFile
 from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.split import split
 from manyicl.tasks.task import Example, Query, Task
+from manyicl.tasks.values import as_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -574,6 +576,27 @@ def test_class_names_are_those_of_choices_and_references_too(tmp_path: Path, key
     write_task(tmp_path / "u", keys.replace("[x, y]", "[x]"), [{"text": "a", "label": "x", **row}], [])
     with pytest.raises(UserError, match="does not name the class '1'"):
         load_task(tmp_path / "u")
+
+
+@pytest.mark.parametrize(
+    ("place", "answer", "row"),
+    [
+        ("options", "{{ options[right] }}", {"options": [1, 0]}),
+        ("options.ids", "{{ options.ids[right] }}", {"options": {"ids": [1, 0]}}),
+        ("'first, second'", "{{ [first, second][right] }}", {"first": 1, "second": 0}),
+        ("options", "{{ 1 - right }}", {"options": [1, 0]}),
+    ],
+)
+def test_names_of_options_name_the_answer_too(tmp_path: Path, place: str, answer: str, row: dict[str, Any]) -> None:
+    answer = answer.replace("right", "(right | int)")
+    keys = f"family: qa\nquery: '{{{{ text }}}}'\nanswer: '{answer}'\nchoices: {place}\n"
+    keys += f"class_names: {{{place}: [x, y]}}\n"
+    rows: Rows = [{"text": "a", "right": 0, **row}, {"text": "b", "right": 1, **row}]
+    task = load_task(write_task(tmp_path / "t", keys, rows, []))
+    assert [(example.query.choices, example.answer) for example in task.train] == [(("y", "x"), "y"), (("y", "x"), "x")]
+    # Predictions are scored against the same answers.
+    accepted = AcceptedAnswers(task.spec)
+    assert [accepted(as_text(one)) for one in rows] == [("y",), ("x",)]
 
 
 def test_class_names_of_a_column_that_they_would_not_name_are_refused(tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_numbers_of_parquet_have_the_digits_of_their_own_precision(tmp_path: Pat
     assert [row.columns for row in read_hub_rows(str(tmp_path), "train")] == read
 
 
+def test_a_column_of_vectors_from_the_hub_stays_a_list(tmp_path: Path) -> None:
+    from datasets import Array2D, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "vectors": Array2D((1, 2), "float32")})
+    Dataset.from_dict({"text": ["a"], "vectors": [[[0.5, 1.0]]]}, features=features).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    assert [row.columns for row in read_hub_rows(str(tmp_path), "train")] == [
+        {"text": "a", "vectors": [["0.5", "1.0"]]}
+    ]
+
+
 def test_whole_numbers_of_parquet_are_exact(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from datetime import date
 from enum import Enum
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -210,6 +210,20 @@ class ChannelFormat(ParagraphFormat):
     def ends_early(self, answer: str) -> bool:
         """Tell that no answer is cut: none is generated."""
         return False
+
+
+def format_of_this_version(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrite the fields of a format of an earlier version, in which one text ended answer and instruction."""
+    text_format = dict(fields)
+    if (end := text_format.pop("terminator", None)) is not None:
+        text_format["end_of_answer"] = end
+    for earlier, name in (("opening_text", "preamble_text"), ("between_text", "inter_turn_text")):
+        if earlier in text_format:
+            text_format[name] = text_format.pop(earlier)
+    if text_format.get("kind", "plain") == "plain":
+        text_format.setdefault("end_is_control_token", False)
+        text_format |= {} if end is None else {"end_of_instruction": end}
+    return text_format
 
 
 FormatKind = Literal["plain", "channel", "chat"]

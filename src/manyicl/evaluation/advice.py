@@ -180,7 +180,8 @@ def _on_retrieval(measured: Retrieval) -> str:
     if len(measured.without) < FEWEST_ROWS:
         return (
             f"What {measured.num_retrieved} similar rows retrieved for each query add was not measured: "
-            f"{measured.num_too_long} of {pluralized(num_rows, 'row')} did not fit the context with them."
+            f"{measured.num_too_long} of {pluralized(num_rows, 'row')} did not fit the context after the prefix, with "
+            "them or without."
         )
     change = paired_difference(measured.without, measured.with_retrieved)
     without, with_retrieved = (mean_over_queries(scores).mean for scores in (measured.without, measured.with_retrieved))

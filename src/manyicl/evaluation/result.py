@@ -28,6 +28,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from manyicl.atomic import sync_folder
+from manyicl.episodes.text_format import format_of_this_version
 from manyicl.errors import UserError
 from manyicl.library_errors import reason
 from manyicl.paths import files_below
@@ -89,7 +90,9 @@ class Result(_Record):
     query_scores: tuple[float, ...] | None = Field(None, description="One per query; None for macro-F1.")
     resampled_scores: tuple[float, ...] | None = Field(None, description="Macro-F1 of resampled queries.")
     num_cut_answers: int = Field(0, ge=0, description="Free answers that were cut at the token limit.")
-    max_answer_tokens: int | None = Field(None, description="That limit; None in records of earlier versions.")
+    max_answer_tokens: int | None = Field(
+        None, description="That limit; None of labels, and in records of earlier versions."
+    )
 
     chance: float | None = Field(None, description="Expected accuracy of guessing evenly.")
     majority: float | None = Field(None, description="Score of always giving the most frequent training answer.")
@@ -118,7 +121,10 @@ class Result(_Record):
     def _of_version_1(cls, fields: Any) -> Any:
         if not isinstance(fields, dict) or fields.get("record_version") != 1:
             return fields
-        return {_RENAMED.get(name, name): value for name, value in fields.items()} | {"record_version": 2}
+        renamed = {_RENAMED.get(name, name): value for name, value in fields.items()} | {"record_version": 2}
+        # So that it equals the format of a newer record that was written in the same way.
+        text_format = renamed.get("text_format")
+        return renamed | ({"text_format": format_of_this_version(text_format)} if isinstance(text_format, dict) else {})
 
     @property
     def line(self) -> str:

@@ -291,7 +291,7 @@ class _Curve:
             num_retrieved=point.num_retrieved,
             seed=point.seed,
             order=point.order,
-            max_answer_tokens=max_answer_tokens(task),
+            max_answer_tokens=None if task.is_closed else max_answer_tokens(task),
             seconds=answered.seconds,
             created=datetime.now(UTC),
             **self._conditions,

@@ -202,7 +202,7 @@ def _why_not_compared(
     if len({record.metric for record in records}) > 1:
         return "the models were measured in different metrics there"
     if len({record.data_hash for record in records}) > 1:
-        return "rows, labels or instruction changed between the measurements of the models; evaluate the models again"
+        return "its rows, answers, labels or instruction changed between the measurements; evaluate the models again"
     return None
 
 
@@ -241,7 +241,7 @@ def _draws(records: Sequence[Result]) -> list[_Draw]:
     found = []
     for seed, own in sorted(orders.items()):
         errors = [record.standard_error for record in own if record.standard_error is not None]
-        conditions = seed, tuple(map(_conditions, own))
+        conditions = seed, tuple((r.order, r.queries_hash, r.data_hash, r.metric) for r in own)
         found.append(
             _Draw(
                 conditions,
@@ -254,12 +254,6 @@ def _draws(records: Sequence[Result]) -> list[_Draw]:
     return found
 
 
-def _conditions(record: Result) -> tuple[object, ...]:
-    # Without demonstrations there is no way in which they were chosen.
-    sampling = record.sampling if record.num_shots else None
-    return record.order, record.queries_hash, record.data_hash, record.metric, sampling
-
-
 def _mean_scores(scores: Sequence[tuple[float, ...] | None]) -> NDArray[np.float64] | None:
     """Average scores over the orders of a draw; None where one has none."""
     known = [each for each in scores if each]
@@ -270,9 +264,11 @@ def _mean_scores(scores: Sequence[tuple[float, ...] | None]) -> NDArray[np.float
 
 
 def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Estimate second minus first: paired where seeds, orders and queries are the same, otherwise as independent."""
+    """Estimate second minus first: paired where draws, orders and queries are the same, otherwise as independent."""
     one, other = _draws(first), _draws(second)
-    are_same = [draw.conditions for draw in one] == [draw.conditions for draw in other]
+    # Without demonstrations there is no way in which they were chosen.
+    samplings = {record.sampling for record in (*first, *second) if record.num_shots}
+    are_same = len(samplings) <= 1 and [draw.conditions for draw in one] == [draw.conditions for draw in other]
     pairs = list(zip(one, other, strict=True)) if are_same else []
     scores = [(a.query_scores, b.query_scores) for a, b in pairs]
     known = [(a, b) for a, b in scores if a is not None and b is not None]

@@ -95,8 +95,8 @@ def mean_over_seeds_and_queries(scores: ArrayLike | Sequence[ArrayLike], *, pair
     The variance of the mean under ``score = mean + seed + query + rest`` is, from the mean squares of a two-way
     analysis, ``(seeds + queries - rest) / (S Q)``; a negative component is taken as zero, and that of the queries as no
     less than the smallest that they can show. One seed gives the ordinary standard error over queries; seeds that all
-    score alike add nothing, as they should. In the degrees of freedom ``rest`` is left aside, which errs on the wide
-    side.
+    score alike add nothing, as they should. In the degrees of freedom ``rest`` is left aside, which makes them a
+    little larger.
 
     Source: Searle, Casella, McCulloch 1992, Variance Components, the crossed random model.
     """

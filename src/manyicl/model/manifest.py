@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from manyicl.episodes.chat_template import chosen_format
-from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, PlainFormat
+from manyicl.episodes.text_format import AnyFormat, FormatKind, FormatSettings, PlainFormat, format_of_this_version
 from manyicl.errors import UserError, quoted
 from manyicl.library_errors import reason
 from manyicl.tasks.task import Task
@@ -95,15 +95,7 @@ def _of_this_version(content: Any) -> Any:
     """Rewrite a manifest of version 1, in which one text ended answer and instruction, as one of this version."""
     if not isinstance(content, dict) or content.get("format_version", 1) != 1:
         return content
-    text_format = dict(content.get("text_format") or {})
-    if (end := text_format.pop("terminator", None)) is not None:
-        text_format["end_of_answer"] = end
-    for earlier, name in (("opening_text", "preamble_text"), ("between_text", "inter_turn_text")):
-        if earlier in text_format:
-            text_format[name] = text_format.pop(earlier)
-    if text_format.get("kind", "plain") == "plain":
-        text_format["end_is_control_token"] = False
-        text_format |= {} if end is None else {"end_of_instruction": end}
+    text_format = format_of_this_version(content.get("text_format") or {})
     return {**content, "format_version": 2, "text_format": text_format}
 
 

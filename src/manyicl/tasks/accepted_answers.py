@@ -25,12 +25,12 @@ class AcceptedAnswers:
 
         Args:
             spec: The task.
-            is_closed: Whether its answers are among labels or choices; None for what the spec says, which does not know
+            is_closed: Whether its answers are of one set of labels; None for what the spec says, which does not know
                 labels that are still to be taken from the training rows.
         """
         assert spec.answer_template is not None, "a task that was read from rows has one"
         self._spec = spec
-        self._is_closed = spec.is_closed if is_closed is None else is_closed
+        self._is_closed = spec.labels is not None if is_closed is None else is_closed
         self._label_set = frozenset(spec.labels or ())
         self._template = compiled(spec.answer_template)
         self.columns = self._template.columns
@@ -53,6 +53,10 @@ class AcceptedAnswers:
                 raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
         else:
             answers = [template.render(row, class_names)]
+        if (choices := self._spec.choices_column) is not None and not class_names.keys() & set(template.columns):
+            # The names of options are under their place, of which the template of the answer knows a part.
+            names = class_names.get(choices, {})
+            answers = [names.get(answer.strip(), answer) for answer in answers]
         if self._is_closed and len(labels := self._labels_in(answers, row)) > 1:
             # One answer of a closed set is supervised and scored, never several.
             what = f"task {self._spec.name!r} is multi-label: this row has {sorted(labels)}"

@@ -45,15 +45,16 @@ def as_text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def with_own_digits(value: float | None, width: str) -> float | None:
-    """Return a number that was kept in 16 or 32 bits with its own digits; a whole number is exact as it is.
+def with_own_digits(value: object, width: str) -> object:
+    """Return a number that was kept in 16 or 32 bits with its own digits; whole numbers, and others, as they are.
 
     >>> with_own_digits(0.10000000149011612, "float32"), with_own_digits(123456792.0, "float32")
     (0.1, 123456792.0)
     """
     import numpy as np
 
-    return value if value is None or value.is_integer() else float(str(np.dtype(width).type(value)))
+    is_rounded = isinstance(value, float) and not value.is_integer()
+    return float(str(np.dtype(width).type(value))) if is_rounded else value
 
 
 def _part_as_text(value: Any) -> Any:

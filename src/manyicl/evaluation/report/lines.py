@@ -153,7 +153,7 @@ def notes(summary: Summary) -> list[str]:
     lines += [f"{name}: {METRICS[name].description}." for name in sorted(metrics)]
     for reason in dict.fromkeys(summary.not_compared.values()):
         tasks = [task for task, why in summary.not_compared.items() if why == reason]
-        lines.append(f"In no mean, because {reason}: {', '.join(tasks)}.")
+        lines.append(f"{', '.join(tasks)}: in no mean. {reason[0].upper()}{reason[1:]}.")
     if summary.num_superseded:
         lines.append(f"{summary.num_superseded} older results on the same tasks are not shown.")
     return lines
