@@ -35,12 +35,19 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
         if sync:
             _sync_file(aside)
-        aside.replace(path)
+        replace_file(aside, path)
         if sync:
             sync_folder(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def replace_file(new: Path, path: Path) -> None:
+    """Rename a file to ``path``; who may read a file that it replaces may read it, and nobody else."""
+    with suppress(FileNotFoundError):
+        shutil.copymode(path, new)
+    new.replace(path)
 
 
 @contextmanager

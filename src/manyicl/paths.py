@@ -54,9 +54,18 @@ def exists(path: Path) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and in all folders in it, in order; links are followed, each folder is read once."""
+    """Yield the files in a folder and in all folders in it, in order; links are followed, each folder is read once.
+
+    Raises:
+        UserError: If one of them cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        what, remedy = f"the folder cannot be read, {reason(error)}", "Allow it, or move the folder away."
+        raise UserError("unreadable_folder", what, remedy=remedy, file=str(error.filename)) from error
+
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue

@@ -503,6 +503,14 @@ BROKEN = [
         files=table_task(gzip.compress(CSV.encode())[:-9], "file: rows.csv.gz", "rows.csv.gz"),
     ),
     refused(
+        "a packed table that is damaged",
+        CHECK,
+        "broken_gzip",
+        file="t/rows.csv.gz",
+        says=("the packed file is damaged, CRC check failed",),
+        files=table_task(gzip.compress(CSV.encode())[:-8] + bytes(8), "file: rows.csv.gz", "rows.csv.gz"),
+    ),
+    refused(
         "a table that is named packed",
         CHECK,
         "broken_gzip",

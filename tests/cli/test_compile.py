@@ -364,8 +364,8 @@ def test_an_update_with_so_many_shots_says_which_rows_and_labels_it_does_not_use
         file.write("one more row,good\nanother,unknown\n")
     assert run(monkeypatch, *arguments, 4) == 0
     line = (
-        "The rows have changed: earlier demonstrations come first, so 38 of 42 rows are not among the "
-        "demonstrations, and no row of 'unknown' is. Raise --shots, or drop --update.\n"
+        "The rows have changed, and earlier demonstrations come first: 38 of 42 rows are not among the demonstrations, "
+        "and no row of 'unknown' is. Raise --shots to add new rows, or drop --update to choose among all anew.\n"
     )
     assert line in capsys.readouterr().err
     table.write_text(table.read_text(encoding="utf-8") + "a third,good\n", encoding="utf-8")

@@ -42,6 +42,13 @@ def test_a_list_of_keys_says_what_each_is_but_not_the_key(tmp_path: Path) -> Non
         assert key.split("_", 2)[2].strip() not in "".join(lines)
 
 
+def test_a_name_can_neither_end_a_line_of_the_list_nor_steer_the_terminal(tmp_path: Path) -> None:
+    run("keys", "create", "--data", tmp_path, "--owner", "a\tb\nc", "--name", "\x1b[31mred \u202e")
+    (line,) = run("keys", "list", "--data", tmp_path).splitlines()
+    fields = line.split("\t")
+    assert (fields[1], fields[6]) == (r"a\tb\nc", r"\x1b[31mred \u202e")
+
+
 def test_a_wrong_folder_or_id_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     wrong: tuple[tuple[list[str | Path], str], ...] = (
         (["list", "--data", tmp_path / "none"], "database_missing"),

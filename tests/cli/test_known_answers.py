@@ -113,6 +113,26 @@ def test_rows_without_such_a_column_are_not_compared(
     assert "In no score: 1 row without an answer there." in printed
 
 
+def test_an_earlier_output_is_no_truth_to_compare_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,answer\n" + "".join(f"film {n},{'good' if n % 2 else 'bad'}\n" for n in range(12)))
+    common = ["predict", "-m", model_folder, "-t", f"{rows}:text:answer", "--shots", 4]
+    assert run(monkeypatch, *common, "--input", rows, "--output", tmp_path / "first.csv") == 0
+    assert "Compared with `answer`: accuracy" in capsys.readouterr().err
+    # A link to an output leads to the answers to come, too, and who may read it stays who may.
+    (tmp_path / "second.csv").write_bytes((tmp_path / "first.csv").read_bytes())
+    (tmp_path / "second.csv").chmod(0o640)
+    (tmp_path / "link.csv").symlink_to("second.csv")
+    before = (tmp_path / "second.csv").read_bytes()
+    assert run(monkeypatch, *common, "--input", tmp_path / "first.csv", "--output", tmp_path / "link.csv") == 0
+    assert "Compared with nothing: the column `answer` of the rows holds earlier" in capsys.readouterr().err
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "second.csv").read_bytes() != before
+    assert (tmp_path / "second.csv").stat().st_mode & 0o777 == 0o640
+
+
 def test_rows_that_lack_the_column_are_counted_wherever_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, table: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import pytest
 
 from manyicl.cli.report import report_command
 from manyicl.errors import UserError
-from manyicl.evaluation.result import ResultStore
-from tests.evaluation.test_summary import RECORDS
+from manyicl.evaluation.result import PredictedAnswer, ResultStore
+from tests.evaluation.test_summary import RECORDS, scored
 
 
 def test_it_prints_a_table_and_writes_page_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +23,40 @@ def test_it_prints_a_table_and_writes_page_and_plot(tmp_path: Path, capsys: pyte
     assert "mean over families" in printed
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "curves.svg").is_file()
+
+
+def test_wrong_answers_are_those_of_the_results_that_are_shown(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "results")
+    answers = [
+        PredictedAnswer(origin=f"t:{n}", query="q", answer="x", references=("y",), scores={}, log_probability=-1.0)
+        for n in range(2)
+    ]
+    shown = [
+        scored(
+            "m",
+            "a",
+            4,
+            (0.0, 0.0),
+            num_labels=2,
+            key=f"{fingerprint}{order}",
+            model_fingerprint=fingerprint,
+            order=order,
+        )
+        for fingerprint in ("11", "22")
+        for order in (0, 1)
+    ]
+    hidden = scored("m", "a", 16, (0.0,), num_labels=2, key="fewer", model_fingerprint="11", queries_hash="fewer")
+    for record in (*shown, hidden):
+        store.save(record, answers[: record.num_queries], [])
+    report_command(store.folder, errors=tmp_path / "wrong.csv", quiet=True)
+    rows = csv.DictReader(io.StringIO((tmp_path / "wrong.csv").read_text(encoding="utf-8")))
+    places = [(row["model"], row["shots"], row["order"], row["origin"]) for row in rows]
+    assert sorted(places) == [
+        (f"m ({m})", "4", order, f"t:{n}") for m in ("11", "22") for order in "01" for n in (0, 1)
+    ]
+    report_command(store.folder, errors=tmp_path / "wrong.csv", quiet=True)  # replaces its own
+    (tmp_path / "wrong.csv").write_text("task,model,shots,seed,origin,query,expected,answer,confidence\n")
+    report_command(store.folder, errors=tmp_path / "wrong.csv", quiet=True)  # and that of an earlier version
 
 
 def test_a_folder_without_records_is_a_persons_mistake(tmp_path: Path) -> None:

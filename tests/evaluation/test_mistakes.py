@@ -94,7 +94,17 @@ def test_every_wrong_answer_is_a_row() -> None:
     assert [(row["model"], row["confidence"]) for row in rows_of_both] == [
         (model, confidence) for confidence in ("", "0.8000", "0.6000") for model in ("m", "other")
     ], "the surest first, whatever the task"
-    assert rows[0] | {} == {**rows[0], "task": "t", "model": "m", "shots": "4", "seed": "0", "query": "text, 5"}
+    assert rows[0] | {} == {
+        **rows[0],
+        "task": "t",
+        "model": "m",
+        "shots": "4",
+        "seed": "0",
+        "order": "0",
+        "query": "text, 5",
+    }
+    named = errors_as_csv([(other, lines())], {(other.line, other.model_fingerprint): "other (1234)"})
+    assert {row["model"] for row in csv.DictReader(io.StringIO(named))} == {"other (1234)"}
 
 
 def test_each_task_is_shown_by_the_last_model_that_was_measured_on_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -250,6 +251,16 @@ def test_a_folder_named_like_a_record_is_no_record(name: str, tmp_path: Path) ->
     result = make_result()
     ResultStore(tmp_path / name).save(result, [], [])
     assert ResultStore(tmp_path).load() == [result]
+
+
+def test_a_record_without_a_score_for_each_query_is_no_record(tmp_path: Path) -> None:
+    ResultStore(tmp_path).save(point(1), [ANSWER], [])
+    (path,) = tmp_path.glob("*.jsonl")
+    line = json.loads(path.read_text(encoding="utf-8"))
+    line["record"]["query_scores"] = [1.0] * (line["record"]["num_queries"] + 1)
+    path.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"jsonl:1: not a complete record of this version, .* scores of "):
+        ResultStore(tmp_path).load()
 
 
 def test_a_record_of_version_1_is_read(tmp_path: Path) -> None:

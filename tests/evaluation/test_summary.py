@@ -188,6 +188,26 @@ def test_records_that_do_not_know_their_limit_of_answers_count_beside_those_that
     assert (summary.shots, summary.num_superseded) == ((4, 16), 1)
 
 
+def test_fewer_queries_that_are_measured_later_hide_nothing() -> None:
+    later = datetime(2027, 1, 1, tzinfo=UTC)
+    few = scored("base", "a", 4, (1.0,), queries_hash="fewer", created=later)
+    summary = summarise([*RECORDS, few])
+    assert (summary.shots, summary.num_superseded) == ((0, 4), 1)
+    assert mean(summary.score("base", "classification", 4)) == 0.25
+    assert "1 result of the same tasks and models is not shown: older data" in notes(summary)[-1]
+    # Of other data they are what there is to say now.
+    summary = summarise([*RECORDS, few.model_copy(update={"data_hash": "of one row more"})])
+    assert mean(summary.score("base", ("a",), 4)) == 1
+    # As many answers: the newest.
+    as_many = [one.model_copy(update={"queries_hash": "other", "created": later, "score": 1.0}) for one in RECORDS[:3]]
+    assert mean(summarise([*RECORDS, *as_many]).worst("base", ("a",), 4)) == 1
+
+
+def test_a_curve_with_points_of_fewer_draws_says_how_many_there_are_at_least() -> None:
+    assert "over queries and 1 to 2 draws of demonstrations." in notes(summarise(RECORDS))[0]
+    assert "over queries and one draw of demonstrations" in notes(summarise(RECORDS[3:5]))[0]
+
+
 def test_older_records_of_other_queries_are_superseded() -> None:
     older = scored("base", "a", 4, (0.0,), queries_hash="other", created=datetime(2025, 1, 1, tzinfo=UTC))
     summary = summarise([older, *RECORDS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import random
 import stat
@@ -9,6 +10,7 @@ import tarfile
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +147,7 @@ def test_a_log_of_another_database_is_not_read_into_a_restored_one(tmp_path: Pat
     assert error.value.code == "data_not_empty"
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut", "other", "folder", "damaged"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "other", "folder", "link", "damaged"])
 def test_what_is_no_backup_is_refused_and_leaves_nothing(tmp_path: Path, data: Path, kind: str) -> None:
     archive = tmp_path / "b.tar.gz"
     filled(data)
@@ -157,14 +159,30 @@ def test_what_is_no_backup_is_refused_and_leaves_nothing(tmp_path: Path, data: P
     else:
         with tarfile.open(archive, "w:gz") as tar:
             member = tarfile.TarInfo("../outside" if kind == "other" else FILE_NAME)
-            content = b"" if kind == "folder" else b"x" * 5_000
-            member.size, member.type = len(content), tarfile.DIRTYPE if kind == "folder" else tarfile.REGTYPE
+            content = b"" if kind in ("folder", "link") else b"x" * 5_000
+            types = {"folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}
+            member.size, member.type, member.linkname = len(content), types.get(kind, tarfile.REGTYPE), "/etc/passwd"
             tar.addfile(member, io.BytesIO(content))
     with pytest.raises(UserError) as error:
         restore(archive, tmp_path / "restored")
     assert error.value.code == "no_backup"
     assert [path.name for path in (tmp_path / "restored").iterdir()] == [LOCK_NAME]
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_full_disk_says_nothing_of_the_backup(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(data)
+    backup(data, None, tmp_path / "b.tar.gz")
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", *options: Any, **named: Any) -> Any:
+        if mode == "ab":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, *options, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(MachineError, match="restored cannot be written: no space left on device"):
+        restore(tmp_path / "b.tar.gz", tmp_path / "restored")
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -599,6 +599,22 @@ def test_names_of_options_name_the_answer_too(tmp_path: Path, place: str, answer
     assert [accepted(as_text(one)) for one in rows] == [("y",), ("x",)]
 
 
+def test_a_row_without_accepted_answers_or_options_is_a_bad_row(tmp_path: Path) -> None:
+    keys = CLASSIFICATION.replace("classification", "qa") + "references: all\nbad_rows: drop\n"
+    rows: Rows = [{"text": "a", "label": "x", "all": ["y"]}, {"text": "b", "label": "x", "all": None}]
+    task = load_task(write_task(tmp_path / "t", keys, rows, []))
+    assert (len(task.train), task.dropped) == (1, {"empty answer": 1})
+    without = [{"text": "a", "label": "x"}]
+    assert "the column 'all' lists the accepted answers" in refusal(write_task(tmp_path / "u", keys, without, []))
+    keys = CLASSIFICATION.replace("classification", "qa") + "choices: options\nbad_rows: drop\n"
+    rows = [{"text": name, "label": "x", "options": options} for name, options in OPTIONS.items()]
+    task = load_task(write_task(tmp_path / "v", keys, rows, []))
+    assert (len(task.train), task.dropped) == (1, {"empty option": 1, "option that is no text": 2})
+
+
+OPTIONS: dict[str, Any] = {"good": ["x", "y"], "null": None, "lists": [["x"], ["y"]], "mappings": [{"a": "x"}]}
+
+
 def test_class_names_of_a_column_that_they_would_not_name_are_refused(tmp_path: Path) -> None:
     keys = CLASSIFICATION + "class_names: {first: [x, y]}\nchoices: first, second\n"
     row = {"text": "a", "label": "0", "first": "0", "second": "1"}

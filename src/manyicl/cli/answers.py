@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from manyicl.atomic import replace_file
 from manyicl.errors import UserError, quoted
 from manyicl.outputs import require_ending
 from manyicl.tasks.rows import suffix_of, with_other_names
@@ -99,7 +100,7 @@ class _PlainForm:
 
     def finish(self, part: Path, output: Path) -> None:
         """Give the rows their name."""
-        part.replace(output)
+        replace_file(part, output)
 
 
 class JsonLinesForm(_PlainForm):

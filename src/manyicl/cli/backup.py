@@ -45,6 +45,9 @@ def restore_command(
     """
     options.require_server_libraries()
     from manyicl.server.backup import restore
+    from manyicl.server.database import HMAC_FILE_NAME
 
     num_tasks = restore(archive, data)
     typer.echo(f"{data}: {pluralized(num_tasks, 'task')}")
+    if not (data / HMAC_FILE_NAME).exists():
+        typer.echo(f"The backup holds no {HMAC_FILE_NAME}, without which no API key in it is valid.", err=True)

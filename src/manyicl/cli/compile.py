@@ -252,8 +252,8 @@ def say_unused(task: Task, demonstrations: Sequence[Example], console: Console) 
     more = ["…"] if len(labels) > MOST_LABELS_NAMED else []
     without = f", and no row of {', '.join([*labels[:MOST_LABELS_NAMED], *more])} is" if labels else ""
     what = f"{num_unused:,} of {pluralized(len(task.train), 'row')} are not among the demonstrations{without}"
-    remedy = "Raise --shots, or drop --update."
-    say(console, f"The rows have changed: earlier demonstrations come first, so {what}. {remedy}")
+    remedy = "Raise --shots to add new rows, or drop --update to choose among all anew."
+    say(console, f"The rows have changed, and earlier demonstrations come first: {what}. {remedy}")
 
 
 def print_observed(prefix: TaskPrefix, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyicl.cli import options
-from manyicl.printing import new_console
+from manyicl.printing import new_console, printable
 
 if TYPE_CHECKING:
     from manyicl.server.keys import KeyStore
@@ -78,7 +78,7 @@ def list_command(data: options.DataFolder, database: options.DatabaseUrl = None)
     """
     with _opened(data, database, must_exist=True) as keys:
         for record in keys.list():
-            typer.echo("\t".join(_fields(record)))
+            typer.echo("\t".join(map(_in_one_line, _fields(record))))
 
 
 @app.command("revoke")
@@ -109,6 +109,11 @@ def _opened(data: Path, url: str | None, *, must_exist: bool = False) -> Iterato
         yield KeyStore(database, data)
     finally:
         database.close()
+
+
+def _in_one_line(text: str) -> str:
+    """Write what would end a field or steer a terminal as escapes."""
+    return printable(text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r"))
 
 
 def _fields(record: KeyRecord) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -89,8 +90,10 @@ def main() -> None:
         sys.exit(USER_ERROR)
     except MachineError as error:
         reason = str(error)
-    except (OSError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except OSError as error:
+        reason = _sentence_of(error)
+    except MemoryError as error:
+        reason = f"Out of memory: {library_errors.reason(error)}"
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
@@ -99,6 +102,16 @@ def main() -> None:
         return
     console.print(f"[bold red]failed[/] {escape(reason)}")
     sys.exit(MACHINE_ERROR)
+
+
+def _sentence_of(error: OSError) -> str:
+    """Say what failed, and of which file where that is known."""
+    reason = library_errors.reason(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}."
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return f"A file could not be written: {reason}. Make room, and run the same command again."
+    return f"{reason[0].upper()}{reason[1:]}."
 
 
 def print_error(error: UserError, console: Console) -> None:

@@ -148,17 +148,21 @@ def _report_comparison(folder: Path, given: Sequence[str], *, quiet: bool, as_js
 
 
 def _write_errors(path: Path, records: Sequence[Result], store: ResultStore) -> str | None:
-    """Write every wrong answer to a label, and say in one sentence which are not known, if any."""
+    """Write every wrong answer to a label of the results that are shown, and say which are not known, if any."""
     from manyicl.atomic import write_atomically
     from manyicl.evaluation.mistakes import errors_as_csv, without_answers
+    from manyicl.evaluation.summary import summarise
 
-    answered = [(record, store.predictions(record)) for record in records if record.num_labels is not None]
+    summary = summarise(records)
+    answered = [(record, store.predictions(record)) for record in summary.records if record.num_labels is not None]
+    names = {(own[0].line, own[0].model_fingerprint): model for (model, *_), own in summary.by_point.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, errors_as_csv(answered))
+    write_atomically(path, errors_as_csv(answered, names))
     return without_answers(answered) if answered else f"No task has labels, so {path} has no rows."
 
 
 def _holds_errors(path: Path) -> bool:
     from manyicl.evaluation.mistakes import ERROR_COLUMNS
 
-    return path.is_file() and path.read_bytes().startswith(",".join(ERROR_COLUMNS).encode() + b"\n")
+    # Earlier versions wrote fewer columns after these.
+    return path.is_file() and path.read_bytes().startswith(",".join(ERROR_COLUMNS[:4]).encode() + b",")

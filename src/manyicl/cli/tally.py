@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from manyicl.cli.answers import STANDARD_STREAM, Row
+from manyicl.cli.answers import ANSWER_COLUMNS, STANDARD_STREAM, Row
 from manyicl.cli.mistake_tables import print_mistakes
 from manyicl.errors import UserError, pluralized
 from manyicl.printing import say
@@ -41,6 +41,7 @@ class Tally:
         num_abstained: Rows among them for which the model abstained.
         num_continued: Rows among them that an interrupted run had written.
         prefix: What came before the last queries; None where none was answered.
+        has_earlier_answers: Whether the rows are an earlier output, whose answers are no truth to compare with.
     """
 
     layout: AnswerColumns
@@ -51,6 +52,7 @@ class Tally:
     num_abstained: int = 0
     num_continued: int = 0
     prefix: TaskPrefix | None = None
+    has_earlier_answers: bool = False
 
     @cached_property
     def known(self) -> KnownAnswers:
@@ -84,10 +86,16 @@ class Tally:
         self.num_problems += has_problem
         abstained = self.layout.may_abstain and answer["abstained"] in (True, "true")
         self.num_abstained += abstained
-        if self.has_known or (self._known_columns and all(column in row for column in self._known_columns)):
+        self.has_earlier_answers = self.has_earlier_answers or self._holds_earlier_answer(row)
+        is_known = self.has_known or (self._known_columns and all(column in row for column in self._known_columns))
+        if is_known and not self.has_earlier_answers:
             guess = answer["guess"] if abstained else None
             self.known.add(row, None if abstained else answer["answer"] or "", guess, has_problem)
         self.num_rows += 1
+
+    def _holds_earlier_answer(self, row: Row) -> bool:
+        """Tell whether what seems a row's own answer is that of a model, from an output that is now the input."""
+        return not ANSWER_COLUMNS.isdisjoint(self._known_columns) and ANSWER_COLUMNS.issubset(row)
 
     def take(self, answers: Iterable[Row], rows: Iterable[LocatedRow]) -> None:
         """Count rows that are written already, together with the rows that they answer, from the first."""
@@ -117,6 +125,8 @@ class Tally:
                 say(console, f"{pluralized(self.num_rows, 'answer')} written to {output}")
             if self.has_known:
                 print_known_answers(self.known, console)
+            elif self.has_earlier_answers:
+                say(console, "Compared with nothing: the column `answer` of the rows holds earlier answers of a model.")
         if self.num_problems:
             what = f"{self.num_problems:,} of {pluralized(self.num_rows, 'row')} could not be answered"
             typer.echo(f"{what}; the column `problem` says why.", err=True)

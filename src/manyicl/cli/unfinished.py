@@ -229,7 +229,8 @@ def answers_written(output: Path, inputs: Mapping[str, Path | None]) -> Iterator
         return
     form_of(output)
     require_output_file(output, is_ours=has_answers, inputs=inputs)
-    answers = UnfinishedAnswers(output)
+    # A link stays a link, and what is written until the end lies beside the file that it leads to.
+    answers = UnfinishedAnswers(output.resolve() if output.is_symlink() else output)
     answers.require_replaceable()
     with answers.held():
         try:

@@ -17,7 +17,7 @@ from manyicl.evaluation.result import PredictedAnswer, Result
 MOST_LABELS, MOST_LABELS_OF_A_MATRIX = 40, 12
 # Results that a sentence names.
 MOST_NAMED = 5
-ERROR_COLUMNS = ("task", "model", "shots", "seed", "origin", "query", "expected", "answer", "confidence")
+ERROR_COLUMNS = ("task", "model", "shots", "seed", "order", "origin", "query", "expected", "answer", "confidence")
 
 # Expected label and answered one -> number of such answers; all that the scores of labels depend on.
 PairCounts = Mapping[tuple[str, str], int]
@@ -96,15 +96,23 @@ def wrong_answers(predictions: Iterable[PredictedAnswer]) -> list[PredictedAnswe
     return sorted((line for line in predictions if not is_right(line)), key=lambda line: -_certainty(line))
 
 
-def errors_as_csv(answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]]) -> str:
-    """Write every wrong answer as a row of CSV, the surest first, to be corrected and added to a task's rows."""
+def errors_as_csv(
+    answered: Iterable[tuple[Result, Sequence[PredictedAnswer]]], names: Mapping[tuple[str, str], str] | None = None
+) -> str:
+    """Write every wrong answer as a row of CSV, the surest first, to be corrected and added to a task's rows.
+
+    Args:
+        answered: Results with their answers.
+        names: Line and fingerprint of a model -> what a report calls it; None for the line.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(ERROR_COLUMNS)
     wrong = [(result, line) for result, predictions in answered for line in wrong_answers(predictions)]
     for result, line in sorted(wrong, key=lambda one: -_certainty(one[1])):
         confidence = "" if line.confidence is None else f"{line.confidence:.4f}"
-        place = (result.task, result.line, result.num_shots, result.seed, line.origin)
+        model = (names or {}).get((result.line, result.model_fingerprint), result.line)
+        place = (result.task, model, result.num_shots, result.seed, result.order, line.origin)
         table.writerow([*place, line.query, _pair(line)[0], line.answer, confidence])
     return text.getvalue()
 

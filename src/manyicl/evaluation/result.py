@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -125,6 +125,12 @@ class Result(_Record):
         # So that it equals the format of a newer record that was written in the same way.
         text_format = renamed.get("text_format")
         return renamed | ({"text_format": format_of_this_version(text_format)} if isinstance(text_format, dict) else {})
+
+    @model_validator(mode="after")
+    def _a_score_for_each_query(self) -> Self:
+        if self.query_scores is not None and len(self.query_scores) != self.num_queries:
+            raise ValueError(f"{len(self.query_scores)} scores of {self.num_queries} queries")
+        return self
 
     @property
     def line(self) -> str:

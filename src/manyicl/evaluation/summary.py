@@ -50,7 +50,7 @@ class Summary:
             metrics or on different rows.
         tasks: Score of (model, task, shots), over seeds and queries.
         by_point: Records of (model, task, shots), one per seed and order of its demonstrations.
-        num_superseded: Records that newer ones of the same model and task replace.
+        num_superseded: Records that others of the same model and task replace.
     """
 
     records: tuple[Result, ...]
@@ -153,8 +153,9 @@ def summarise(records: Iterable[Result]) -> Summary:
     """Group records by model, task and shots, and estimate each score over seeds and queries.
 
     Two records of a model belong together only if they answered the same queries of the same data in the same metric,
-    text format and limits. Where a folder holds several such sets for one task, the newest counts and the others are
-    counted as superseded. A record of an earlier version, which does not know its limit of answers, belongs to any.
+    text format and limits. Where a folder holds several such sets for one task, those of older data, metric or format
+    are superseded; of the others that with the most answers counts, the newest among equals. A record of an earlier
+    version, which does not know its limit of answers, belongs to any.
 
     Raises:
         UserError: If there is no record.
@@ -165,15 +166,14 @@ def summarise(records: Iterable[Result]) -> Summary:
     if not everything:
         raise UserError("no_results", "there is no result to show", remedy="Run `manyicl evaluate` first.")
     names = _display_names(everything)
-    newest = {(names[_model(r)], r.task): _queries(r) for r in everything}
-    current = [r for r in everything if newest[names[_model(r)], r.task] == _queries(r)]
-    limits = {(names[_model(r)], r.task): r.max_answer_tokens for r in current if r.max_answer_tokens is not None}
-    groups: defaultdict[Point, dict[tuple[int, int], Result]] = defaultdict(dict)
-    for record in current:
-        model = names[_model(record)]
-        if record.max_answer_tokens in (None, limits.get((model, record.task))):
-            groups[model, record.task, record.num_shots][record.seed, record.order] = record
-    by_point = {point: tuple(draws[draw] for draw in sorted(draws)) for point, draws in groups.items()}
+    of_task: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
+    for record in everything:
+        of_task[names[_model(record)], record.task].append(record)
+    groups: defaultdict[Point, list[Result]] = defaultdict(list)
+    for (model, task), own in of_task.items():
+        for record in _that_count(own):
+            groups[model, task, record.num_shots].append(record)
+    by_point = {point: tuple(sorted(draws, key=lambda r: (r.seed, r.order))) for point, draws in groups.items()}
     records = tuple(record for draws in by_point.values() for record in draws)
     families = dict(sorted({r.task: r.family for r in records}.items(), key=lambda i: (family_order(i[1]), i[0])))
     measured = {(model, shots) for model, _, shots in by_point}
@@ -281,11 +281,28 @@ def _difference(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
     return independent_difference(estimate(first), estimate(second))
 
 
-def _queries(record: Result) -> tuple[object, ...]:
-    """Return what two records of a model and task have in common if they belong together, but for limits of answers."""
-    text_format = json.dumps(record.text_format, sort_keys=True)
-    most = record.max_context_tokens
-    return record.data_hash, record.queries_hash, record.metric, record.sampling, text_format, most
+def _that_count(records: Sequence[Result]) -> list[Result]:
+    """Return those of a model's records of a task that belong together and count; see `summarise`.
+
+    Args:
+        records: The records, in the order of their creation.
+    """
+    current = [record for record in records if _content(record) == _content(records[-1])]
+    sets: dict[tuple[object, ...], dict[tuple[int, int, int], Result]] = {}
+    limits = {record.max_answer_tokens for record in current} - {None} or {None}
+    for record in current:
+        for limit in limits if record.max_answer_tokens is None else (record.max_answer_tokens,):
+            conditions = record.queries_hash, record.sampling, record.max_context_tokens, limit
+            # One that was begun again is the newest.
+            points = sets.pop(conditions, {})
+            points[record.num_shots, record.seed, record.order] = record
+            sets[conditions] = points
+    return list(max(reversed(sets.values()), key=lambda s: sum(r.num_queries for r in s.values())).values())
+
+
+def _content(record: Result) -> tuple[object, ...]:
+    """Return what, once it has changed, makes the earlier records of a model and task obsolete."""
+    return record.data_hash, record.metric, json.dumps(record.text_format, sort_keys=True)
 
 
 def _model(record: Result) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 import tarfile
 import tempfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -134,6 +135,24 @@ def _require_empty(data: Path) -> None:
         raise UserError("data_not_empty", f"the data folder holds {found[0]}", remedy=remedy, file=data)
 
 
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Write one file of an archive.
+
+    Raises:
+        MachineError: If it cannot be written, which says nothing of the archive.
+    """
+    content = tar.extractfile(member)
+    assert content is not None, "a regular file has one"
+    path.unlink(missing_ok=True)
+    while block := content.read(2**20):
+        try:
+            path.touch(mode=0o600)
+            with path.open("ab") as file:
+                file.write(block)
+        except OSError as error:
+            raise MachineError(f"{path.parent.parent} cannot be written: {reason(error)}.") from error
+
+
 def _read_archive(archive: Path, folder: Path) -> None:
     """Extract the two files of a backup, whatever else an archive may hold.
 
@@ -143,15 +162,12 @@ def _read_archive(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for name in (FILE_NAME, HMAC_FILE_NAME):
-                if name in tar.getnames():
-                    content = tar.extractfile(name)
-                    (folder / name).touch(mode=0o600)
-                    with (folder / name).open("wb") as file:
-                        while content is not None and (block := content.read(2**20)):
-                            file.write(block)
+                for member in tar.getmembers():
+                    if member.name == name and member.isreg():
+                        _extract(tar, member, folder / name)
     except FileNotFoundError:
         raise UserError("file_missing", "there is no such file", file=archive) from None
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError("no_backup", f"this is no whole backup: {reason(error)}", file=archive) from error
     if not (folder / FILE_NAME).is_file():
         raise UserError("no_backup", "this is no backup: it holds no database", file=archive)

@@ -269,6 +269,10 @@ def _upgrade(config: Config, connection: Connection, file: Path | None) -> bool:
     return True
 
 
+# A full disk, and one that fails: nothing that the user wrote is wrong.
+_MACHINE_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
+
+
 @contextmanager
 def _failures_named(*, is_start: bool = False) -> Iterator[None]:
     """Turn a failure of the database into a sentence without the texts of rows; mistakes of ours stay what they are."""
@@ -278,7 +282,7 @@ def _failures_named(*, is_start: bool = False) -> Iterator[None]:
         raise
     except DBAPIError as error:
         sentence = shortened(" ".join(str(error.orig).split()))
-        if is_start:
+        if is_start and getattr(error.orig, "sqlite_errorcode", None) not in _MACHINE_CODES:
             is_damaged = type(error.orig) is sqlite3.DatabaseError
             remedy = "Restore a backup into a new data folder with `manyicl restore`." if is_damaged else None
             what = f"the database cannot be used: {sentence}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from manyicl.errors import UserError, quoted
 from manyicl.tasks.spec import TaskSpec
 from manyicl.tasks.template import compiled
-from manyicl.tasks.values import as_option, as_written, value_at
+from manyicl.tasks.values import as_option, as_written, has_place, value_at
 
 _UNLABELLED = "-1"  # as the Hub writes the class of a row that has none
 
@@ -70,7 +70,8 @@ class AcceptedAnswers:
             references = value_at(row, place)
             if not isinstance(references, list | tuple):
                 what = f"the column {place!r} lists the accepted answers"
-                raise UserError("not_a_list", what, expected="a list", found=quoted(references), field=place)
+                code = "empty_answer" if references is None and has_place(row, place) else "not_a_list"
+                raise UserError(code, what, expected="a list", found=quoted(references), field=place)
             answers += [str(as_written(reference)) for reference in self._spec.named(references, place)]
         plain = str.strip if self._spec.choices_column is None else as_option
         return tuple(dict.fromkeys(map(plain, answers)))

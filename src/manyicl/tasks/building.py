@@ -28,6 +28,7 @@ _BAD_ROWS = {
     "empty_query": "empty query",
     "empty_answer": "empty answer",
     "empty_option": "empty option",
+    "option_not_text": "option that is no text",
     "text_too_long": "text too long",
     "half_a_character": "broken character",
     "row_without_label": "row without a label",

@@ -13,6 +13,7 @@ from manyicl.library_errors import reason
 # Tables shrink to a twentieth or so. Small ones may shrink further, and harm nothing.
 MOST_TIMES_LARGER = 100
 ALWAYS_ALLOWED_BYTES = 64 * 2**20
+_GZIP_START = b"\x1f\x8b"
 
 
 def most_unpacked_bytes(path: Path) -> int:
@@ -41,7 +42,11 @@ def unpacked_lines(path: Path) -> Iterator[bytes]:
                     raise too_large(path, most)
                 yield line
     except gzip.BadGzipFile as error:
+        with path.open("rb") as file:
+            is_packed = file.read(2) == _GZIP_START
+        if is_packed:
+            raise UserError("broken_gzip", f"the packed file is damaged, {reason(error)}", file=path) from error
         remedy = "Take .gz off its name, if it is not packed."
-        raise UserError("broken_gzip", f"not a gzip file, {reason(error)}", remedy=remedy, file=path) from error
+        raise UserError("broken_gzip", "not a gzip file", remedy=remedy, file=path) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError("broken_gzip", f"cannot be unpacked, {reason(error)}", file=path) from error

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from manyicl.errors import UserError, did_you_mean, quoted
 from manyicl.tasks.example import Query
 from manyicl.tasks.template import class_name, compiled
-from manyicl.tasks.values import as_option, as_text, value_at
+from manyicl.tasks.values import as_option, as_text, has_place, value_at
 
 FAMILIES: tuple[str, ...] = ("classification", "nli", "qa", "summarization", "generation", "math")
 Family = Annotated[str, Field(pattern=r"^[^\s/\\,:]+$")]  # one of these, or any other name together with a metric
@@ -159,11 +159,15 @@ class TaskSpec(BaseModel):
         column, options = self.choices_column, value_at(row, self.choices_column)
         if not isinstance(options, list | tuple) or not options:
             what = f"The options of task {self.name!r} are read from the column {column!r}"
-            code, expected = "empty_option" if options == [] else "not_a_list", "a non-empty list"
+            is_empty = options == [] or (options is None and has_place(row, column))
+            code, expected = "empty_option" if is_empty else "not_a_list", "a non-empty list"
             raise UserError(code, what, expected=expected, found=quoted(options), field=column)
         if any(option is None or not str(option).strip() for option in options):
             what = f"An option in the column {column!r} is empty"
             raise UserError("empty_option", what, found=quoted(list(options)), field=column)
+        if any(isinstance(option, list | tuple | Mapping) for option in options):
+            what, expected = f"An option in the column {column!r} is itself a list or a mapping", "texts"
+            raise UserError("option_not_text", what, expected=expected, found=quoted(list(options)), field=column)
         # An option that is there twice is one answer, not its own rival.
         return tuple(dict.fromkeys(map(as_option, self.named(options, column))))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from manyicl.atomic import write_atomically
 from manyicl.errors import UserError
 from manyicl.outputs import require_output_folder
 
@@ -32,5 +32,5 @@ def write_starter_tables(folder: Path | str) -> list[Path]:
             raise UserError("output_exists", what, remedy="Name another folder, or move it away.", file=place)
     for source, place in files:
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, place)
+        write_atomically(place, source.read_bytes())
     return sorted({place.parent for _, place in files})

@@ -104,6 +104,11 @@ def value_at(row: Mapping[str, object], place: str) -> object:
     return within.get(key) if isinstance(within, Mapping) else None
 
 
+def has_place(row: Mapping[str, object], place: str) -> bool:
+    """Tell whether a row has the column of a place, as `value_at` reads it, whatever is there."""
+    return place in row or place.partition(".")[0] in row
+
+
 def missing_column(column: str, row: Mapping[str, object], remedy: str = "") -> UserError:
     """Make the error for a column that a row lacks."""
     known = sorted(map(str, row))

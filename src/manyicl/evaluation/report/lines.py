@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from manyicl.errors import pluralized
 from manyicl.evaluation.metrics import METRICS
 from manyicl.evaluation.result import Result
 from manyicl.evaluation.summary import OVERALL, Group, Summary, summarise
@@ -120,13 +121,21 @@ def flag_notes(records: Sequence[Result], fields: Iterable[str]) -> list[str]:
     return [f"{count} of {len(records)} results {_FLAGS[field]}." for field, count in counts.items() if count]
 
 
+_ONE_DRAW = "one draw of demonstrations, without its variance."
+
+
+def _range(numbers: set[int]) -> str:
+    fewest, most = min(numbers), max(numbers)
+    return f"{most}" if fewest == most else f"{fewest} to {most}"
+
+
 def notes(summary: Summary) -> list[str]:
     """Say in sentences what a reader of the numbers must know: errors, flags, and what was dropped."""
     records = summary.records
-    seeds = len({record.seed for record in records})
+    draws = {len({record.seed for record in own}) for (*_, shots), own in summary.by_point.items() if shots} or {1}
     lines = [
         "Each cell is a mean and its standard error, over queries and "
-        + (f"{seeds} draws of demonstrations." if seeds > 1 else "one draw of demonstrations, without its variance.")
+        + (f"{_range(draws)} draws of demonstrations." if max(draws) > 1 else _ONE_DRAW)
         + " Tasks are averaged within their family, then families; every task counts in its own metric."
         + " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
         + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
@@ -154,6 +163,9 @@ def notes(summary: Summary) -> list[str]:
     for reason in dict.fromkeys(summary.not_compared.values()):
         tasks = [task for task, why in summary.not_compared.items() if why == reason]
         lines.append(f"{', '.join(tasks)}: in no mean. {reason[0].upper()}{reason[1:]}.")
-    if summary.num_superseded:
-        lines.append(f"{summary.num_superseded} older results on the same tasks are not shown.")
+    if number := summary.num_superseded:
+        lines.append(
+            f"{pluralized(number, 'result')} of the same tasks and models {'is' if number == 1 else 'are'} not shown: "
+            "older data, metric or format, or other queries, sampling or limits than those with the most answers."
+        )
     return lines
