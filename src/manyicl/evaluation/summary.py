@@ -293,7 +293,7 @@ def _that_count(records: Sequence[Result]) -> list[Result]:
     for record in current:
         for limit in limits if record.max_answer_tokens is None else (record.max_answer_tokens,):
             conditions = record.queries_hash, record.sampling, record.max_context_tokens, limit
-            # One that was begun again is the newest.
+            # One to which a record is added becomes the newest.
             points = sets.pop(conditions, {})
             points[record.num_shots, record.seed, record.order] = record
             sets[conditions] = points
