@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from manyicl.cli.main import app
 from manyicl.errors import UserError
-from manyicl.server.database import Database
+from manyicl.server.database import HMAC_FILE_NAME, Database
 from manyicl.server.keys import KeyStore
 
 
@@ -47,6 +47,15 @@ def test_a_name_can_neither_end_a_line_of_the_list_nor_steer_the_terminal(tmp_pa
     (line,) = run("keys", "list", "--data", tmp_path).splitlines()
     fields = line.split("\t")
     assert (fields[1], fields[6]) == (r"a\tb\nc", r"\x1b[31mred \u202e")
+
+
+def test_a_backup_without_the_secret_of_its_keys_is_restored_with_a_warning(tmp_path: Path) -> None:
+    run("keys", "create", "--data", tmp_path / "data", "--owner", "x")
+    (tmp_path / "data" / HMAC_FILE_NAME).unlink()
+    run("backup", "--data", tmp_path / "data", "-o", tmp_path / "b.tar.gz")
+    restored = CliRunner().invoke(app, ["restore", str(tmp_path / "b.tar.gz"), "--data", str(tmp_path / "restored")])
+    assert restored.exit_code == 0
+    assert "API keys without the secret that checks them: none is valid." in restored.stderr
 
 
 def test_a_wrong_folder_or_id_is_a_mistake_of_the_user(tmp_path: Path) -> None:

@@ -44,10 +44,9 @@ def restore_command(
         manyicl restore monday.tar.gz --data restored
     """
     options.require_server_libraries()
-    from manyicl.server.backup import restore
-    from manyicl.server.database import HMAC_FILE_NAME
+    from manyicl.server.backup import has_keys_without_secret, restore
 
     num_tasks = restore(archive, data)
     typer.echo(f"{data}: {pluralized(num_tasks, 'task')}")
-    if not (data / HMAC_FILE_NAME).exists():
-        typer.echo(f"The backup holds no {HMAC_FILE_NAME}, without which no API key in it is valid.", err=True)
+    if has_keys_without_secret(data):
+        typer.echo("The backup holds API keys without the secret that checks them: none is valid.", err=True)

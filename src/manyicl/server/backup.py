@@ -88,6 +88,15 @@ def restore(archive: Path, data: Path) -> int:
     return num_tasks
 
 
+def has_keys_without_secret(data: Path) -> bool:
+    """Tell whether a data folder has API keys, and not the file without which none of them is valid."""
+    if (data / HMAC_FILE_NAME).exists():
+        return False
+    with closing(sqlite_connection(data / FILE_NAME)) as connection:
+        (num_keys,) = connection.execute("SELECT count(*) FROM api_keys").fetchone()
+    return int(num_keys) > 0
+
+
 def _copy_database(source: Path, target: Path) -> int:
     try:
         target.touch(mode=0o600)
