@@ -94,7 +94,7 @@ def test_a_full_disk_ends_with_exit_code_1_and_leaves_nothing(
     monkeypatch.setattr(export, "_save", fail)
     assert run(monkeypatch, "export", "--model", base, "--output", tmp_path / "out") == 1
     printed = capsys.readouterr().err
-    assert "No space left on device" in printed
+    assert "no space left on device" in printed
     assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
 

@@ -18,6 +18,7 @@ from manyicl.evaluation.comparison.estimates import (
     share_of_gap,
     weighted_mean,
 )
+from manyicl.evaluation.result import Result
 from manyicl.evaluation.uncertainty import mean_over_seeds_and_queries, paired_difference
 from tests.evaluation.test_result import make_result
 from tests.reference.resampled_comparison import Scores, mean_over_families, resampled, simulated
@@ -221,18 +222,18 @@ def test_the_interval_of_a_share_covers_the_truth() -> None:
 
 
 def test_draws_of_a_training_are_averaged_before_trainings_are_compared() -> None:
-    def result(seed: int, *scores: float) -> object:
+    def result(seed: int, *scores: float) -> Result:
         return make_result(query_scores=scores, score=sum(scores) / len(scores), num_queries=2, seed=seed)
 
     draws = {0: [result(0, 1.0, 0.0), result(1, 1.0, 1.0)], 3: [result(2, 0.0, 0.0)]}
-    made = score_table(draws)  # type: ignore[arg-type]
+    made = score_table(draws)
     assert made is not None
     assert made.rows == (0, 3)
     assert made.columns.tolist() == [[1.0, 0.5], [0.0, 0.0]]
     assert made.means.tolist() == [0.75, 0.0]
     assert made.draws.tolist() == [2, 1]
-    other = make_result(queries_hash="other", query_scores=(0.0, 1.0))
-    assert score_table({0: [make_result(query_scores=(0.0, 1.0)), other]}) is None
+    other = result(0, 0.0, 1.0).model_copy(update={"queries_hash": "other"})
+    assert score_table({0: [result(0, 0.0, 1.0), other]}) is None
     assert score_table({0: [make_result(query_scores=None)]}) is None
 
 
