@@ -49,8 +49,6 @@ Row = Columns | str | Query | EncodedQuery
 StreamedRow = Row | UserError
 # A query with its number in the stream, from 1, or why the row of that number cannot be answered.
 Numbered = tuple[int, EncodedQuery | UserError]
-
-
 # Finds the examples that come between a prefix and a query.
 Retrieve = Callable[[Query], Sequence[Example]]
 
@@ -76,7 +74,7 @@ def numbered_rows(rows: Iterable[StreamedRow], numbers: Iterable[int] | None) ->
         return
     missing = object()
     for num_pairs, (number, row) in enumerate(zip_longest(numbers, rows, fillvalue=missing)):
-        if missing in (number, row):
+        if number is missing or row is missing:
             found = f"more {'rows' if number is missing else 'numbers'} than {num_pairs}"
             raise UserError("other_count_of_numbers", "numbers and rows differ in count", found=found)
         yield cast(int, number), cast(StreamedRow, row)
