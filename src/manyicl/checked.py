@@ -21,13 +21,14 @@ from manyicl.library_errors import lower_case_start, reason
 MOST_YAML_VALUES = 100_000
 MOST_YAML_LEVELS = 50
 SAVE_AS_UTF8 = "Save it as UTF-8."
+GZIP_START = b"\x1f\x8b"
 # Longer beginnings first: the mark of UTF-16 begins that of UTF-32.
 _NO_UTF8 = (
     (b"\xff\xfe\0\0", "UTF-32", SAVE_AS_UTF8),
     (b"\0\0\xfe\xff", "UTF-32", SAVE_AS_UTF8),
     (b"\xff\xfe", "UTF-16", SAVE_AS_UTF8),
     (b"\xfe\xff", "UTF-16", SAVE_AS_UTF8),
-    (b"\x1f\x8b", "packed with gzip", "Unpack it, or let the name of a packed table end in .gz."),
+    (GZIP_START, "packed with gzip", "Unpack it, or let the name of a packed table end in .gz."),
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it, or let the name of an Excel workbook end in .xlsx."),
     (b"\xd0\xcf\x11\xe0", "an old or a protected Office file", "Save it as .xlsx without a password, or as CSV."),
 )

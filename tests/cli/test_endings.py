@@ -13,14 +13,20 @@ from manyicl.errors import UserError
 from manyicl.paths import files_below
 
 
-def test_ctrl_c_ends_quietly_also_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+def code_where_it_raises(error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Run the command line with a function in it that raises, and return the exit code."""
 
-    monkeypatch.setattr("manyicl.cli.main.main", interrupted)
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(place, fail)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 130
+    return ended.value.code
+
+
+def test_ctrl_c_ends_quietly_also_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code_where_it_raises(KeyboardInterrupt(), "manyicl.cli.main.main", monkeypatch) == 130
 
 
 @pytest.mark.parametrize(
@@ -38,13 +44,7 @@ def test_ctrl_c_ends_quietly_also_while_modules_are_loaded(monkeypatch: pytest.M
 def test_a_failure_of_the_machine_is_a_sentence(
     error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr("manyicl.cli.main.app", fail)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    assert code_where_it_raises(error, "manyicl.cli.main.app", monkeypatch) == 1
     assert f"failed {sentence}" in capsys.readouterr().err
 
 

@@ -34,6 +34,9 @@ class AcceptedAnswers:
         self._label_set = frozenset(spec.labels or ())
         self._template = compiled(spec.answer_template)
         self.columns = self._template.columns
+        self._named_columns = spec.class_names.keys() & set(self.columns)
+        # The names of options are under their place, of which the template of the answer knows a part.
+        self._option_names = {} if self._named_columns else spec.class_names.get(spec.choices_column or "", {})
 
     def __call__(self, row: Mapping[str, object]) -> tuple[str, ...]:
         """Render every accepted answer, the canonical one first, without repeats; any of them may be empty.
@@ -42,7 +45,7 @@ class AcceptedAnswers:
             UserError: If a column is missing, the row has no label, or several.
         """
         template, class_names = self._template, self._spec.class_names
-        for column in class_names.keys() & set(template.columns):
+        for column in self._named_columns:
             if str(row.get(column)) == _UNLABELLED and _UNLABELLED not in class_names[column]:
                 raise UserError("row_without_label", f"the column {column!r} is -1: the row has no label", field=column)
         bare = template.bare_column
@@ -53,10 +56,7 @@ class AcceptedAnswers:
                 raise UserError("empty_answer", f"the answer column {bare!r} holds an empty list", field=bare)
         else:
             answers = [template.render(row, class_names)]
-        if (choices := self._spec.choices_column) is not None and not class_names.keys() & set(template.columns):
-            # The names of options are under their place, of which the template of the answer knows a part.
-            names = class_names.get(choices, {})
-            answers = [names.get(answer.strip(), answer) for answer in answers]
+        answers = [self._option_names.get(answer.strip(), answer) for answer in answers]
         if self._is_closed and len(labels := self._labels_in(answers, row)) > 1:
             # One answer of a closed set is supervised and scored, never several.
             what = f"task {self._spec.name!r} is multi-label: this row has {sorted(labels)}"

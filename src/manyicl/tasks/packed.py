@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from manyicl.checked import GZIP_START
 from manyicl.errors import UserError
 from manyicl.library_errors import reason
 
 # Tables shrink to a twentieth or so. Small ones may shrink further, and harm nothing.
 MOST_TIMES_LARGER = 100
 ALWAYS_ALLOWED_BYTES = 64 * 2**20
-_GZIP_START = b"\x1f\x8b"
 
 
 def most_unpacked_bytes(path: Path) -> int:
@@ -43,7 +43,7 @@ def unpacked_lines(path: Path) -> Iterator[bytes]:
                 yield line
     except gzip.BadGzipFile as error:
         with path.open("rb") as file:
-            is_packed = file.read(2) == _GZIP_START
+            is_packed = file.read(2) == GZIP_START
         if is_packed:
             raise UserError("broken_gzip", f"the packed file is damaged, {reason(error)}", file=path) from error
         remedy = "Take .gz off its name, if it is not packed."

@@ -121,24 +121,23 @@ def flag_notes(records: Sequence[Result], fields: Iterable[str]) -> list[str]:
     return [f"{count} of {len(records)} results {_FLAGS[field]}." for field, count in counts.items() if count]
 
 
-_ONE_DRAW = "one draw of demonstrations, without its variance."
-
-
-def _range(numbers: set[int]) -> str:
-    fewest, most = min(numbers), max(numbers)
-    return f"{most}" if fewest == most else f"{fewest} to {most}"
+def _draws(summary: Summary) -> str:
+    """Say over how many draws of demonstrations the cells are."""
+    counts = {len({record.seed for record in own}) for (*_, shots), own in summary.by_point.items() if shots} or {1}
+    fewest, most = min(counts), max(counts)
+    if most == 1:
+        return "one draw of demonstrations, without its variance"
+    return f"{most} draws of demonstrations" if fewest == most else f"{fewest} to {most} draws of demonstrations"
 
 
 def notes(summary: Summary) -> list[str]:
     """Say in sentences what a reader of the numbers must know: errors, flags, and what was dropped."""
     records = summary.records
-    draws = {len({record.seed for record in own}) for (*_, shots), own in summary.by_point.items() if shots} or {1}
     lines = [
-        "Each cell is a mean and its standard error, over queries and "
-        + (f"{_range(draws)} draws of demonstrations." if max(draws) > 1 else _ONE_DRAW)
-        + " Tasks are averaged within their family, then families; every task counts in its own metric."
-        + " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
-        + " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
+        f"Each cell is a mean and its standard error, over queries and {_draws(summary)}."
+        " Tasks are averaged within their family, then families; every task counts in its own metric."
+        " The error is that of the mean over these tasks, not over other tasks one might have chosen;"
+        " of Q queries it is never below 1 / (Q + 2), and of one query there is none."
     ]
     if summary.num_orders > 1:
         lines.append(f"Each draw was measured in {summary.num_orders} orders, over which it is averaged first.")
